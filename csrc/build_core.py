@@ -1,0 +1,124 @@
+"""Build backend: setuptools plus our one C extension.
+
+pip calls the PEP 517 hooks at the bottom; `python csrc/build_core.py` builds in place (what `make` does), and
+`python csrc/build_core.py glue` only writes the generated C (what `make kernels` needs).  A C compiler and the
+Python headers are enough.  Environment: CC, CFLAGS.
+"""
+
+import os
+import re
+import runpy
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, build_meta, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+GLUE = Path("build", "glue")
+SOURCES = sorted(str(p) for folder in (CSRC, CSRC / "cpu") for p in folder.glob("*.c"))
+HEADERS = sorted(str(p) for suffix in ("h", "cdef") for p in CSRC.rglob(f"*.{suffix}"))
+CFLAGS = ["-std=gnu11", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off"]
+CFLAGS += ["-Wall", "-Wextra", "-MMD"]
+
+
+class BuildCore(build_ext):
+    def build_extension(self, ext):
+        sources = [*SOURCES, write_grids(), self.write_cffi(ext.name)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ext.extra_objects = list(pool.map(lambda source: self.compile(source, ext), sources))
+        ext.sources = []
+        super().build_extension(ext)
+
+    def compile(self, source, ext):
+        obj = Path(self.build_temp, source).with_suffix(".o")
+        if not is_fresh(obj):
+            self.compiler.compile(
+                [source],
+                self.build_temp,
+                macros=ext.define_macros,
+                include_dirs=ext.include_dirs,
+                extra_postargs=ext.extra_compile_args,
+            )
+        return str(obj)
+
+    def write_cffi(self, name):
+        """Writes the C file that makes the public part of ms4.h importable from Python."""
+        from cffi import FFI
+
+        ffi = FFI()
+        ffi.cdef(re.search(r"/\* cffi:begin \*/(.*)/\* cffi:end \*/", (CSRC / "ms4.h").read_text(), re.DOTALL)[1])
+        ffi.cdef((CSRC / "ops.cdef").read_text())
+        ffi.set_source(name, '#include "ms4.h"\n#include "ops.h"')
+        GLUE.mkdir(parents=True, exist_ok=True)
+        ffi.emit_c_code(str(GLUE / "_core.c"))  # leaves the file alone when nothing changed
+        return str(GLUE / "_core.c")
+
+
+def write_grids():
+    """Writes the code books of the IQ types, from quant/grids.py, as C arrays of int8_t."""
+    grids = runpy.run_path(str(Path("quant", "grids.py")))
+    parts = ['#include "cpu/grids.h"\n']
+    for name, grid in grids["GRIDS"].items():
+        values = grids["values"](name)
+        rows = [values[i : i + grid.width] for i in range(0, len(values), grid.width)]
+        body = ",\n".join("{" + ",".join(map(str, row)) + "}" for row in rows)
+        parts.append(f"const int8_t grid_{name}[{len(rows)}][{grid.width}] = {{\n{body}}};\n")
+    text, path = "".join(parts), GLUE / "grids.c"
+    GLUE.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    return str(path)
+
+
+def is_fresh(obj):
+    """True if obj is newer than everything its depfile (gcc -MMD) names."""
+    try:
+        needs = obj.with_suffix(".d").read_text().replace("\\\n", " ").split(":", 1)[1].split()
+        return all(Path(p).stat().st_mtime < obj.stat().st_mtime for p in needs)
+    except (OSError, IndexError):
+        return False
+
+
+def run_setup(**kwargs):
+    core = Extension(
+        "ms4._core",
+        list(SOURCES),
+        depends=HEADERS,
+        include_dirs=["csrc"],
+        extra_compile_args=CFLAGS,
+        extra_link_args=["-pthread"],
+        define_macros=[("Py_LIMITED_API", "0x030a0000")],
+        py_limited_api=True,
+    )
+    setup(
+        ext_modules=[core],
+        cmdclass={"build_ext": BuildCore},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}, "build_ext": {"build_temp": "build/obj"}},
+        **kwargs,
+    )
+
+
+class Backend(type(build_meta.build_wheel.__self__)):
+    def run_setup(self, setup_script="setup.py"):
+        run_setup()
+
+
+for _hook in (
+    "build_wheel",
+    "build_sdist",
+    "build_editable",
+    "prepare_metadata_for_build_wheel",
+    "prepare_metadata_for_build_editable",
+    "get_requires_for_build_wheel",
+    "get_requires_for_build_sdist",
+    "get_requires_for_build_editable",
+):
+    globals()[_hook] = getattr(Backend(), _hook)
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["glue"]:
+        write_grids()
+    else:
+        run_setup(script_args=["-q", "build_ext", "--inplace"])

@@ -1,0 +1,50 @@
+/* avx512.c -- the kernel table for x86-64 with AVX-512 F, BW, DQ, VL and VNNI. */
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")
+#include "avx512_gemm.h"
+#include "avx512_panel.h"
+#include "dequantize.h"
+#include "plain.h"
+
+#define FILL_OPENED(type, family) \
+    static inline void fill_##type(struct panel *p, panel_rows rows, int blocks) { fill_opened(p, rows, blocks, unpack_##type, family); }
+FILL_OPENED(q4_0, FAMILY_BLOCKS) FILL_OPENED(q4_1, FAMILY_BLOCKS_MIN) FILL_OPENED(q5_0, FAMILY_BLOCKS) FILL_OPENED(q5_1, FAMILY_BLOCKS_MIN)
+FILL_OPENED(q3_k, FAMILY_SCALES)
+FILL_OPENED(iq2_xxs, FAMILY_SCALES) FILL_OPENED(iq2_xs, FAMILY_SCALES) FILL_OPENED(iq3_xxs, FAMILY_SCALES)
+FILL_OPENED(iq1_s, FAMILY_SCALES) FILL_OPENED(iq4_nl, FAMILY_BLOCKS) FILL_OPENED(iq3_s, FAMILY_SCALES) FILL_OPENED(iq2_s, FAMILY_SCALES)
+FILL_OPENED(iq4_xs, FAMILY_SCALES) FILL_OPENED(iq1_m, FAMILY_SCALES) FILL_OPENED(mxfp4, FAMILY_BLOCKS) FILL_OPENED(nvfp4, FAMILY_BLOCKS_16)
+
+/* X(type, layout, offset) */
+#define AVX512_TYPES(X) \
+    X(q4_0, float_blocks, 128) X(q4_1, float_blocks_min, 0) X(q5_0, float_blocks, 128) X(q5_1, float_blocks_min, 0) \
+    X(q8_0, float_blocks, 128) X(q3_k, groups, 128) X(q4_k, blocks_min, 0) X(q5_k, blocks_min, 0) X(q6_k, groups, 32) \
+    X(iq2_xxs, groups, 128) X(iq2_xs, groups, 128) X(iq3_xxs, groups, 128) X(iq1_s, groups, 128) X(iq4_nl, float_blocks, 128) \
+    X(iq3_s, groups, 128) X(iq2_s, groups, 128) X(iq4_xs, groups, 128) X(iq1_m, groups, 128) X(mxfp4, float_blocks, 128) \
+    X(nvfp4, float_groups, 128)
+#define X(type, layout, offset) \
+    static void mul_##type##_avx512(const struct ms4_mul *m) { gemm(m, fill_##type, tiles_##layout, offset, SUPERBLOCK_BYTES(type)); }
+AVX512_TYPES(X)
+#undef X
+static void mul_q2_k_avx512(const struct ms4_mul *m) { mul_opened_plain(m, unpack_q2_k, SUPERBLOCK_BYTES(q2_k), FAMILY_MINS, dot_groups_plain); }
+static void mul_f32_avx512(const struct ms4_mul *m) { mul_floats_plain(m, load_f32_plain); }
+static void mul_f16_avx512(const struct ms4_mul *m) { mul_floats_plain(m, load_f16_plain); }
+static void mul_bf16_avx512(const struct ms4_mul *m) { mul_floats_plain(m, load_bf16_plain); }
+
+const struct ms4_ops ops_avx512 = {
+    .isa = "avx512",
+    .mul = {
+#define X(name, id, weights, bytes, quantised) [MS4_TYPE_##name] = mul_##name##_avx512,
+        MS4_TYPES(X)
+#undef X
+    },
+    .dequantize = DEQUANTIZE_TABLE,
+    .quantize = quantize_plain,
+    .rms_norm = rms_norm_plain,
+    .silu_mul = silu_mul_plain,
+    .add_scaled = add_scaled_plain,
+    .attend = attend_plain,
+    .from_half = from_half_plain,
+    .to_half = to_half_plain,
+    .transpose_keys = transpose_keys_plain,
+};
+#endif

@@ -1,0 +1,240 @@
+/* plain.h -- kernels in plain C that every ISA file includes: the compiler vectorises them for that file's target.
+ *
+ * Element-wise work, reductions in 16 partial sums, a tile of attention, and the product with opened superblocks
+ * (unpack.h) for types an ISA has nothing better for.  The order of arithmetic is the one of ops.h.
+ */
+#ifndef MS4_PLAIN_H
+#define MS4_PLAIN_H
+#include "ops.h"
+#include "unpack.h"
+#include <math.h>
+
+typedef union { float f; uint32_t u; int32_t i; } plain_bits;
+#define PLAIN_ROUND 12582912.0f      /* 1.5 * 2^23: adding it rounds a float below 2^22 to the nearest even integer */
+
+/* --- activations -------------------------------------------------------------------------- */
+/* The largest magnitude, as bits: they order like the numbers, with infinity and NaN on top. */
+static inline uint32_t largest_bits_plain(const float *x, int n) {
+    uint32_t largest = 0;
+    for (int i = 0; i < n; i++) {
+        plain_bits v = { .f = x[i] };
+        v.u &= 0x7fffffffu;
+        largest = v.u > largest ? v.u : largest;
+    }
+    return largest;
+}
+static inline void quantize_superblock_plain(block_q8 *out, const float *x, int n) {
+    plain_bits largest = { .u = largest_bits_plain(x, n) };
+    int finite = largest.u < 0x7f800000u;
+    float factor = 127.0f / largest.f;
+    /* factor is infinite below 2^-121: such a block is as good as zero */
+    if (!finite || !(factor < INFINITY)) {
+        memset(out, 0, sizeof *out);
+        if (!finite) out->d = NAN;
+        return;
+    }
+    out->d = largest.f / 127.0f;
+    for (int i = 0; i < n; i++) {
+        plain_bits v = { .f = x[i] * factor + PLAIN_ROUND };
+        out->qs[i] = (int8_t)v.u;       /* the integer is in the lowest bits */
+    }
+    memset(out->qs + n, 0, (size_t)(SUPERBLOCK - n));
+    for (int g = 0; g < SUPERBLOCK / 16; g++) {
+        int sum = 0;
+        for (int i = 0; i < 16; i++) sum += out->qs[g * 16 + i];
+        out->sums[g] = (int16_t)sum;
+    }
+}
+static inline void quantize_plain(block_q8 *out, const float *x, size_t n) {
+    for (; n >= SUPERBLOCK; n -= SUPERBLOCK, x += SUPERBLOCK) quantize_superblock_plain(out++, x, SUPERBLOCK);
+    if (n) quantize_superblock_plain(out, x, (int)n);
+}
+
+/* --- elements ----------------------------------------------------------------------------- */
+/* Adds 16 partial sums as a tree: j with j + 8, then + 4, + 2, + 1. */
+static inline float sum_16_plain(float *part) {
+    for (int width = 8; width; width /= 2)
+        for (int j = 0; j < width; j++) part[j] += part[j + width];
+    return part[0];
+}
+static inline void rms_norm_plain(float *out, const float *x, const float *weight, size_t n, float eps) {
+    float part[16] = { 0 };
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (size_t j = 0; j < 16; j++) part[j] = __builtin_fmaf(x[i + j], x[i + j], part[j]);
+    for (size_t j = 0; i + j < n; j++) part[j] = __builtin_fmaf(x[i + j], x[i + j], part[j]);
+    float factor = 1.0f / sqrtf(sum_16_plain(part) / (float)n + eps);
+    for (i = 0; i < n; i++) out[i] = x[i] * factor * weight[i];
+}
+/* e^x within 1 ulp or so: x = k ln 2 + r, a polynomial for e^r, then 2^k in two halves, because 2^k itself may be
+ * beyond the range of float.  -inf gives 0, NaN stays NaN. */
+static inline float exp_plain(float x) {
+    x = x < -104.0f ? -104.0f : x;
+    x = x > 89.0f ? 89.0f : x;
+    plain_bits k = { .f = __builtin_fmaf(x, 0x1.715476p+0f, PLAIN_ROUND) };
+    float whole = k.f - PLAIN_ROUND;
+    float r = __builtin_fmaf(whole, -0x1.62e43p-1f, x);
+    r = __builtin_fmaf(whole, 0x1.05c61p-29f, r);
+    float p = __builtin_fmaf(0x1.6a2432p-10f, r, 0x1.1239e4p-7f);
+    p = __builtin_fmaf(p, r, 0x1.5558f2p-5f);
+    p = __builtin_fmaf(p, r, 0x1.555492p-3f);
+    p = __builtin_fmaf(p, r, 0x1.fffffcp-2f);
+    p = __builtin_fmaf(p, r * r, r) + 1.0f;
+    int32_t n = k.i - 0x4b400000, half = n >> 1;
+    plain_bits first = { .u = (uint32_t)(half + 127) << 23 }, second = { .u = (uint32_t)(n - half + 127) << 23 };
+    return p * first.f * second.f;
+}
+static inline void silu_mul_plain(float *out, const float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = gate[i] / (1.0f + exp_plain(-gate[i])) * up[i];
+}
+static inline void add_scaled_plain(float *y, const float *x, float scale, size_t n) {
+    for (size_t i = 0; i < n; i++) y[i] = __builtin_fmaf(scale, x[i], y[i]);
+}
+static inline void from_half_plain(float *out, const uint16_t *x, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = half_to_float(x[i]);
+}
+static inline uint16_t half_from_float_plain(float x) {
+    plain_bits v = { .f = x };
+    uint32_t sign = v.u >> 16 & 0x8000;
+    v.u &= 0x7fffffffu;
+    if (v.u > 0x7f800000u) return (uint16_t)(sign | 0x7e00);
+    if (v.u >= 0x477ff000u) return (uint16_t)(sign | 0x7c00);      /* 65520 and more */
+    /* below 2^-14: adding 1/2 leaves the subnormal's integer, rounded, in the lowest bits */
+    if (v.u < 0x38800000u) { v.f += 0.5f; return (uint16_t)(sign | (v.u - 0x3f000000u)); }
+    v.u += 0xfff + (v.u >> 13 & 1);
+    return (uint16_t)(sign | (v.u - 0x38000000u) >> 13);
+}
+static inline void to_half_plain(uint16_t *out, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = half_from_float_plain(x[i]);
+}
+
+/* --- attention ---------------------------------------------------------------------------- */
+static inline void transpose_keys_plain(float *kt, const float *k, size_t k_stride, int32_t n_keys, int32_t d) {
+    for (size_t i = 0; i < (size_t)d; i++) {
+        for (size_t j = 0; j < (size_t)n_keys; j++) kt[i * ATTEND_KEYS + j] = k[j * k_stride + i];
+        for (size_t j = (size_t)n_keys; j < ATTEND_KEYS; j++) kt[i * ATTEND_KEYS + j] = 0;
+    }
+}
+/* Turns one row's scores into weights, and brings its m and l up to date; returns the factor for what o holds.
+ * Keys the row does not see get weight 0 and all ATTEND_KEYS are added up, so the order never depends on the call. */
+static inline float attend_softmax_plain(float *s, int32_t n_keys, float *m, float *l) {
+    float largest = *m;
+    for (int j = 0; j < ATTEND_KEYS; j++) {
+        s[j] = j < n_keys ? s[j] : -INFINITY;
+        largest = largest > s[j] ? largest : s[j];
+    }
+    /* all scores -inf: nothing to add, and inf - inf would be NaN */
+    float shift = largest == -INFINITY ? 0 : largest, factor = exp_plain(*m - shift), part[16];
+    for (int j = 0; j < ATTEND_KEYS; j++) s[j] = exp_plain(s[j] - shift);
+    for (int j = 0; j < 16; j++) part[j] = s[j] + s[j + 16];
+    *l = __builtin_fmaf(*l, factor, sum_16_plain(part));
+    *m = largest;
+    return factor;
+}
+static inline void attend_row_plain(const struct ms4_attend *a, int32_t row) {
+    const float *q = a->q + (size_t)row * a->q_stride;
+    float *o = a->o + (size_t)row * a->o_stride, s[ATTEND_KEYS] = { 0 };
+    for (size_t i = 0; i < (size_t)a->d_k; i++)
+        for (size_t j = 0; j < ATTEND_KEYS; j++) s[j] = __builtin_fmaf(q[i], a->kt[i * ATTEND_KEYS + j], s[j]);
+    float factor = attend_softmax_plain(s, a->n_keys[row], a->m + row, a->l + row);
+    for (size_t i = 0; i < (size_t)a->d_v; i += 8) {
+        float sum[8];
+        for (size_t c = 0; c < 8; c++) sum[c] = o[i + c] * factor;
+        for (size_t j = 0; j < ATTEND_KEYS; j++)
+            for (size_t c = 0; c < 8; c++) sum[c] = __builtin_fmaf(s[j], a->v[j * a->v_stride + i + c], sum[c]);
+        for (size_t c = 0; c < 8; c++) o[i + c] = sum[c];
+    }
+}
+static inline void attend_plain(const struct ms4_attend *a) {
+    for (int32_t row = 0; row < a->n_q; row++)
+        if (a->n_keys[row] > 0) attend_row_plain(a, row);
+}
+
+/* --- products ----------------------------------------------------------------------------- */
+static inline int mul_row_of(const struct ms4_mul *m, int token) { return m->x_rows ? m->x_rows[token] : token; }
+static inline const block_q8 *mul_blocks(const struct ms4_mul *m, int token) {
+    return (const block_q8 *)((const uint8_t *)m->x + (size_t)mul_row_of(m, token) * m->x_stride);
+}
+static inline const float *mul_floats(const struct ms4_mul *m, int token) {
+    return (const float *)((const uint8_t *)m->x + (size_t)mul_row_of(m, token) * m->x_stride);
+}
+/* sums[g] = the product of group g, 16 weights wide. */
+static inline void dot_groups_plain(int32_t *sums, const int8_t *q, const int8_t *x) {
+    for (int g = 0; g < 16; g++) {
+        int32_t sum = 0;
+        for (int j = 0; j < 16; j++) sum += q[g * 16 + j] * x[g * 16 + j];
+        sums[g] = sum;
+    }
+}
+/* y plus the product of one superblock (n weights of it exist) with one token's block. */
+static inline float add_superblock_plain(float y, const struct opened *o, const block_q8 *x, int n, enum family family,
+                                         const int32_t *sums) {
+    if (family == FAMILY_SCALES || family == FAMILY_MINS) {
+        int32_t dot = 0, mins = 0;
+        for (int g = 0; g < 16; g++) dot += o->scale[g] * sums[g];
+        float t = o->d * (float)dot;
+        if (family == FAMILY_MINS) {
+            for (int g = 0; g < 16; g++) mins += o->min[g] * x->sums[g];
+            t = __builtin_fmaf(-o->dmin, (float)mins, t);
+        }
+        return __builtin_fmaf(x->d, t, y);
+    }
+    float t = 0;
+    if (family == FAMILY_BLOCKS_16) {
+        for (int b = 0; b < n / 16; b++) t = __builtin_fmaf(o->block_d[b], (float)sums[b], t);
+        return __builtin_fmaf(x->d, t, y);
+    }
+    for (int b = 0; b < n / 32; b++) {
+        t = __builtin_fmaf(o->block_d[b], (float)(sums[b * 2] + sums[b * 2 + 1]), t);
+        if (family == FAMILY_BLOCKS_MIN)
+            t = __builtin_fmaf(o->block_m[b], (float)(x->sums[b * 2] + x->sums[b * 2 + 1]), t);
+    }
+    return __builtin_fmaf(x->d, t, y);
+}
+typedef void dot_groups_fn(int32_t *sums, const int8_t *q, const int8_t *x);
+/* One row times every token.  bytes: of one superblock's weights.  unpack, family and dot are constants. */
+static inline __attribute__((always_inline)) void mul_opened_plain(const struct ms4_mul *m, unpack_fn *unpack, size_t bytes,
+                                                                   enum family family, dot_groups_fn *dot) {
+    for (int r = 0; r < m->n_rows; r++)
+        for (int i = 0, n_left = m->n_cols; n_left > 0; i++, n_left -= SUPERBLOCK) {
+            int n = n_left < SUPERBLOCK ? n_left : SUPERBLOCK;
+            struct opened o;
+            unpack(&o, m->w + (size_t)r * m->row_bytes + (size_t)i * bytes, n);
+            for (int t = 0; t < m->n_tokens; t++) {
+                const block_q8 *x = mul_blocks(m, t) + i;
+                float *y = m->y + (size_t)t * m->y_stride + r;
+                int32_t sums[16];
+                dot(sums, o.q, x->qs);
+                *y = add_superblock_plain(i ? *y : 0, &o, x, n, family, sums);
+            }
+        }
+}
+/* Weights of 2 or 4 bytes, one partial sum per lane.  load(w, k): weight k of a row as a float. */
+static inline __attribute__((always_inline)) void mul_floats_plain(const struct ms4_mul *m,
+                                                                   float (*load)(const uint8_t *w, size_t k)) {
+    size_t n = (size_t)m->n_cols;
+    for (int r = 0; r < m->n_rows; r++) {
+        const uint8_t *w = m->w + (size_t)r * m->row_bytes;
+        for (int t = 0; t < m->n_tokens; t++) {
+            const float *x = mul_floats(m, t);
+            float part[16] = { 0 };
+            size_t k = 0;
+            for (; k + 16 <= n; k += 16)
+                for (size_t j = 0; j < 16; j++) part[j] = __builtin_fmaf(load(w, k + j), x[k + j], part[j]);
+            for (size_t j = 0; k + j < n; j++) part[j] = __builtin_fmaf(load(w, k + j), x[k + j], part[j]);
+            m->y[(size_t)t * m->y_stride + (size_t)r] = sum_16_plain(part);
+        }
+    }
+}
+static inline float load_f32_plain(const uint8_t *w, size_t k) { return ((const float *)w)[k]; }
+static inline float load_f16_plain(const uint8_t *w, size_t k) { return half_to_float(((const uint16_t *)w)[k]); }
+static inline float load_bf16_plain(const uint8_t *w, size_t k) { return bf16_to_float(((const uint16_t *)w)[k]); }
+
+/* Bytes of 256 weights of a type. */
+#define SUPERBLOCK_BYTES(type) (sizeof(block_##type) * SUPERBLOCK / PLAIN_WEIGHTS_##type)
+enum {
+#define X(name, id, weights, bytes, quantised) PLAIN_WEIGHTS_##name = weights,
+    MS4_TYPES(X)
+#undef X
+};
+#endif

@@ -1,0 +1,135 @@
+/* ref.c -- what each kernel means.  Plain C, no cleverness, sums in double: the fast kernels are tested against it.
+ * The block formats are in dequantize.c. */
+#include "dequantize.h"
+#include "ops.h"
+#include <math.h>
+#include <string.h>
+
+#define WEIGHTS_AT_ONCE SUPERBLOCK
+
+/* Both inputs of a product as exact numbers: x = d * q for quantised types. */
+static double activation(const void *x, int quantised, size_t k) {
+    if (!quantised) return ((const float *)x)[k];
+    const block_q8 *b = (const block_q8 *)x + k / SUPERBLOCK;
+    return (double)b->d * b->qs[k % SUPERBLOCK];
+}
+static void mul_ref(const struct ms4_mul *m, enum ms4_type type) {
+    const struct ms4_type_info *info = &ms4_type_infos[type];
+    size_t n_cols = (size_t)m->n_cols, unit = (size_t)info->weights;
+    for (int r = 0; r < m->n_rows; r++)
+        for (int t = 0; t < m->n_tokens; t++) {
+            const uint8_t *w = m->w + (size_t)r * m->row_bytes;
+            const uint8_t *x = (const uint8_t *)m->x + (size_t)(m->x_rows ? m->x_rows[t] : t) * m->x_stride;
+            double sum = 0;
+            for (size_t k = 0; k < n_cols; k += WEIGHTS_AT_ONCE) {
+                float weights[WEIGHTS_AT_ONCE];
+                size_t n = n_cols - k < WEIGHTS_AT_ONCE ? n_cols - k : WEIGHTS_AT_ONCE;
+                ops_ref.dequantize[type](weights, w + k / unit * (size_t)info->bytes, n);
+                for (size_t j = 0; j < n; j++) sum += weights[j] * activation(x, info->quantised, k + j);
+            }
+            m->y[(size_t)t * m->y_stride + (size_t)r] = (float)sum;
+        }
+}
+#define X(name, id, weights, bytes, quantised) \
+    static void mul_##name##_ref(const struct ms4_mul *m) { mul_ref(m, MS4_TYPE_##name); }
+MS4_TYPES(X)
+#undef X
+
+static void quantize_superblock_ref(block_q8 *out, const float *x, size_t n) {
+    double largest = 0;
+    int finite = 1;
+    memset(out, 0, sizeof *out);
+    for (size_t i = 0; i < n; i++) {
+        if (!isfinite(x[i])) finite = 0;
+        if (fabs((double)x[i]) > largest) largest = fabs((double)x[i]);
+    }
+    if (!finite) { out->d = NAN; return; }
+    if (largest < 0x1p-121) return;         /* 127 / largest would not be a float */
+    out->d = (float)(largest / 127);
+    for (size_t i = 0; i < n; i++) {
+        out->qs[i] = (int8_t)rint(x[i] * 127 / largest);
+        out->sums[i / 16] = (int16_t)(out->sums[i / 16] + out->qs[i]);
+    }
+}
+static void quantize_ref(block_q8 *out, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i += SUPERBLOCK)
+        quantize_superblock_ref(out + i / SUPERBLOCK, x + i, n - i < SUPERBLOCK ? n - i : SUPERBLOCK);
+}
+static void rms_norm_ref(float *out, const float *x, const float *weight, size_t n, float eps) {
+    double squares = 0;
+    for (size_t i = 0; i < n; i++) squares += (double)x[i] * x[i];
+    double factor = 1 / sqrt(squares / (double)n + eps);
+    for (size_t i = 0; i < n; i++) out[i] = (float)(x[i] * factor * weight[i]);
+}
+static void silu_mul_ref(float *out, const float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = (float)(gate[i] / (1 + exp(-(double)gate[i])) * up[i]);
+}
+static void add_scaled_ref(float *y, const float *x, float scale, size_t n) {
+    for (size_t i = 0; i < n; i++) y[i] = (float)((double)scale * x[i] + y[i]);
+}
+
+static void attend_row_ref(const struct ms4_attend *a, size_t row) {
+    double s[ATTEND_KEYS], largest = a->m[row], sum = 0;
+    size_t n_keys = (size_t)a->n_keys[row];
+    for (size_t j = 0; j < n_keys; j++) {
+        s[j] = 0;
+        for (size_t i = 0; i < (size_t)a->d_k; i++)
+            s[j] += (double)a->q[row * a->q_stride + i] * a->kt[i * ATTEND_KEYS + j];
+        if (s[j] > largest) largest = s[j];
+    }
+    if (largest == -INFINITY) return;
+    double factor = exp(a->m[row] - largest);
+    for (size_t j = 0; j < n_keys; j++) sum += s[j] = exp(s[j] - largest);
+    for (size_t i = 0; i < (size_t)a->d_v; i++) {
+        double o = a->o[row * a->o_stride + i] * factor;
+        for (size_t j = 0; j < n_keys; j++) o += s[j] * a->v[j * a->v_stride + i];
+        a->o[row * a->o_stride + i] = (float)o;
+    }
+    a->l[row] = (float)(a->l[row] * factor + sum);
+    a->m[row] = (float)largest;
+}
+static void attend_ref(const struct ms4_attend *a) {
+    for (int row = 0; row < a->n_q; row++)
+        if (a->n_keys[row] > 0) attend_row_ref(a, (size_t)row);
+}
+
+static void from_half_ref(float *out, const uint16_t *x, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = half_to_float(x[i]);
+}
+/* To the nearest of the two halves around x, or to the even one: their distance is 2^-10 of x's power of two. */
+static uint16_t half_from_float(float x) {
+    uint16_t sign = signbit(x) ? 0x8000 : 0;
+    double size = fabs((double)x);
+    int e;
+    if (isnan(x)) return sign | 0x7e00;
+    if (size >= 65520) return sign | 0x7c00;
+    if (size < 0x1p-14) return sign | (uint16_t)rint(size * 0x1p24);
+    frexp(size, &e);        /* size in [2^(e-1), 2^e) */
+    return sign | (uint16_t)(((e + 14) << 10) + (int)rint(ldexp(size, 11 - e)) - 1024);
+}
+static void to_half_ref(uint16_t *out, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = half_from_float(x[i]);
+}
+static void transpose_keys_ref(float *kt, const float *k, size_t k_stride, int32_t n_keys, int32_t d) {
+    for (size_t i = 0; i < (size_t)d; i++)
+        for (size_t j = 0; j < ATTEND_KEYS; j++)
+            kt[i * ATTEND_KEYS + j] = j < (size_t)n_keys ? k[j * k_stride + i] : 0;
+}
+
+const struct ms4_ops ops_ref = {
+    .isa = "ref",
+    .mul = {
+#define X(name, id, weights, bytes, quantised) [MS4_TYPE_##name] = mul_##name##_ref,
+        MS4_TYPES(X)
+#undef X
+    },
+    .dequantize = DEQUANTIZE_TABLE,
+    .quantize = quantize_ref,
+    .rms_norm = rms_norm_ref,
+    .silu_mul = silu_mul_ref,
+    .add_scaled = add_scaled_ref,
+    .attend = attend_ref,
+    .from_half = from_half_ref,
+    .to_half = to_half_ref,
+    .transpose_keys = transpose_keys_ref,
+};

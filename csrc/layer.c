@@ -1,0 +1,123 @@
+/* layer.c -- one decoder layer, in order: norm, attention, residual, norm, experts, residual (SPEC 2.1).
+ * n tokens at once; n == 1 is decode. */
+#include "model.h"
+
+typedef struct {
+    const step *st;
+    const layer_weights *w;
+    int32_t layer, per_item;
+    const float *norm;
+    int32_t quantise;
+} token_job;
+
+/* Runs fn over the tokens of a step, `per_item` at a time. */
+static void run_tokens(token_job *job, pool_fn *fn) {
+    job->per_item = job->st->n < 8 ? 1 : 8;
+    pool_run(job->st->e->pool, fn, job, (job->st->n + job->per_item - 1) / job->per_item, &job->st->s->stop);
+}
+static int32_t last_token(const token_job *job, int32_t item) {
+    return int_min((item + 1) * job->per_item, job->st->n);
+}
+/* h -> x (normalised), x_q */
+static void norm_item(void *context, int32_t item, int32_t thread) {
+    const token_job *job = context;
+    ms4_engine *e = job->st->e;
+    size_t d = (size_t)e->shape.d_model;
+    (void)thread;
+    for (int32_t t = item * job->per_item; t < last_token(job, item); t++) {
+        float *x = e->ws.x + (size_t)t * d;
+        e->ops->rms_norm(x, e->ws.h + (size_t)t * d, job->norm, d, e->shape.norm_eps);
+        if (job->quantise) e->ops->quantize(e->ws.x_q + (size_t)t * blocks_of(d), x, d);
+    }
+}
+/* Rotates the d_rope values of x in place, adjacent pairs; rope holds cos, sin of each pair (SPEC 2.2). */
+static void rotate(float *x, const float *rope, int32_t d_rope) {
+    for (int32_t i = 0; i < d_rope; i += 2) {
+        float a = x[i], b = x[i + 1], c = rope[i], s = rope[i + 1];
+        x[i] = a * c - b * s;
+        x[i + 1] = a * s + b * c;
+    }
+}
+/* q_a -> normalised, q_a_q; kv_a -> latent normalised, rope key rotated, both into the kv cache */
+static void latent_item(void *context, int32_t item, int32_t thread) {
+    const token_job *job = context;
+    ms4_engine *e = job->st->e;
+    const ms4_shape *s = &e->shape;
+    size_t d_kv = (size_t)(s->kv_rank + s->d_rope), rank = (size_t)s->q_rank;
+    (void)thread;
+    for (int32_t t = item * job->per_item; t < last_token(job, item); t++) {
+        float *q_a = e->ws.q_a + (size_t)t * rank, *kv = e->ws.kv_a + (size_t)t * d_kv;
+        e->ops->rms_norm(q_a, q_a, job->w->q_a_norm, rank, s->norm_eps);
+        if (matrix_quantised(&job->w->q_b)) e->ops->quantize(e->ws.q_a_q + (size_t)t * blocks_of(rank), q_a, rank);
+        e->ops->rms_norm(kv, kv, job->w->kv_a_norm, (size_t)s->kv_rank, s->norm_eps);
+        rotate(kv + s->kv_rank, e->ws.rope + (size_t)t * (size_t)s->d_rope, s->d_rope);
+        e->ops->to_half(kv_cache_at(&job->st->s->kv, job->layer, job->st->pos + t), kv, d_kv);
+    }
+}
+/* q -> rope part rotated, all of it times attn_scale and the query temperature s(pos) (SPEC 1.3) */
+static void query_item(void *context, int32_t item, int32_t thread) {
+    const token_job *job = context;
+    ms4_engine *e = job->st->e;
+    const ms4_shape *s = &e->shape;
+    int32_t d_head = s->d_nope + s->d_rope;
+    (void)thread;
+    for (int32_t t = item * job->per_item; t < last_token(job, item); t++) {
+        float *q = e->ws.q + (size_t)t * (size_t)(s->n_head * d_head);
+        int32_t steps = s->temp_length ? (job->st->pos + t) / s->temp_length : 0;
+        float scale = (float)(s->attn_scale * (1 + s->temp_beta * log1p(steps)));
+        for (int32_t h = 0; h < s->n_head; h++, q += d_head) {
+            rotate(q + s->d_nope, e->ws.rope + (size_t)t * (size_t)s->d_rope, s->d_rope);
+            for (int32_t i = 0; i < d_head; i++) q[i] *= scale;
+        }
+    }
+}
+static void quantise_o_item(void *context, int32_t item, int32_t thread) {
+    const token_job *job = context;
+    ms4_engine *e = job->st->e;
+    size_t d = (size_t)e->shape.n_head * (size_t)e->shape.d_value;
+    (void)thread;
+    for (int32_t t = item * job->per_item; t < last_token(job, item); t++)
+        e->ops->quantize(e->ws.o_q + (size_t)t * blocks_of(d), e->ws.o + (size_t)t * d, d);
+}
+static int canceled(const step *st) {
+    return atomic_load(&st->s->stop) ? error_set(MS4_ECANCELED, "canceled") : MS4_OK;
+}
+static int attention_block(const step *st, token_job *job) {
+    ms4_engine *e = st->e;
+    const ms4_shape *s = &e->shape;
+    const layer_weights *w = job->w;
+    workspace *ws = &e->ws;
+    size_t d = (size_t)s->d_model, d_o = (size_t)s->n_head * (size_t)s->d_value;
+    size_t d_q = (size_t)s->n_head * (size_t)(s->d_nope + s->d_rope);
+    activations x = { ws->x, ws->x_q, d, blocks_of(d) };
+    activations q_a = { ws->q_a, ws->q_a_q, (size_t)s->q_rank, blocks_of((size_t)s->q_rank) };
+    activations o = { ws->o, ws->o_q, d_o, blocks_of(d_o) };
+
+    job->norm = w->attn_norm;
+    job->quantise = matrix_quantised(&w->q_a) || matrix_quantised(&w->kv_a);
+    run_tokens(job, norm_item);
+    product first[2] = { { &w->q_a, x, ws->q_a, (size_t)s->q_rank, 0 },
+                         { &w->kv_a, x, ws->kv_a, (size_t)(s->kv_rank + s->d_rope), 0 } };
+    matmul(e->pool, e->ops, first, 2, st->n, &st->s->stop);
+    run_tokens(job, latent_item);
+    product second = { &w->q_b, q_a, ws->q, d_q, 0 };
+    matmul(e->pool, e->ops, &second, 1, st->n, &st->s->stop);
+    run_tokens(job, query_item);
+    TRY(canceled(st));
+    TRY(attention_forward(st, job->layer));
+    if (matrix_quantised(&w->output)) run_tokens(job, quantise_o_item);
+    product last = { &w->output, o, ws->h, d, 1 };
+    matmul(e->pool, e->ops, &last, 1, st->n, &st->s->stop);
+    return canceled(st);
+}
+int layer_forward(const step *st, int32_t layer) {
+    token_job job = { .st = st, .w = &st->e->layers[layer], .layer = layer };
+    TRY(attention_block(st, &job));
+    const expert_view *ffn = job.w->is_dense ? &job.w->dense : &job.w->shared;
+    job.norm = job.w->ffn_norm;
+    job.quantise = !ffn->gate.data || matrix_quantised(&ffn->gate) || matrix_quantised(&ffn->up);
+    job.quantise |= !job.w->is_dense;          /* routed experts may have another type than the shared one */
+    run_tokens(&job, norm_item);
+    TRY(moe_forward(st, layer));
+    return canceled(st);
+}

@@ -1,0 +1,131 @@
+/* ms4.h -- the engine's whole public C API.  Python reads the part between the cffi marks.
+ *
+ * Objects:  ms4_engine is one loaded model: weights, expert store, worker threads.
+ *           ms4_session is one line of tokens: its kv cache (latents) and its length.
+ * Errors:   functions that can fail return MS4_OK or a negative ms4_status; ms4_error() says why.
+ *           After a failure the object is as it was before the call.
+ * Memory:   _open gives, _close takes; _close(NULL) does nothing.  The engine copies what it keeps of
+ *           the caller's data.  Nothing is ever freed on the other side of this line.
+ * Threads:  an engine may serve many threads, a session one at a time; sessions of one engine take
+ *           turns inside.  Only ms4_session_cancel, ms4_session_progress and ms4_engine_stats may be
+ *           called at any time.  Not usable after fork().
+ */
+#ifndef MS4_H
+#define MS4_H
+#include <stddef.h>
+#include <stdint.h>
+/* cffi:begin */
+typedef struct ms4_engine ms4_engine;
+typedef struct ms4_session ms4_session;
+
+typedef enum {
+    MS4_OK = 0,
+    MS4_EARG = -1,       /* the caller's mistake: a bad argument or a wrong order of calls */
+    MS4_EIO = -2,        /* the model file could not be read, or changed while in use */
+    MS4_EMODEL = -3,     /* the tensor table does not describe a model this engine runs */
+    MS4_ENOMEM = -4,     /* not enough memory */
+    MS4_EFULL = -6,      /* the session's context is full */
+    MS4_ECANCELED = -7,  /* ms4_session_cancel was called */
+    MS4_ENUMBER = -8     /* the model gave a number that is not finite */
+} ms4_status;
+
+/* --- this process ------------------------------------------------------------------------- */
+const char *ms4_error(void);                      /* text of this thread's last failure */
+
+typedef struct {
+    const char *isa;             /* kernel table in use: "avx512", "avx2", "neon" or "ref" */
+    int32_t n_threads;           /* default number of threads: affinity and cgroup quota allow so many */
+} ms4_machine;
+int ms4_probe(ms4_machine *out);
+
+/* Bytes per second that n_threads threads read from memory (largest of a few passes over `bytes` bytes), and
+ * 8-bit multiply-adds per second of the kernel table's own matrix kernel on data in cache. */
+int ms4_measure(int32_t n_threads, uint64_t bytes, double *read_bytes_per_s, double *int8_macs_per_s);
+
+/* --- the model ---------------------------------------------------------------------------- */
+typedef struct {                 /* hyperparameters; names and meaning as in SPEC 1.2, 1.3 and 4.3 */
+    int32_t n_layer, n_dense_layer, n_vocab, n_ctx_train;
+    int32_t d_model, d_dense, d_expert, d_shared;
+    int32_t n_head, d_nope, d_rope, d_value, q_rank, kv_rank;
+    int32_t n_expert, n_expert_used;
+    float norm_eps, router_scale;
+    int32_t router_norm;         /* 1: weights of the chosen experts are divided by their sum */
+    double attn_scale;           /* multiplies q . k */
+    double temp_beta;            /* query temperature: 1 + temp_beta * ln(1 + floor(pos / temp_length)) */
+    int32_t temp_length;
+    double rope_freq[128];       /* inverse frequencies of the d_rope / 2 pairs, YaRN applied */
+} ms4_shape;
+
+typedef enum {                   /* what a tensor is for; comments give the GGUF names */
+    MS4_TOKEN_EMBD,              /* token_embd */
+    MS4_OUTPUT_NORM,             /* output_norm */
+    MS4_OUTPUT,                  /* output (or token_embd once more, if tied) */
+    MS4_ATTN_NORM,               /* blk.N.attn_norm, and so on */
+    MS4_ATTN_Q_A, MS4_ATTN_Q_A_NORM, MS4_ATTN_Q_B,
+    MS4_ATTN_KV_A_MQA, MS4_ATTN_KV_A_NORM,
+    MS4_ATTN_K_B, MS4_ATTN_V_B,  /* k_b: n_head x kv_rank rows of d_nope; v_b: n_head x d_value rows of kv_rank */
+    MS4_ATTN_KV_B,               /* instead of both: n_head x (d_nope + d_value) rows of kv_rank */
+    MS4_ATTN_OUTPUT,
+    MS4_FFN_NORM,
+    MS4_FFN_GATE, MS4_FFN_UP, MS4_FFN_DOWN,                     /* dense layers */
+    MS4_FFN_GATE_INP,                                           /* router */
+    MS4_FFN_GATE_EXPS, MS4_FFN_UP_EXPS, MS4_FFN_DOWN_EXPS,
+    MS4_FFN_GATE_UP_EXPS,                                       /* instead of gate and up: gate rows, then up rows */
+    MS4_FFN_GATE_SHEXP, MS4_FFN_UP_SHEXP, MS4_FFN_DOWN_SHEXP,
+    MS4_N_ROLES
+} ms4_role;
+
+typedef struct {                 /* one tensor of the file */
+    int32_t role;                /* ms4_role */
+    int32_t layer;               /* -1: not in a layer */
+    int32_t type;                /* GGUF type id */
+    int32_t file;                /* index into paths */
+    uint64_t offset, bytes;      /* in that file */
+    int64_t dims[3];             /* columns, rows, experts or heads (1 where there are none) */
+    const float *scales;         /* NVFP4: dims[2] multipliers of the results, or NULL */
+} ms4_tensor;
+
+typedef enum { MS4_LOAD_AUTO, MS4_LOAD_MAP, MS4_LOAD_COPY } ms4_load;
+
+typedef struct {
+    int32_t n_threads;           /* 0: as ms4_probe says */
+    int32_t load;                /* ms4_load: use the file's pages, or copy them into huge pages */
+    int32_t n_batch;             /* most tokens computed together in prefill; 0: 2048 */
+    /* called during a copy, from the opening thread; a non-zero answer ends the opening with MS4_ECANCELED */
+    int (*progress)(uint64_t done, uint64_t total, void *user);
+    void *user;
+} ms4_options;
+
+int ms4_engine_open(const ms4_shape *shape, const ms4_tensor *tensors, size_t n_tensors,
+                    const char *const *paths, size_t n_paths, const ms4_options *options, ms4_engine **out);
+void ms4_engine_close(ms4_engine *engine);
+
+typedef struct {
+    uint64_t tokens_prefill, tokens_decode, ns_prefill, ns_decode;   /* a call with one token is a decode */
+    uint64_t bytes_decode;       /* bytes of weights read by all decode calls together */
+    uint64_t experts_used;       /* (token, expert) pairs computed */
+    uint64_t bytes_weights;      /* bytes of the tensors in the table */
+    int32_t n_threads, load;     /* as chosen */
+    const char *isa;
+} ms4_stats;
+void ms4_engine_stats(ms4_engine *engine, ms4_stats *out);
+
+/* --- a line of tokens --------------------------------------------------------------------- */
+int ms4_session_open(ms4_engine *engine, int32_t n_ctx, ms4_session **out);
+void ms4_session_close(ms4_session *session);
+/* Appends n >= 1 positions.  tokens[i] >= 0 is a token; MS4_ROW takes the next row of `rows` (d_model floats each:
+ * image features).  logits: NULL, or room for n_vocab floats (all == 0: of the last position) or n x n_vocab floats
+ * (all == 1).  On failure nothing has been appended. */
+int ms4_session_feed(ms4_session *session, const int32_t *tokens, size_t n, const float *rows, size_t n_rows,
+                     float *logits, int32_t all);
+int32_t ms4_session_length(const ms4_session *session);
+int ms4_session_rewind(ms4_session *session, int32_t length);    /* forget everything after */
+void ms4_session_cancel(ms4_session *session);                   /* makes a running feed return MS4_ECANCELED */
+void ms4_session_progress(const ms4_session *session, uint64_t *done, uint64_t *total);   /* of the running feed */
+
+/* --- for the tests ------------------------------------------------------------------------ */
+struct ms4_ops;
+const struct ms4_ops *ms4_ops_for(const char *isa);              /* NULL: this machine cannot run it */
+/* cffi:end */
+#define MS4_ROW (-1)
+#endif

@@ -1,0 +1,74 @@
+/* ops.h -- the table of kernels.  One filled table per ISA; dispatch.c picks one when an engine opens.
+ *
+ * Kernels take pointers and counts, allocate nothing, log nothing and cannot fail; callers check shapes at load.
+ *
+ * One order of arithmetic, so that a token's numbers do not depend on how many tokens are computed together:
+ *   quantised weights   inside a superblock all sums are integers (exact, any order); across superblocks, for each
+ *                       output element on its own and in ascending order, with fused multiply-adds:
+ *                         K and IQ types   y = fma(x.d, fma(-dmin, (float)J, d * (float)I), y)
+ *                                          I = sum of scale_b * (q . x.q)_b,  J = sum of min_b * sum(x.q)_b;
+ *                                          types without mins: y = fma(x.d, d * (float)I, y)
+ *                         32-blocks        t = fma(d_b, (float)I_b, t) over the blocks b of the superblock, from t = 0
+ *                                          (types with mins then t = fma(m_b, (float)S_b, t)); y = fma(x.d, t, y)
+ *   float weights       16 partial sums, sum j takes elements k = j (mod 16) in ascending order by fma; then they are
+ *                       added as a tree: j with j+8, then +4, +2, +1.
+ * A kernel for one token and a kernel for many must therefore agree bit for bit; across ISAs only ref differs (it
+ * sums in double: it is the definition, and the yardstick for the rounding error of the others).
+ */
+#ifndef MS4_OPS_H
+#define MS4_OPS_H
+#include "quant.h"
+
+/* y[t * y_stride + r] = sum over k of w[r][k] * x[t'][k],  t' = x_rows ? x_rows[t] : t,  r < n_rows, t < n_tokens */
+struct ms4_mul {
+    const uint8_t *w;          /* n_rows rows of row_bytes bytes */
+    size_t row_bytes;
+    const void *x;             /* rows of block_q8 for quantised types, of float for F32, F16 and BF16 */
+    size_t x_stride;           /* bytes from one row of x to the next */
+    const int32_t *x_rows;     /* which row of x each token takes; NULL: row t */
+    float *y;
+    size_t y_stride;           /* floats from one token's results to the next */
+    int32_t n_rows, n_cols, n_tokens;
+};
+typedef void mul_fn(const struct ms4_mul *m);
+
+/* Attention of n_q query rows over one tile of at most ATTEND_KEYS keys, with running softmax (SPEC 2.2, 2.3):
+ *   s = q . k;  m' = max(m, max s);  o = o * exp(m - m') + sum exp(s - m') v;  l likewise.
+ * Scales are already folded into q.  Tiles begin at multiples of ATTEND_KEYS, so a row's numbers depend on its own
+ * position only.  A row with n_keys[i] == 0 is left untouched. */
+#define ATTEND_KEYS 32
+#define ATTEND_ROWS 8          /* most query rows of one call */
+struct ms4_attend {
+    const float *q;            /* n_q rows of d_k floats, q_stride floats apart */
+    const float *kt;           /* d_k rows of ATTEND_KEYS floats: the keys, transposed; absent keys are zero */
+    const float *v;            /* ATTEND_KEYS rows of d_v floats, v_stride floats apart; absent keys are zero */
+    float *o;                  /* n_q rows of d_v floats, o_stride floats apart: the unnormalised output */
+    float *m, *l;              /* per row: running maximum (start at -INFINITY) and running sum (start at 0) */
+    const int32_t *n_keys;     /* per row: how many keys of this tile it sees, from the first */
+    size_t q_stride, v_stride, o_stride;
+    int32_t n_q, d_k, d_v;     /* d_k and d_v: multiples of 8 */
+};
+
+struct ms4_ops {
+    const char *isa;
+    mul_fn *mul[MS4_N_TYPES];
+    void (*dequantize[MS4_N_TYPES])(float *out, const void *w, size_t n);        /* n weights, whole blocks */
+    void (*quantize)(block_q8 *out, const float *x, size_t n);                   /* n floats, a multiple of 32 */
+    void (*rms_norm)(float *out, const float *x, const float *weight, size_t n, float eps);
+    void (*silu_mul)(float *out, const float *gate, const float *up, size_t n);  /* silu(gate) * up */
+    void (*add_scaled)(float *y, const float *x, float scale, size_t n);         /* y = fma(scale, x, y) */
+    void (*attend)(const struct ms4_attend *a);
+    void (*from_half)(float *out, const uint16_t *x, size_t n);
+    void (*to_half)(uint16_t *out, const float *x, size_t n);                    /* round to nearest even */
+    /* kt[i * ATTEND_KEYS + j] = k[j * k_stride + i], i < d, j < n_keys <= ATTEND_KEYS; zero for other j */
+    void (*transpose_keys)(float *kt, const float *k, size_t k_stride, int32_t n_keys, int32_t d);
+};
+
+extern const struct ms4_ops ops_ref;
+extern const struct ms4_ops ops_neon;      /* AArch64 only: dotprod */
+extern const struct ms4_ops ops_avx2;      /* x86-64 only: AVX2 FMA F16C */
+extern const struct ms4_ops ops_avx512;    /* x86-64 only: F BW DQ VL VNNI */
+
+struct ms4_type_info { const char *name; int32_t id, weights, bytes, quantised; };
+extern const struct ms4_type_info ms4_type_infos[MS4_N_TYPES];                   /* types.c */
+#endif

@@ -1,0 +1,195 @@
+/* pool.c -- the worker threads.
+ *
+ * DESIGN.  A run is a counter that threads take items from.  The caller works too.  What it waits for at the end is
+ * not "every worker" but "every worker that came in": `gate` holds an OPEN bit and the number of workers inside.  A
+ * worker that the system did not wake in time therefore costs nothing, and when no item is left the caller closes
+ * the gate and waits only for items that are under way.
+ *
+ * Waiting is spinning for at most SPIN_NS, then sleeping on a futex.  Sleeping is not only polite: on a machine with
+ * a busy neighbour the idle core lets the kernel move a descheduled worker there, with the item that it holds.
+ *
+ * ORDER.  The fields of a run are written before the gate opens (release) and read after a worker has come in
+ * (acquire); what items wrote is visible after the last worker has left (release) and the caller has seen it
+ * (acquire).
+ */
+#define _GNU_SOURCE
+#include "pool.h"
+#include "error.h"
+#include "memory.h"
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define OPEN 0x40000000u
+#define QUIT 0x80000000u
+#define SPIN_NS 50000
+#define MAX_THREADS 512
+
+typedef struct { pool *owner; pthread_t thread; int32_t index; } worker;
+
+struct pool {
+    pool_fn *fn;
+    void *context;
+    const atomic_int *stop;
+    int32_t n_items, n_threads, n_started;
+    worker *workers;
+    _Alignas(64) atomic_int next;              /* first item that nobody has taken */
+    _Alignas(64) atomic_uint gate;             /* OPEN | QUIT | workers inside */
+    _Alignas(64) atomic_uint epoch;            /* counts runs; workers sleep on it */
+    atomic_int n_asleep;                       /* workers asleep on epoch */
+    atomic_int caller_asleep;                  /* the caller sleeps on gate */
+};
+
+static void futex_wait(atomic_uint *word, unsigned expected) {
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, expected, NULL, NULL, 0);
+}
+static void futex_wake(atomic_uint *word, int n) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, n, NULL, NULL, 0); }
+static void relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+static int64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+/* Waits until *word != value; registers in *asleep before it sleeps. */
+static void wait_change(atomic_uint *word, unsigned value, atomic_int *asleep) {
+    int64_t end = 0;
+    for (int i = 0; atomic_load_explicit(word, memory_order_acquire) == value; i++) {
+        relax();
+        if (i % 32 != 31) continue;
+        if (!end) end = now_ns() + SPIN_NS;
+        else if (now_ns() > end) {
+            atomic_fetch_add(asleep, 1);
+            while (atomic_load(word) == value) futex_wait(word, value);
+            atomic_fetch_sub(asleep, 1);
+        }
+    }
+}
+static void take_items(pool *p, int32_t thread) {
+    for (;;) {
+        int32_t i = atomic_fetch_add_explicit(&p->next, 1, memory_order_relaxed);
+        if (i >= p->n_items) return;
+        if (p->stop && atomic_load_explicit(p->stop, memory_order_relaxed)) continue;
+        p->fn(p->context, i, thread);
+    }
+}
+static int come_in(pool *p) {
+    unsigned g = atomic_load(&p->gate);
+    while (g & OPEN)
+        if (atomic_compare_exchange_weak(&p->gate, &g, g + 1)) return 1;
+    return 0;
+}
+static void go_out(pool *p) {
+    unsigned left = atomic_fetch_sub(&p->gate, 1) - 1;
+    if (!(left & OPEN) && !(left & ~QUIT) && atomic_load(&p->caller_asleep)) futex_wake(&p->gate, 1);
+}
+static void *work(void *arg) {
+    worker *w = arg;
+    pool *p = w->owner;
+    unsigned seen = 0;
+    for (;;) {
+        wait_change(&p->epoch, seen, &p->n_asleep);
+        seen = atomic_load(&p->epoch);
+        if (atomic_load(&p->gate) & QUIT) return NULL;
+        if (come_in(p)) {
+            take_items(p, w->index);
+            go_out(p);
+        }
+    }
+}
+void pool_run(pool *p, pool_fn *fn, void *context, int32_t n_items, const atomic_int *stop) {
+    if (n_items < 1) return;
+    p->fn = fn;
+    p->context = context;
+    p->stop = stop;
+    p->n_items = n_items;
+    atomic_store_explicit(&p->next, 0, memory_order_relaxed);
+    int shared = n_items > 1 && p->n_started > 0;
+    if (shared) {
+        atomic_fetch_or(&p->gate, OPEN);
+        atomic_fetch_add(&p->epoch, 1);
+        if (atomic_load(&p->n_asleep)) futex_wake(&p->epoch, n_items - 1);
+    }
+    take_items(p, 0);
+    if (!shared) return;
+    for (unsigned g = atomic_fetch_and(&p->gate, ~OPEN) & ~OPEN; g; g = atomic_load(&p->gate))
+        wait_change(&p->gate, g, &p->caller_asleep);
+    atomic_thread_fence(memory_order_acquire);
+}
+int32_t pool_size(const pool *p) { return p->n_threads; }
+
+/* CPUs that the cgroup's quota allows, rounded down but at least 1; INT32_MAX without a quota. */
+static int32_t quota_threads(void) {
+    long long quota = -1, period = 100000;
+    FILE *f = fopen("/sys/fs/cgroup/cpu.max", "r");
+    if (f) {
+        if (fscanf(f, "%lld %lld", &quota, &period) != 2) quota = -1;
+        fclose(f);
+    } else if ((f = fopen("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "r"))) {
+        if (fscanf(f, "%lld", &quota) != 1) quota = -1;
+        fclose(f);
+        if ((f = fopen("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "r"))) {
+            if (fscanf(f, "%lld", &period) != 1) period = 100000;
+            fclose(f);
+        }
+    }
+    if (quota <= 0 || period <= 0) return INT32_MAX;
+    return quota < period ? 1 : (int32_t)(quota / period);
+}
+int32_t pool_default_threads(void) {
+    cpu_set_t set;
+    int32_t n = sched_getaffinity(0, sizeof set, &set) ? (int32_t)sysconf(_SC_NPROCESSORS_ONLN) : CPU_COUNT(&set);
+    int32_t quota = quota_threads();
+    if (n > quota) n = quota;
+    return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : n;
+}
+int pool_open(int32_t n_threads, pool **out) {
+    FAIL_IF(n_threads < 1 || n_threads > MAX_THREADS, MS4_EARG, "%d threads: 1 to %d", n_threads, MAX_THREADS);
+    pool *p = memory_take(1, sizeof *p);
+    worker *workers = memory_take((size_t)n_threads, sizeof *workers);
+    if (!p || !workers) {
+        memory_give(p);
+        memory_give(workers);
+        return error_set(MS4_ENOMEM, "no memory for worker threads");
+    }
+    p->n_threads = n_threads;
+    p->workers = workers;
+    sigset_t all, before;                      /* signals belong to the caller's threads */
+    sigfillset(&all);
+    sigdelset(&all, SIGBUS);                   /* but a fault must reach its handler */
+    sigdelset(&all, SIGSEGV);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    for (int32_t i = 1; i < n_threads; i++) {
+        workers[i] = (worker){ .owner = p, .index = i };
+        if (pthread_create(&workers[i].thread, NULL, work, &workers[i])) break;
+        p->n_started++;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (p->n_started + 1 < n_threads) {
+        int32_t got = p->n_started + 1;
+        pool_close(p);
+        return error_set(MS4_ENOMEM, "the system gave %d of %d threads; ask for fewer", got, n_threads);
+    }
+    *out = p;
+    return MS4_OK;
+}
+void pool_close(pool *p) {
+    if (!p) return;
+    atomic_fetch_or(&p->gate, QUIT);
+    atomic_fetch_add(&p->epoch, 1);
+    futex_wake(&p->epoch, MAX_THREADS);
+    for (int32_t i = 1; i <= p->n_started; i++) pthread_join(p->workers[i].thread, NULL);
+    memory_give(p->workers);
+    memory_give(p);
+}

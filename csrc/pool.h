@@ -1,0 +1,17 @@
+/* pool.h -- persistent worker threads that share out small items of work. */
+#ifndef MS4_POOL_H
+#define MS4_POOL_H
+#include <stdatomic.h>
+#include <stdint.h>
+typedef struct pool pool;
+/* One item of work.  thread is 0 .. pool_size - 1: no two items with the same thread number run at once. */
+typedef void pool_fn(void *context, int32_t item, int32_t thread);
+
+int32_t pool_default_threads(void);            /* what affinity and cgroup quota allow */
+int pool_open(int32_t n_threads, pool **out);  /* n_threads counts the thread that calls pool_run */
+void pool_close(pool *p);
+int32_t pool_size(const pool *p);
+/* Runs fn(context, 0 .. n_items - 1) and returns when all are done.  Items start in order, in whichever thread is
+ * free; once *stop (may be NULL) is not 0, the remaining ones are left out. */
+void pool_run(pool *p, pool_fn *fn, void *context, int32_t n_items, const atomic_int *stop);
+#endif
