@@ -32,6 +32,15 @@ ROLES = {
     ).split()
 }
 
+# The same for a vision tower: "v." and "mm." names without "blk.N." and ".weight".
+VISION_ROLES = {
+    name: getattr(lib, "MS4_" + name.upper().replace(".", "_"))
+    for name in (
+        "v.patch_embd v.pre_ln v.ln1 v.ln2 v.attn_q v.attn_k v.attn_v v.attn_out v.ffn_gate v.ffn_up v.ffn_down "
+        "mm.input_norm mm.patch_merger mm.1 mm.1_bias mm.2 mm.2_bias"
+    ).split()
+}
+
 
 class EngineError(Exception):
     """The engine could not do it; `status` is one of the MS4_ codes."""
@@ -97,6 +106,22 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class VisionShape:
+    """A vision tower with its projector; SPEC 3.1.  gelu: the tower's activation is GELU, not SiLU."""
+
+    n_layer: int
+    d_model: int
+    d_ffn: int
+    n_head: int
+    patch_size: int
+    merge: int
+    d_out: int
+    gelu: bool
+    eps: float
+    rope_theta: float
+
+
+@dataclass(frozen=True)
 class Machine:
     isa: str
     n_threads: int
@@ -145,12 +170,25 @@ def measure(n_threads: int, n_bytes: int) -> tuple[float, float]:
     return read[0], macs[0]
 
 
+def tensor_table(tensors: Sequence[Tensor], roles: dict[str, int]) -> tuple[Any, list[Any]]:
+    """The C table of the tensors, and what must stay alive while it is used."""
+    keep: list[Any] = []
+    table = ffi.new("ms4_tensor[]", len(tensors))
+    for row, t in zip(table, tensors, strict=True):
+        row.role, row.layer, row.type, row.file = roles[t.role], t.layer, t.type, t.file
+        row.offset, row.bytes, row.dims = t.offset, t.bytes, list(t.dims)
+        if t.scales is not None:
+            keep.append(ffi.from_buffer("float[]", np.ascontiguousarray(t.scales, np.float32)))
+            row.scales = keep[-1]
+    return table, keep
+
+
 class Engine:
     """One loaded model.  Made by `Engine.open`."""
 
     def __init__(self, handle: Any, shape: Shape) -> None:
         self._handle = handle
-        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._children: weakref.WeakSet[Session | Vision] = weakref.WeakSet()
         self.shape = shape
 
     @classmethod
@@ -175,14 +213,7 @@ class Engine:
                 c_shape.rope_freq[0 : len(value)] = list(value)
             else:
                 setattr(c_shape, name, value)
-        keep: list[Any] = []
-        table = ffi.new("ms4_tensor[]", len(tensors))
-        for row, t in zip(table, tensors, strict=True):
-            row.role, row.layer, row.type, row.file = ROLES[t.role], t.layer, t.type, t.file
-            row.offset, row.bytes, row.dims = t.offset, t.bytes, list(t.dims)
-            if t.scales is not None:
-                keep.append(ffi.from_buffer("float[]", np.ascontiguousarray(t.scales, np.float32)))
-                row.scales = keep[-1]
+        table, keep = tensor_table(tensors, ROLES)
         names = [ffi.new("char[]", os.fsencode(p)) for p in paths]
         options = ffi.new("ms4_options *")
         options.n_threads, options.load, options.n_batch = threads, LOAD[load], n_batch
@@ -199,8 +230,18 @@ class Engine:
         out = ffi.new("ms4_session **")
         check(lib.ms4_session_open(self._live(), n_ctx, out))
         session = Session(out[0], self, n_ctx)
-        self._sessions.add(session)
+        self._children.add(session)
         return session
+
+    def vision(self, shape: VisionShape, tensors: Sequence[Tensor], path: str | os.PathLike[str]) -> Vision:
+        """Opens a vision tower whose features fit this model; roles are keys of VISION_ROLES."""
+        c_shape = ffi.new("ms4_vision_shape *", shape.__dict__)
+        table, _keep = tensor_table(tensors, VISION_ROLES)
+        out = ffi.new("ms4_vision **")
+        check(lib.ms4_vision_open(self._live(), c_shape, table, len(tensors), os.fsencode(path), out))
+        vision = Vision(out[0], shape)
+        self._children.add(vision)
+        return vision
 
     def stats(self) -> Stats:
         s = ffi.new("ms4_stats *")
@@ -210,9 +251,9 @@ class Engine:
         return Stats(*numbers, load, ffi.string(s.isa).decode())
 
     def close(self) -> None:
-        """Frees the model, and the sessions that are still open."""
-        for session in list(self._sessions):
-            session.close()
+        """Frees the model, and the sessions and vision towers that are still open."""
+        for child in list(self._children):
+            child.close()
         handle, self._handle = self._handle, None
         if handle is not None:
             lib.ms4_engine_close(handle)
@@ -295,3 +336,48 @@ class Session:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+class Vision:
+    """A vision tower of an engine.  Made by `Engine.vision`."""
+
+    def __init__(self, handle: Any, shape: VisionShape) -> None:
+        self._handle = handle
+        self.shape = shape
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Normalised pixels, float32 [3, height, width], to features, float32 [rows * columns, d_out], raster order.
+
+        Both sides are multiples of patch_size * merge.  Ctrl-C does not interrupt it; `cancel` does.
+        """
+        pixels = np.ascontiguousarray(pixels, np.float32)
+        side = self.shape.patch_size * self.shape.merge
+        if pixels.ndim != 3 or pixels.shape[0] != 3:
+            raise ValueError(f"pixels of {pixels.shape}; expected (3, height, width)")
+        _, height, width = pixels.shape
+        out = np.empty((height // side * (width // side), self.shape.d_out), np.float32)
+        c_out = ffi.from_buffer("float[]", out, require_writable=True)
+        check(lib.ms4_vision_encode(self._live(), ffi.from_buffer("float[]", pixels), width, height, c_out))
+        return out
+
+    def cancel(self) -> None:
+        """Makes a running `encode` raise Canceled.  May be called from any thread at any time."""
+        if self._handle is not None:
+            lib.ms4_vision_cancel(self._handle)
+
+    def progress(self) -> tuple[int, int]:
+        """(layers done, layers) of the running `encode`.  May be called from any thread."""
+        done, total = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        if self._handle is not None:
+            lib.ms4_vision_progress(self._handle, done, total)
+        return done[0], total[0]
+
+    def close(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            lib.ms4_vision_close(handle)
+
+    def _live(self) -> Any:
+        if self._handle is None:
+            raise ValueError("the vision tower is closed")
+        return self._handle

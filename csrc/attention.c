@@ -6,14 +6,15 @@
  * W_uv is applied to what they collect.  Keys are cut into segments at multiples of SEGMENT; a query attends to each
  * segment afresh and the results are merged in order.  So decode can hand out segments as items of work, and a
  * token's numbers are the same whether it came alone or in a chunk.
- * Expanded: per head, keys and values are made from the latents once and used by every query of the chunk; less
- * arithmetic per pair, so it is taken from EXPAND_TOKENS tokens on.  It differs from absorbed only in rounding.
+ * Expanded: per head, keys and values are made from the latents once and used by every query of the chunk: less
+ * arithmetic per pair, more per key.  The two differ in rounding only, but 8-bit activations turn a difference in the
+ * last bit into one in the third digit; so the form is chosen once for all that is fed together (attention_expands),
+ * and never by how it is cut into steps.
  */
 #include "model.h"
 #include <string.h>
 
 #define SEGMENT (4 * ATTEND_KEYS)
-#define EXPAND_TOKENS 257
 #define ROW_TOKENS 4           /* tokens of one absorbed item in prefill */
 
 typedef struct {
@@ -273,11 +274,19 @@ int attention_prepare(const step *st) {
     e->ws.scratch_floats = needs;
     return MS4_OK;
 }
+/* Multiply-adds per (query, key): absorbed n_head (2 kv_rank + d_rope), expanded n_head (d_nope + d_rope + d_value);
+ * expanding costs n_head (d_nope + d_value) kv_rank for each key, absorbing as much for each query (SPEC 2.3). */
+int attention_expands(const ms4_shape *s, int32_t pos, size_t n) {
+    double per_key = (double)(s->d_nope + s->d_value) * s->kv_rank;
+    double saved = 2.0 * s->kv_rank + s->d_rope - (s->d_nope + s->d_rope + s->d_value);
+    double pairs = (double)n * ((double)pos + (double)n / 2);
+    return n > 2 * TOKEN_TILE && (double)pos * per_key < pairs * saved;
+}
 int attention_forward(const step *st, int32_t layer) {
     ms4_engine *e = st->e;
     attend_job job = { .st = st, .w = &e->layers[layer], .layer = layer,
                        .d_latent = (size_t)(e->shape.kv_rank + e->shape.d_rope) };
-    if (st->n < EXPAND_TOKENS) return attend_absorbed(&job);
+    if (!st->expand) return attend_absorbed(&job);
     job.n_groups = (2 * pool_size(e->pool) + e->shape.n_head - 1) / e->shape.n_head;
     pool_run(e->pool, expand_item, &job, e->shape.n_head * job.n_groups, &st->s->stop);
     return MS4_OK;

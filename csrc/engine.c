@@ -9,7 +9,7 @@ static int type_of(int32_t id) {
     return -1;
 }
 /* --- one tensor --------------------------------------------------------------------------- */
-static int bind(const ms4_engine *e, const ms4_tensor *t, matrix *out) {
+int matrix_bind(const files *f, const ms4_tensor *t, matrix *out) {
     int type = type_of(t->type);
     FAIL_IF(type < 0, MS4_EMODEL, "tensor role %d of layer %d: type %d is not supported", t->role, t->layer, t->type);
     const struct ms4_type_info *info = &ms4_type_infos[type];
@@ -22,13 +22,13 @@ static int bind(const ms4_engine *e, const ms4_tensor *t, matrix *out) {
                 || bytes != t->bytes,
             MS4_EMODEL, "tensor role %d of layer %d: its dimensions do not give %llu bytes", t->role, t->layer,
             (unsigned long long)t->bytes);
-    const uint8_t *data = files_at(e->files, t->file, t->offset, bytes);
+    const uint8_t *data = files_at(f, t->file, t->offset, bytes);
     FAIL_IF(!data, MS4_EMODEL, "tensor role %d of layer %d lies outside its file", t->role, t->layer);
     FAIL_IF((uintptr_t)data % 4, MS4_EMODEL, "tensor role %d of layer %d is not aligned", t->role, t->layer);
     *out = (matrix){ .data = data, .row_bytes = row, .slice_bytes = slice, .type = type,
                      .n_rows = (int32_t)t->dims[1], .n_cols = (int32_t)t->dims[0], .n_slices = (int32_t)t->dims[2] };
     if (!t->scales) return MS4_OK;
-    float *scales = memory_take((size_t)out->n_slices, sizeof *scales);   /* freed by close_matrix */
+    float *scales = memory_take((size_t)out->n_slices, sizeof *scales);   /* owned by whoever binds */
     FAIL_IF(!scales, MS4_ENOMEM, "no memory for tensor scales");
     memcpy(scales, t->scales, (size_t)out->n_slices * sizeof *scales);
     out->scales = scales;
@@ -138,7 +138,7 @@ static int bind_all(ms4_engine *e, const ms4_tensor *tensors, size_t n_tensors, 
         FAIL_IF((t->layer < 0) != (t->role <= MS4_OUTPUT), MS4_EMODEL, "tensor role %d cannot be in layer %d", t->role, t->layer);
         matrix *place = &roles[(size_t)(t->layer < 0 ? s->n_layer : t->layer) * MS4_N_ROLES + (size_t)t->role];
         FAIL_IF(place->data, MS4_EMODEL, "tensor role %d of layer %d appears twice", t->role, t->layer);
-        TRY(bind(e, t, place));
+        TRY(matrix_bind(e->files, t, place));
         e->stats.bytes_weights += t->bytes;
     }
     const matrix *whole = &roles[n_layer * MS4_N_ROLES];

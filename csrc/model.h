@@ -87,15 +87,18 @@ typedef struct {
     ms4_engine *e;
     ms4_session *s;
     int32_t n, pos;
+    int32_t expand;                                           /* attention in expanded form */
 } step;
 
 static inline size_t size_max(size_t a, size_t b) { return a > b ? a : b; }
 static inline int32_t int_min(int32_t a, int32_t b) { return a < b ? a : b; }
 
+int matrix_bind(const files *f, const ms4_tensor *t, matrix *out);   /* engine.c: checks a tensor and finds its bytes */
 int workspace_grow(ms4_engine *e, int32_t n_tokens);          /* workspace.c */
 int workspace_room(float **buffer, size_t *has, size_t needs);
 void workspace_close(ms4_engine *e);
 int layer_forward(const step *st, int32_t layer);             /* layer.c: adds one layer to ws.h */
+int attention_expands(const ms4_shape *s, int32_t pos, size_t n);   /* attention.c: is that form cheaper? */
 int attention_prepare(const step *st);                        /* attention.c: scratch for the step */
 int attention_forward(const step *st, int32_t layer);         /* q, kv cache -> o */
 int moe_forward(const step *st, int32_t layer);               /* moe.c: x -> added to h */

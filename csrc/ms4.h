@@ -123,6 +123,35 @@ int ms4_session_rewind(ms4_session *session, int32_t length);    /* forget every
 void ms4_session_cancel(ms4_session *session);                   /* makes a running feed return MS4_ECANCELED */
 void ms4_session_progress(const ms4_session *session, uint64_t *done, uint64_t *total);   /* of the running feed */
 
+/* --- images ------------------------------------------------------------------------------- */
+typedef struct ms4_vision ms4_vision;            /* a vision tower with its projector (SPEC 3); belongs to an engine */
+
+typedef struct {
+    int32_t n_layer, d_model, d_ffn, n_head, patch_size, merge, d_out;
+    int32_t gelu;                /* activation of the tower: 1 GELU, 0 SiLU */
+    float eps, rope_theta;
+} ms4_vision_shape;
+
+typedef enum {
+    MS4_V_PATCH_EMBD, MS4_V_PRE_LN,
+    MS4_V_LN1, MS4_V_LN2, MS4_V_ATTN_Q, MS4_V_ATTN_K, MS4_V_ATTN_V, MS4_V_ATTN_OUT,
+    MS4_V_FFN_GATE, MS4_V_FFN_UP, MS4_V_FFN_DOWN,
+    MS4_MM_INPUT_NORM, MS4_MM_PATCH_MERGER,                     /* only with merge > 1 */
+    MS4_MM_1, MS4_MM_1_BIAS, MS4_MM_2, MS4_MM_2_BIAS,           /* biases are optional */
+    MS4_N_VISION_ROLES
+} ms4_vision_role;
+
+/* tensors: as for an engine, with ms4_vision_role.  The vision object uses the engine's threads and takes turns with
+ * its sessions; close it before the engine. */
+int ms4_vision_open(ms4_engine *engine, const ms4_vision_shape *shape, const ms4_tensor *tensors, size_t n_tensors,
+                    const char *path, ms4_vision **out);
+void ms4_vision_close(ms4_vision *vision);
+/* pixels: 3 x height x width floats, normalised; both sides multiples of patch_size * merge.
+ * features: (height / side) x (width / side) rows of d_out floats in raster order, side = patch_size * merge. */
+int ms4_vision_encode(ms4_vision *vision, const float *pixels, int32_t width, int32_t height, float *features);
+void ms4_vision_cancel(ms4_vision *vision);                      /* makes a running encode return MS4_ECANCELED */
+void ms4_vision_progress(const ms4_vision *vision, uint64_t *done, uint64_t *total);   /* layers; from any thread */
+
 /* --- for the tests ------------------------------------------------------------------------ */
 struct ms4_ops;
 const struct ms4_ops *ms4_ops_for(const char *isa);              /* NULL: this machine cannot run it */

@@ -103,8 +103,9 @@ static int run_step(const step *st, const int32_t *tokens, const float **rows, i
 }
 static int run_steps(ms4_session *s, const int32_t *tokens, int32_t n, const float *rows, float *logits, int32_t all) {
     ms4_engine *e = s->engine;
+    int32_t expand = attention_expands(&e->shape, s->length, (size_t)n);
     for (int32_t at = 0; at < n; at += e->n_batch) {
-        step st = { e, s, int_min(e->n_batch, n - at), s->length + at };
+        step st = { e, s, int_min(e->n_batch, n - at), s->length + at, expand };
         int32_t n_out = !logits ? 0 : all ? st.n : at + st.n == n;
         TRY(run_step(&st, tokens + at, &rows, n_out, all && logits ? logits + (size_t)at * (size_t)e->shape.n_vocab : logits));
     }

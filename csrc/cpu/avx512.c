@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")
 #include "avx512_gemm.h"
+#include "avx512_gemv.h"
 #include "avx512_panel.h"
 #include "dequantize.h"
 #include "plain.h"
@@ -14,6 +15,25 @@ FILL_OPENED(iq2_xxs, FAMILY_SCALES) FILL_OPENED(iq2_xs, FAMILY_SCALES) FILL_OPEN
 FILL_OPENED(iq1_s, FAMILY_SCALES) FILL_OPENED(iq4_nl, FAMILY_BLOCKS) FILL_OPENED(iq3_s, FAMILY_SCALES) FILL_OPENED(iq2_s, FAMILY_SCALES)
 FILL_OPENED(iq4_xs, FAMILY_SCALES) FILL_OPENED(iq1_m, FAMILY_SCALES) FILL_OPENED(mxfp4, FAMILY_BLOCKS) FILL_OPENED(nvfp4, FAMILY_BLOCKS_16)
 
+static __m512 dot_none(panel_rows rows, const block_q8 *x, int blocks) { (void)rows; (void)x; (void)blocks; return _mm512_setzero_ps(); }
+#define dot_q8_0 dot_none
+#define dot_nvfp4 dot_none
+#define dot_mxfp4 dot_none
+#define dot_iq1_m dot_none
+#define dot_iq4_xs dot_none
+#define dot_iq2_s dot_none
+#define dot_iq3_s dot_none
+#define dot_iq4_nl dot_none
+#define dot_iq1_s dot_none
+#define dot_iq3_xxs dot_none
+#define dot_iq2_xs dot_none
+#define dot_iq2_xxs dot_none
+#define dot_q3_k dot_none
+#define dot_q5_1 dot_none
+#define dot_q5_0 dot_none
+#define dot_q4_1 dot_none
+#define dot_q4_0 dot_none
+#define GEMV_TOKENS(type) (dot_##type == dot_none ? 0 : 2)
 /* X(type, layout, offset) */
 #define AVX512_TYPES(X) \
     X(q4_0, float_blocks, 128) X(q4_1, float_blocks_min, 0) X(q5_0, float_blocks, 128) X(q5_1, float_blocks_min, 0) \
@@ -22,7 +42,7 @@ FILL_OPENED(iq4_xs, FAMILY_SCALES) FILL_OPENED(iq1_m, FAMILY_SCALES) FILL_OPENED
     X(iq3_s, groups, 128) X(iq2_s, groups, 128) X(iq4_xs, groups, 128) X(iq1_m, groups, 128) X(mxfp4, float_blocks, 128) \
     X(nvfp4, float_groups, 128)
 #define X(type, layout, offset) \
-    static void mul_##type##_avx512(const struct ms4_mul *m) { gemm(m, fill_##type, tiles_##layout, offset, SUPERBLOCK_BYTES(type)); }
+    static void mul_##type##_avx512(const struct ms4_mul *m) { if (m->n_tokens <= GEMV_TOKENS(type)) gemv(m, dot_##type, SUPERBLOCK_BYTES(type)); else gemm(m, fill_##type, tiles_##layout, offset, SUPERBLOCK_BYTES(type)); }
 AVX512_TYPES(X)
 #undef X
 static void mul_q2_k_avx512(const struct ms4_mul *m) { mul_opened_plain(m, unpack_q2_k, SUPERBLOCK_BYTES(q2_k), FAMILY_MINS, dot_groups_plain); }

@@ -130,6 +130,10 @@ typedef void fill_fn(struct panel *p, const uint8_t *const *rows, int blocks);
 static inline const block_q8 *x_row(const struct ms4_mul *m, int t) {
     return (const void *)((const char *)m->x + (size_t)(m->x_rows ? m->x_rows[t] : t) * m->x_stride);
 }
+/* The next 16 rows follow these in memory: their lines are fetched a share at a time, while these are multiplied. */
+static inline void prefetch_rows(const uint8_t *w, size_t n) {
+    for (size_t i = 0; i < n; i += 64) _mm_prefetch((const char *)w + i, _MM_HINT_T1);
+}
 /* bytes: of a superblock of weights */
 static void gemm(const struct ms4_mul *m, fill_fn *fill, tiles_fn *tiles, int offset, size_t bytes) {
     const int n_superblocks = (m->n_cols + SUPERBLOCK - 1) / SUPERBLOCK;
@@ -147,9 +151,7 @@ static void gemm(const struct ms4_mul *m, fill_fn *fill, tiles_fn *tiles, int of
             memset(y, 0, (size_t)n_tokens * PANEL_ROWS * sizeof *y);
             for (int i = 0; i < n_superblocks; i++) {
                 const int blocks = (m->n_cols - i * SUPERBLOCK) / 32;
-                /* the next 16 rows follow these in memory: fetch their share of lines now */
-                if (ahead) for (size_t line = 0; line < bytes * PANEL_ROWS; line += 64)
-                    _mm_prefetch(rows[0] + ahead + (size_t)i * bytes * (PANEL_ROWS - 1) + line, _MM_HINT_T1);
+                if (ahead) prefetch_rows(rows[0] + ahead + (size_t)i * bytes * (PANEL_ROWS - 1), bytes * PANEL_ROWS);
                 fill(&p, rows, blocks < 8 ? blocks : 8);
                 tiles(&p, x, (size_t)i, y, n_tokens, offset);
                 for (int r = 0; r < PANEL_ROWS; r++) rows[r] += bytes;
