@@ -1,4 +1,5 @@
-/* memory.c -- aligned memory, pages, and failure on demand: MS4_FAIL_ALLOC=N makes the Nth request fail. */
+/* memory.c -- aligned memory, pages, and failure on demand: MS4_FAIL_ALLOC=N makes the Nth request fail, counted
+ * from the first one after the variable was set. */
 #include "memory.h"
 #include <stdatomic.h>
 #include <stdint.h>
@@ -10,7 +11,9 @@ static atomic_long n_taken;
 
 static int must_fail(void) {
     const char *at = getenv("MS4_FAIL_ALLOC");
-    return at && atomic_fetch_add(&n_taken, 1) + 1 == strtol(at, NULL, 10);
+    if (at) return atomic_fetch_add(&n_taken, 1) + 1 == strtol(at, NULL, 10);
+    atomic_store(&n_taken, 0);
+    return 0;
 }
 void *memory_take(size_t n, size_t size) {
     size_t bytes;

@@ -75,49 +75,71 @@ static inline __m512i sum_k_mins(const __m512i *mins, const block_q8 *x) {
     l = _mm512_dpbusd_epi32(l, mins[1], _mm512_broadcastd_epi32(_mm_srli_epi64(low, 32)));
     return _mm512_add_epi32(_mm512_slli_epi32(h, 7), l);
 }
-/* Scale bytes a (in the lower half) and b (in the upper) of a broadcast dword, as 16 bits. */
-static inline __m512i spread_scales(uint32_t scales, char a, char b) {
-    const __m256i low = _mm256_set1_epi16((short)(0x8000 | a)), high = _mm256_set1_epi16((short)(0x8000 | b));
-    return _mm512_shuffle_epi8(_mm512_set1_epi32((int)scales), _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+/* Blocks of one row in the lanes of a pair of vectors: w0 and w1 are 16-byte chunks 0..3 and 4..7; even ones are first
+ * halves of blocks, odd ones second halves, so that both halves of a block add up in one lane. */
+static inline __m512i even_chunks(__m512i w0, __m512i w1) { return _mm512_shuffle_i64x2(w0, w1, 0x88); }
+static inline __m512i odd_chunks(__m512i w0, __m512i w1) { return _mm512_shuffle_i64x2(w0, w1, 0xdd); }
+static inline __m512i lane_bytes(int a, int b, int c, int d) {
+    const __m256i low = _mm256_setr_m128i(_mm_set1_epi8((char)a), _mm_set1_epi8((char)b));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_setr_m128i(_mm_set1_epi8((char)c), _mm_set1_epi8((char)d)), 1);
 }
-static inline __attribute__((always_inline)) __m512 dot_k(panel_rows rows, const block_q8 *x, const int has_high) {
-    const struct k_header k = load_k_header(rows);
-    const __m512i x0 = load_512(x->qs), x1 = load_512(x->qs + 64), x2 = load_512(x->qs + 128), x3 = load_512(x->qs + 192);
-    /* blocks 0 and 2, 1 and 3, 4 and 6, 5 and 7: what the low and high nibbles of 64 bytes are */
-    const __m512i v[4] = { _mm512_shuffle_i64x2(x0, x1, 0x44), _mm512_shuffle_i64x2(x0, x1, 0xee),
-                           _mm512_shuffle_i64x2(x2, x3, 0x44), _mm512_shuffle_i64x2(x2, x3, 0xee) };
+/* The products of the 8 blocks of four rows: even blocks in the lanes of even[r], odd ones in those of odd[r].  The rows
+ * go side by side through each step, so that neighbouring instructions do not wait for each other. */
+static inline __attribute__((always_inline)) void dot_k_rows(__m512i *even, __m512i *odd, panel_rows rows, const __m512i *x,
+                                                             const int has_high) {
     const size_t at = has_high ? offsetof(block_q5_k, qs) : offsetof(block_q4_k, qs);
-    uint32_t scales[2][PANEL_ROWS];
-    __m512i sums[4];
-    _mm512_storeu_si512(scales[0], k.scales[0]);
-    _mm512_storeu_si512(scales[1], k.scales[1]);
-    for (int r = 0; r < PANEL_ROWS; r += 4) {
-        __m512i acc[4];
-        for (int j = 0; j < 4; j++) {
-            acc[j] = _mm512_setzero_si512();
-            __m512i high = has_high ? _mm512_broadcast_i64x4(load_256(rows[r + j] + offsetof(block_q5_k, qh))) : acc[j];
-            for (int h = 0; h < 2; h++) {
-                const __m512i w = load_512(rows[r + j] + at + (size_t)h * 64);
-                __m512i q0 = low_nibbles(w), q1 = high_nibbles(w);
-                if (has_high) {
-                    const __m512i bits = _mm512_inserti64x4(_mm512_set1_epi8((char)(1 << 4 * h)), _mm256_set1_epi8((char)(4 << 4 * h)), 1);
-                    q0 = _mm512_mask_or_epi32(q0, 0xffff, q0, _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(high, bits), _mm512_set1_epi8(16)));
-                    q1 = _mm512_or_si512(q1, _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(high, _mm512_add_epi8(bits, bits)), _mm512_set1_epi8(16)));
-                }
-                acc[j] = add_scaled_bytes(acc[j], q0, v[2 * h], spread_scales(scales[h][r + j], 0, 2));
-                acc[j] = add_scaled_bytes(acc[j], q1, v[2 * h + 1], spread_scales(scales[h][r + j], 1, 3));
-            }
+    __m512i v[2][4];
+    for (int r = 0; r < 4; r++) {
+        const __m512i w0 = load_512(rows[r] + at), w1 = load_512(rows[r] + at + 64);
+        v[0][r] = even_chunks(w0, w1);
+        v[1][r] = odd_chunks(w0, w1);
+    }
+    for (int h = 0; h < 2; h++) {
+        __m512i low[4], high[4];
+        for (int r = 0; r < 4; r++) low[r] = low_nibbles(v[h][r]);
+        for (int r = 0; r < 4; r++) high[r] = high_nibbles(v[h][r]);
+        for (int r = 0; r < 4 && has_high; r++) {
+            const __m512i bits = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)(rows[r] + offsetof(block_q5_k, qh) + 16 * h)));
+            low[r] = _mm512_mask_add_epi8(low[r], _mm512_test_epi8_mask(bits, lane_bytes(1, 4, 16, 64)), low[r], _mm512_set1_epi8(16));
+            high[r] = _mm512_mask_add_epi8(high[r], _mm512_test_epi8_mask(bits, lane_bytes(2, 8, 32, 128)), high[r], _mm512_set1_epi8(16));
         }
-        sums[r / 4] = add_dwords(acc);
+        for (int r = 0; r < 4; r++) even[r] = _mm512_dpbusd_epi32(h ? even[r] : _mm512_setzero_si512(), low[r], x[h]);
+        for (int r = 0; r < 4; r++) odd[r] = _mm512_dpbusd_epi32(h ? odd[r] : _mm512_setzero_si512(), high[r], x[2 + h]);
+    }
+}
+/* Dwords hold at most 8 * 31 * 127, so two rows' fit 16 bits, and one instruction scales and adds both.
+ * scales: 8 of the first row, 8 of the second. */
+static inline __m512i scale_k_rows(const __m512i *even, const __m512i *odd, const void *scales, __m512i spread) {
+    const __m512i s = _mm512_broadcast_i32x4(_mm_load_si128(scales));
+    const __m512i acc = _mm512_madd_epi16(_mm512_packs_epi32(even[0], even[1]), _mm512_shuffle_epi8(s, spread));
+    return _mm512_dpwssd_epi32(acc, _mm512_packs_epi32(odd[0], odd[1]), _mm512_shuffle_epi8(s, _mm512_add_epi16(spread, _mm512_set1_epi16(1))));
+}
+static inline __attribute__((always_inline)) __m512 dot_k(panel_rows rows, const block_q8 *block, const int has_high) {
+    const struct k_header k = load_k_header(rows);
+    const __m512i natural[4] = { load_512(block->qs), load_512(block->qs + 64), load_512(block->qs + 128), load_512(block->qs + 192) };
+    __m512i x[4], sums[4], scales[2];
+    transpose_lanes(x, natural);
+    scales[0] = _mm512_unpacklo_epi32(k.scales[0], k.scales[1]);
+    scales[1] = _mm512_unpackhi_epi32(k.scales[0], k.scales[1]);
+    /* lane l: byte 2l of the first row's scales in four words, then of the second row's */
+    const __m512i spread = _mm512_add_epi16(_mm512_broadcast_i32x4(_mm_setr_epi16(-32768, -32768, -32768, -32768, -32760, -32760, -32760, -32760)),
+                                            _mm512_and_si512(lane_bytes(0, 2, 4, 6), _mm512_set1_epi16(255)));
+#pragma GCC unroll 1
+    for (int l = 0; l < 4; l++) {
+        __m512i even[4], odd[4];
+        dot_k_rows(even, odd, rows + 4 * l, x, has_high);
+        const __m512 a = _mm512_castsi512_ps(scale_k_rows(even, odd, (const char *)&scales[0] + 16 * l, spread));
+        const __m512 b = _mm512_castsi512_ps(scale_k_rows(even + 2, odd + 2, (const char *)&scales[1] + 16 * l, spread));
+        sums[l] = _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)), _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd)));
     }
     const __m512 t = _mm512_mul_ps(k.d, _mm512_cvtepi32_ps(add_lanes(sums)));
-    return _mm512_fnmadd_ps(k.dmin, _mm512_cvtepi32_ps(sum_k_mins(k.mins, x)), t);
+    return _mm512_fnmadd_ps(k.dmin, _mm512_cvtepi32_ps(sum_k_mins(k.mins, block)), t);
 }
-static __m512 dot_q4_k(panel_rows rows, const block_q8 *x, int blocks) { (void)blocks; return dot_k(rows, x, 0); }
-static __m512 dot_q5_k(panel_rows rows, const block_q8 *x, int blocks) { (void)blocks; return dot_k(rows, x, 1); }
+static __attribute__((noinline)) __m512 dot_q4_k(panel_rows rows, const block_q8 *x, int blocks) { (void)blocks; return dot_k(rows, x, 0); }
+static __attribute__((noinline)) __m512 dot_q5_k(panel_rows rows, const block_q8 *x, int blocks) { (void)blocks; return dot_k(rows, x, 1); }
 
 /* --- Q6_K ------------------------------------------------------------------------------------ */
-static __m512 dot_q6_k(panel_rows rows, const block_q8 *x, int blocks) {
+static __attribute__((noinline)) __m512 dot_q6_k(panel_rows rows, const block_q8 *x, int blocks) {
     const __m256i x_sums = load_256(x->sums);
     const __m512i lane_words = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_setr_m128i(_mm_set1_epi16(0), _mm_set1_epi16(1))),
                                                   _mm256_setr_m128i(_mm_set1_epi16(2), _mm_set1_epi16(3)), 1);

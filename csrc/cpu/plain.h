@@ -26,13 +26,13 @@ static inline uint32_t largest_bits_plain(const float *x, int n) {
 static inline void quantize_superblock_plain(block_q8 *out, const float *x, int n) {
     plain_bits largest = { .u = largest_bits_plain(x, n) };
     int finite = largest.u < 0x7f800000u;
-    float factor = 127.0f / largest.f;
-    /* factor is infinite below 2^-121: such a block is as good as zero */
-    if (!finite || !(factor < INFINITY)) {
+    /* below 2^-121 the factor would not be a float: such a block is as good as zero */
+    if (!finite || largest.f < 0x1p-121f) {
         memset(out, 0, sizeof *out);
         if (!finite) out->d = NAN;
         return;
     }
+    float factor = 127.0f / largest.f;
     out->d = largest.f / 127.0f;
     for (int i = 0; i < n; i++) {
         plain_bits v = { .f = x[i] * factor + PLAIN_ROUND };

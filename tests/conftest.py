@@ -1,0 +1,40 @@
+"""Shared fixtures: the seed, and buffers whose end touches an unreadable page."""
+
+import ctypes
+import mmap
+import os
+
+import numpy as np
+import pytest
+
+SEED = int(os.environ.get("MS4_TEST_SEED") or np.random.SeedSequence().entropy % 2**32)
+_libc = ctypes.CDLL(None, use_errno=True)
+_keep = []
+
+
+def pytest_report_header():
+    return f"random input: MS4_TEST_SEED={SEED}"
+
+
+@pytest.fixture
+def rng(request):
+    return np.random.default_rng([SEED, *request.node.name.encode()])
+
+
+@pytest.fixture
+def guarded():
+    """guarded(array) -> copy whose last byte is followed by a page that faults when touched."""
+
+    def place(array):
+        pages = -(-array.nbytes // mmap.PAGESIZE)
+        m = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+        _keep.append(m)
+        base = np.frombuffer(m, np.uint8)
+        end = base.ctypes.data + pages * mmap.PAGESIZE
+        assert _libc.mprotect(ctypes.c_void_p(end), mmap.PAGESIZE, 0) == 0
+        start = pages * mmap.PAGESIZE - array.nbytes
+        view = base[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        view[...] = array
+        return view
+
+    return place

@@ -1,0 +1,230 @@
+"""The engine on small checkpoints: against the float64 reference, and where it must refuse, stop or start again."""
+
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import ms4
+from ms4.models import mistral4, reference
+from ms4.models.model import Model
+from ms4.quant.gguf_file import GgufFile
+from ms4.quant.tiny import Tiny, write_tiny
+
+FLOAT = dict.fromkeys(("embedding", "output", "attention", "experts", "shared"), "F32")
+VARIANTS = {
+    "fused": Tiny(types=FLOAT),
+    "separate": Tiny(types=FLOAT, fused=False, architecture="deepseek2", temperature_keys=True),
+    "joined kv_b": Tiny(types=FLOAT, joined_kv_b=True),
+    "dense layer, tied output": Tiny(types=FLOAT, n_dense=1, tied=True),
+    "two shared experts": Tiny(types=FLOAT, n_shared=2),
+    "no shared expert": Tiny(types=FLOAT, n_shared=0),
+    "split": Tiny(types=FLOAT, parts=3),
+    "bf16": Tiny(types=dict.fromkeys(FLOAT, "BF16")),
+}
+
+
+def relative(got, want):
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    write_tiny(path)
+    return path
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_float_weights_give_the_reference_logits(name, tmp_path, rng):
+    path = write_tiny(tmp_path / "t.gguf", VARIANTS[name])[0]
+    gguf = GgufFile.open(path)
+    shape, ids = mistral4.shape_of(gguf), rng.integers(0, 1400, 150)
+    want = reference.forward(reference.load_weights(gguf), shape, ids)
+    with Model.open(path) as model, model.session(400) as session:
+        assert relative(session.feed(ids, all_logits=True), want) < 2e-3  # the cache holds halves
+
+
+def test_the_expanded_form_of_attention_gives_the_reference_logits(tmp_path, rng):
+    path = write_tiny(tmp_path / "t.gguf", VARIANTS["fused"])[0]
+    gguf = GgufFile.open(path)
+    ids = rng.integers(0, 1400, 420)  # more than 256 new tokens: keys and values are expanded
+    want = reference.forward(reference.load_weights(gguf), mistral4.shape_of(gguf), ids)
+    with Model.open(path) as model, model.session(500) as session:
+        got = session.feed(ids, all_logits=True)
+        assert relative(got, want) < 2e-3
+        session.rewind(0)
+        steps = [session.feed(ids[i : i + 70], all_logits=True) for i in range(0, 420, 70)]  # absorbed
+        assert relative(np.concatenate(steps), want) < 2e-3
+    for n_batch in (1, 50, 300):
+        with Model.open(path, n_batch=n_batch) as model, model.session(500) as session:
+            assert np.array_equal(session.feed(ids, all_logits=True), got)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1", "IQ4_NL", "MXFP4"])
+def test_quantised_weights_stay_near_the_reference(kind, tmp_path, rng):
+    path = write_tiny(tmp_path / "t.gguf", Tiny(default_type=kind, n_used=6))[0]  # all experts: no router flips
+    gguf = GgufFile.open(path)
+    ids = rng.integers(0, 1400, 40)
+    want = reference.forward(reference.load_weights(gguf), mistral4.shape_of(gguf), ids)
+    with Model.open(path) as model, model.session(64) as session:
+        assert relative(session.feed(ids, all_logits=True), want) < 5e-2
+
+
+def test_rewound_and_fed_again_gives_the_same_bits(tiny, rng):
+    ids = rng.integers(0, 1400, 60)
+    with Model.open(tiny) as model, model.session(64) as session:
+        want = session.feed(ids)
+        session.rewind(20)
+        assert session.length == 20
+        assert np.array_equal(session.feed(ids[20:]), want)
+
+
+def test_sessions_do_not_see_each_other(tiny, rng):
+    a, b = rng.integers(0, 1400, (2, 30))
+    with Model.open(tiny) as model, model.session(64) as one, model.session(64) as two:
+        one.feed(a[:15])
+        two.feed(b)
+        got = one.feed(a[15:])
+        two.rewind(0)
+        assert np.array_equal(two.feed(a), got)
+
+
+def test_rows_take_the_place_of_embeddings(tiny, rng):
+    ids = rng.integers(0, 1400, 12)
+    table = reference.load_weights(GgufFile.open(tiny))["token_embd.weight"].astype(np.float32)
+    mixed, rows = ids.copy(), table[ids[4:9]]
+    mixed[4:9] = ms4.ROW
+    with Model.open(tiny) as model, model.session(64) as session:
+        want = session.feed(ids)
+        session.rewind(0)
+        assert np.array_equal(session.feed(mixed, rows), want)
+        with pytest.raises(ValueError, match="5 positions take a row, but there are 4"):
+            session.feed(mixed, rows[:4])
+
+
+def test_wrong_calls_are_refused_and_change_nothing(tiny):
+    with Model.open(tiny) as model, model.session(16) as session:
+        session.feed([1, 2, 3])
+        with pytest.raises(ValueError, match="token id 1400: the vocabulary has 0 to 1399"):
+            session.feed([5, 1400])
+        with pytest.raises(ms4.ContextFull, match="14 tokens after 3 do not fit into a context of 16"):
+            session.feed([1] * 14)
+        with pytest.raises(ValueError, match="rewind to 4 of 3"):
+            session.rewind(4)
+        assert session.length == 3
+        with pytest.raises(ValueError, match="1 to 2048"):
+            model.session(4096)
+    with pytest.raises(ValueError, match="closed"):
+        session.feed([1])
+
+
+def test_cancel_ends_a_feed_and_the_session_is_as_before(tmp_path):
+    big = Tiny(n_layer=6, d_model=512, d_expert=512, n_context=65536, n_original=4096)
+    path = write_tiny(tmp_path / "t.gguf", big)[0]
+    with Model.open(path) as model, model.session(60000) as session:
+        session.feed([1, 2, 3])
+        timer = threading.Timer(0.05, session.cancel)
+        timer.start()
+        start = time.monotonic()
+        with pytest.raises(ms4.Canceled):
+            session.feed([7] * 50000)
+        assert time.monotonic() - start < 20  # the whole feed takes minutes
+        timer.join()
+        assert session.length == 3
+        session.feed([4])
+
+
+def test_a_table_that_points_outside_the_file_is_refused(tiny):
+    gguf = GgufFile.open(tiny)
+    shape = mistral4.shape_of(gguf)
+    table = mistral4.tensors_of(gguf, shape)
+    size = os.path.getsize(tiny)
+    for change in ({"offset": size}, {"offset": (1 << 64) - 8}, {"file": 3}, {"type": 99}, {"dims": (0, 1, 1)}, {"layer": 77}):
+        broken = [ms4.Tensor(**{**table[0].__dict__, **change}), *table[1:]]
+        with pytest.raises(ms4.EngineError) as error:
+            ms4.Engine.open(shape, broken, [tiny]).close()
+        assert error.value.status == -3
+    with pytest.raises(ms4.EngineError, match="twice"):
+        ms4.Engine.open(shape, [*table, table[0]], [tiny])
+    with pytest.raises(ms4.EngineError, match="missing"):
+        ms4.Engine.open(shape, table[1:], [tiny])
+
+
+@pytest.mark.parametrize("load", ["map", "copy"])
+def test_both_ways_of_loading_give_the_same_bits(load, tiny):
+    with Model.open(tiny, load=load) as model, model.session(8) as session:
+        assert model.engine.stats().load == load
+        got = session.feed([3, 1, 2])
+    with Model.open(tiny) as model, model.session(8) as session:
+        assert np.array_equal(session.feed([3, 1, 2]), got)
+
+
+def test_a_mapped_file_that_shrinks_is_an_error_and_not_a_crash(tmp_path):
+    path = write_tiny(tmp_path / "t.gguf")[0]
+    with Model.open(path, load="map") as model, model.session(8) as session:
+        session.feed([1])
+        os.truncate(path, 20000)
+        with pytest.raises(ms4.EngineError, match="shorter"):
+            session.feed([2])
+
+
+def test_a_number_that_is_not_finite_is_an_error(tiny):
+    with Model.open(tiny) as model, model.session(8) as session:
+        session.feed([1])
+        with pytest.raises(ms4.NotFinite):
+            session.feed([ms4.ROW], np.full((1, model.shape.d_model), np.nan, np.float32))
+        assert session.length == 1
+        assert np.isfinite(session.feed([2])).all()
+
+
+def test_every_failing_allocation_is_reported(tiny, monkeypatch):
+    def once():
+        with Model.open(tiny, threads=2) as model, model.session(32) as session:
+            return session.feed([5, 6, 7])
+
+    want = once()
+    for n in range(1, 400):
+        monkeypatch.setenv("MS4_FAIL_ALLOC", str(n))
+        try:
+            got = once()
+        except MemoryError:
+            continue
+        finally:
+            monkeypatch.delenv("MS4_FAIL_ALLOC")
+            once()  # an ordinary run afterwards, and the count begins anew
+        assert np.array_equal(got, want)
+        assert n > 20
+        return
+    raise AssertionError("400 allocations to open a tiny model?")
+
+
+def test_sessions_of_many_threads_take_turns(tiny, rng):
+    ids = rng.integers(0, 1400, (4, 20))
+    with Model.open(tiny) as model:
+        with model.session(32) as session:
+            want = []
+            for row in ids:
+                session.rewind(0)
+                want.append(session.feed(row))
+        got = [None] * 4
+
+        def work(i):
+            with model.session(32) as mine:
+                for _ in range(5):
+                    mine.rewind(0)
+                    got[i] = mine.feed(ids[i])
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert all(np.array_equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_progress_of_a_copy_can_end_it(tiny):
+    with pytest.raises(ms4.Canceled):
+        Model.open(tiny, load="copy", progress=lambda done, total: True)
