@@ -36,8 +36,11 @@ arch: build/glue/grids.c
 	for cpu in Nehalem Haswell; do echo "== $$cpu"; qemu-x86_64 -cpu $$cpu build/checkstatic 2>/dev/null || exit 1; done
 	aarch64-linux-gnu-gcc -O3 -static -o build/checkarm $(CHECK)
 	for cpu in cortex-a53 max; do echo "== $$cpu"; qemu-aarch64 -cpu $$cpu build/checkarm || exit 1; done
-lint: .venv/ready
-	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy -p ms4
+lint: all
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	@mkdir -p build/types/ms4 && ln -sfn $(CURDIR)/csrc/__init__.py build/types/ms4/__init__.py
+	@for d in cli models quant; do ln -sfn $(CURDIR)/$$d build/types/ms4/$$d; done
+	MYPYPATH=build/types $(PY) -m mypy -p ms4
 ci: lint test kernels san
 clean:
 	rm -rf build csrc/_core*.so

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import TracebackType
 from typing import Any
 
@@ -246,9 +246,9 @@ class Engine:
     def stats(self) -> Stats:
         s = ffi.new("ms4_stats *")
         lib.ms4_engine_stats(self._live(), s)
-        numbers = [getattr(s, name) for name in list(Stats.__dataclass_fields__)[:-2]]
+        numbers: dict[str, Any] = {f.name: getattr(s, f.name) for f in fields(Stats)}
         load = next(name for name, code in LOAD.items() if code == s.load)
-        return Stats(*numbers, load, ffi.string(s.isa).decode())
+        return Stats(**numbers | {"load": load, "isa": ffi.string(s.isa).decode()})
 
     def close(self) -> None:
         """Frees the model, and the sessions and vision towers that are still open."""

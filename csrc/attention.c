@@ -192,20 +192,17 @@ static int attend_absorbed(attend_job *job) {
     return MS4_OK;
 }
 /* --- expanded ----------------------------------------------------------------------------- */
-/* Keys and values of one head for the tile of keys at `key`: kt, v.  k: room for the latents and the keys. */
-static void expand_tile(const attend_job *job, int32_t key, int32_t n, const float *w_k, const float *w_v, float *k,
+/* Keys (transposed) and values of one head for the tile of keys at `key`: kt = [W_uk c | rope key], v = W_uv c.
+ * w_k: d_nope rows of kv_rank; w_v: kv_rank rows of d_value.  k, lt: room for the latents and the latents transposed. */
+static void expand_tile(const attend_job *job, int32_t key, int32_t n, const float *w_k, const float *w_v, float *k, float *lt,
                         float *kt, float *v) {
     ms4_engine *e = job->st->e;
     const ms4_shape *s = &e->shape;
-    size_t width = job->d_latent, d_head = (size_t)(s->d_nope + s->d_rope);
-    float *keys = k + ATTEND_KEYS * width;
-    e->ops->from_half(k, kv_cache_at(&job->st->s->kv, job->layer, key), (size_t)n * width);
-    mul_float(e, w_k, s->d_nope, s->kv_rank, k, width, n, keys, d_head);
-    for (int32_t j = 0; j < n; j++)
-        memcpy(keys + (size_t)j * d_head + s->d_nope, k + (size_t)j * width + s->kv_rank, (size_t)s->d_rope * sizeof(float));
-    e->ops->transpose_keys(kt, keys, d_head, n, (int32_t)d_head);
-    mul_float(e, w_v, s->d_value, s->kv_rank, k, width, n, v, (size_t)s->d_value);
-    memset(v + (size_t)n * (size_t)s->d_value, 0, (size_t)(ATTEND_KEYS - n) * (size_t)s->d_value * sizeof(float));
+    size_t rank = (size_t)s->kv_rank, d_v = (size_t)s->d_value;
+    load_keys(job, key, n, k, lt);
+    e->ops->product(kt, ATTEND_KEYS, w_k, rank, lt, ATTEND_KEYS, s->d_nope, ATTEND_KEYS, s->kv_rank);
+    memcpy(kt + (size_t)s->d_nope * ATTEND_KEYS, lt + rank * ATTEND_KEYS, (size_t)s->d_rope * ATTEND_KEYS * sizeof(float));
+    e->ops->product(v, d_v, k, job->d_latent, w_v, d_v, ATTEND_KEYS, s->d_value, s->kv_rank);
 }
 /* An item is a head and a group of queries. */
 static void expand_item(void *context, int32_t item, int32_t thread) {
@@ -218,18 +215,20 @@ static void expand_item(void *context, int32_t item, int32_t thread) {
     int32_t head = item % s->n_head, per_group = (st->n + job->n_groups - 1) / job->n_groups;
     int32_t first = item / s->n_head * per_group, end = int_min(first + per_group, st->n);
     float *w_k = e->ws.scratch[thread], *w_v = w_k + rank * (size_t)s->d_nope, *k = w_v + rank * d_v;
-    float *kt = k + ATTEND_KEYS * (job->d_latent + d_head), *v = kt + ATTEND_KEYS * d_head, *m = v + ATTEND_KEYS * d_v;
+    float *lt = k + ATTEND_KEYS * job->d_latent, *kt = lt + ATTEND_KEYS * job->d_latent, *v = kt + ATTEND_KEYS * d_head;
+    float *m = v + size_max(ATTEND_KEYS * d_v, rank * size_max((size_t)s->d_nope, d_v));
     float *l = m + per_group, *o = e->ws.o + (size_t)head * d_v;
     const float *q = e->ws.q + (size_t)head * d_head;
-    load_k_b(job, head, 0, w_k, k);            /* k .. kt is free until the first tile */
-    load_slice(e, &job->w->v_b, head, w_v);
+    load_k_b(job, head, 0, w_k, v);            /* v is free until the first tile */
+    load_slice(e, &job->w->v_b, head, v);
+    transpose(w_v, v, s->d_value, s->kv_rank);
     for (int32_t t = first; t < end; t++) {
         m[t - first] = -INFINITY;
         l[t - first] = 0;
         memset(o + (size_t)t * o_stride, 0, d_v * sizeof *o);
     }
     for (int32_t key = 0; key < st->pos + end; key += ATTEND_KEYS) {
-        expand_tile(job, key, int_min(ATTEND_KEYS, st->pos + end - key), w_k, w_v, k, kt, v);
+        expand_tile(job, key, int_min(ATTEND_KEYS, st->pos + end - key), w_k, w_v, k, lt, kt, v);
         int32_t from = key - st->pos > first ? first + (key - st->pos - first) / ATTEND_ROWS * ATTEND_ROWS : first;
         for (int32_t t = from; t < end; t += ATTEND_ROWS) {
             int32_t n_keys[ATTEND_ROWS], n_q = int_min(ATTEND_ROWS, end - t);
@@ -250,8 +249,8 @@ static size_t scratch_floats(const attend_job *job) {
     size_t d_head = nope + (size_t)s->d_rope, n = (size_t)job->st->n;
     size_t absorb = 2 * rank * nope, collect = d_v * rank + TOKEN_TILE * rank + rank + 2;
     size_t attend = 2 * ATTEND_KEYS * width + ROW_TOKENS * (size_t)s->n_head * (rank + 2);
-    size_t expand = rank * (nope + d_v) + size_max(ATTEND_KEYS * (width + d_head), rank * nope)
-                    + ATTEND_KEYS * (d_head + d_v) + 2 * n;
+    size_t expand = rank * (nope + d_v) + ATTEND_KEYS * (2 * width + d_head)
+                    + size_max(ATTEND_KEYS * d_v, rank * size_max(nope, d_v)) + 2 * n;
     size_t ffn = 2 * TOKEN_TILE * SUPERBLOCK;
     return size_max(size_max(absorb, collect), size_max(size_max(attend, expand), ffn));
 }

@@ -62,6 +62,9 @@ struct ms4_ops {
     void (*to_half)(uint16_t *out, const float *x, size_t n);                    /* round to nearest even */
     /* kt[i * ATTEND_KEYS + j] = k[j * k_stride + i], i < d, j < n_keys <= ATTEND_KEYS; zero for other j */
     void (*transpose_keys)(float *kt, const float *k, size_t k_stride, int32_t n_keys, int32_t d);
+    /* c[i][j] = sum over k of a[i][k] * b[k][j], i < m, j < n, in ascending k; strides in floats.  For small b. */
+    void (*product)(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride, int32_t m,
+                    int32_t n, int32_t k);
 };
 
 extern const struct ms4_ops ops_ref;

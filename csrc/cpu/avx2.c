@@ -1,23 +1,21 @@
-/* avx2.c -- kernels for x86-64 with AVX2, FMA and F16C. */
+/* avx2.c -- the kernel table for x86-64 with AVX2, FMA and F16C, and all of it but the quantised products. */
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
+#include "avx2.h"
 #include "dequantize.h"
 #include "plain.h"
 
-#define X(type, family) \
-    static void mul_##type##_avx2(const struct ms4_mul *m) { \
-        mul_opened_plain(m, unpack_##type, SUPERBLOCK_BYTES(type), family, dot_groups_plain); \
-    }
-UNPACK_TYPES(X)
-#undef X
+#define avx2_mul_f32 mul_f32_avx2
 static void mul_f32_avx2(const struct ms4_mul *m) { mul_floats_plain(m, load_f32_plain); }
+#define avx2_mul_f16 mul_f16_avx2
 static void mul_f16_avx2(const struct ms4_mul *m) { mul_floats_plain(m, load_f16_plain); }
+#define avx2_mul_bf16 mul_bf16_avx2
 static void mul_bf16_avx2(const struct ms4_mul *m) { mul_floats_plain(m, load_bf16_plain); }
 
 const struct ms4_ops ops_avx2 = {
     .isa = "avx2",
     .mul = {
-#define X(name, id, weights, bytes, quantised) [MS4_TYPE_##name] = mul_##name##_avx2,
+#define X(name, id, weights, bytes, quantised) [MS4_TYPE_##name] = avx2_mul_##name,
         MS4_TYPES(X)
 #undef X
     },
@@ -30,5 +28,6 @@ const struct ms4_ops ops_avx2 = {
     .from_half = from_half_plain,
     .to_half = to_half_plain,
     .transpose_keys = transpose_keys_plain,
+    .product = product_plain,
 };
 #endif

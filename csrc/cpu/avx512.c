@@ -1,6 +1,7 @@
 /* avx512.c -- the kernel table for x86-64 with AVX-512 F, BW, DQ, VL and VNNI. */
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")
+#include "avx512_float.h"
 #include "avx512_gemm.h"
 #include "avx512_gemv.h"
 #include "avx512_panel.h"
@@ -15,41 +16,33 @@ FILL_OPENED(iq2_xxs, FAMILY_SCALES) FILL_OPENED(iq2_xs, FAMILY_SCALES) FILL_OPEN
 FILL_OPENED(iq1_s, FAMILY_SCALES) FILL_OPENED(iq4_nl, FAMILY_BLOCKS) FILL_OPENED(iq3_s, FAMILY_SCALES) FILL_OPENED(iq2_s, FAMILY_SCALES)
 FILL_OPENED(iq4_xs, FAMILY_SCALES) FILL_OPENED(iq1_m, FAMILY_SCALES) FILL_OPENED(mxfp4, FAMILY_BLOCKS) FILL_OPENED(nvfp4, FAMILY_BLOCKS_16)
 
-static __m512 dot_none(panel_rows rows, const block_q8 *x, int blocks) { (void)rows; (void)x; (void)blocks; return _mm512_setzero_ps(); }
-#define dot_q8_0 dot_none
-#define dot_nvfp4 dot_none
-#define dot_mxfp4 dot_none
-#define dot_iq1_m dot_none
-#define dot_iq4_xs dot_none
-#define dot_iq2_s dot_none
-#define dot_iq3_s dot_none
-#define dot_iq4_nl dot_none
-#define dot_iq1_s dot_none
-#define dot_iq3_xxs dot_none
-#define dot_iq2_xs dot_none
-#define dot_iq2_xxs dot_none
-#define dot_q3_k dot_none
-#define dot_q5_1 dot_none
-#define dot_q5_0 dot_none
-#define dot_q4_1 dot_none
-#define dot_q4_0 dot_none
-#define GEMV_TOKENS(type) (dot_##type == dot_none ? 0 : 2)
 /* X(type, layout, offset) */
-#define AVX512_TYPES(X) \
+#define GEMM_TYPES(X) \
     X(q4_0, float_blocks, 128) X(q4_1, float_blocks_min, 0) X(q5_0, float_blocks, 128) X(q5_1, float_blocks_min, 0) \
-    X(q8_0, float_blocks, 128) X(q3_k, groups, 128) X(q4_k, blocks_min, 0) X(q5_k, blocks_min, 0) X(q6_k, groups, 32) \
+    X(q8_0, float_blocks, 128) X(q3_k, groups, 128) \
     X(iq2_xxs, groups, 128) X(iq2_xs, groups, 128) X(iq3_xxs, groups, 128) X(iq1_s, groups, 128) X(iq4_nl, float_blocks, 128) \
     X(iq3_s, groups, 128) X(iq2_s, groups, 128) X(iq4_xs, groups, 128) X(iq1_m, groups, 128) X(mxfp4, float_blocks, 128) \
     X(nvfp4, float_groups, 128)
 #define X(type, layout, offset) \
-    static void mul_##type##_avx512(const struct ms4_mul *m) { if (m->n_tokens <= GEMV_TOKENS(type)) gemv(m, dot_##type, SUPERBLOCK_BYTES(type)); else gemm(m, fill_##type, tiles_##layout, offset, SUPERBLOCK_BYTES(type)); }
-AVX512_TYPES(X)
+    static void mul_##type##_avx512(const struct ms4_mul *m) { gemm(m, fill_##type, tiles_##layout, offset, SUPERBLOCK_BYTES(type)); }
+GEMM_TYPES(X)
+#undef X
+/* X(type, layout of the panel, its offset, order of chunks, offset of single rows) */
+#define GEMV_TYPES(X) \
+    X(q4_k, blocks_min, 0, K_ORDER, 0) X(q5_k, blocks_min, 0, K_ORDER, 0) X(q6_k, groups, 32, NATURAL, 0)
+#define X(type, layout, offset, order, row_offset) \
+    static void mul_##type##_avx512(const struct ms4_mul *m) { \
+        if (m->n_tokens <= GEMV_TOKENS && m->n_cols % SUPERBLOCK == 0) gemv(m, dot_##type, order, row_offset, SUPERBLOCK_BYTES(type)); \
+        else gemm(m, fill_##type, tiles_##layout, offset, SUPERBLOCK_BYTES(type)); \
+    }
+GEMV_TYPES(X)
 #undef X
 static void mul_q2_k_avx512(const struct ms4_mul *m) { mul_opened_plain(m, unpack_q2_k, SUPERBLOCK_BYTES(q2_k), FAMILY_MINS, dot_groups_plain); }
-static void mul_f32_avx512(const struct ms4_mul *m) { mul_floats_plain(m, load_f32_plain); }
-static void mul_f16_avx512(const struct ms4_mul *m) { mul_floats_plain(m, load_f16_plain); }
-static void mul_bf16_avx512(const struct ms4_mul *m) { mul_floats_plain(m, load_bf16_plain); }
+static void mul_f32_avx512(const struct ms4_mul *m) { mul_floats_512(m, weights_f32_512); }
+static void mul_f16_avx512(const struct ms4_mul *m) { mul_floats_512(m, weights_f16_512); }
+static void mul_bf16_avx512(const struct ms4_mul *m) { mul_floats_512(m, weights_bf16_512); }
 
+#define dequantize_q8_0 dequantize_q8_0_avx512       /* attention waits for this one: W_uk and W_uv are often Q8_0 */
 const struct ms4_ops ops_avx512 = {
     .isa = "avx512",
     .mul = {
@@ -62,9 +55,10 @@ const struct ms4_ops ops_avx512 = {
     .rms_norm = rms_norm_plain,
     .silu_mul = silu_mul_plain,
     .add_scaled = add_scaled_plain,
-    .attend = attend_plain,
-    .from_half = from_half_plain,
-    .to_half = to_half_plain,
-    .transpose_keys = transpose_keys_plain,
+    .attend = attend_avx512,
+    .from_half = from_half_avx512,
+    .to_half = to_half_avx512,
+    .transpose_keys = transpose_keys_avx512,
+    .product = product_avx512,
 };
 #endif

@@ -130,8 +130,9 @@ typedef void fill_fn(struct panel *p, const uint8_t *const *rows, int blocks);
 static inline const block_q8 *x_row(const struct ms4_mul *m, int t) {
     return (const void *)((const char *)m->x + (size_t)(m->x_rows ? m->x_rows[t] : t) * m->x_stride);
 }
-/* The next 16 rows follow these in memory: their lines are fetched a share at a time, while these are multiplied. */
-static inline void prefetch_rows(const uint8_t *w, size_t n) {
+/* Rows read side by side make memory several times slower than rows read in order, so their lines are prefetched in
+ * order: the next 16 rows, a share at a time, while these are multiplied. */
+static inline void prefetch_lines(const uint8_t *w, size_t n) {
     for (size_t i = 0; i < n; i += 64) _mm_prefetch((const char *)w + i, _MM_HINT_T1);
 }
 /* bytes: of a superblock of weights */
@@ -140,6 +141,7 @@ static void gemm(const struct ms4_mul *m, fill_fn *fill, tiles_fn *tiles, int of
     struct panel p;
     float y[CHUNK * PANEL_ROWS] __attribute__((aligned(64)));
     const block_q8 *x[CHUNK];
+    prefetch_lines(m->w, m->row_bytes * (size_t)(m->n_rows < PANEL_ROWS ? m->n_rows : PANEL_ROWS));
     for (int t0 = 0; t0 < m->n_tokens; t0 += CHUNK) {
         const int n_tokens = m->n_tokens - t0 < CHUNK ? m->n_tokens - t0 : CHUNK;
         for (int t = 0; t < n_tokens; t++) x[t] = x_row(m, t0 + t);
@@ -151,7 +153,7 @@ static void gemm(const struct ms4_mul *m, fill_fn *fill, tiles_fn *tiles, int of
             memset(y, 0, (size_t)n_tokens * PANEL_ROWS * sizeof *y);
             for (int i = 0; i < n_superblocks; i++) {
                 const int blocks = (m->n_cols - i * SUPERBLOCK) / 32;
-                if (ahead) prefetch_rows(rows[0] + ahead + (size_t)i * bytes * (PANEL_ROWS - 1), bytes * PANEL_ROWS);
+                if (ahead) prefetch_lines(rows[0] + ahead + (size_t)i * bytes * (PANEL_ROWS - 1), bytes * PANEL_ROWS);
                 fill(&p, rows, blocks < 8 ? blocks : 8);
                 tiles(&p, x, (size_t)i, y, n_tokens, offset);
                 for (int r = 0; r < PANEL_ROWS; r++) rows[r] += bytes;

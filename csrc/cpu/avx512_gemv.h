@@ -1,37 +1,112 @@
-/* avx512_gemv.h -- products with one or two tokens: weights are read once, a row at a time, as they lie in memory.
+/* avx512_gemv.h -- products with one or two tokens: bound by memory, so the weights are read once and in order.
  *
- * dot_<type>(rows, x, blocks) is the value of one superblock of 16 rows before x->d: the integer sums of a row stay
- * spread over a vector, and are added up for 16 rows together by transposing.
+ * The 16 lanes of a step are 16 superblocks that follow each other in memory: of one row, or of several short ones.
+ * dot_<type>(w, x, at) is their values before x->d.  Integer sums stay spread over a vector for each superblock, and are
+ * added up for all 16 by transposing.  The values wait in a buffer until 16 rows are done; then each row adds up its own.
  */
 #ifndef MS4_AVX512_GEMV_H
 #define MS4_AVX512_GEMV_H
 #include "avx512_panel.h"
 
-typedef __m512 dot_fn(panel_rows rows, const block_q8 *x, int blocks);
+#define GEMV_TOKENS 2
+#define GEMV_SUPERBLOCKS 16     /* of a row in one pass */
+#define GEMV_AHEAD 24576        /* bytes to prefetch ahead, into L2: L1 has too few outstanding misses for memory's speed */
 
-static void gemv(const struct ms4_mul *m, dot_fn *dot, size_t bytes) {
-    const int n_superblocks = (m->n_cols + SUPERBLOCK - 1) / SUPERBLOCK;
+/* The order of the 16-byte chunks of activations that a type's unpacking gives. */
+enum chunk_order { NATURAL, K_ORDER, BLOCK_ORDER, CRUMB_ORDER };
+static const uint8_t chunk_orders[4][16] = {
+    [NATURAL] = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 },
+    [K_ORDER] = { 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15 },       /* first and second halves: even blocks, odd blocks */
+    [BLOCK_ORDER] = { 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15 },   /* the same: blocks 0..3, 4..7 */
+    [CRUMB_ORDER] = { 0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15 },   /* blocks 0 and 4, 1 and 5, 2 and 6, 3 and 7 */
+};
+struct x_superblock {
+    __m512i v[4];
+    __m512i start[2];           /* BLOCK_ORDER: -offset * x, added up as the products will be */
+    __m256i sums;
+};
+struct gemv_x {
+    struct x_superblock superblock[GEMV_SUPERBLOCKS];
+    /* What follows repeats after the row's last superblock, so that 16 lanes can begin at any. */
+    const struct x_superblock *of[2 * GEMV_SUPERBLOCKS];
+    int32_t high[2][2 * GEMV_SUPERBLOCKS], low[2][2 * GEMV_SUPERBLOCKS];    /* sums of blocks 0..3 and 4..7 in two parts */
+    float d[GEMV_SUPERBLOCKS];
+};
+/* Prefetching goes on past the last row: what follows is most likely next, and a prefetch cannot fault.
+ * ahead: where the lines to prefetch meanwhile begin, as many bytes as these 16 superblocks have */
+typedef __m512 dot_fn(panel_rows w, const struct gemv_x *x, int at, const uint8_t *ahead);
+
+/* A quarter of a step's prefetches: they are spread out, because a burst of them holds up the loads behind it. */
+static inline __attribute__((always_inline)) void prefetch_quarter(const uint8_t *ahead, int quarter, size_t bytes) {
+    const char *p = (const char *)ahead + (size_t)quarter * 4 * bytes;
+    for (size_t i = 0; i < 4 * bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
+}
+
+static void gemv_x_of(struct gemv_x *x, const block_q8 *blocks, int n, enum chunk_order order, int offset) {
+    for (int i = 0; i < n; i++) {
+        struct x_superblock *s = &x->superblock[i];
+        for (int c = 0; c < 16; c++) memcpy((char *)s->v + 16 * c, blocks[i].qs + 16 * chunk_orders[order][c], 16);
+        s->sums = _mm256_load_si256((const void *)blocks[i].sums);
+        for (int h = 0; h < 2; h++) {
+            const __m512i o = _mm512_set1_epi8((char)offset), zero = _mm512_setzero_si512();
+            s->start[h] = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, o, s->v[2 * h]), o, s->v[2 * h + 1]));
+        }
+        x->d[i] = blocks[i].d;
+    }
+    for (int i = 0; i < 2 * GEMV_SUPERBLOCKS; i++) {
+        const __m256i sums = _mm256_madd_epi16(x->superblock[i % n].sums, _mm256_set1_epi16(1));
+        const __m128i high = _mm256_cvtepi32_epi8(_mm256_srai_epi32(sums, 7));
+        const __m128i low = _mm256_cvtepi32_epi8(_mm256_and_si256(sums, _mm256_set1_epi32(127)));
+        x->of[i] = &x->superblock[i % n];
+        for (int h = 0; h < 2; h++) {
+            x->high[h][i] = h ? _mm_extract_epi32(high, 1) : _mm_cvtsi128_si32(high);
+            x->low[h][i] = h ? _mm_extract_epi32(low, 1) : _mm_cvtsi128_si32(low);
+        }
+    }
+}
+/* y[r] += d[i] * value[r * n + i], i ascending, for 16 rows */
+static void gemv_add(float *y, const float *d, const float *value, int n) {
+    __m128 sum[PANEL_ROWS];
+    for (int r = 0; r < PANEL_ROWS; r++) sum[r] = _mm_load_ss(y + r);
+    for (int i = 0; i < n; i++)
+#pragma GCC unroll 16
+        for (int r = 0; r < PANEL_ROWS; r++) sum[r] = _mm_fmadd_ss(_mm_load_ss(d + i), _mm_load_ss(value + r * n + i), sum[r]);
+    for (int r = 0; r < PANEL_ROWS; r++) _mm_store_ss(y + r, sum[r]);
+}
+/* One pass over n superblocks, from the first-th, of all rows.  bytes: of a superblock. */
+static void gemv_pass(const struct ms4_mul *m, dot_fn *dot, const struct gemv_x *x, int first, int n, size_t bytes) {
     for (int r0 = 0; r0 < m->n_rows; r0 += PANEL_ROWS) {
         const int n_rows = m->n_rows - r0 < PANEL_ROWS ? m->n_rows - r0 : PANEL_ROWS;
-        const size_t ahead = r0 + 2 * PANEL_ROWS <= m->n_rows ? PANEL_ROWS * m->row_bytes : 0;
-        const uint8_t *rows[PANEL_ROWS];
-        __m512 y[2] = { _mm512_setzero_ps(), _mm512_setzero_ps() };
-        for (int r = 0; r < PANEL_ROWS; r++) rows[r] = m->w + (size_t)(r0 + (r < n_rows ? r : n_rows - 1)) * m->row_bytes;
-        for (int i = 0; i < n_superblocks; i++) {
-            const int blocks = (m->n_cols - i * SUPERBLOCK) / 32;
-            if (ahead) prefetch_rows(rows[0] + ahead + (size_t)i * bytes * (PANEL_ROWS - 1), bytes * PANEL_ROWS);
-            for (int t = 0; t < m->n_tokens; t++) {
-                const block_q8 *x = x_row(m, t) + i;
-                y[t] = _mm512_fmadd_ps(_mm512_set1_ps(x->d), dot(rows, x, blocks < 8 ? blocks : 8), y[t]);
+        float value[GEMV_TOKENS][PANEL_ROWS * GEMV_SUPERBLOCKS] __attribute__((aligned(64))), y[PANEL_ROWS];
+        const uint8_t *row = m->w + (size_t)r0 * m->row_bytes + (size_t)first * bytes, *w[16];
+        for (int step = 0, i = 0; 16 * step < n_rows * n; step++) {
+            const int at = i;
+            for (int l = 0; l < 16; l++) {
+                w[l] = row + (size_t)i * bytes;
+                if (16 * step + l + 1 < n_rows * n && ++i == n) { i = 0; row += m->row_bytes; }
             }
-            for (int r = 0; r < PANEL_ROWS; r++) rows[r] += bytes;
+            for (int t = 0; t < m->n_tokens; t++) _mm512_store_ps(value[t] + 16 * step, dot(w, &x[t], at, w[0] + GEMV_AHEAD));
         }
-        for (int t = 0; t < m->n_tokens; t++)
-            _mm512_mask_storeu_ps(m->y + (size_t)t * m->y_stride + r0, (__mmask16)((1u << n_rows) - 1), y[t]);
+        for (int t = 0; t < m->n_tokens; t++) {
+            float *out = m->y + (size_t)t * m->y_stride + r0;
+            for (int r = 0; r < PANEL_ROWS; r++) y[r] = first && r < n_rows ? out[r] : 0;
+            gemv_add(y, x[t].d, value[t], n);
+            memcpy(out, y, (size_t)n_rows * sizeof *y);
+        }
+    }
+}
+/* n_cols must be a multiple of 256. */
+static void gemv(const struct ms4_mul *m, dot_fn *dot, enum chunk_order order, int offset, size_t bytes) {
+    struct gemv_x x[GEMV_TOKENS];
+    const int n_superblocks = m->n_cols / SUPERBLOCK;
+    for (int first = 0; first < n_superblocks; first += GEMV_SUPERBLOCKS) {
+        const int n = n_superblocks - first < GEMV_SUPERBLOCKS ? n_superblocks - first : GEMV_SUPERBLOCKS;
+        for (int t = 0; t < m->n_tokens; t++) gemv_x_of(&x[t], x_row(m, t) + first, n, order, offset);
+        gemv_pass(m, dot, x, first, n, bytes);
     }
 }
 
-/* Sums of four rows: in each 128-bit lane the sums of the dwords of a[0], a[1], a[2], a[3] in that lane. */
+/* Sums of four vectors: in each 128-bit lane the sums of the dwords of a[0], a[1], a[2], a[3] in that lane. */
 static inline __m512i add_dwords(const __m512i *a) {
     const __m512i t0 = _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
     const __m512i t1 = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
@@ -43,54 +118,38 @@ static inline __m512i add_lanes(const __m512i *a) {
     const __m512i t1 = _mm512_add_epi32(_mm512_shuffle_i64x2(a[2], a[3], 0x44), _mm512_shuffle_i64x2(a[2], a[3], 0xee));
     return _mm512_add_epi32(_mm512_shuffle_i64x2(t0, t1, 0x88), _mm512_shuffle_i64x2(t0, t1, 0xdd));
 }
-/* out[k]: lanes k of a[0..3] */
-static inline void transpose_lanes(__m512i *out, const __m512i *a) {
-    const __m512i t0 = _mm512_shuffle_i64x2(a[0], a[1], 0x44), t1 = _mm512_shuffle_i64x2(a[0], a[1], 0xee);
-    const __m512i t2 = _mm512_shuffle_i64x2(a[2], a[3], 0x44), t3 = _mm512_shuffle_i64x2(a[2], a[3], 0xee);
-    out[0] = _mm512_shuffle_i64x2(t0, t2, 0x88);
-    out[1] = _mm512_shuffle_i64x2(t0, t2, 0xdd);
-    out[2] = _mm512_shuffle_i64x2(t1, t3, 0x88);
-    out[3] = _mm512_shuffle_i64x2(t1, t3, 0xdd);
-}
 static inline __m512i load_512(const void *p) { return _mm512_loadu_si512(p); }
 static inline __m256i load_256(const void *p) { return _mm256_loadu_si256(p); }
-/* 32 bytes at two addresses, side by side */
-static inline __m512i load_halves_512(const void *a, const void *b) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(load_256(a)), load_256(b), 1);
-}
 /* acc + products of 64 unsigned and signed bytes times scales in 16 bits.  The pair sums must fit 16 bits. */
 static inline __m512i add_scaled_bytes(__m512i acc, __m512i q, __m512i x, __m512i scale) {
     return _mm512_dpwssd_epi32(acc, _mm512_maddubs_epi16(q, x), scale);
 }
 
 /* --- Q4_K, Q5_K ------------------------------------------------------------------------------ */
-/* The sums of 16 rows' mins times the sums of the blocks of x.  A block's sum has 13 bits: they go in two parts. */
-static inline __m512i sum_k_mins(const __m512i *mins, const block_q8 *x) {
-    const __m256i sums = _mm256_madd_epi16(load_256(x->sums), _mm256_set1_epi16(1));
-    const __m128i high = _mm256_cvtepi32_epi8(_mm256_srai_epi32(sums, 7));
-    const __m128i low = _mm256_cvtepi32_epi8(_mm256_and_si256(sums, _mm256_set1_epi32(127)));
-    __m512i h = _mm512_dpbusd_epi32(_mm512_setzero_si512(), mins[0], _mm512_broadcastd_epi32(high));
-    __m512i l = _mm512_dpbusd_epi32(_mm512_setzero_si512(), mins[0], _mm512_broadcastd_epi32(low));
-    h = _mm512_dpbusd_epi32(h, mins[1], _mm512_broadcastd_epi32(_mm_srli_epi64(high, 32)));
-    l = _mm512_dpbusd_epi32(l, mins[1], _mm512_broadcastd_epi32(_mm_srli_epi64(low, 32)));
+/* The sums of mins times the sums of the blocks of x.  A block's sum has 13 bits: they go in two parts. */
+static inline __m512i sum_k_mins(const __m512i *mins, const struct gemv_x *x, int at) {
+    __m512i h = _mm512_dpbusd_epi32(_mm512_setzero_si512(), mins[0], load_512(x->high[0] + at));
+    __m512i l = _mm512_dpbusd_epi32(_mm512_setzero_si512(), mins[0], load_512(x->low[0] + at));
+    h = _mm512_dpbusd_epi32(h, mins[1], load_512(x->high[1] + at));
+    l = _mm512_dpbusd_epi32(l, mins[1], load_512(x->low[1] + at));
     return _mm512_add_epi32(_mm512_slli_epi32(h, 7), l);
 }
-/* Blocks of one row in the lanes of a pair of vectors: w0 and w1 are 16-byte chunks 0..3 and 4..7; even ones are first
- * halves of blocks, odd ones second halves, so that both halves of a block add up in one lane. */
+/* Blocks in the lanes of a pair of vectors: w0 and w1 are 16-byte chunks 0..3 and 4..7; even ones are first halves of
+ * blocks, odd ones second halves, so that both halves of a block add up in one lane. */
 static inline __m512i even_chunks(__m512i w0, __m512i w1) { return _mm512_shuffle_i64x2(w0, w1, 0x88); }
 static inline __m512i odd_chunks(__m512i w0, __m512i w1) { return _mm512_shuffle_i64x2(w0, w1, 0xdd); }
 static inline __m512i lane_bytes(int a, int b, int c, int d) {
     const __m256i low = _mm256_setr_m128i(_mm_set1_epi8((char)a), _mm_set1_epi8((char)b));
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_setr_m128i(_mm_set1_epi8((char)c), _mm_set1_epi8((char)d)), 1);
 }
-/* The products of the 8 blocks of four rows: even blocks in the lanes of even[r], odd ones in those of odd[r].  The rows
- * go side by side through each step, so that neighbouring instructions do not wait for each other. */
-static inline __attribute__((always_inline)) void dot_k_rows(__m512i *even, __m512i *odd, panel_rows rows, const __m512i *x,
-                                                             const int has_high) {
+/* The products of the 8 blocks of four superblocks: even blocks in the lanes of even[r], odd ones in those of odd[r].
+ * The four go side by side through each step, so that neighbouring instructions do not wait for each other. */
+static inline __attribute__((always_inline)) void dot_k_four(__m512i *even, __m512i *odd, panel_rows w,
+                                                             const struct x_superblock *const *x, const int has_high) {
     const size_t at = has_high ? offsetof(block_q5_k, qs) : offsetof(block_q4_k, qs);
     __m512i v[2][4];
     for (int r = 0; r < 4; r++) {
-        const __m512i w0 = load_512(rows[r] + at), w1 = load_512(rows[r] + at + 64);
+        const __m512i w0 = load_512(w[r] + at), w1 = load_512(w[r] + at + 64);
         v[0][r] = even_chunks(w0, w1);
         v[1][r] = odd_chunks(w0, w1);
     }
@@ -99,78 +158,79 @@ static inline __attribute__((always_inline)) void dot_k_rows(__m512i *even, __m5
         for (int r = 0; r < 4; r++) low[r] = low_nibbles(v[h][r]);
         for (int r = 0; r < 4; r++) high[r] = high_nibbles(v[h][r]);
         for (int r = 0; r < 4 && has_high; r++) {
-            const __m512i bits = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)(rows[r] + offsetof(block_q5_k, qh) + 16 * h)));
+            const __m512i bits = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)(w[r] + offsetof(block_q5_k, qh) + 16 * h)));
             low[r] = _mm512_mask_add_epi8(low[r], _mm512_test_epi8_mask(bits, lane_bytes(1, 4, 16, 64)), low[r], _mm512_set1_epi8(16));
             high[r] = _mm512_mask_add_epi8(high[r], _mm512_test_epi8_mask(bits, lane_bytes(2, 8, 32, 128)), high[r], _mm512_set1_epi8(16));
         }
-        for (int r = 0; r < 4; r++) even[r] = _mm512_dpbusd_epi32(h ? even[r] : _mm512_setzero_si512(), low[r], x[h]);
-        for (int r = 0; r < 4; r++) odd[r] = _mm512_dpbusd_epi32(h ? odd[r] : _mm512_setzero_si512(), high[r], x[2 + h]);
+        for (int r = 0; r < 4; r++) even[r] = _mm512_dpbusd_epi32(h ? even[r] : _mm512_setzero_si512(), low[r], x[r]->v[h]);
+        for (int r = 0; r < 4; r++) odd[r] = _mm512_dpbusd_epi32(h ? odd[r] : _mm512_setzero_si512(), high[r], x[r]->v[2 + h]);
     }
 }
-/* Dwords hold at most 8 * 31 * 127, so two rows' fit 16 bits, and one instruction scales and adds both.
- * scales: 8 of the first row, 8 of the second. */
-static inline __m512i scale_k_rows(const __m512i *even, const __m512i *odd, const void *scales, __m512i spread) {
+/* Dwords hold at most 8 * 31 * 127, so those of two superblocks fit 16 bits, and one instruction scales and adds both.
+ * scales: 8 of the first superblock, 8 of the second. */
+static inline __m512i scale_k_two(const __m512i *even, const __m512i *odd, const void *scales, __m512i spread) {
     const __m512i s = _mm512_broadcast_i32x4(_mm_load_si128(scales));
     const __m512i acc = _mm512_madd_epi16(_mm512_packs_epi32(even[0], even[1]), _mm512_shuffle_epi8(s, spread));
     return _mm512_dpwssd_epi32(acc, _mm512_packs_epi32(odd[0], odd[1]), _mm512_shuffle_epi8(s, _mm512_add_epi16(spread, _mm512_set1_epi16(1))));
 }
-static inline __attribute__((always_inline)) __m512 dot_k(panel_rows rows, const block_q8 *block, const int has_high) {
-    const struct k_header k = load_k_header(rows);
-    const __m512i natural[4] = { load_512(block->qs), load_512(block->qs + 64), load_512(block->qs + 128), load_512(block->qs + 192) };
-    __m512i x[4], sums[4], scales[2];
-    transpose_lanes(x, natural);
-    scales[0] = _mm512_unpacklo_epi32(k.scales[0], k.scales[1]);
-    scales[1] = _mm512_unpackhi_epi32(k.scales[0], k.scales[1]);
-    /* lane l: byte 2l of the first row's scales in four words, then of the second row's */
+static inline __attribute__((always_inline)) __m512 dot_k(panel_rows w, const struct gemv_x *x, int at, const uint8_t *ahead,
+                                                          const int has_high) {
+    const struct k_header k = load_k_header(w);
+    /* lane l: byte 2l of the first superblock's scales in four words, then of the second's */
     const __m512i spread = _mm512_add_epi16(_mm512_broadcast_i32x4(_mm_setr_epi16(-32768, -32768, -32768, -32768, -32760, -32760, -32760, -32760)),
                                             _mm512_and_si512(lane_bytes(0, 2, 4, 6), _mm512_set1_epi16(255)));
+    __m512i sums[4], scales[2];
+    scales[0] = _mm512_unpacklo_epi32(k.scales[0], k.scales[1]);
+    scales[1] = _mm512_unpackhi_epi32(k.scales[0], k.scales[1]);
 #pragma GCC unroll 1
     for (int l = 0; l < 4; l++) {
         __m512i even[4], odd[4];
-        dot_k_rows(even, odd, rows + 4 * l, x, has_high);
-        const __m512 a = _mm512_castsi512_ps(scale_k_rows(even, odd, (const char *)&scales[0] + 16 * l, spread));
-        const __m512 b = _mm512_castsi512_ps(scale_k_rows(even + 2, odd + 2, (const char *)&scales[1] + 16 * l, spread));
+        prefetch_quarter(ahead, l, has_high ? sizeof(block_q5_k) : sizeof(block_q4_k));
+        dot_k_four(even, odd, w + 4 * l, x->of + at + 4 * l, has_high);
+        const __m512 a = _mm512_castsi512_ps(scale_k_two(even, odd, (const char *)&scales[0] + 16 * l, spread));
+        const __m512 b = _mm512_castsi512_ps(scale_k_two(even + 2, odd + 2, (const char *)&scales[1] + 16 * l, spread));
         sums[l] = _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)), _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd)));
     }
     const __m512 t = _mm512_mul_ps(k.d, _mm512_cvtepi32_ps(add_lanes(sums)));
-    return _mm512_fnmadd_ps(k.dmin, _mm512_cvtepi32_ps(sum_k_mins(k.mins, block)), t);
+    return _mm512_fnmadd_ps(k.dmin, _mm512_cvtepi32_ps(sum_k_mins(k.mins, x, at)), t);
 }
-static __attribute__((noinline)) __m512 dot_q4_k(panel_rows rows, const block_q8 *x, int blocks) { (void)blocks; return dot_k(rows, x, 0); }
-static __attribute__((noinline)) __m512 dot_q5_k(panel_rows rows, const block_q8 *x, int blocks) { (void)blocks; return dot_k(rows, x, 1); }
+static __attribute__((noinline)) __m512 dot_q4_k(panel_rows w, const struct gemv_x *x, int at, const uint8_t *ahead) { return dot_k(w, x, at, ahead, 0); }
+static __attribute__((noinline)) __m512 dot_q5_k(panel_rows w, const struct gemv_x *x, int at, const uint8_t *ahead) { return dot_k(w, x, at, ahead, 1); }
 
 /* --- Q6_K ------------------------------------------------------------------------------------ */
-static __attribute__((noinline)) __m512 dot_q6_k(panel_rows rows, const block_q8 *x, int blocks) {
-    const __m256i x_sums = load_256(x->sums);
-    const __m512i lane_words = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_setr_m128i(_mm_set1_epi16(0), _mm_set1_epi16(1))),
-                                                  _mm256_setr_m128i(_mm_set1_epi16(2), _mm_set1_epi16(3)), 1);
+/* Words i, i + 1, i + 2, i + 3 of s, one to a 128-bit lane. */
+static inline __m512i words_to_lanes(__m256i s, int i) {
+    const __m256i low = _mm256_setr_m128i(_mm_set1_epi16(0), _mm_set1_epi16(1)), high = _mm256_setr_m128i(_mm_set1_epi16(2), _mm_set1_epi16(3));
+    const __m512i words = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    return _mm512_permutexvar_epi16(_mm512_add_epi16(words, _mm512_set1_epi16((short)i)), _mm512_castsi256_si512(s));
+}
+static inline __attribute__((always_inline)) __m512i dot_q6_k_one(const block_q6_k *w, const struct x_superblock *x) {
     const __m512i top = _mm512_set1_epi8(48);
-    __m512i sums[4], v[4];
-    (void)blocks;
-    for (int i = 0; i < 4; i++) v[i] = load_512(x->qs + 64 * i);
-    for (int r = 0; r < PANEL_ROWS; r += 4) {
-        __m512i acc[4];
-        for (int j = 0; j < 4; j++) {
-            const block_q6_k *w = (const void *)rows[r + j];
-            const __m256i scales = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)w->scales));
-            /* what the offset of 32 adds */
-            const __m256i offset = _mm256_slli_epi32(_mm256_madd_epi16(scales, x_sums), 5);
-            acc[j] = _mm512_setzero_si512();
-            for (int h = 0; h < 2; h++) {
-                /* elements 128h + 0..63 are low nibbles, 64..127 high ones; two bits each in 32 bytes of qh */
-                const __m512i low = load_512(w->ql + 64 * h);
-                const __m512i high = _mm512_broadcast_i64x4(load_256(w->qh + 32 * h));
-                const __m512i h0 = _mm512_mask_slli_epi16(_mm512_slli_epi16(high, 4), 0xffff0000, high, 2);
-                const __m512i h1 = _mm512_mask_srli_epi16(high, 0xffff0000, high, 2);
-                const __m512i q0 = _mm512_or_si512(low_nibbles(low), _mm512_and_si512(h0, top));
-                const __m512i q1 = _mm512_or_si512(high_nibbles(low), _mm512_and_si512(h1, top));
-                const __m512i s = _mm512_castsi256_si512(scales);
-                acc[j] = add_scaled_bytes(acc[j], q0, v[2 * h], _mm512_permutexvar_epi16(_mm512_add_epi16(lane_words, _mm512_set1_epi16((short)(8 * h))), s));
-                acc[j] = add_scaled_bytes(acc[j], q1, v[2 * h + 1], _mm512_permutexvar_epi16(_mm512_add_epi16(lane_words, _mm512_set1_epi16((short)(8 * h + 4))), s));
-            }
-            acc[j] = _mm512_sub_epi32(acc[j], _mm512_zextsi256_si512(offset));
-        }
-        sums[r / 4] = add_dwords(acc);
+    const __m256i scales = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)w->scales));
+    const __m256i offset = _mm256_slli_epi32(_mm256_madd_epi16(scales, x->sums), 5);   /* what the offset of 32 adds */
+    __m512i acc = _mm512_setzero_si512();
+    for (int h = 0; h < 2; h++) {
+        /* elements 128h + 0..63 are low nibbles, 64..127 high ones; two bits each in 32 bytes of qh */
+        const __m512i low = load_512(w->ql + 64 * h), high = _mm512_broadcast_i64x4(load_256(w->qh + 32 * h));
+        const __m512i h0 = _mm512_mask_slli_epi16(_mm512_slli_epi16(high, 4), 0xffff0000, high, 2);
+        const __m512i h1 = _mm512_mask_srli_epi16(high, 0xffff0000, high, 2);
+        const __m512i q0 = _mm512_or_si512(low_nibbles(low), _mm512_and_si512(h0, top));
+        const __m512i q1 = _mm512_or_si512(high_nibbles(low), _mm512_and_si512(h1, top));
+        acc = add_scaled_bytes(acc, q0, x->v[2 * h], words_to_lanes(scales, 8 * h));
+        acc = add_scaled_bytes(acc, q1, x->v[2 * h + 1], words_to_lanes(scales, 8 * h + 4));
     }
-    return _mm512_mul_ps(load_halves(rows, offsetof(block_q6_k, d)), _mm512_cvtepi32_ps(add_lanes(sums)));
+    return _mm512_sub_epi32(acc, _mm512_zextsi256_si512(offset));
+}
+static __attribute__((noinline)) __m512 dot_q6_k(panel_rows w, const struct gemv_x *x, int at, const uint8_t *ahead) {
+    __m512i sums[4];
+    const __m512 d = load_halves(w, offsetof(block_q6_k, d));
+#pragma GCC unroll 1
+    for (int l = 0; l < 4; l++) {
+        __m512i acc[4];
+        prefetch_quarter(ahead, l, sizeof(block_q6_k));
+        for (int r = 0; r < 4; r++) acc[r] = dot_q6_k_one((const void *)w[4 * l + r], x->of[at + 4 * l + r]);
+        sums[l] = add_dwords(acc);
+    }
+    return _mm512_mul_ps(d, _mm512_cvtepi32_ps(add_lanes(sums)));
 }
 #endif

@@ -30,5 +30,6 @@ const struct ms4_ops ops_neon = {
     .from_half = from_half_plain,
     .to_half = to_half_plain,
     .transpose_keys = transpose_keys_plain,
+    .product = product_plain,
 };
 #endif

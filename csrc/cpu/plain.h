@@ -150,6 +150,18 @@ static inline void attend_plain(const struct ms4_attend *a) {
         if (a->n_keys[row] > 0) attend_row_plain(a, row);
 }
 
+/* --- small products of floats ------------------------------------------------------------- */
+static inline void product_plain(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
+                                 int32_t m, int32_t n, int32_t k) {
+    for (int32_t i = 0; i < m; i++) {
+        float *to = c + (size_t)i * c_stride;
+        for (int32_t j = 0; j < n; j++) to[j] = 0;
+        for (int32_t p = 0; p < k; p++)
+            for (int32_t j = 0; j < n; j++)
+                to[j] = __builtin_fmaf(a[(size_t)i * a_stride + (size_t)p], b[(size_t)p * b_stride + (size_t)j], to[j]);
+    }
+}
+
 /* --- products ----------------------------------------------------------------------------- */
 static inline int mul_row_of(const struct ms4_mul *m, int token) { return m->x_rows ? m->x_rows[token] : token; }
 static inline const block_q8 *mul_blocks(const struct ms4_mul *m, int token) {

@@ -116,6 +116,15 @@ static void transpose_keys_ref(float *kt, const float *k, size_t k_stride, int32
             kt[i * ATTEND_KEYS + j] = j < (size_t)n_keys ? k[j * k_stride + i] : 0;
 }
 
+static void product_ref(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride, int32_t m,
+                        int32_t n, int32_t k) {
+    for (int32_t i = 0; i < m; i++)
+        for (int32_t j = 0; j < n; j++) {
+            double sum = 0;
+            for (int32_t p = 0; p < k; p++) sum += (double)a[(size_t)i * a_stride + (size_t)p] * b[(size_t)p * b_stride + (size_t)j];
+            c[(size_t)i * c_stride + (size_t)j] = (float)sum;
+        }
+}
 const struct ms4_ops ops_ref = {
     .isa = "ref",
     .mul = {
@@ -132,4 +141,5 @@ const struct ms4_ops ops_ref = {
     .from_half = from_half_ref,
     .to_half = to_half_ref,
     .transpose_keys = transpose_keys_ref,
+    .product = product_ref,
 };

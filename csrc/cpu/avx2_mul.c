@@ -1,0 +1,356 @@
+/* avx2_mul.c -- products with quantised weights on AVX2: one token at a time, or a panel of rows for many tokens.
+ *
+ * Both open rows with avx2_rows.h, sum integers exactly inside a superblock, and then do the same float operations
+ * with one output row per lane, so they agree bit for bit.
+ */
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c")
+#include "avx2.h"
+#include "avx2_rows.h"
+#include "plain.h"
+
+#define ROWS 8              /* rows of a panel, and rows computed together for one token: the lanes of a register */
+
+/* What a type needs besides its row_<type>.
+ * span: how many products of pairs, at most 127 * (2 * largest quant), fit 16 bits when added up; 0: signed quants. */
+struct form { enum family family; int bias, span; };
+#define AVX2_TYPES(X) \
+    X(q4_0, FAMILY_BLOCKS, 8, 8) X(q4_1, FAMILY_BLOCKS_MIN, 0, 8) X(q5_0, FAMILY_BLOCKS, 16, 4) \
+    X(q5_1, FAMILY_BLOCKS_MIN, 0, 4) X(q8_0, FAMILY_BLOCKS, 0, 0) X(iq4_nl, FAMILY_BLOCKS, 0, 0) \
+    X(mxfp4, FAMILY_BLOCKS, 12, 4) X(nvfp4, FAMILY_BLOCKS_16, 12, 4) \
+    X(q2_k, FAMILY_MINS, 0, 4) X(q3_k, FAMILY_SCALES, 4, 4) X(q4_k, FAMILY_MINS, 0, 8) X(q5_k, FAMILY_MINS, 0, 4) \
+    X(q6_k, FAMILY_SCALES, 32, 2) X(iq4_xs, FAMILY_SCALES, 0, 0) \
+    X(iq2_xxs, FAMILY_SCALES, 43, 1) X(iq2_xs, FAMILY_SCALES, 43, 1) X(iq2_s, FAMILY_SCALES, 43, 1) \
+    X(iq3_xxs, FAMILY_SCALES, 62, 1) X(iq3_s, FAMILY_SCALES, 15, 4) \
+    X(iq1_s, FAMILY_SCALES, 9, 4) X(iq1_m, FAMILY_SCALES, 9, 4)
+
+typedef void row_fn(struct row *o, const uint8_t *w, int n_blocks);
+typedef __m256 scale_fn(const uint8_t *const *rows, int b);
+/* The superblock of eight rows at once; b: the block whose scale or min is meant. */
+struct opener { row_fn *row; scale_fn *d, *m; size_t bytes; struct form form; };
+
+INLINE int is_blocks(enum family f) { return f != FAMILY_SCALES && f != FAMILY_MINS; }
+INLINE int has_min(enum family f) { return f == FAMILY_MINS || f == FAMILY_BLOCKS_MIN; }
+
+/* --- float scales of eight rows ------------------------------------------------------------------ */
+INLINE __m256 halves_at(const uint8_t *const *rows, size_t at) {
+    uint16_t h[ROWS];
+    for (int r = 0; r < ROWS; r++) memcpy(h + r, rows[r] + at, 2);
+    return _mm256_cvtph_ps(_mm_set_epi16((short)h[7], (short)h[6], (short)h[5], (short)h[4], (short)h[3], (short)h[2],
+                                         (short)h[1], (short)h[0]));
+}
+/* X(type, offset of d, factor, offset of the min) */
+#define HALVES(type, d_at, factor, m_at) \
+    INLINE __m256 d_##type(const uint8_t *const *rows, int b) { \
+        return _mm256_mul_ps(halves_at(rows, (size_t)b * sizeof(block_##type) + (d_at)), _mm256_set1_ps(factor)); \
+    } \
+    INLINE __m256 m_##type(const uint8_t *const *rows, int b) { \
+        return halves_at(rows, (size_t)b * sizeof(block_##type) + (m_at)); \
+    }
+HALVES(q4_0, 0, 1, 0) HALVES(q4_1, 0, 1, 2) HALVES(q5_0, 0, 1, 0) HALVES(q5_1, 0, 1, 2) HALVES(q8_0, 0, 1, 0)
+HALVES(iq4_nl, 0, 1, 0) HALVES(q2_k, 80, 1, 82) HALVES(q3_k, 108, 1, 0) HALVES(q4_k, 0, 1, 2) HALVES(q5_k, 0, 1, 2)
+HALVES(q6_k, 208, 1, 0) HALVES(iq4_xs, 0, 1, 0) HALVES(iq2_xxs, 0, 0.125f, 0) HALVES(iq2_xs, 0, 0.125f, 0)
+HALVES(iq2_s, 0, 0.125f, 0) HALVES(iq3_xxs, 0, 0.25f, 0) HALVES(iq3_s, 0, 1, 0) HALVES(iq1_s, 0, 0.125f, 0)
+
+#define SCALARS(type, value) \
+    INLINE __m256 d_##type(const uint8_t *const *rows, int b) { \
+        float d[ROWS]; \
+        for (int r = 0; r < ROWS; r++) { const block_##type *p = (const block_##type *)rows[r]; d[r] = value; } \
+        return (void)b, _mm256_loadu_ps(d); \
+    } \
+    INLINE __m256 m_##type(const uint8_t *const *rows, int b) { return (void)rows, (void)b, _mm256_setzero_ps(); }
+INLINE float scale_iq1_m(const uint8_t *scales) {
+    uint32_t d = 0;
+    for (int t = 0; t < 4; t++) d |= (uint32_t)(scales[t * 2 + 1] >> 4) << (t * 4);
+    return half_to_float((uint16_t)d) * 0.125f;
+}
+SCALARS(iq1_m, scale_iq1_m(p->scales))
+SCALARS(mxfp4, unpack_e8m0_half(p[b].e))
+SCALARS(nvfp4, unpack_e4m3_half(p[b / 4].d[b % 4]))
+
+/* --- moving lanes ---------------------------------------------------------------------------------- */
+/* v[r] lane c becomes v[c] lane r. */
+INLINE void transpose_8(__m256i *v) {
+    __m256i a[8], b[8];
+    for (int i = 0; i < 4; i++) {
+        a[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        a[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; i++) {
+        b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 1] = _mm256_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 2] = _mm256_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+        b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
+        v[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
+    }
+}
+/* Lane r of the result: the sum of all lanes of v[r]. */
+INLINE __m256i sum_each(const __m256i *v) {
+    __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+    __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
+    return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+}
+INLINE __m256i first_lanes(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+INLINE void store_rows(float *y, __m256 v, int n) {
+    if (n >= ROWS) _mm256_storeu_ps(y, v);
+    else _mm256_maskstore_ps(y, first_lanes(n), v);
+}
+/* Where the rows of a group begin; rows beyond the last one repeat it, and their results are not stored. */
+INLINE void find_rows(const uint8_t **rows, const struct ms4_mul *m, int first) {
+    for (int r = 0; r < ROWS; r++) {
+        int row = first + r < m->n_rows ? first + r : m->n_rows - 1;
+        rows[r] = m->w + (size_t)row * m->row_bytes;
+    }
+}
+INLINE int blocks_here(const struct ms4_mul *m, int i) {
+    int n = m->n_cols - i * SUPERBLOCK;
+    return n >= SUPERBLOCK ? 8 : n / 32;
+}
+
+/* --- one token ----------------------------------------------------------------------------------------- */
+/* Products of pairs of a chunk of 32 weights. */
+INLINE __m256i pairs(__m256i q, __m256i x, int is_signed) {
+    return is_signed ? _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(x, q)) : _mm256_maddubs_epi16(q, x);
+}
+/* Byte pairs c of the low half to all of the low half, and of the high half likewise. */
+INLINE __m256i scale_of_chunk(__m256i scale, int c) {
+    return _mm256_shuffle_epi8(scale, _mm256_set1_epi16((short)(2 * c + (2 * c + 1) * 256)));
+}
+INLINE __m256 decode_superblock(const uint8_t *const *rows, const block_q8 *x, __m256 y, struct opener t) {
+    __m256i dots[ROWS], mins[ROWS];
+    __m256i sums = even_odd_words(load256(x->sums));
+    for (int r = 0; r < ROWS; r++) {
+        struct row o;
+        __m256i dot = _mm256_setzero_si256();
+        t.row(&o, rows[r], 8);
+        for (int c = 0; c < 8; c++) {
+            __m256i p = pairs(o.q[c], load256(x->qs + c * 32), t.form.span == 0);
+            dot = _mm256_add_epi32(dot, _mm256_madd_epi16(p, scale_of_chunk(o.scale, c)));
+        }
+        if (t.form.bias) {
+            __m256i low = _mm256_mullo_epi16(o.scale, _mm256_set1_epi16((short)t.form.bias));
+            dot = _mm256_sub_epi32(dot, _mm256_madd_epi16(low, sums));
+        }
+        dots[r] = dot;
+        if (t.form.family == FAMILY_MINS) mins[r] = _mm256_madd_epi16(o.min, sums);
+    }
+    __m256 v = _mm256_mul_ps(t.d(rows, 0), _mm256_cvtepi32_ps(sum_each(dots)));
+    if (t.form.family == FAMILY_MINS) v = _mm256_fnmadd_ps(t.m(rows, 0), _mm256_cvtepi32_ps(sum_each(mins)), v);
+    return _mm256_fmadd_ps(_mm256_set1_ps(x->d), v, y);
+}
+/* The sums of one row's blocks: of 32 weights, lane b block b; of 16, even sub-blocks and odd ones. */
+INLINE void block_sums(__m256i *even, __m256i *odd, const struct row *o, const block_q8 *x, struct opener t) {
+    __m256i p[8];
+    for (int c = 0; c < 8; c++)
+        p[c] = _mm256_madd_epi16(pairs(o->q[c], load256(x->qs + c * 32), t.form.span == 0), _mm256_set1_epi16(1));
+    __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(p[0], p[1]), _mm256_hadd_epi32(p[2], p[3]));
+    __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(p[4], p[5]), _mm256_hadd_epi32(p[6], p[7]));
+    *even = _mm256_permute2x128_si256(a, b, 0x20);
+    *odd = _mm256_permute2x128_si256(a, b, 0x31);
+}
+INLINE __m256 decode_blocks(const uint8_t *const *rows, const block_q8 *x, __m256 y, int n_blocks, struct opener t) {
+    const int wide = t.form.family != FAMILY_BLOCKS_16;
+    __m256i even[ROWS], odd[ROWS], bias = _mm256_set1_epi16((short)t.form.bias), sums = load256(x->sums);
+    for (int r = 0; r < ROWS; r++) {
+        struct row o;
+        t.row(&o, rows[r], n_blocks);
+        block_sums(even + r, odd + r, &o, x, t);
+        if (wide) even[r] = _mm256_sub_epi32(_mm256_add_epi32(even[r], odd[r]), _mm256_madd_epi16(bias, sums));
+        else {
+            __m256i even_sums = _mm256_and_si256(sums, _mm256_set1_epi32(0xffff));
+            even[r] = _mm256_sub_epi32(even[r], _mm256_madd_epi16(bias, even_sums));
+            odd[r] = _mm256_sub_epi32(odd[r], _mm256_madd_epi16(bias, _mm256_andnot_si256(_mm256_set1_epi32(0xffff), sums)));
+        }
+    }
+    transpose_8(even);
+    if (!wide) transpose_8(odd);
+    __m256 v = _mm256_setzero_ps();
+    for (int b = 0; b < n_blocks; b++) {
+        v = _mm256_fmadd_ps(t.d(rows, wide ? b : 2 * b), _mm256_cvtepi32_ps(even[b]), v);
+        if (!wide) v = _mm256_fmadd_ps(t.d(rows, 2 * b + 1), _mm256_cvtepi32_ps(odd[b]), v);
+        if (t.form.family == FAMILY_BLOCKS_MIN)
+            v = _mm256_fmadd_ps(t.m(rows, b), _mm256_set1_ps((float)(x->sums[2 * b] + x->sums[2 * b + 1])), v);
+    }
+    return _mm256_fmadd_ps(_mm256_set1_ps(x->d), v, y);
+}
+INLINE void decode(const struct ms4_mul *m, int token, struct opener t) {
+    const block_q8 *x = mul_blocks(m, token);
+    float *y = m->y + (size_t)token * m->y_stride;
+    for (int first = 0; first < m->n_rows; first += ROWS) {
+        const uint8_t *rows[ROWS];
+        __m256 sum = _mm256_setzero_ps();
+        find_rows(rows, m, first);
+        for (int i = 0; i * SUPERBLOCK < m->n_cols; i++) {
+            int n_blocks = blocks_here(m, i);
+            if (!is_blocks(t.form.family)) sum = decode_superblock(rows, x + i, sum, t);
+            else if (n_blocks == 8) sum = decode_blocks(rows, x + i, sum, 8, t);
+            else sum = decode_blocks(rows, x + i, sum, n_blocks, t);
+            for (int r = 0; r < ROWS; r++) rows[r] += t.bytes;
+        }
+        store_rows(y + first, sum, m->n_rows - first);
+    }
+}
+
+/* --- many tokens ---------------------------------------------------------------------------------------- */
+/* One superblock of eight rows, opened, with the rows in the lanes: four weights (or two 16-bit numbers) of each. */
+struct panel {
+    __m256i q[SUPERBLOCK / 4];
+    __m256i scale[16];          /* of group g, twice */
+    __m256i low[8];             /* of groups 2 p and 2 p + 1: the min, or scale * bias */
+    __m256 d[16], m[8];
+};
+INLINE void open_panel(struct panel *p, const uint8_t *const *rows, int n_blocks, struct opener t) {
+    const int blocks = is_blocks(t.form.family);
+    __m256i scale[ROWS], low[ROWS], q[ROWS][8];
+    for (int r = 0; r < ROWS; r++) {
+        struct row o;
+        t.row(&o, rows[r], n_blocks);
+        for (int c = 0; c < 8; c++) q[r][c] = o.q[c];
+        if (blocks) continue;
+        __m256i even = o.scale, odd = _mm256_permute2x128_si256(even, even, 0x11);
+        scale[r] = _mm256_inserti128_si256(_mm256_unpacklo_epi16(even, odd), _mm256_castsi256_si128(_mm256_unpackhi_epi16(even, odd)), 1);
+        even = t.form.family == FAMILY_MINS ? o.min : _mm256_mullo_epi16(o.scale, _mm256_set1_epi16((short)t.form.bias));
+        odd = _mm256_permute2x128_si256(even, even, 0x11);
+        low[r] = _mm256_inserti128_si256(_mm256_unpacklo_epi16(even, odd), _mm256_castsi256_si128(_mm256_unpackhi_epi16(even, odd)), 1);
+    }
+    for (int c = 0; c < 8; c++) {
+        __m256i v[8];
+        for (int r = 0; r < ROWS; r++) v[r] = q[r][c];
+        transpose_8(v);
+        for (int j = 0; j < 8; j++) p->q[c * 8 + j] = v[j];
+    }
+    if (blocks) {
+        int n_scales = t.form.family == FAMILY_BLOCKS_16 ? 2 * n_blocks : n_blocks;
+        for (int b = 0; b < n_scales; b++) p->d[b] = t.d(rows, b);
+        if (t.form.family == FAMILY_BLOCKS_MIN) for (int b = 0; b < n_blocks; b++) p->m[b] = t.m(rows, b);
+        return;
+    }
+    transpose_8(scale);
+    transpose_8(low);
+    for (int g = 0; g < 8; g++) {
+        p->scale[2 * g] = _mm256_blend_epi16(scale[g], _mm256_slli_epi32(scale[g], 16), 0xaa);
+        p->scale[2 * g + 1] = _mm256_blend_epi16(scale[g], _mm256_srli_epi32(scale[g], 16), 0x55);
+        p->low[g] = low[g];
+    }
+    p->d[0] = t.d(rows, 0);
+    if (t.form.family == FAMILY_MINS) p->m[0] = t.m(rows, 0);
+}
+
+#define TILE 4              /* tokens whose sums are held in registers together */
+INLINE __m256i broadcast4(const void *p) { return _mm256_set1_epi32((int)load32(p)); }
+/* Without this the compiler turns long sums into trees, with more terms alive than there are registers. */
+INLINE __m256i keep_order(__m256i v) {
+    __asm__("" : "+x"(v));
+    return v;
+}
+/* Adds group pair p (32 weights) of n tokens to dots: one 16-bit sum per span, then times the scale. */
+INLINE void tile_chunk(__m256i *dots, const struct panel *p, const block_q8 *const *x, int n, int c, struct form f) {
+    const int span = f.span ? f.span : 1, blocks = is_blocks(f.family), wide = f.family != FAMILY_BLOCKS_16;
+    for (int s = 0; s < 8; s += span) {
+        __m256i part[TILE];
+        for (int j = s; j < s + span; j++) {
+            __m256i w = p->q[c * 8 + j], magnitude = f.span ? w : _mm256_abs_epi8(w);
+            for (int t = 0; t < n; t++) {
+                __m256i b = broadcast4(x[t]->qs + c * 32 + j * 4);
+                __m256i v = _mm256_maddubs_epi16(magnitude, f.span ? b : _mm256_sign_epi8(b, w));
+                part[t] = j == s ? v : keep_order(_mm256_add_epi16(part[t], v));
+            }
+        }
+        __m256i scale = blocks ? _mm256_set1_epi16(1) : p->scale[c * 2 + s / 4];
+        for (int t = 0; t < n; t++) {
+            __m256i v = _mm256_madd_epi16(part[t], scale);
+            int start = blocks && (s == 0 || (!wide && s == 4));
+            int at = !wide && s >= 4 ? TILE + t : t;
+            dots[at] = start ? v : _mm256_add_epi32(dots[at], v);
+        }
+    }
+}
+INLINE void tile_superblock(const struct panel *p, const block_q8 *const *x, __m256 *y, int n, struct form f) {
+    __m256i dots[TILE];
+    for (int t = 0; t < n; t++) dots[t] = _mm256_setzero_si256();
+    for (int c = 0; c < 8; c++) tile_chunk(dots, p, x, n, c, f);
+    for (int t = 0; t < n; t++) {
+        __m256i low = _mm256_setzero_si256();
+        if (f.bias || f.family == FAMILY_MINS)
+            for (int g = 0; g < 8; g++)
+                low = _mm256_add_epi32(low, _mm256_madd_epi16(p->low[g], broadcast4(x[t]->sums + g * 2)));
+        if (f.bias) dots[t] = _mm256_sub_epi32(dots[t], low);
+        __m256 v = _mm256_mul_ps(p->d[0], _mm256_cvtepi32_ps(dots[t]));
+        if (f.family == FAMILY_MINS) v = _mm256_fnmadd_ps(p->m[0], _mm256_cvtepi32_ps(low), v);
+        y[t] = _mm256_fmadd_ps(_mm256_set1_ps(x[t]->d), v, y[t]);
+    }
+}
+INLINE void tile_blocks(const struct panel *p, const block_q8 *const *x, __m256 *y, int n, int n_blocks, struct form f) {
+    const int wide = f.family != FAMILY_BLOCKS_16;
+    __m256 v[TILE];
+    for (int t = 0; t < n; t++) v[t] = _mm256_setzero_ps();
+    for (int b = 0; b < n_blocks; b++) {
+        __m256i dots[2 * TILE], bias = _mm256_set1_epi16((short)f.bias);
+        tile_chunk(dots, p, x, n, b, f);
+        for (int t = 0; t < n; t++) {
+            __m256i sums = broadcast4(x[t]->sums + b * 2);
+            if (wide) {
+                if (f.bias) dots[t] = _mm256_sub_epi32(dots[t], _mm256_madd_epi16(sums, bias));
+                v[t] = _mm256_fmadd_ps(p->d[b], _mm256_cvtepi32_ps(dots[t]), v[t]);
+                if (f.family == FAMILY_BLOCKS_MIN)
+                    v[t] = _mm256_fmadd_ps(p->m[b], _mm256_cvtepi32_ps(_mm256_madd_epi16(sums, _mm256_set1_epi16(1))), v[t]);
+                continue;
+            }
+            __m256i even = _mm256_madd_epi16(_mm256_and_si256(sums, _mm256_set1_epi32(0xffff)), bias);
+            __m256i odd = _mm256_madd_epi16(_mm256_andnot_si256(_mm256_set1_epi32(0xffff), sums), bias);
+            v[t] = _mm256_fmadd_ps(p->d[2 * b], _mm256_cvtepi32_ps(_mm256_sub_epi32(dots[t], even)), v[t]);
+            v[t] = _mm256_fmadd_ps(p->d[2 * b + 1], _mm256_cvtepi32_ps(_mm256_sub_epi32(dots[TILE + t], odd)), v[t]);
+        }
+    }
+    for (int t = 0; t < n; t++) y[t] = _mm256_fmadd_ps(_mm256_set1_ps(x[t]->d), v[t], y[t]);
+}
+/* n tokens from `token` on, times superblock i of the panel; y begins at zero. */
+INLINE void tile(const struct ms4_mul *m, const struct panel *p, int token, int n, int i, int first, struct form f) {
+    const block_q8 *x[TILE];
+    __m256 y[TILE];
+    float *out[TILE];
+    int n_lanes = m->n_rows - first;
+    for (int t = 0; t < n; t++) {
+        x[t] = mul_blocks(m, token + t) + i;
+        out[t] = m->y + (size_t)(token + t) * m->y_stride + first;
+        y[t] = i == 0 ? _mm256_setzero_ps()
+             : n_lanes >= ROWS ? _mm256_loadu_ps(out[t]) : _mm256_maskload_ps(out[t], first_lanes(n_lanes));
+    }
+    if (is_blocks(f.family)) tile_blocks(p, x, y, n, blocks_here(m, i), f);
+    else tile_superblock(p, x, y, n, f);
+    for (int t = 0; t < n; t++) store_rows(out[t], y[t], n_lanes);
+}
+INLINE void prefill(const struct ms4_mul *m, struct opener t) {
+    for (int first = 0; first < m->n_rows; first += ROWS) {
+        const uint8_t *rows[ROWS];
+        find_rows(rows, m, first);
+        for (int i = 0; i * SUPERBLOCK < m->n_cols; i++) {
+            struct panel p;
+            int token = 0;
+            open_panel(&p, rows, blocks_here(m, i), t);
+            for (; token + TILE <= m->n_tokens; token += TILE) tile(m, &p, token, TILE, i, first, t.form);
+            for (; token < m->n_tokens; token++) tile(m, &p, token, 1, i, first, t.form);
+            for (int r = 0; r < ROWS; r++) rows[r] += t.bytes;
+        }
+    }
+}
+
+#define PANEL_FROM 4        /* so many tokens are worth opening a panel for */
+#define X(type, family, bias, span) \
+    static __attribute__((noinline)) void decode_##type(const struct ms4_mul *m, int token) { \
+        decode(m, token, (struct opener){ row_##type, d_##type, m_##type, SUPERBLOCK_BYTES(type), { family, bias, span } }); \
+    } \
+    static __attribute__((noinline)) void prefill_##type(const struct ms4_mul *m) { \
+        prefill(m, (struct opener){ row_##type, d_##type, m_##type, SUPERBLOCK_BYTES(type), { family, bias, span } }); \
+    } \
+    void avx2_mul_##type(const struct ms4_mul *m) { \
+        if (m->n_tokens >= PANEL_FROM) prefill_##type(m); \
+        else for (int t = 0; t < m->n_tokens; t++) decode_##type(m, t); \
+    }
+AVX2_TYPES(X)
+#endif

@@ -1,0 +1,275 @@
+/* avx2_rows.h -- opens one superblock of one row in AVX2 registers: unsigned quants, integer scales and mins.
+ *
+ * q[c] holds weights 32 c to 32 c + 31, with the type's bias added (AVX2_TYPES in avx2_mul.c) so that none is
+ * negative; three types have no bias and stay signed.  Scales and mins are 16 bits wide, one per 16 weights, those of
+ * the even groups in the low half of the register and those of the odd groups in the high half.
+ */
+#ifndef MS4_AVX2_ROWS_H
+#define MS4_AVX2_ROWS_H
+#include "grids.h"
+#include "quant.h"
+#include "unpack.h"
+#include <immintrin.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+struct row { __m256i q[8], scale, min; };
+
+INLINE __m256i load256(const void *p) { return _mm256_loadu_si256(p); }
+INLINE __m128i load128(const void *p) { return _mm_loadu_si128(p); }
+INLINE uint32_t load32(const void *p) { uint32_t v; memcpy(&v, p, 4); return v; }
+INLINE long long load64(const void *p) { long long v; memcpy(&v, p, 8); return v; }
+
+/* The low nibbles of 16 bytes, then the high ones. */
+INLINE __m256i nibbles(const uint8_t *p) {
+    __m128i v = load128(p);
+    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(v, 4), v), _mm256_set1_epi8(15));
+}
+INLINE __m256i low_bits(__m256i v, int shift, int mask) {
+    return _mm256_and_si256(_mm256_srli_epi16(v, shift), _mm256_set1_epi8((char)mask));
+}
+/* Bit `from` of every byte, moved to bit `to`. */
+INLINE __m256i move_bit(__m256i v, int from, int to) {
+    v = from < to ? _mm256_slli_epi16(v, to - from) : _mm256_srli_epi16(v, from - to);
+    return _mm256_and_si256(v, _mm256_set1_epi8((char)(1 << to)));
+}
+/* Byte c of four repeated eight times: what bit k of 32 has to be compared with for lane k. */
+INLINE __m256i bit_mask(uint32_t bits) {
+    const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+    const __m256i each = _mm256_set1_epi64x((long long)0x8040201008040201);
+    __m256i v = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), spread);
+    return _mm256_cmpeq_epi8(_mm256_and_si256(v, each), each);
+}
+INLINE __m256i negate_where(__m256i v, uint32_t signs) {
+    __m256i mask = bit_mask(signs);
+    return _mm256_sub_epi8(_mm256_xor_si256(v, mask), mask);
+}
+/* 16 scales in order, as bytes or as 16 bits: even groups low, odd groups high. */
+INLINE __m128i even_odd_bytes(__m128i v) {
+    return _mm_shuffle_epi8(v, _mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0));
+}
+INLINE __m256i even_odd_words(__m256i v) {
+    const __m128i order = _mm_set_epi8(15, 14, 11, 10, 7, 6, 3, 2, 13, 12, 9, 8, 5, 4, 1, 0);
+    return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(order)), 0xd8);
+}
+/* One scale per 32 weights. */
+INLINE __m256i twice(__m128i v) { return _mm256_broadcastsi128_si256(v); }
+
+/* --- 32-blocks: n of them exist --------------------------------------------------------------- */
+#define AVX2_BLOCKS(type, body) \
+    INLINE void row_##type(struct row *o, const uint8_t *w, int n) { \
+        for (int b = 0; b < 8; b++) { \
+            if (b >= n) { o->q[b] = _mm256_setzero_si256(); continue; } \
+            const block_##type *p = (const block_##type *)w + b; \
+            o->q[b] = body; \
+        } \
+    }
+INLINE __m256i fifth_bits(const uint8_t *qh) { return _mm256_and_si256(bit_mask(load32(qh)), _mm256_set1_epi8(16)); }
+INLINE __m256i from_table(const int8_t *table, int bias, __m256i index) {
+    __m128i t = _mm_add_epi8(load128(table), _mm_set1_epi8((char)bias));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(t), index);
+}
+AVX2_BLOCKS(q4_0, nibbles(p->qs))
+AVX2_BLOCKS(q4_1, nibbles(p->qs))
+AVX2_BLOCKS(q5_0, _mm256_or_si256(nibbles(p->qs), fifth_bits(p->qh)))
+AVX2_BLOCKS(q5_1, _mm256_or_si256(nibbles(p->qs), fifth_bits(p->qh)))
+AVX2_BLOCKS(q8_0, load256(p->qs))
+AVX2_BLOCKS(iq4_nl, from_table(unpack_kv, 0, nibbles(p->qs)))
+AVX2_BLOCKS(mxfp4, from_table(unpack_e2m1, 12, nibbles(p->qs)))
+INLINE void row_nvfp4(struct row *o, const uint8_t *w, int n) {
+    for (int b = 0; b < 8; b++) {
+        if (b >= n) { o->q[b] = _mm256_setzero_si256(); continue; }
+        const block_nvfp4 *p = (const block_nvfp4 *)w + b / 2;
+        /* two sub-blocks of 8 bytes: the low and the high nibbles of each */
+        __m256i v = nibbles(p->qs + b % 2 * 16);
+        o->q[b] = from_table(unpack_e2m1, 12, _mm256_permute4x64_epi64(v, 0xd8));
+    }
+}
+
+/* --- superblocks ------------------------------------------------------------------------------ */
+INLINE void row_q2_k(struct row *o, const uint8_t *w, int n) {
+    const block_q2_k *p = (const block_q2_k *)w;
+    const __m128i mask = _mm_set1_epi8(15);
+    (void)n;
+    __m128i sc = even_odd_bytes(load128(p->scales));
+    o->scale = _mm256_cvtepu8_epi16(_mm_and_si128(sc, mask));
+    o->min = _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(sc, 4), mask));
+    for (int s = 0; s < 8; s++) o->q[s] = low_bits(load256(p->qs + s / 4 * 32), s % 4 * 2, 3);
+}
+INLINE void row_q3_k(struct row *o, const uint8_t *w, int n) {
+    const block_q3_k *p = (const block_q3_k *)w;
+    uint32_t a = load32(p->scales), b = load32(p->scales + 4), c = load32(p->scales + 8);
+    const uint32_t low = 0x0f0f0f0f, two = 0x03030303;
+    (void)n;
+    __m128i sc = _mm_set_epi32((int)((b >> 4 & low) | (c >> 6 & two) << 4), (int)((a >> 4 & low) | (c >> 4 & two) << 4),
+                               (int)((b & low) | (c >> 2 & two) << 4), (int)((a & low) | (c & two) << 4));
+    o->scale = _mm256_cvtepi8_epi16(even_odd_bytes(_mm_sub_epi8(sc, _mm_set1_epi8(32))));
+    __m256i high = load256(p->hmask);
+    for (int s = 0; s < 8; s++)
+        o->q[s] = _mm256_or_si256(low_bits(load256(p->qs + s / 4 * 32), s % 4 * 2, 3), move_bit(high, s, 2));
+}
+/* The scales and mins of Q4_K and Q5_K. */
+INLINE void row_scales_mins(struct row *o, const uint8_t *scales) {
+    uint32_t a = load32(scales), b = load32(scales + 4), c = load32(scales + 8);
+    const uint32_t six = 0x3f3f3f3f, low = 0x0f0f0f0f, two = 0x03030303;
+    __m128i v = _mm_set_epi32((int)((c >> 4 & low) | (b >> 6 & two) << 4), (int)(b & six),
+                              (int)((c & low) | (a >> 6 & two) << 4), (int)(a & six));
+    __m256i both = _mm256_cvtepu8_epi16(v);
+    o->scale = _mm256_permute2x128_si256(both, both, 0x00);
+    o->min = _mm256_permute2x128_si256(both, both, 0x11);
+}
+INLINE void row_q4_k(struct row *o, const uint8_t *w, int n) {
+    const block_q4_k *p = (const block_q4_k *)w;
+    (void)n;
+    row_scales_mins(o, p->scales);
+    for (int s = 0; s < 8; s++) o->q[s] = low_bits(load256(p->qs + s / 2 * 32), s % 2 * 4, 15);
+}
+INLINE void row_q5_k(struct row *o, const uint8_t *w, int n) {
+    const block_q5_k *p = (const block_q5_k *)w;
+    (void)n;
+    row_scales_mins(o, p->scales);
+    __m256i high = load256(p->qh);
+    for (int s = 0; s < 8; s++)
+        o->q[s] = _mm256_or_si256(low_bits(load256(p->qs + s / 2 * 32), s % 2 * 4, 15), move_bit(high, s, 4));
+}
+INLINE void row_q6_k(struct row *o, const uint8_t *w, int n) {
+    const block_q6_k *p = (const block_q6_k *)w;
+    const __m256i two = _mm256_set1_epi8(0x30);
+    (void)n;
+    o->scale = _mm256_cvtepi8_epi16(even_odd_bytes(load128(p->scales)));
+    for (int h = 0; h < 2; h++) {
+        __m256i first = load256(p->ql + h * 64), second = load256(p->ql + h * 64 + 32), high = load256(p->qh + h * 32);
+        __m256i *q = o->q + h * 4;
+        q[0] = _mm256_or_si256(low_bits(first, 0, 15), _mm256_and_si256(_mm256_slli_epi16(high, 4), two));
+        q[1] = _mm256_or_si256(low_bits(second, 0, 15), _mm256_and_si256(_mm256_slli_epi16(high, 2), two));
+        q[2] = _mm256_or_si256(low_bits(first, 4, 15), _mm256_and_si256(high, two));
+        q[3] = _mm256_or_si256(low_bits(second, 4, 15), _mm256_and_si256(_mm256_srli_epi16(high, 2), two));
+    }
+}
+INLINE void row_iq4_xs(struct row *o, const uint8_t *w, int n) {
+    const block_iq4_xs *p = (const block_iq4_xs *)w;
+    uint32_t low = load32(p->scales_l);
+    (void)n;
+    __m128i nibble = _mm_unpacklo_epi8(_mm_cvtsi32_si128((int)(low & 0x0f0f0f0f)), _mm_cvtsi32_si128((int)(low >> 4 & 0x0f0f0f0f)));
+    /* bits 2 s and 2 s + 1 to the top of word s, and from there to bits 4 and 5 */
+    __m128i top = _mm_mullo_epi16(_mm_set1_epi16((short)p->scales_h), _mm_set_epi16(1, 4, 16, 64, 256, 1024, 4096, 16384));
+    top = _mm_slli_epi16(_mm_srli_epi16(top, 14), 4);
+    o->scale = twice(_mm_sub_epi16(_mm_or_si128(_mm_cvtepu8_epi16(nibble), top), _mm_set1_epi16(32)));
+    for (int s = 0; s < 8; s++) o->q[s] = from_table(unpack_kv, 0, nibbles(p->qs + s * 16));
+}
+
+/* Four groups of seven sign bits, the first lowest, to four bytes of eight: the eighth makes their number even. */
+INLINE uint32_t signs7(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    uint32_t s = (a & 127) | (b & 127) << 8 | (c & 127) << 16 | d << 24, parity = s ^ s >> 4;
+    parity ^= parity >> 2;
+    parity ^= parity >> 1;
+    return s | (parity & 0x01010101) << 7;
+}
+/* The four (or eight) grid rows of 32 weights, their signs, and the bias. */
+INLINE __m256i grid_8(const int8_t (*grid)[8], uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    return _mm256_set_epi64x(load64(grid[d]), load64(grid[c]), load64(grid[b]), load64(grid[a]));
+}
+INLINE __m256i grid_4(const int8_t (*grid)[4], const uint8_t *qs, uint32_t high) {
+    uint32_t at[8];
+    for (int j = 0; j < 8; j++) at[j] = qs[j] | (high >> j & 1) << 8;
+    return _mm256_set_epi32((int)load32(grid[at[7]]), (int)load32(grid[at[6]]), (int)load32(grid[at[5]]), (int)load32(grid[at[4]]),
+                            (int)load32(grid[at[3]]), (int)load32(grid[at[2]]), (int)load32(grid[at[1]]), (int)load32(grid[at[0]]));
+}
+INLINE __m256i signed_grid(__m256i v, uint32_t signs, int bias) {
+    return _mm256_add_epi8(negate_where(v, signs), _mm256_set1_epi8((char)bias));
+}
+/* 1 + 2 * nibble for 16 nibbles in order. */
+INLINE __m256i nibble_scales(const uint8_t *scales) {
+    __m128i v = _mm_cvtsi64_si128(load64(scales)), mask = _mm_set1_epi8(15);
+    __m128i even = _mm_and_si128(v, mask), odd = _mm_and_si128(_mm_srli_epi16(v, 4), mask);
+    __m256i nibble = _mm256_cvtepu8_epi16(_mm_unpacklo_epi64(even, odd));
+    return _mm256_add_epi16(_mm256_add_epi16(nibble, nibble), _mm256_set1_epi16(1));
+}
+INLINE void row_iq2_xxs(struct row *o, const uint8_t *w, int n) {
+    const block_iq2_xxs *p = (const block_iq2_xxs *)w;
+    int16_t scale[8];
+    (void)n;
+    for (int k = 0; k < 8; k++) {
+        const uint8_t *at = (const uint8_t *)(p->qs + k * 4);
+        uint32_t s = load32(at + 4);
+        scale[k] = (int16_t)(1 + 2 * (s >> 28));
+        o->q[k] = signed_grid(grid_8(grid_iq2xxs, at[0], at[1], at[2], at[3]), signs7(s, s >> 7, s >> 14, s >> 21 & 127), 43);
+    }
+    o->scale = twice(load128(scale));
+}
+INLINE void row_iq2_xs(struct row *o, const uint8_t *w, int n) {
+    const block_iq2_xs *p = (const block_iq2_xs *)w;
+    (void)n;
+    o->scale = nibble_scales(p->scales);
+    for (int k = 0; k < 8; k++) {
+        const uint16_t *v = p->qs + k * 4;
+        __m256i q = grid_8(grid_iq2xs, v[0] & 511, v[1] & 511, v[2] & 511, v[3] & 511);
+        o->q[k] = signed_grid(q, signs7(v[0] >> 9, v[1] >> 9, v[2] >> 9, v[3] >> 9), 43);
+    }
+}
+INLINE void row_iq2_s(struct row *o, const uint8_t *w, int n) {
+    const block_iq2_s *p = (const block_iq2_s *)w;
+    (void)n;
+    o->scale = nibble_scales(p->scales);
+    for (int k = 0; k < 8; k++) {
+        const uint8_t *at = p->qs + k * 4;
+        uint32_t h = p->qh[k];
+        __m256i q = grid_8(grid_iq2s, at[0] | (h << 8 & 0x300), at[1] | (h << 6 & 0x300), at[2] | (h << 4 & 0x300),
+                           at[3] | (h << 2 & 0x300));
+        o->q[k] = signed_grid(q, load32(p->signs + k * 4), 43);
+    }
+}
+INLINE void row_iq3_xxs(struct row *o, const uint8_t *w, int n) {
+    const block_iq3_xxs *p = (const block_iq3_xxs *)w;
+    int16_t scale[8];
+    (void)n;
+    for (int k = 0; k < 8; k++) {
+        uint32_t s = load32(p->w + k * 4);
+        scale[k] = (int16_t)(1 + 2 * (s >> 28));
+        o->q[k] = signed_grid(grid_4(grid_iq3xxs, p->qs + k * 8, 0), signs7(s, s >> 7, s >> 14, s >> 21 & 127), 62);
+    }
+    o->scale = twice(load128(scale));
+}
+INLINE void row_iq3_s(struct row *o, const uint8_t *w, int n) {
+    const block_iq3_s *p = (const block_iq3_s *)w;
+    (void)n;
+    __m128i v = _mm_cvtsi32_si128((int)load32(p->scales)), mask = _mm_set1_epi8(15);
+    __m128i nibble = _mm_cvtepu8_epi16(_mm_and_si128(_mm_unpacklo_epi8(v, _mm_srli_epi16(v, 4)), mask));
+    o->scale = twice(_mm_add_epi16(_mm_add_epi16(nibble, nibble), _mm_set1_epi16(1)));
+    for (int k = 0; k < 8; k++)
+        o->q[k] = signed_grid(grid_4(grid_iq3s, p->qs + k * 8, p->qh[k]), load32(p->signs + k * 4), 15);
+}
+/* 8 * grid + delta + 9 = 8 * (grid + 1) + (delta + 1) */
+INLINE __m256i shifted_grid(__m256i v, __m256i delta_1) {
+    return _mm256_add_epi8(_mm256_slli_epi16(_mm256_add_epi8(v, _mm256_set1_epi8(1)), 3), delta_1);
+}
+INLINE void row_iq1_s(struct row *o, const uint8_t *w, int n) {
+    const block_iq1_s *p = (const block_iq1_s *)w;
+    (void)n;
+    __m128i h8 = load128(p->qh), scale = _mm_and_si128(_mm_srli_epi16(h8, 11), _mm_set1_epi16(14));
+    o->scale = twice(_mm_add_epi16(scale, _mm_set1_epi16(1)));
+    for (int k = 0; k < 8; k++) {
+        uint32_t h = p->qh[k];
+        const uint8_t *at = p->qs + k * 4;
+        __m256i q = grid_8(grid_iq1, at[0] | (h << 8 & 0x700), at[1] | (h << 5 & 0x700), at[2] | (h << 2 & 0x700),
+                           at[3] | (h >> 1 & 0x700));
+        o->q[k] = shifted_grid(q, _mm256_set1_epi8(h & 0x8000 ? 0 : 2));
+    }
+}
+INLINE void row_iq1_m(struct row *o, const uint8_t *w, int n) {
+    const block_iq1_m *p = (const block_iq1_m *)w;
+    const long long twos = 0x0202020202020202;
+    int16_t scale[16];
+    (void)n;
+    for (int g = 0; g < 16; g++) scale[g] = (int16_t)(2 * (unpack_u16(p->scales + g / 4 * 2) >> (g % 4 * 3) & 7) + 1);
+    o->scale = even_odd_words(load256(scale));
+    for (int k = 0; k < 8; k++) {
+        uint32_t h = unpack_u16(p->qh + k * 2);
+        const uint8_t *at = p->qs + k * 4;
+        __m256i q = grid_8(grid_iq1, at[0] | (h << 8 & 0x700), at[1] | (h << 4 & 0x700), at[2] | (h & 0x700),
+                           at[3] | (h >> 4 & 0x700));
+        o->q[k] = shifted_grid(q, _mm256_set_epi64x(h & 0x8000 ? 0 : twos, h & 0x800 ? 0 : twos, h & 0x80 ? 0 : twos, h & 8 ? 0 : twos));
+    }
+}
+#endif

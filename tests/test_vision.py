@@ -1,0 +1,80 @@
+"""Images: the tower against transformers' rows and the float64 reference, and mmproj files that must be refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ms4
+from ms4.models import pixtral, reference
+from ms4.models.image import load_image, preprocess
+from ms4.models.mistral4 import ModelError
+from ms4.models.model import Model
+from ms4.quant.gguf_file import GgufFile
+
+DATA = Path(__file__).parent / "data"
+MMPROJ = DATA / "bravo-mmproj-f16.gguf"
+REF = np.load(DATA / "bravo-image-ref.npz")
+
+
+def relative(got, want):
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+@pytest.fixture(scope="module")
+def model():
+    with Model.open(DATA / "bravo-f16.gguf", attn_scale="mscale2") as opened:
+        yield opened
+
+
+def test_rows_and_logits_of_an_image_agree_with_transformers(model):
+    eyes = pixtral.Eyes(model.engine, pixtral.Tower.read(MMPROJ))
+    pixels = preprocess(load_image(DATA / "bravo-image.png"), rule=eyes.rule)
+    rows = eyes.encode(pixels)
+    want = REF["features"].reshape(rows.shape)
+    assert max(np.linalg.norm(rows - want, axis=1) / np.linalg.norm(want, axis=1)) <= 2e-3
+    ids = np.where(REF["ids"] == 10, ms4.ROW, REF["ids"])
+    with model.session(256) as session:
+        got = session.feed(ids, rows, all_logits=True)
+    want = REF["logits"].astype(np.float64)
+    assert np.median(np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)) <= 2e-3
+
+
+@pytest.mark.parametrize("size", [(28, 28), (252, 196), (28, 280)])
+def test_rows_of_any_grid_agree_with_the_reference(model, size, rng):
+    eyes = pixtral.Eyes(model.engine, pixtral.Tower.read(MMPROJ))
+    s = eyes.vision.shape
+    shape = reference.VisionShape(s.n_layer, s.n_head, s.patch_size, s.merge, s.eps, "gelu" if s.gelu else "silu")
+    pixels = rng.standard_normal((3, *size)).astype(np.float32)
+    want = reference.vision(reference.load_weights(GgufFile.open(MMPROJ)), shape, pixels)
+    assert relative(eyes.vision.encode(pixels), want) < 1e-5
+
+
+def test_pixels_that_do_not_fit_the_grid_are_refused(model):
+    eyes = pixtral.Eyes(model.engine, pixtral.Tower.read(MMPROJ))
+    with pytest.raises(ValueError, match="multiples of 28"):
+        eyes.vision.encode(np.zeros((3, 28, 30), np.float32))
+
+
+def test_the_mmproj_of_another_model_is_refused(tmp_path):
+    from ms4.quant.tiny import write_tiny
+
+    path = write_tiny(tmp_path / "other.gguf")[0]
+    with Model.open(path) as other, pytest.raises(ModelError, match="belongs to another model"):
+        pixtral.Eyes(other.engine, pixtral.Tower.read(MMPROJ))
+
+
+def test_a_text_model_given_as_mmproj_is_refused_and_the_reverse():
+    with pytest.raises(ModelError, match="not a vision tower"):
+        pixtral.Tower.read(DATA / "bravo-Q4_K_M.gguf")
+    with pytest.raises(ModelError, match="vision tower"):
+        Model.open(MMPROJ)
+
+
+def test_the_mmproj_beside_a_model_is_found(tmp_path):
+    for name in ("m-119b-Q4_K_M.gguf", "mmproj-m-119b-F16.gguf"):
+        (tmp_path / name).touch()
+    assert pixtral.find(tmp_path / "m-119b-Q4_K_M.gguf") == tmp_path / "mmproj-m-119b-F16.gguf"
+    (tmp_path / "mmproj-other-F16.gguf").touch()
+    assert pixtral.find(tmp_path / "m-119b-Q4_K_M.gguf") == tmp_path / "mmproj-m-119b-F16.gguf"
+    assert pixtral.find(tmp_path / "absent" / "m.gguf") is None
