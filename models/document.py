@@ -1,0 +1,153 @@
+"""document.py: what `-f` attaches: text files, pictures, and pages of a PDF, as parts of a message.
+
+A part is a str or an `Image`, in the order in which the model is to read them.  PDFs go through pdfium, which is
+imported only when one comes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from ms4.models.image import MAX_BYTES, Image, load_image
+from ms4.models.outside import InputError, check_size, read_file, shown, sniff
+
+MAX_TEXT_BYTES = 16 << 20
+MAX_PDF_BYTES = 128 << 20
+MAX_PDF_IMAGES = 100
+PDF_MODES = ("auto", "text", "image")
+_PAGES = re.compile(r"(.+):(\d+(?:-\d*)?(?:,\d+(?:-\d*)?)*)")
+
+Part = str | Image
+
+
+class DocumentError(InputError):
+    """This document cannot be used."""
+
+
+def load_file(spec: str, pdf: str = "auto", side: int = 1540) -> list[Part]:
+    """The parts of `PATH` or `PATH:PAGES`, for example `report.pdf:1-3,7`; `load_bytes` explains the rest."""
+    path, pages = split_spec(spec)
+    return load_bytes(read_file(path, MAX_PDF_BYTES, DocumentError), path, pages, pdf, side)
+
+
+def load_bytes(data: bytes, name: str, pages: str | None = None, pdf: str = "auto", side: int = 1540) -> list[Part]:
+    """The parts of a file's bytes.
+
+    pages: as in `1-3,7`, for a PDF; None takes all.  pdf: `text` takes the text layer, `image` a picture of the page
+    with `side` pixels on its longer side, `auto` the text, and the picture too if the page has pictures or no text.
+    """
+    name, kind = shown(name), sniff(data)
+    if kind == "PDF":
+        check_size(data, MAX_PDF_BYTES, name, DocumentError)
+        return [part for page in _pages(data, name, pages, pdf, side) for part in page]
+    if pages is not None:
+        raise DocumentError(f"{name}: only a PDF has pages; leave out :{pages}")
+    if kind is not None:
+        check_size(data, MAX_BYTES, name, DocumentError)
+        return [load_image(data, name)]
+    check_size(data, MAX_TEXT_BYTES, name, DocumentError)
+    return [f"{name}:\n{_text(data, name)}"]
+
+
+def split_spec(spec: str) -> tuple[str, str | None]:
+    """(path, pages or None); a file whose name really ends so is meant as a whole."""
+    match = _PAGES.fullmatch(spec)
+    if match is None or os.path.exists(spec):
+        return spec, None
+    return match[1], match[2]
+
+
+def select_pages(pages: str, n_pages: int, name: str) -> list[int]:
+    """Page numbers, from 1, in the order asked for; an open end (`5-`) goes to the last page."""
+    chosen: list[int] = []
+    for piece in pages.split(","):
+        first, dash, last = piece.partition("-")
+        begin, end = int(first), int(last) if last else n_pages if dash else int(first)
+        if not 1 <= begin <= n_pages or not 1 <= end <= n_pages:
+            raise DocumentError(f"{name}: page {piece} is not there; the document has {n_pages}")
+        if end < begin:
+            raise DocumentError(f"{name}: pages {piece} run backwards")
+        chosen += range(begin, end + 1)
+    return chosen
+
+
+def _text(data: bytes, name: str) -> str:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise DocumentError(f"{name}: neither a PDF, a picture nor UTF-8 text (byte {e.start})") from None
+    if "\0" in text:
+        raise DocumentError(f"{name}: neither a PDF, a picture nor text (it holds NUL bytes)")
+    return text
+
+
+# --- PDF ----------------------------------------------------------------------------------------------------------
+
+
+def _pages(data: bytes, name: str, pages: str | None, mode: str, side: int) -> Iterator[list[Part]]:
+    if mode not in PDF_MODES:
+        raise ValueError(f"pdf is {mode!r}; one of {', '.join(PDF_MODES)} was expected")
+    try:
+        import pypdfium2
+    except ImportError:
+        raise DocumentError(f"{name}: reading a PDF needs pypdfium2; `pip install pypdfium2`") from None
+    try:
+        with pypdfium2.PdfDocument(data) as document:
+            document.init_forms()
+            yield from _open_pages(document, hashlib.sha256(data).digest(), name, pages, mode, side)
+    except pypdfium2.PdfiumError as e:
+        if e.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD:
+            raise DocumentError(f"{name}: needs a password; save a copy without one") from None
+        raise DocumentError(f"{name}: damaged PDF ({shown(' '.join(str(e).split()))[:120]})") from None
+
+
+def _open_pages(
+    document: Any, digest: bytes, name: str, pages: str | None, mode: str, side: int
+) -> Iterator[list[Part]]:
+    n_pages, n_images, has_text = len(document), 0, False
+    if n_pages == 0:
+        raise DocumentError(f"{name}: the PDF has no pages")
+    for number in select_pages(pages or "1-", n_pages, name):
+        page = document[number - 1]
+        label = f"{name}, page {number}"
+        text = "" if mode == "image" else _page_text(page)
+        parts: list[Part] = [f"{label}:\n{text}"] if text else [f"{label}:"]
+        if mode == "image" or mode == "auto" and (not text or _has_pictures(page)):
+            n_images += 1
+            if n_images > MAX_PDF_IMAGES:
+                raise DocumentError(f"{name}: over {MAX_PDF_IMAGES} pages as images; choose some, as in {name}:1-20")
+            parts.append(_page_image(page, hashlib.sha256(digest + f"{number} {side}".encode()).digest(), label, side))
+        has_text = has_text or bool(text)
+        page.close()
+        yield parts
+    if mode == "text" and not has_text:
+        raise DocumentError(f"{name}: these pages have no text layer; read them with --pdf image")
+
+
+def _page_text(page: Any) -> str:
+    layer = page.get_textpage()
+    text = layer.get_text_bounded().replace("\r\n", "\n")
+    layer.close()
+    # pdfium marks a hyphen at the end of a line with U+FFFE or U+0002.
+    return text.replace("\ufffe", "-").replace("\x02", "-").replace("\0", "").strip()
+
+
+def _has_pictures(page: Any) -> bool:
+    import pypdfium2
+
+    return any(page.get_objects(filter=[pypdfium2.raw.FPDF_PAGEOBJ_IMAGE]))
+
+
+def _page_image(page: Any, digest: bytes, label: str, side: int) -> Image:
+    width, height = page.get_size()
+    if not (width > 0 and height > 0):
+        raise DocumentError(f"{label}: the page has no size")
+    # pdfium rounds up, and a side must not pass the limit by that.
+    bitmap = page.render(scale=(side - 0.01) / max(width, height))
+    picture = bitmap.to_pil().convert("RGB")
+    bitmap.close()
+    return Image(label, picture, digest)

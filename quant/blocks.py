@@ -1,0 +1,291 @@
+"""The GGUF block types in NumPy: their sizes, and their bytes to float32 (SPEC 4.8).
+
+Every product fits the 24 bits of a float32, so a weight is the exact value of its formula, rounded once where a min
+is subtracted: the same bits as csrc/cpu/dequantize.c.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ms4.quant.grids import GRIDS, values
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int32]
+
+
+class Block(NamedTuple):
+    name: str
+    weights: int
+    bytes: int
+
+
+# by GGUF type id
+BLOCKS: dict[int, Block] = {
+    0: Block("F32", 1, 4),
+    1: Block("F16", 1, 2),
+    2: Block("Q4_0", 32, 18),
+    3: Block("Q4_1", 32, 20),
+    6: Block("Q5_0", 32, 22),
+    7: Block("Q5_1", 32, 24),
+    8: Block("Q8_0", 32, 34),
+    10: Block("Q2_K", 256, 84),
+    11: Block("Q3_K", 256, 110),
+    12: Block("Q4_K", 256, 144),
+    13: Block("Q5_K", 256, 176),
+    14: Block("Q6_K", 256, 210),
+    16: Block("IQ2_XXS", 256, 66),
+    17: Block("IQ2_XS", 256, 74),
+    18: Block("IQ3_XXS", 256, 98),
+    19: Block("IQ1_S", 256, 50),
+    20: Block("IQ4_NL", 32, 18),
+    21: Block("IQ3_S", 256, 110),
+    22: Block("IQ2_S", 256, 82),
+    23: Block("IQ4_XS", 256, 136),
+    29: Block("IQ1_M", 256, 56),
+    30: Block("BF16", 1, 2),
+    39: Block("MXFP4", 32, 17),
+    40: Block("NVFP4", 64, 36),
+}
+IDS = {name: id for id, (name, _, _) in BLOCKS.items()}
+
+KV = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def dequantize(data: Bytes, type: int | str, n: int) -> Floats:
+    """The first n weights (whole blocks) of data, as float32.  type: a GGUF id, or a name like "Q4_K"."""
+    id = IDS[type.upper()] if isinstance(type, str) else int(type)
+    name, weights, n_bytes = BLOCKS[id]
+    if n % weights:
+        raise ValueError(f"{n} weights are no whole number of {name} blocks of {weights}")
+    flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    size = n // weights * n_bytes
+    if flat.size < size:
+        raise ValueError(f"{n} weights of {name} take {size} bytes; there are {flat.size}")
+    blocks = flat[:size].reshape(-1, n_bytes)
+    with np.errstate(invalid="ignore", over="ignore"):  # a scale may be infinite or NaN, and then so are its weights
+        return np.asarray(DECODERS[name](blocks), np.float32).reshape(n)
+
+
+def half(b: Bytes, at: int) -> Floats:
+    """The f16 field at byte `at` of every block, one column."""
+    return np.ascontiguousarray(b[:, at : at + 2]).view("<f2").astype(np.float32)
+
+
+def words(b: Bytes, at: int, n: int, bits: int = 16) -> npt.NDArray[np.int64]:
+    """n little-endian integers of every block, from byte `at` on."""
+    return np.ascontiguousarray(b[:, at : at + n * bits // 8]).view(f"<u{bits // 8}").astype(np.int64)
+
+
+def nibbles(qs: Bytes) -> Ints:
+    """Low nibbles of a run of bytes, then the high ones, along the last axis."""
+    return np.concatenate([qs & 15, qs >> 4], axis=-1).astype(np.int32)
+
+
+def bits(b: Bytes) -> Ints:
+    """The bits of each byte, lowest first, along the last axis."""
+    return np.unpackbits(b, axis=-1, bitorder="little").astype(np.int32)
+
+
+def spread(groups: npt.NDArray[np.generic], width: int) -> Floats:
+    """One value per group to one per weight."""
+    return np.repeat(groups.astype(np.float32), width, axis=1)
+
+
+@cache
+def grid(name: str) -> Floats:
+    return np.array(values(name), np.float32).reshape(GRIDS[name].rows, GRIDS[name].width)
+
+
+def signs_of(x: npt.NDArray[np.int64]) -> Floats:
+    """Sign bytes (any shape with blocks first) to factors 1 and -1, one per weight."""
+    return 1 - 2 * bits(x.astype(np.uint8).reshape(len(x), -1)).astype(np.float32)
+
+
+def sign7(x: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Seven sign bits with the eighth that makes the number of ones even."""
+    parity = x ^ x >> 4
+    parity ^= parity >> 2
+    parity ^= parity >> 1
+    return x | (parity & 1) << 7
+
+
+# --- 32-blocks -------------------------------------------------------------------------------
+
+
+def f32(b: Bytes) -> Floats:
+    return b.view("<f4")
+
+
+def f16(b: Bytes) -> Floats:
+    return half(b, 0)
+
+
+def bf16(b: Bytes) -> Floats:
+    return (b.view("<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+def q4_0(b: Bytes) -> Floats:
+    return half(b, 0) * (nibbles(b[:, 2:]) - 8).astype(np.float32)
+
+
+def q4_1(b: Bytes) -> Floats:
+    return half(b, 0) * nibbles(b[:, 4:]).astype(np.float32) + half(b, 2)
+
+
+def q5_0(b: Bytes) -> Floats:
+    return half(b, 0) * ((nibbles(b[:, 6:]) | bits(b[:, 2:6]) << 4) - 16).astype(np.float32)
+
+
+def q5_1(b: Bytes) -> Floats:
+    return half(b, 0) * (nibbles(b[:, 8:]) | bits(b[:, 4:8]) << 4).astype(np.float32) + half(b, 2)
+
+
+def q8_0(b: Bytes) -> Floats:
+    return half(b, 0) * b[:, 2:].view(np.int8).astype(np.float32)
+
+
+def iq4_nl(b: Bytes) -> Floats:
+    return half(b, 0) * KV[nibbles(b[:, 2:])]
+
+
+def mxfp4(b: Bytes) -> Floats:
+    return np.ldexp(E2M1[nibbles(b[:, 1:])], b[:, :1].astype(np.int32) - 127)
+
+
+def nvfp4(b: Bytes) -> Floats:
+    s = b[:, :4]
+    exponent, mantissa = (s >> 3 & 15).astype(np.int32), (s & 7).astype(np.float32)
+    scale = np.where(exponent == 0, np.ldexp(mantissa, -9), np.ldexp(8 + mantissa, exponent - 10))
+    scale = np.where(s == 0x7F, np.float32(0), scale)
+    return spread(scale, 16) * E2M1[nibbles(b[:, 4:].reshape(-1, 4, 8))].reshape(-1, 64)
+
+
+# --- superblocks: 32-groups s, 16-groups g ---------------------------------------------------
+
+
+def two_bits(qs: Bytes) -> Ints:
+    """64 bytes of 2-bit quants in element order: byte 32 h + l holds elements 128 h + 32 j + l, j = 0..3."""
+    shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    return (qs.reshape(-1, 2, 1, 32) >> shifts & 3).reshape(-1, 256).astype(np.int32)
+
+
+def q2_k(b: Bytes) -> Floats:
+    scales, q = b[:, :16], two_bits(b[:, 16:80]).astype(np.float32)
+    return half(b, 80) * spread(scales & 15, 16) * q - half(b, 82) * spread(scales >> 4, 16)
+
+
+def q3_k(b: Bytes) -> Floats:
+    high = (b[:, None, :32] >> np.arange(8, dtype=np.uint8)[:, None] & 1).reshape(-1, 256).astype(np.int32)
+    q = two_bits(b[:, 32:96]) + 4 * high - 4
+    sc = b[:, 96:108].astype(np.int32)
+    low = np.concatenate([sc[:, :8] & 15, sc[:, :8] >> 4], axis=1)
+    top = np.concatenate([sc[:, 8:] >> shift & 3 for shift in (0, 2, 4, 6)], axis=1)
+    return half(b, 108) * spread((low | top << 4) - 32, 16) * q.astype(np.float32)
+
+
+def scales_mins(s: Bytes) -> tuple[Floats, Floats]:
+    """The 6-bit scales and mins of Q4_K and Q5_K, one per weight."""
+    first, second, third = s[:, :4], s[:, 4:8], s[:, 8:]
+    scales = np.concatenate([first & 63, third & 15 | first >> 6 << 4], axis=1)
+    mins = np.concatenate([second & 63, third >> 4 | second >> 6 << 4], axis=1)
+    return spread(scales, 32), spread(mins, 32)
+
+
+def q4_k(b: Bytes) -> Floats:
+    scales, mins = scales_mins(b[:, 4:16])
+    q = nibbles(b[:, 16:].reshape(-1, 4, 32)).reshape(-1, 256).astype(np.float32)
+    return half(b, 0) * scales * q - half(b, 2) * mins
+
+
+def q5_k(b: Bytes) -> Floats:
+    scales, mins = scales_mins(b[:, 4:16])
+    high = (b[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1).reshape(-1, 256).astype(np.int32)
+    q = nibbles(b[:, 48:].reshape(-1, 4, 32)).reshape(-1, 256) | high << 4
+    return half(b, 0) * scales * q.astype(np.float32) - half(b, 2) * mins
+
+
+def q6_k(b: Bytes) -> Floats:
+    low = nibbles(b[:, :128].reshape(-1, 2, 64)).reshape(-1, 256)
+    q = (low | two_bits(b[:, 128:192]) << 4) - 32
+    return half(b, 208) * spread(b[:, 192:208].view(np.int8), 16) * q.astype(np.float32)
+
+
+def iq4_xs(b: Bytes) -> Floats:
+    low = nibbles(b[:, 4:8, None]).reshape(-1, 8)
+    high = words(b, 2, 1) >> 2 * np.arange(8) & 3
+    q = nibbles(b[:, 8:].reshape(-1, 8, 16)).reshape(-1, 256)
+    return half(b, 0) * spread((low | high << 4) - 32, 32) * KV[q]
+
+
+def iq2_xxs(b: Bytes) -> Floats:
+    parts = np.ascontiguousarray(b[:, 2:]).reshape(-1, 8, 8)
+    w = np.ascontiguousarray(parts[:, :, 4:]).view("<u4").astype(np.int64)
+    scale = 0.5 + (w[:, :, 0] >> 28).astype(np.float32)
+    y = grid("iq2xxs")[parts[:, :, :4]].reshape(-1, 256)
+    signs = signs_of(sign7(w >> 7 * np.arange(4) & 127))
+    return half(b, 0) * spread(scale / 4, 32) * y * signs
+
+
+def nibble_scales(scales: Bytes, width: int) -> Ints:
+    """4-bit scales, low nibble first, one per `width` weights."""
+    return np.repeat(nibbles(scales[:, :, None]).reshape(len(scales), -1), width, axis=1)
+
+
+def iq2_xs(b: Bytes) -> Floats:
+    v = words(b, 2, 32)
+    scale = 0.5 + nibble_scales(b[:, 66:], 16).astype(np.float32)
+    return half(b, 0) * scale / 4 * grid("iq2xs")[v & 511].reshape(-1, 256) * signs_of(sign7(v >> 9))
+
+
+def iq2_s(b: Bytes) -> Floats:
+    high = b[:, 66:74, None] >> 2 * np.arange(4, dtype=np.uint8) & 3
+    index = b[:, 2:34].astype(np.int64) | high.reshape(-1, 32).astype(np.int64) << 8
+    scale = 0.5 + nibble_scales(b[:, 74:], 16).astype(np.float32)
+    return half(b, 0) * scale / 4 * grid("iq2s")[index].reshape(-1, 256) * signs_of(b[:, 34:66].astype(np.int64))
+
+
+def iq3_xxs(b: Bytes) -> Floats:
+    w = words(b, 66, 8, 32)
+    scale = spread((0.5 + (w >> 28).astype(np.float32)) / 2, 32)
+    signs = signs_of(sign7(w[:, :, None] >> 7 * np.arange(4) & 127))
+    return half(b, 0) * scale * grid("iq3xxs")[b[:, 2:66]].reshape(-1, 256) * signs
+
+
+def iq3_s(b: Bytes) -> Floats:
+    index = b[:, 2:66].astype(np.int64) | bits(b[:, 66:74]).astype(np.int64) << 8
+    scale = (1 + 2 * nibble_scales(b[:, 106:], 32)).astype(np.float32)
+    return half(b, 0) * scale * grid("iq3s")[index].reshape(-1, 256) * signs_of(b[:, 74:106].astype(np.int64))
+
+
+def iq1_s(b: Bytes) -> Floats:
+    h = words(b, 34, 8)
+    high = (h[:, :, None] >> 3 * np.arange(4) & 7).reshape(-1, 32)
+    delta = np.where(h & 0x8000, np.float32(-0.125), np.float32(0.125))
+    y = grid("iq1")[b[:, 2:34].astype(np.int64) | high << 8].reshape(-1, 256) + spread(delta, 32)
+    return half(b, 0) * spread(2 * (h >> 12 & 7) + 1, 32) * y
+
+
+def iq1_m(b: Bytes) -> Floats:
+    t = words(b, 48, 4)
+    d_bits = (t >> 12 << 4 * np.arange(4)).sum(axis=1, keepdims=True)
+    d = d_bits.astype(np.uint16).view(np.float16).astype(np.float32)
+    scale = 2 * (t[:, :, None] >> 3 * np.arange(4) & 7).reshape(-1, 16) + 1
+    n = nibbles(b[:, 32:48, None]).reshape(-1, 32).astype(np.int64)
+    delta = np.where(n & 8, np.float32(-0.125), np.float32(0.125))
+    y = grid("iq1")[b[:, :32].astype(np.int64) | (n & 7) << 8].reshape(-1, 256) + spread(delta, 8)
+    return d * spread(scale, 16) * y
+
+
+DECODERS: dict[str, Callable[[Bytes], Floats]] = {
+    decoder.__name__.upper(): decoder
+    for decoder in (
+        *(f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, iq4_nl, mxfp4, nvfp4),
+        *(q2_k, q3_k, q4_k, q5_k, q6_k, iq4_xs, iq2_xxs, iq2_xs, iq2_s, iq3_xxs, iq3_s, iq1_s, iq1_m),
+    )
+}
