@@ -142,7 +142,8 @@ def test_a_table_that_points_outside_the_file_is_refused(tiny):
     shape = mistral4.shape_of(gguf)
     table = mistral4.tensors_of(gguf, shape)
     size = os.path.getsize(tiny)
-    for change in ({"offset": size}, {"offset": (1 << 64) - 8}, {"file": 3}, {"type": 99}, {"dims": (0, 1, 1)}, {"layer": 77}):
+    outside = {"offset": size}, {"offset": (1 << 64) - 8}, {"file": 3}
+    for change in (*outside, {"type": 99}, {"dims": (0, 1, 1)}, {"layer": 77}):
         broken = [ms4.Tensor(**{**table[0].__dict__, **change}), *table[1:]]
         with pytest.raises(ms4.EngineError) as error:
             ms4.Engine.open(shape, broken, [tiny]).close()

@@ -5,12 +5,137 @@
 #include "dequantize.h"
 #include "plain.h"
 
-#define avx2_mul_f32 mul_f32_avx2
-static void mul_f32_avx2(const struct ms4_mul *m) { mul_floats_plain(m, load_f32_plain); }
-#define avx2_mul_f16 mul_f16_avx2
-static void mul_f16_avx2(const struct ms4_mul *m) { mul_floats_plain(m, load_f16_plain); }
-#define avx2_mul_bf16 mul_bf16_avx2
-static void mul_bf16_avx2(const struct ms4_mul *m) { mul_floats_plain(m, load_bf16_plain); }
+/* --- float weights: the 16 partial sums of ops.h are two registers ----------------------------------- */
+#define ROWS_MOST 2
+#define TOKENS_MOST 3       /* 2 rows x 3 tokens x 2 registers of sums, 6 left for operands */
+
+typedef __m256 load_fn(const uint8_t *w, size_t k);        /* weights k to k + 7 of a row */
+INLINE __m256 load_f32(const uint8_t *w, size_t k) { return _mm256_loadu_ps((const float *)w + k); }
+INLINE __m256 load_f16(const uint8_t *w, size_t k) { return _mm256_cvtph_ps(_mm_loadu_si128((const void *)(w + k * 2))); }
+INLINE __m256 load_bf16(const uint8_t *w, size_t k) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)(w + k * 2))), 16));
+}
+/* j with j + 8, then + 4, + 2, + 1 */
+INLINE float sum_tree(__m256 low, __m256 high) {
+    __m256 v = _mm256_add_ps(low, high);
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+/* n_rows rows of w from row on times n_tokens tokens.  The last n % 16 columns are copied and filled up with zeros. */
+INLINE void tile_floats(const struct ms4_mul *m, int row, int token, int n_rows, int n_tokens, size_t size, load_fn *load) {
+    const uint8_t *w[ROWS_MOST];
+    const float *x[TOKENS_MOST];
+    __m256 sum[ROWS_MOST][TOKENS_MOST][2];
+    size_t n = (size_t)m->n_cols, k = 0;
+    for (int r = 0; r < n_rows; r++) w[r] = m->w + (size_t)(row + r) * m->row_bytes;
+    for (int t = 0; t < n_tokens; t++) x[t] = mul_floats(m, token + t);
+    for (int i = 0; i < n_rows * n_tokens * 2; i++) sum[i / 2 / n_tokens][i / 2 % n_tokens][i % 2] = _mm256_setzero_ps();
+    for (; k + 16 <= n; k += 16)
+        for (size_t half = 0; half < 2; half++)
+            for (int r = 0; r < n_rows; r++) {
+                __m256 v = load(w[r], k + half * 8);
+                for (int t = 0; t < n_tokens; t++)
+                    sum[r][t][half] = _mm256_fmadd_ps(v, _mm256_loadu_ps(x[t] + k + half * 8), sum[r][t][half]);
+            }
+    for (int r = 0; r < n_rows; r++)
+        for (int t = 0; t < n_tokens; t++) {
+            if (k < n) {
+                uint8_t w_end[64] = { 0 };
+                float x_end[16] = { 0 };
+                memcpy(w_end, w[r] + k * size, (n - k) * size);
+                memcpy(x_end, x[t] + k, (n - k) * sizeof(float));
+                for (size_t half = 0; half < 2; half++)
+                    sum[r][t][half] = _mm256_fmadd_ps(load(w_end, half * 8), _mm256_loadu_ps(x_end + half * 8), sum[r][t][half]);
+            }
+            m->y[(size_t)(token + t) * m->y_stride + (size_t)(row + r)] = sum_tree(sum[r][t][0], sum[r][t][1]);
+        }
+}
+INLINE void mul_floats_avx2(const struct ms4_mul *m, size_t size, load_fn *load) {
+    int row = 0;
+    for (; row + 2 <= m->n_rows; row += 2) {
+        int token = 0;
+        for (; token + 3 <= m->n_tokens; token += 3) tile_floats(m, row, token, 2, 3, size, load);
+        for (; token < m->n_tokens; token++) tile_floats(m, row, token, 2, 1, size, load);
+    }
+    if (row < m->n_rows)
+        for (int token = 0; token < m->n_tokens; token++) tile_floats(m, row, token, 1, 1, size, load);
+}
+static void avx2_mul_f32(const struct ms4_mul *m) { mul_floats_avx2(m, 4, load_f32); }
+static void avx2_mul_f16(const struct ms4_mul *m) { mul_floats_avx2(m, 2, load_f16); }
+static void avx2_mul_bf16(const struct ms4_mul *m) { mul_floats_avx2(m, 2, load_bf16); }
+
+/* --- halves ------------------------------------------------------------------------------------------- */
+static void from_half_avx2(float *out, const uint16_t *x, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, load_f16((const uint8_t *)x, i));
+    from_half_plain(out + i, x + i, n - i);
+}
+static void to_half_avx2(uint16_t *out, const float *x, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128((void *)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+    to_half_plain(out + i, x + i, n - i);
+}
+
+/* --- attention ------------------------------------------------------------------------------------------ */
+#define ATTEND_TILE 4       /* rows whose sums are held in registers together, 16 columns each */
+
+/* c[r] += a[r] times b: n_rows rows of n numbers, and n rows of 8 * width numbers, in ascending order. */
+INLINE void tile_product(__m256 (*c)[2], const float *const *a, const float *b, size_t b_stride, size_t n, int n_rows, int width) {
+    for (size_t i = 0; i < n; i++)
+        for (int h = 0; h < width; h++) {
+            __m256 v = _mm256_loadu_ps(b + i * b_stride + (size_t)h * 8);
+            for (int r = 0; r < n_rows; r++) c[r][h] = _mm256_fmadd_ps(_mm256_broadcast_ss(a[r] + i), v, c[r][h]);
+        }
+}
+/* o = o * factor + s v for 8 * width columns. */
+INLINE void add_values(float *const *o, const float *const *s, const float *factor, const float *v, size_t v_stride, int n_rows, int width) {
+    __m256 c[ATTEND_TILE][2];
+    for (int i = 0; i < n_rows * width; i++)
+        c[i / width][i % width] = _mm256_mul_ps(_mm256_loadu_ps(o[i / width] + i % width * 8), _mm256_set1_ps(factor[i / width]));
+    tile_product(c, s, v, v_stride, ATTEND_KEYS, n_rows, width);
+    for (int i = 0; i < n_rows * width; i++) _mm256_storeu_ps(o[i / width] + i % width * 8, c[i / width][i % width]);
+}
+INLINE void attend_rows(const struct ms4_attend *a, const int *rows, int n_rows) {
+    const float *q[ATTEND_TILE], *weights[ATTEND_TILE];
+    float s[ATTEND_TILE][ATTEND_KEYS], factor[ATTEND_TILE], *o[ATTEND_TILE];
+    for (int r = 0; r < n_rows; r++) q[r] = a->q + (size_t)rows[r] * a->q_stride;
+    for (int half = 0; half < ATTEND_KEYS; half += 16) {
+        __m256 c[ATTEND_TILE][2];
+        for (int r = 0; r < n_rows; r++) c[r][0] = c[r][1] = _mm256_setzero_ps();
+        tile_product(c, q, a->kt + half, ATTEND_KEYS, (size_t)a->d_k, n_rows, 2);
+        for (int i = 0; i < n_rows * 2; i++) _mm256_storeu_ps(s[i / 2] + half + i % 2 * 8, c[i / 2][i % 2]);
+    }
+    for (int r = 0; r < n_rows; r++) {
+        factor[r] = attend_softmax_plain(s[r], a->n_keys[rows[r]], a->m + rows[r], a->l + rows[r]);
+        weights[r] = s[r];
+    }
+    for (int i = 0; i < a->d_v; i += 16) {
+        for (int r = 0; r < n_rows; r++) o[r] = a->o + (size_t)rows[r] * a->o_stride + i;
+        if (i + 16 <= a->d_v) add_values(o, weights, factor, a->v + i, a->v_stride, n_rows, 2);
+        else add_values(o, weights, factor, a->v + i, a->v_stride, n_rows, 1);
+    }
+}
+static void attend_avx2(const struct ms4_attend *a) {
+    int rows[ATTEND_ROWS], n = 0, i = 0;
+    for (int r = 0; r < a->n_q; r++)
+        if (a->n_keys[r] > 0) rows[n++] = r;
+    for (; i + 4 <= n; i += 4) attend_rows(a, rows + i, 4);
+    if (n - i == 3) attend_rows(a, rows + i, 3);
+    else if (n - i == 2) attend_rows(a, rows + i, 2);
+    else if (n - i == 1) attend_rows(a, rows + i, 1);
+}
+static void transpose_keys_avx2(float *kt, const float *k, size_t k_stride, int32_t n_keys, int32_t d) {
+    for (int j = 0; j < ATTEND_KEYS; j += 8)
+        for (int i = 0; i < d; i += 8) {
+            __m256i v[8];
+            for (int r = 0; r < 8; r++)
+                v[r] = j + r < n_keys ? _mm256_loadu_si256((const void *)(k + (size_t)(j + r) * k_stride + i)) : _mm256_setzero_si256();
+            transpose_8(v);
+            for (int r = 0; r < 8; r++) _mm256_storeu_si256((void *)(kt + (size_t)(i + r) * ATTEND_KEYS + j), v[r]);
+        }
+}
 
 const struct ms4_ops ops_avx2 = {
     .isa = "avx2",
@@ -24,10 +149,9 @@ const struct ms4_ops ops_avx2 = {
     .rms_norm = rms_norm_plain,
     .silu_mul = silu_mul_plain,
     .add_scaled = add_scaled_plain,
-    .attend = attend_plain,
-    .from_half = from_half_plain,
-    .to_half = to_half_plain,
-    .transpose_keys = transpose_keys_plain,
-    .product = product_plain,
+    .attend = attend_avx2,
+    .from_half = from_half_avx2,
+    .to_half = to_half_avx2,
+    .transpose_keys = transpose_keys_avx2,
 };
 #endif

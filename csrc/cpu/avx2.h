@@ -1,10 +1,33 @@
-/* avx2.h -- the products of avx2_mul.c, for the table in avx2.c. */
+/* avx2.h -- what the AVX2 files share.  Included after their target pragma. */
 #ifndef MS4_AVX2_H
 #define MS4_AVX2_H
 #include "ops.h"
 #include "unpack.h"
+#include <immintrin.h>
 
+#define INLINE static inline __attribute__((always_inline))
+
+/* avx2_mul.c */
 #define X(type, family) void avx2_mul_##type(const struct ms4_mul *m);
 UNPACK_TYPES(X)
 #undef X
+
+/* v[r] lane c becomes v[c] lane r. */
+INLINE void transpose_8(__m256i *v) {
+    __m256i a[8], b[8];
+    for (int i = 0; i < 4; i++) {
+        a[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        a[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; i++) {
+        b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 1] = _mm256_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 2] = _mm256_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+        b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
+        v[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
+    }
+}
 #endif

@@ -33,11 +33,14 @@ INLINE int is_blocks(enum family f) { return f != FAMILY_SCALES && f != FAMILY_M
 INLINE int has_min(enum family f) { return f == FAMILY_MINS || f == FAMILY_BLOCKS_MIN; }
 
 /* --- float scales of eight rows ------------------------------------------------------------------ */
+INLINE __m256 from_halves(const uint16_t *h) {
+    return _mm256_cvtph_ps(_mm_set_epi16((short)h[7], (short)h[6], (short)h[5], (short)h[4], (short)h[3], (short)h[2],
+                                         (short)h[1], (short)h[0]));
+}
 INLINE __m256 halves_at(const uint8_t *const *rows, size_t at) {
     uint16_t h[ROWS];
     for (int r = 0; r < ROWS; r++) memcpy(h + r, rows[r] + at, 2);
-    return _mm256_cvtph_ps(_mm_set_epi16((short)h[7], (short)h[6], (short)h[5], (short)h[4], (short)h[3], (short)h[2],
-                                         (short)h[1], (short)h[0]));
+    return from_halves(h);
 }
 /* X(type, offset of d, factor, offset of the min) */
 #define HALVES(type, d_at, factor, m_at) \
@@ -52,41 +55,43 @@ HALVES(iq4_nl, 0, 1, 0) HALVES(q2_k, 80, 1, 82) HALVES(q3_k, 108, 1, 0) HALVES(q
 HALVES(q6_k, 208, 1, 0) HALVES(iq4_xs, 0, 1, 0) HALVES(iq2_xxs, 0, 0.125f, 0) HALVES(iq2_xs, 0, 0.125f, 0)
 HALVES(iq2_s, 0, 0.125f, 0) HALVES(iq3_xxs, 0, 0.25f, 0) HALVES(iq3_s, 0, 1, 0) HALVES(iq1_s, 0, 0.125f, 0)
 
-#define SCALARS(type, value) \
-    INLINE __m256 d_##type(const uint8_t *const *rows, int b) { \
-        float d[ROWS]; \
-        for (int r = 0; r < ROWS; r++) { const block_##type *p = (const block_##type *)rows[r]; d[r] = value; } \
-        return (void)b, _mm256_loadu_ps(d); \
-    } \
-    INLINE __m256 m_##type(const uint8_t *const *rows, int b) { return (void)rows, (void)b, _mm256_setzero_ps(); }
-INLINE float scale_iq1_m(const uint8_t *scales) {
-    uint32_t d = 0;
-    for (int t = 0; t < 4; t++) d |= (uint32_t)(scales[t * 2 + 1] >> 4) << (t * 4);
-    return half_to_float((uint16_t)d) * 0.125f;
+INLINE __m256 d_iq1_m(const uint8_t *const *rows, int b) {
+    uint16_t h[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        const uint8_t *s = ((const block_iq1_m *)rows[r])->scales;
+        h[r] = (uint16_t)(s[1] >> 4 | (s[3] & 0xf0) | (s[5] & 0xf0) << 4 | (s[7] & 0xf0) << 8);
+    }
+    return (void)b, _mm256_mul_ps(from_halves(h), _mm256_set1_ps(0.125f));
 }
-SCALARS(iq1_m, scale_iq1_m(p->scales))
-SCALARS(mxfp4, unpack_e8m0_half(p[b].e))
-SCALARS(nvfp4, unpack_e4m3_half(p[b / 4].d[b % 4]))
+/* Four bytes of each row. */
+INLINE __m256i words_at(const uint8_t *const *rows, size_t at) {
+    uint32_t v[ROWS];
+    for (int r = 0; r < ROWS; r++) v[r] = load32(rows[r] + at);
+    return _mm256_set_epi32((int)v[7], (int)v[6], (int)v[5], (int)v[4], (int)v[3], (int)v[2], (int)v[1], (int)v[0]);
+}
+/* As unpack_e8m0_half() and unpack_e4m3_half() have it. */
+INLINE __m256 d_mxfp4(const uint8_t *const *rows, int b) {
+    __m256i e = _mm256_and_si256(words_at(rows, (size_t)b * sizeof(block_mxfp4)), _mm256_set1_epi32(255));
+    __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
+    __m256i small = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), e);
+    return _mm256_castsi256_ps(_mm256_blendv_epi8(normal, small, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e)));
+}
+INLINE __m256 d_nvfp4(const uint8_t *const *rows, int b) {
+    const __m256i zero = _mm256_setzero_si256(), low = _mm256_set1_epi32(127);
+    __m256i bytes = words_at(rows, (size_t)(b / 4) * sizeof(block_nvfp4));
+    __m256i s = _mm256_and_si256(_mm256_srl_epi32(bytes, _mm_cvtsi32_si128(b % 4 * 8)), _mm256_set1_epi32(255));
+    __m256i size = _mm256_and_si256(s, low);
+    __m256i normal = _mm256_add_epi32(_mm256_slli_epi32(size, 20), _mm256_set1_epi32(119 << 23));
+    __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(size), _mm256_set1_ps(0x1p-10f));
+    __m256i is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), size);
+    __m256i v = _mm256_blendv_epi8(normal, _mm256_castps_si256(small), is_small);
+    return _mm256_castsi256_ps(_mm256_blendv_epi8(v, zero, _mm256_cmpeq_epi32(s, low)));
+}
+#define NO_MIN(type) \
+    INLINE __m256 m_##type(const uint8_t *const *rows, int b) { return (void)rows, (void)b, _mm256_setzero_ps(); }
+NO_MIN(iq1_m) NO_MIN(mxfp4) NO_MIN(nvfp4)
 
 /* --- moving lanes ---------------------------------------------------------------------------------- */
-/* v[r] lane c becomes v[c] lane r. */
-INLINE void transpose_8(__m256i *v) {
-    __m256i a[8], b[8];
-    for (int i = 0; i < 4; i++) {
-        a[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-        a[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-    }
-    for (int i = 0; i < 2; i++) {
-        b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 1] = _mm256_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 2] = _mm256_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-        b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        v[i] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
-        v[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
-    }
-}
 /* Lane r of the result: the sum of all lanes of v[r]. */
 INLINE __m256i sum_each(const __m256i *v) {
     __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
@@ -190,7 +195,12 @@ INLINE void decode(const struct ms4_mul *m, int token, struct opener t) {
             if (!is_blocks(t.form.family)) sum = decode_superblock(rows, x + i, sum, t);
             else if (n_blocks == 8) sum = decode_blocks(rows, x + i, sum, 8, t);
             else sum = decode_blocks(rows, x + i, sum, n_blocks, t);
-            for (int r = 0; r < ROWS; r++) rows[r] += t.bytes;
+            /* eight rows are too many streams for the hardware's prefetchers: ask for the next group of rows */
+            for (int r = 0; r < ROWS; r++) {
+                rows[r] += t.bytes;
+                const char *ahead = (const char *)rows[r] + ROWS * m->row_bytes;
+                for (size_t at = 0; at < t.bytes; at += 64) _mm_prefetch(ahead + at, _MM_HINT_T1);
+            }
         }
         store_rows(y + first, sum, m->n_rows - first);
     }

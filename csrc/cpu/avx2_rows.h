@@ -6,13 +6,11 @@
  */
 #ifndef MS4_AVX2_ROWS_H
 #define MS4_AVX2_ROWS_H
+#include "avx2.h"
 #include "grids.h"
 #include "quant.h"
 #include "unpack.h"
-#include <immintrin.h>
 #include <string.h>
-
-#define INLINE static inline __attribute__((always_inline))
 
 struct row { __m256i q[8], scale, min; };
 
@@ -171,10 +169,12 @@ INLINE __m256i grid_8(const int8_t (*grid)[8], uint32_t a, uint32_t b, uint32_t 
     return _mm256_set_epi64x(load64(grid[d]), load64(grid[c]), load64(grid[b]), load64(grid[a]));
 }
 INLINE __m256i grid_4(const int8_t (*grid)[4], const uint8_t *qs, uint32_t high) {
-    uint32_t at[8];
-    for (int j = 0; j < 8; j++) at[j] = qs[j] | (high >> j & 1) << 8;
-    return _mm256_set_epi32((int)load32(grid[at[7]]), (int)load32(grid[at[6]]), (int)load32(grid[at[5]]), (int)load32(grid[at[4]]),
-                            (int)load32(grid[at[3]]), (int)load32(grid[at[2]]), (int)load32(grid[at[1]]), (int)load32(grid[at[0]]));
+    long long v[4];
+    for (int j = 0; j < 4; j++) {
+        uint32_t first = qs[2 * j] | (high >> (2 * j) & 1) << 8, second = qs[2 * j + 1] | (high >> (2 * j + 1) & 1) << 8;
+        v[j] = (long long)((uint64_t)load32(grid[second]) << 32 | load32(grid[first]));
+    }
+    return _mm256_set_epi64x(v[3], v[2], v[1], v[0]);
 }
 INLINE __m256i signed_grid(__m256i v, uint32_t signs, int bias) {
     return _mm256_add_epi8(negate_where(v, signs), _mm256_set1_epi8((char)bias));
@@ -260,10 +260,13 @@ INLINE void row_iq1_s(struct row *o, const uint8_t *w, int n) {
 INLINE void row_iq1_m(struct row *o, const uint8_t *w, int n) {
     const block_iq1_m *p = (const block_iq1_m *)w;
     const long long twos = 0x0202020202020202;
-    int16_t scale[16];
+    /* group g has bits 3 j to 3 j + 2 of word g / 4, j = g % 4: to the top, and from there to bit 1 */
+    const __m128i word = _mm_set_epi8(7, 6, 7, 6, 5, 4, 5, 4, 3, 2, 3, 2, 1, 0, 1, 0);
+    const __m256i shift = _mm256_set_m128i(_mm_set1_epi32(1024 | 16 << 16), _mm_set1_epi32(8192 | 128 << 16));
     (void)n;
-    for (int g = 0; g < 16; g++) scale[g] = (int16_t)(2 * (unpack_u16(p->scales + g / 4 * 2) >> (g % 4 * 3) & 7) + 1);
-    o->scale = even_odd_words(load256(scale));
+    __m256i scale = twice(_mm_shuffle_epi8(_mm_cvtsi64_si128(load64(p->scales)), word));
+    scale = _mm256_slli_epi16(_mm256_srli_epi16(_mm256_mullo_epi16(scale, shift), 13), 1);
+    o->scale = _mm256_add_epi16(scale, _mm256_set1_epi16(1));
     for (int k = 0; k < 8; k++) {
         uint32_t h = unpack_u16(p->qh + k * 2);
         const uint8_t *at = p->qs + k * 4;

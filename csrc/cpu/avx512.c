@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")
 #include "avx512_float.h"
+#include "avx512_float.h"
 #include "avx512_gemm.h"
 #include "avx512_gemv.h"
 #include "avx512_panel.h"
@@ -29,7 +30,7 @@ GEMM_TYPES(X)
 #undef X
 /* X(type, layout of the panel, its offset, order of chunks, offset of single rows) */
 #define GEMV_TYPES(X) \
-    X(q4_k, blocks_min, 0, K_ORDER, 0) X(q5_k, blocks_min, 0, K_ORDER, 0) X(q6_k, groups, 32, NATURAL, 0)
+    X(q4_k, blocks_min, 0, K_ORDER, 0) X(q5_k, blocks_min, 0, K_ORDER, 0) X(q6_k, groups, 32, CRUMB_ORDER, 32)
 #define X(type, layout, offset, order, row_offset) \
     static void mul_##type##_avx512(const struct ms4_mul *m) { \
         if (m->n_tokens <= GEMV_TOKENS && m->n_cols % SUPERBLOCK == 0) gemv(m, dot_##type, order, row_offset, SUPERBLOCK_BYTES(type)); \

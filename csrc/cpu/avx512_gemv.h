@@ -10,7 +10,7 @@
 
 #define GEMV_TOKENS 2
 #define GEMV_SUPERBLOCKS 16     /* of a row in one pass */
-#define GEMV_AHEAD 24576        /* bytes to prefetch ahead, into L2: L1 has too few outstanding misses for memory's speed */
+#define GEMV_AHEAD 45056        /* bytes to prefetch ahead, into L2: L1 has too few outstanding misses for memory's speed */
 
 /* The order of the 16-byte chunks of activations that a type's unpacking gives. */
 enum chunk_order { NATURAL, K_ORDER, BLOCK_ORDER, CRUMB_ORDER };
@@ -22,7 +22,7 @@ static const uint8_t chunk_orders[4][16] = {
 };
 struct x_superblock {
     __m512i v[4];
-    __m512i start[2];           /* BLOCK_ORDER: -offset * x, added up as the products will be */
+    __m512i start[4];           /* -offset * x, added up as the products will be; BLOCK_ORDER adds pairs of vectors */
     __m256i sums;
 };
 struct gemv_x {
@@ -47,9 +47,10 @@ static void gemv_x_of(struct gemv_x *x, const block_q8 *blocks, int n, enum chun
         struct x_superblock *s = &x->superblock[i];
         for (int c = 0; c < 16; c++) memcpy((char *)s->v + 16 * c, blocks[i].qs + 16 * chunk_orders[order][c], 16);
         s->sums = _mm256_load_si256((const void *)blocks[i].sums);
-        for (int h = 0; h < 2; h++) {
+        for (int k = 0; k < 4; k++) {
             const __m512i o = _mm512_set1_epi8((char)offset), zero = _mm512_setzero_si512();
-            s->start[h] = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, o, s->v[2 * h]), o, s->v[2 * h + 1]));
+            const __m512i sum = order == BLOCK_ORDER ? _mm512_dpbusd_epi32(zero, o, s->v[k ^ 1]) : zero;
+            s->start[k] = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(sum, o, s->v[k]));
         }
         x->d[i] = blocks[i].d;
     }
@@ -112,6 +113,10 @@ static inline __m512i add_dwords(const __m512i *a) {
     const __m512i t1 = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
     return _mm512_add_epi32(_mm512_unpacklo_epi64(t0, t1), _mm512_unpackhi_epi64(t0, t1));
 }
+/* In each 128-bit lane: the sums of dwords 0 and 1, 2 and 3 of a, then of b.  (The casts are for the shuffle only.) */
+static inline __m512i add_pairs(__m512 a, __m512 b) {
+    return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)), _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd)));
+}
 /* Lane l of the result: the sum of the lanes of a[l]. */
 static inline __m512i add_lanes(const __m512i *a) {
     const __m512i t0 = _mm512_add_epi32(_mm512_shuffle_i64x2(a[0], a[1], 0x44), _mm512_shuffle_i64x2(a[0], a[1], 0xee));
@@ -120,11 +125,6 @@ static inline __m512i add_lanes(const __m512i *a) {
 }
 static inline __m512i load_512(const void *p) { return _mm512_loadu_si512(p); }
 static inline __m256i load_256(const void *p) { return _mm256_loadu_si256(p); }
-/* acc + products of 64 unsigned and signed bytes times scales in 16 bits.  The pair sums must fit 16 bits. */
-static inline __m512i add_scaled_bytes(__m512i acc, __m512i q, __m512i x, __m512i scale) {
-    return _mm512_dpwssd_epi32(acc, _mm512_maddubs_epi16(q, x), scale);
-}
-
 /* --- Q4_K, Q5_K ------------------------------------------------------------------------------ */
 /* The sums of mins times the sums of the blocks of x.  A block's sum has 13 bits: they go in two parts. */
 static inline __m512i sum_k_mins(const __m512i *mins, const struct gemv_x *x, int at) {
@@ -189,7 +189,7 @@ static inline __attribute__((always_inline)) __m512 dot_k(panel_rows w, const st
         dot_k_four(even, odd, w + 4 * l, x->of + at + 4 * l, has_high);
         const __m512 a = _mm512_castsi512_ps(scale_k_two(even, odd, (const char *)&scales[0] + 16 * l, spread));
         const __m512 b = _mm512_castsi512_ps(scale_k_two(even + 2, odd + 2, (const char *)&scales[1] + 16 * l, spread));
-        sums[l] = _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)), _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd)));
+        sums[l] = add_pairs(a, b);
     }
     const __m512 t = _mm512_mul_ps(k.d, _mm512_cvtepi32_ps(add_lanes(sums)));
     return _mm512_fnmadd_ps(k.dmin, _mm512_cvtepi32_ps(sum_k_mins(k.mins, x, at)), t);
@@ -198,38 +198,41 @@ static __attribute__((noinline)) __m512 dot_q4_k(panel_rows w, const struct gemv
 static __attribute__((noinline)) __m512 dot_q5_k(panel_rows w, const struct gemv_x *x, int at, const uint8_t *ahead) { return dot_k(w, x, at, ahead, 1); }
 
 /* --- Q6_K ------------------------------------------------------------------------------------ */
-/* Words i, i + 1, i + 2, i + 3 of s, one to a 128-bit lane. */
-static inline __m512i words_to_lanes(__m256i s, int i) {
-    const __m256i low = _mm256_setr_m128i(_mm_set1_epi16(0), _mm_set1_epi16(1)), high = _mm256_setr_m128i(_mm_set1_epi16(2), _mm_set1_epi16(3));
-    const __m512i words = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    return _mm512_permutexvar_epi16(_mm512_add_epi16(words, _mm512_set1_epi16((short)i)), _mm512_castsi256_si512(s));
+/* Words a (4 times) and b (4 times) in the first 128-bit lane, those step, 2 * step, 3 * step further in the others. */
+static inline __m512i words_to_lanes(__m512i words, int a, int b, int c, int d) {
+    const __m512i index = _mm512_and_si512(lane_bytes(a, b, c, d), _mm512_set1_epi16(255));
+    const __m512i second = _mm512_broadcast_i32x4(_mm_setr_epi16(0, 0, 0, 0, 16, 16, 16, 16));
+    return _mm512_permutexvar_epi16(_mm512_add_epi16(index, second), words);
 }
-static inline __attribute__((always_inline)) __m512i dot_q6_k_one(const block_q6_k *w, const struct x_superblock *x) {
+/* Two superblocks.  dot[j][r] are the products of 32 columns of each half, one 16-group to a lane; dwords hold at most
+ * 4 * 32 * 127, so those of two superblocks fit 16 bits. */
+static inline __attribute__((always_inline)) __m512 dot_q6_k_two(panel_rows rows, const struct x_superblock *const *x) {
     const __m512i top = _mm512_set1_epi8(48);
-    const __m256i scales = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)w->scales));
-    const __m256i offset = _mm256_slli_epi32(_mm256_madd_epi16(scales, x->sums), 5);   /* what the offset of 32 adds */
-    __m512i acc = _mm512_setzero_si512();
-    for (int h = 0; h < 2; h++) {
-        /* elements 128h + 0..63 are low nibbles, 64..127 high ones; two bits each in 32 bytes of qh */
-        const __m512i low = load_512(w->ql + 64 * h), high = _mm512_broadcast_i64x4(load_256(w->qh + 32 * h));
-        const __m512i h0 = _mm512_mask_slli_epi16(_mm512_slli_epi16(high, 4), 0xffff0000, high, 2);
-        const __m512i h1 = _mm512_mask_srli_epi16(high, 0xffff0000, high, 2);
-        const __m512i q0 = _mm512_or_si512(low_nibbles(low), _mm512_and_si512(h0, top));
-        const __m512i q1 = _mm512_or_si512(high_nibbles(low), _mm512_and_si512(h1, top));
-        acc = add_scaled_bytes(acc, q0, x->v[2 * h], words_to_lanes(scales, 8 * h));
-        acc = add_scaled_bytes(acc, q1, x->v[2 * h + 1], words_to_lanes(scales, 8 * h + 4));
+    const size_t at = offsetof(block_q6_k, scales);
+    const __m512i scales = _mm512_cvtepi8_epi16(load_two(rows[0] + at, rows[1] + at));
+    __m512i dot[4][2], acc = _mm512_setzero_si512();
+    for (int r = 0; r < 2; r++) {
+        const block_q6_k *w = (const void *)rows[r];
+        const __m512i first = load_512(w->ql), second = load_512(w->ql + 64), h = load_512(w->qh);
+        const __m512i p0 = _mm512_shuffle_i64x2(first, second, 0x44), p1 = _mm512_shuffle_i64x2(first, second, 0xee);
+        const __m512i q[4] = { _mm512_or_si512(low_nibbles(p0), _mm512_and_si512(_mm512_slli_epi16(h, 4), top)),
+                               _mm512_or_si512(low_nibbles(p1), _mm512_and_si512(_mm512_slli_epi16(h, 2), top)),
+                               _mm512_or_si512(high_nibbles(p0), _mm512_and_si512(h, top)),
+                               _mm512_or_si512(high_nibbles(p1), _mm512_and_si512(_mm512_srli_epi16(h, 2), top)) };
+        for (int j = 0; j < 4; j++) dot[j][r] = _mm512_dpbusd_epi32(x[r]->start[j], q[j], x[r]->v[j]);
     }
-    return _mm512_sub_epi32(acc, _mm512_zextsi256_si512(offset));
+    for (int j = 0; j < 4; j++)
+        acc = _mm512_dpwssd_epi32(acc, _mm512_packs_epi32(dot[j][0], dot[j][1]), words_to_lanes(scales, 2 * j, 2 * j + 1, 2 * j + 8, 2 * j + 9));
+    return _mm512_castsi512_ps(acc);
 }
 static __attribute__((noinline)) __m512 dot_q6_k(panel_rows w, const struct gemv_x *x, int at, const uint8_t *ahead) {
     __m512i sums[4];
     const __m512 d = load_halves(w, offsetof(block_q6_k, d));
 #pragma GCC unroll 1
     for (int l = 0; l < 4; l++) {
-        __m512i acc[4];
         prefetch_quarter(ahead, l, sizeof(block_q6_k));
-        for (int r = 0; r < 4; r++) acc[r] = dot_q6_k_one((const void *)w[4 * l + r], x->of[at + 4 * l + r]);
-        sums[l] = add_dwords(acc);
+        const __m512 first = dot_q6_k_two(w + 4 * l, x->of + at + 4 * l);
+        sums[l] = add_pairs(first, dot_q6_k_two(w + 4 * l + 2, x->of + at + 4 * l + 2));
     }
     return _mm512_mul_ps(d, _mm512_cvtepi32_ps(add_lanes(sums)));
 }

@@ -118,11 +118,12 @@ static inline void transpose_keys_plain(float *kt, const float *k, size_t k_stri
 /* Turns one row's scores into weights, and brings its m and l up to date; returns the factor for what o holds.
  * Keys the row does not see get weight 0 and all ATTEND_KEYS are added up, so the order never depends on the call. */
 static inline float attend_softmax_plain(float *s, int32_t n_keys, float *m, float *l) {
-    float largest = *m;
-    for (int j = 0; j < ATTEND_KEYS; j++) {
-        s[j] = j < n_keys ? s[j] : -INFINITY;
-        largest = largest > s[j] ? largest : s[j];
-    }
+    float top[8], largest = *m;
+    for (int j = 0; j < ATTEND_KEYS; j++) s[j] = j < n_keys ? s[j] : -INFINITY;
+    for (int j = 0; j < 8; j++) top[j] = s[j];
+    for (int i = 8; i < ATTEND_KEYS; i += 8)
+        for (int j = 0; j < 8; j++) top[j] = top[j] > s[i + j] ? top[j] : s[i + j];
+    for (int j = 0; j < 8; j++) largest = largest > top[j] ? largest : top[j];
     /* all scores -inf: nothing to add, and inf - inf would be NaN */
     float shift = largest == -INFINITY ? 0 : largest, factor = exp_plain(*m - shift), part[16];
     for (int j = 0; j < ATTEND_KEYS; j++) s[j] = exp_plain(s[j] - shift);

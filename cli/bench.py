@@ -1,0 +1,192 @@
+"""`ms4 bench`: how fast the model reads (prefill) and writes (decode), and which limit of the machine that is near to.
+
+The limits are measured in the same run, because on shared machines they drift: bytes per second read from memory, and
+8-bit multiply-adds per second of the engine's own matrix kernel.  The tokens are random, so no tokenizer is needed and
+the experts are spread as evenly as the router allows.
+"""
+
+import json
+import os
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import ms4
+from ms4.cli import errors, host, loading, render, streams
+from ms4.cli.errors import UsageError
+from ms4.cli.options import EngineOptions
+
+if TYPE_CHECKING:
+    from ms4.models.model import Model
+
+SEED = 4
+MOST_MEASURED = 1 << 28  # bytes read to measure the bandwidth: more than a cache holds, little enough for Ctrl-C
+LEAST_MEASURED = 1 << 26
+N_MEASURED = 3  # times, before and after the phases; the best counts
+NEAR = 0.25  # below this share of both limits, neither of them is what holds the phase back
+N_BATCH = 2048  # tokens computed together: every so many, the weights are read once more
+
+
+@dataclass(frozen=True)
+class Plan:
+    n_read: int
+    n_written: int
+    repeat: int
+    depths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine can do at most."""
+
+    read_bytes_per_s: float
+    int8_macs_per_s: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One phase at one depth.  The shares are of the two limits; `bottleneck` names the nearer one, if one is near."""
+
+    phase: str
+    depth: int
+    n_tokens: int
+    best_tokens_per_s: float
+    median_tokens_per_s: float
+    bytes_per_token: float
+    macs_per_token: float
+    share_of_read_bandwidth: float
+    share_of_int8_peak: float
+    bottleneck: str
+
+
+def bench(plan: Plan, engine: EngineOptions, form: str) -> int:
+    from ms4.models.interrupt import interruptible
+
+    engine.require()
+    status = render.StatusLine(engine.quiet)
+    with loading.open_model(engine, status, N_BATCH) as model:
+        shape = model.engine.shape
+        n_ctx = max(plan.depths) + plan.n_read + plan.n_written
+        if n_ctx > shape.n_ctx_train:
+            raise UsageError(f"depth, --pp and --tg need {n_ctx} positions; the model has {shape.n_ctx_train}")
+        before = measure(model)
+        rows: list[Row] = []
+        with model.session(n_ctx) as session, interruptible(session):
+            for depth in plan.depths:
+                status.show(f"depth {depth}")
+                rows += measure_depth(plan, depth, model, session)
+        limits = best([before, measure(model)])
+        status.clear()
+        show(model, [against(row, limits) for row in rows], limits, engine.require(), form)
+    return errors.OK
+
+
+def measure(model: "Model") -> Limits:
+    available = host.available_memory() or LEAST_MEASURED
+    n_bytes = max(min(MOST_MEASURED, available // 8), LEAST_MEASURED)
+    threads = model.engine.stats().n_threads
+    return best([Limits(*ms4.measure(threads, n_bytes)) for _ in range(N_MEASURED)])
+
+
+def best(found: list[Limits]) -> Limits:
+    return Limits(max(f.read_bytes_per_s for f in found), max(f.int8_macs_per_s for f in found))
+
+
+def measure_depth(plan: Plan, depth: int, model: "Model", session: ms4.Session) -> list[Row]:
+    """Both phases after `depth` positions: one uncounted round to warm up, then `repeat` counted ones."""
+    random = np.random.default_rng(SEED)
+
+    def ids(n: int) -> np.ndarray:
+        return random.integers(0, model.engine.shape.n_vocab, n, np.int32)
+
+    session.rewind(0)
+    if depth:
+        session.feed(ids(depth))
+    reading: list[float] = []
+    writing: list[float] = []
+    read_bytes = 0
+    for round in range(plan.repeat + 1):
+        session.rewind(depth)
+        begun = time.perf_counter()
+        session.feed(ids(plan.n_read))
+        read = time.perf_counter()
+        bytes_before = model.engine.stats().bytes_decode
+        for id in ids(plan.n_written):
+            session.feed([id])
+        if round:
+            reading.append(read - begun)
+            writing.append(time.perf_counter() - read)
+            read_bytes += model.engine.stats().bytes_decode - bytes_before
+    stats = model.engine.stats()
+    passes = -(-plan.n_read // N_BATCH)
+    macs = macs_per_token(model.engine.shape)
+    head = model.engine.shape.n_vocab * model.engine.shape.d_model
+    return [
+        phase_row("prefill", depth, plan.n_read, reading, stats.bytes_weights * passes / plan.n_read, macs),
+        phase_row("decode", depth, plan.n_written, writing, read_bytes / (plan.repeat * plan.n_written), macs + head),
+    ]
+
+
+def phase_row(phase: str, depth: int, n: int, seconds: list[float], n_bytes: float, macs: float) -> Row:
+    return Row(phase, depth, n, n / min(seconds), n / statistics.median(seconds), n_bytes, macs, 0.0, 0.0, "")
+
+
+def against(row: Row, limits: Limits) -> Row:
+    """The row with its shares of the limits."""
+    read = row.best_tokens_per_s * row.bytes_per_token / limits.read_bytes_per_s
+    macs = row.best_tokens_per_s * row.macs_per_token / limits.int8_macs_per_s
+    name = "memory bandwidth" if read > macs else "int8 arithmetic"
+    if max(read, macs) < NEAR:
+        name = "attention or overhead"
+    return Row(**{**asdict(row), "share_of_read_bandwidth": read, "share_of_int8_peak": macs, "bottleneck": name})
+
+
+def macs_per_token(s: ms4.Shape) -> int:
+    """Multiply-adds with weights for one token of a prompt; scores and the output matrix are not among them."""
+    attention = s.d_model * (s.q_rank + s.kv_rank + s.d_rope)
+    attention += s.q_rank * s.n_head * (s.d_nope + s.d_rope)
+    attention += s.n_head * (s.kv_rank * (s.d_nope + s.d_value) + s.d_value * s.d_model)
+    moe = s.d_model * (s.n_expert + 3 * s.n_expert_used * s.d_expert + 3 * s.d_shared)
+    dense = 3 * s.d_model * s.d_dense
+    return s.n_layer * attention + s.n_dense_layer * dense + (s.n_layer - s.n_dense_layer) * moe
+
+
+def show(model: "Model", rows: list[Row], limits: Limits, path: str, form: str) -> None:
+    stats = model.engine.stats()
+    about = {
+        "model": os.path.basename(path),
+        "version": ms4.__version__,
+        "isa": stats.isa,
+        "threads": stats.n_threads,
+        "load": stats.load,
+    }
+    output = streams.Output()
+    if form == "json":
+        output.write(json.dumps({**about, **asdict(limits), "rows": [asdict(row) for row in rows]}) + "\n")
+    elif form == "csv":
+        names = list(asdict(rows[0]))
+        output.write(",".join([*about, *asdict(limits), *names]) + "\n")
+        for row in rows:
+            values = [*about.values(), *asdict(limits).values(), *asdict(row).values()]
+            output.write(",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values) + "\n")
+    else:
+        output.write(table(about, rows, limits))
+
+
+def table(about: dict[str, object], rows: list[Row], limits: Limits) -> str:
+    """A Markdown table, with the machine above it."""
+    lines = [
+        "{model}: ms4 {version}, {isa}, {threads} threads, weights: {load}".format(**about),
+        f"limits: {limits.read_bytes_per_s / 1e9:.1f} GB/s read, {limits.int8_macs_per_s / 1e9:.0f} G int8 MAC/s",
+        "",
+        "| phase | depth | tokens | best tok/s | median tok/s | MB/token | of bandwidth | of int8 | nearest limit |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for r in rows:
+        shares = f"{100 * r.share_of_read_bandwidth:.0f} % | {100 * r.share_of_int8_peak:.0f} %"
+        speeds = f"{r.best_tokens_per_s:.2f} | {r.median_tokens_per_s:.2f} | {r.bytes_per_token / 1e6:.2f}"
+        lines.append(f"| {r.phase} | {r.depth} | {r.n_tokens} | {speeds} | {shares} | {r.bottleneck} |")
+    return "\n".join(lines) + "\n"

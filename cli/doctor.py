@@ -1,0 +1,148 @@
+"""`ms4 doctor`: what this machine can run, and for each thing that is not right the command that puts it right."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+
+import ms4
+from ms4.cli import errors, host, streams
+
+MARKS = {"ok": "ok", "warning": "! ", "bad": "x "}
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line: level is a key of MARKS; `fix` is what to type, if anything helps."""
+
+    name: str
+    level: str
+    text: str
+    fix: str = ""
+
+
+def doctor(model: str | None, *, as_json: bool) -> int:
+    """Prints every check; exit code 1 if one of them is bad."""
+    checks = [
+        Check("ms4", "ok", f"{ms4.__version__}, Python {platform.python_version()}, {platform.machine()}"),
+        check_kernels(),
+        check_threads(),
+        check_memory(),
+        check_swap(),
+        check_huge_pages(),
+        check_tokenizer(),
+        *check_model(model),
+    ]
+    output = streams.Output()
+    if as_json:
+        output.write(json.dumps({"checks": [asdict(check) for check in checks]}) + "\n")
+    else:
+        for check in checks:
+            output.write(f"{MARKS[check.level]} {check.name:<10} {errors.escape(check.text)}\n")
+            if check.fix:
+                output.write(f"{'':<13} {check.fix}\n")
+    return errors.FAILURE if any(check.level == "bad" for check in checks) else errors.OK
+
+
+def gib(n: int) -> str:
+    return f"{n / GIB:.1f} GiB"
+
+
+def check_kernels() -> Check:
+    try:
+        isa = ms4.probe().isa
+    except ValueError as error:  # MS4_ISA names a table that this processor cannot run
+        return Check("kernels", "bad", str(error), "unset MS4_ISA")
+    text = f"{isa}; {host.processor()} ({' '.join(host.features()) or 'no vector features known'})"
+    if isa != "ref":
+        return Check("kernels", "ok", text)
+    forced = os.environ.get("MS4_ISA") == "ref"
+    return Check(
+        "kernels",
+        "warning",
+        f"{text}: plain C, many times slower",
+        "unset MS4_ISA" if forced else "use a processor with AVX2, AVX-512 or NEON",
+    )
+
+
+def check_threads() -> Check:
+    try:
+        n = ms4.probe().n_threads
+    except ValueError as error:
+        return Check("threads", "bad", str(error), "unset MS4_ISA")
+    quota = host.cpu_quota()
+    text = f"{n} by default: {os.cpu_count()} processors, {host.affinity()} allowed by affinity"
+    text += f", {quota:g} by the cgroup quota" if quota is not None else ", no cgroup quota"
+    if quota is not None and quota < 1:
+        return Check("threads", "warning", text, "give the container at least one processor")
+    return Check("threads", "ok", text)
+
+
+def check_memory() -> Check:
+    memory, limit, available = host.memory(), host.memory_limit(), host.available_memory()
+    if available is None:
+        return Check("memory", "warning", "the kernel does not say how much there is")
+    text = f"{gib(available)} available of {gib(memory.get('MemTotal', 0))}"
+    text += f", cgroup limit {gib(limit)}" if limit is not None else ", no cgroup limit"
+    return Check("memory", "ok", text)
+
+
+def check_swap() -> Check:
+    memory = host.memory()
+    total, free = memory.get("SwapTotal", 0), memory.get("SwapFree", 0)
+    if total == 0:
+        return Check("swap", "ok", "none")
+    used = total - free
+    text = f"{gib(used)} of {gib(total)} used"
+    if used > total // 2:
+        return Check("swap", "warning", f"{text}: memory is short", "end other programs; --load map needs no swap")
+    return Check("swap", "ok", text)
+
+
+def check_huge_pages() -> Check:
+    mode = host.huge_pages()
+    if mode in ("always", "madvise"):
+        return Check("huge pages", "ok", mode)
+    fix = f"echo madvise | sudo tee {host.HUGE_PAGES}" if mode else ""
+    return Check("huge pages", "warning", f"{mode or 'unknown'}: --load copy will be slower", fix)
+
+
+def check_tokenizer() -> Check:
+    try:
+        import tiktoken
+    except ImportError as error:
+        return Check(
+            "tokenizer", "bad", f"tiktoken cannot be imported: {error}", f"{sys.executable} -m pip install tiktoken"
+        )
+    return Check("tokenizer", "ok", f"tiktoken {tiktoken.__version__}")
+
+
+def check_model(path: str | None) -> list[Check]:
+    """The file itself, its memory, and whether it is cached."""
+    if not path:
+        return [Check("model", "warning", "none named, so none checked", "ms4 doctor -m model.gguf")]
+    from ms4.models.model import describe
+
+    try:
+        found = describe(path)
+    except Exception as error:
+        code, message, hint = errors.describe(error)
+        return [Check("model", "bad", message, hint or "ms4 info shows more")]
+    size = found.bytes
+    checks = [Check("model", "ok", f"{os.path.basename(path)}: {found.architecture}, {gib(size)}")]
+    if found.text_problem:
+        checks.append(Check("vocabulary", "warning", found.text_problem))
+    available = host.available_memory()
+    if available is not None and size > available:
+        fix = "choose a smaller quantisation, or free memory"
+        checks.append(
+            Check("room", "warning", f"{gib(size)} of weights, {gib(available)} available: it will be slow", fix)
+        )
+    share = host.cached_share(path)
+    if share is not None:
+        level, fix = ("ok", "") if share > 0.95 else ("warning", f"cat {shlex.quote(path)} > /dev/null")
+        checks.append(Check("cache", level, f"{100 * share:.0f} % of the file is in memory already", fix))
+    return checks

@@ -1,0 +1,119 @@
+"""What goes wrong, as one line and an exit code.
+
+Owns the exceptions of the command line and the table that gives every exception of ms4 its exit code.  It imports
+nothing of ours, so that an error costs no start-up time.  Printing is the business of `start.py`.
+"""
+
+import os
+import sys
+import traceback
+
+OK, FAILURE, USAGE, INCOMPLETE, MISSING, NO_ROOM, UNREADABLE = 0, 1, 2, 3, 5, 6, 7
+INTERRUPTED, BROKEN_PIPE = 130, 141
+LONGEST = 300  # characters of an error line after "ms4: error: "
+
+
+class CliError(Exception):
+    """An error with the exit code `code`; `hint` is what to type instead."""
+
+    code = FAILURE
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(CliError):
+    code = USAGE
+
+
+class IncompleteError(CliError):
+    code = INCOMPLETE
+
+
+class MissingError(CliError):
+    code = MISSING
+
+
+class UnreadableError(CliError):
+    code = UNREADABLE
+
+
+class ReaderGone(CliError):
+    """Nobody reads stdout any more.  Not a BrokenPipeError, because Typer would end the process with 1."""
+
+    code = BROKEN_PIPE
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+
+# The exceptions of the layers below, by name: looking one up must not import its module.
+CODES = {
+    "ms4.quant.gguf_file.GgufError": MISSING,
+    "ms4.models.mistral4.ModelError": MISSING,
+    "ms4.models.tokenizer.TokenizerError": MISSING,
+    "ms4.models.prompt.PromptError": USAGE,
+    "ms4.models.sampling.SamplingError": USAGE,
+    "ms4.models.image.ImageError": UNREADABLE,
+    "ms4.models.outside.InputError": UNREADABLE,
+    "ms4.models.generate.ContextError": INCOMPLETE,
+    "ms4.models.sampling.LogitsError": FAILURE,
+    "ms4.ContextFull": INCOMPLETE,
+    "ms4.Canceled": INTERRUPTED,
+    "ms4.EngineError": FAILURE,
+}
+
+
+def escape(text: str, longest: int = LONGEST) -> str:
+    """The text with everything that does not print written as an escape, cut to `longest` characters."""
+    shown = "".join(c if c.isprintable() else _escaped(ord(c)) for c in text[: longest + 1])
+    return shown if len(shown) <= longest else shown[: longest - 1] + "…"
+
+
+def _escaped(code: int) -> str:
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that was not UTF-8, as Python keeps it in arguments and file names
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{{{code:x}}}"
+
+
+def describe(error: BaseException) -> tuple[int, str, str]:
+    """(exit code, message, hint).  An empty message means: say nothing."""
+    if isinstance(error, CliError):
+        return error.code, str(error), error.hint
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "", ""
+    if hasattr(error, "format_message"):  # a usage error of Typer
+        return USAGE, _sentence(error.format_message()), _help_hint(error)
+    for kind in type(error).__mro__:
+        code = CODES.get(f"{kind.__module__}.{kind.__qualname__}")
+        if code is not None:
+            return code, "" if code == INTERRUPTED else str(error), ""
+    if isinstance(error, MemoryError):
+        return NO_ROOM, str(error) or "not enough memory", "a smaller --ctx needs less; ms4 doctor shows what is free"
+    if isinstance(error, OSError) and error.strerror:
+        name = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
+        return FAILURE, f"{name}{error.strerror}", ""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "?"
+    message = f"internal error, please report: {type(error).__name__} at {where}: {error}".rstrip(": ")
+    return FAILURE, message, "MS4_DEBUG=1 shows the traceback"
+
+
+def _sentence(message: str) -> str:
+    """Typer's text, in the style of ours."""
+    message = message.replace("Invalid value for ", "").replace("'", "").rstrip(".")
+    return message[:1].lower() + message[1:]
+
+
+def _help_hint(error: BaseException) -> str:
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path} --help" if context is not None else "ms4 --help"
+
+
+def note(text: str) -> None:
+    """One line on stderr; a closed stderr is no reason to fail."""
+    try:
+        print(f"ms4: {escape(text)}", file=sys.stderr, flush=True)
+    except (OSError, ValueError, AttributeError):
+        pass

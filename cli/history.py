@@ -1,0 +1,80 @@
+"""The turns of a chat, as the exact ids that were read and written.
+
+An answer is never turned into text and back: the ids that the model wrote are the ids it sees again, so the kv cache
+stays valid up to the newest message.  What lies before the first message (system prompt, effort) is rendered anew each
+time: when it changes, the whole conversation is read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ms4.models.control import Control
+from ms4.models.prompt import Prompt, render
+
+if TYPE_CHECKING:
+    from ms4.models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A message and what the model answered to it; None: not yet answered."""
+
+    message: str
+    answer: tuple[int, ...] | None = None
+
+
+class History:
+    """The conversation so far."""
+
+    def __init__(self, tokenizer: Tokenizer, system: str | None, effort: str) -> None:
+        self.tokenizer = tokenizer
+        self.system = system
+        self.effort = effort
+        self.turns: list[Turn] = []
+
+    def ask(self, message: str) -> Prompt:
+        """Adds a message; returns the prompt that ends with it."""
+        self.turns.append(Turn(message))
+        return self.prompt()
+
+    def answered(self, ids: Sequence[int]) -> None:
+        """The answer to the newest message.  Without a single id the message is taken back."""
+        if ids:
+            self.turns[-1] = replace(self.turns[-1], answer=closed(ids))
+        else:
+            self.turns.pop()
+
+    def undo(self, n: int = 1) -> int:
+        """Takes back the last n turns; returns how many there were."""
+        n = min(n, len(self.turns))
+        del self.turns[len(self.turns) - n :]
+        return n
+
+    def prompt(self) -> Prompt:
+        """The ids of everything, up to where the model goes on."""
+        first: list[dict[str, Any]] = [{"role": "user", "content": self.turns[0].message}]
+        if self.system is not None:
+            first.insert(0, {"role": "system", "content": self.system})
+        ids = list(render(first, self.tokenizer, effort=self.effort).ids)
+        for before, turn in zip(self.turns, self.turns[1:], strict=False):
+            ids += before.answer or ()
+            ids += message_ids(turn.message, self.tokenizer)
+        return Prompt(ids)
+
+
+def message_ids(message: str, tokenizer: Tokenizer) -> list[int]:
+    """[INST] message [/INST]: what is left of a conversation of this message alone without its beginning."""
+    ids = render([{"role": "user", "content": message}], tokenizer).ids
+    return ids[ids.index(Control.INST) :]
+
+
+def closed(ids: Sequence[int]) -> tuple[int, ...]:
+    """An answer as it stands in the history: an open thought closed, one EOS at the end."""
+    kept = [id for id in ids if id != Control.EOS]
+    marks = [id for id in kept if id in (Control.THINK, Control.THINK_END)]
+    if marks and marks[-1] == Control.THINK:
+        kept.append(Control.THINK_END)
+    return (*(int(id) for id in kept), int(Control.EOS))

@@ -1,0 +1,125 @@
+"""`ms4 info`: what is in a model file, and whether ms4 runs it."""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ms4.cli import errors, render, streams
+
+if TYPE_CHECKING:
+    from ms4.models.model import Description, TensorClass
+
+LONGEST_VALUE = 80  # characters of a metadata value
+FIRST_ELEMENTS = 4  # of an array
+
+
+def info(path: str, *, as_json: bool, tensors: bool, kv: bool) -> int:
+    """Prints the description of the file; with its tensors and metadata, if asked for."""
+    from ms4.models.model import describe
+    from ms4.quant.gguf_file import GgufFile
+
+    found = describe(path)
+    gguf = GgufFile.open(path) if tensors or kv else None
+    output = streams.Output()
+    if as_json:
+        value = to_json(found)
+        if gguf and kv:
+            value["kv"] = {key: plain(item) for key, item in gguf.metadata.items()}
+        if gguf and tensors:
+            value["tensors"] = [tensor_row(t) for t in gguf.tensors.values()]
+        output.write(json.dumps(value) + "\n")
+        return errors.OK
+    for name, text in summary(found):
+        output.write(f"{name:<13} {errors.escape(text)}\n")
+    if gguf and kv:
+        output.write("\nmetadata\n")
+        for key, item in gguf.metadata.items():
+            output.write(f"  {errors.escape(key)} = {errors.escape(brief(item))}\n")
+    if gguf and tensors:
+        output.write("\ntensors\n")
+        for row in map(tensor_row, gguf.tensors.values()):
+            dims = " x ".join(map(str, row["dims"]))
+            output.write(f"  {row['name']:<40} {row['type']:<8} {dims:<24} {row['bytes']:>14} bytes\n")
+    return errors.OK
+
+
+def summary(d: "Description") -> list[tuple[str, str]]:
+    """The lines that everybody sees: name and text."""
+    s = d.shape
+    parts = f" in {len(d.paths)} parts" if len(d.paths) > 1 else ""
+    rows = [
+        ("file", f"{d.paths[0][-160:]}, {render.gigabytes(d.bytes)}{parts}"),
+        ("model", f"{d.name[:80] or 'no name'} ({d.architecture})"),
+        ("weights", f"{count(d.n_weights)}, of which a token uses {count(d.n_active)}"),
+        ("layers", f"{s.n_layer}, the first {s.n_dense_layer} dense" if s.n_dense_layer else str(s.n_layer)),
+        ("experts", f"{s.n_expert} of width {s.d_expert}, {s.n_expert_used} used; shared expert of {s.d_shared}"),
+        ("attention", f"{s.n_head} heads, latent of {s.kv_rank}, query rank {s.q_rank}; hidden size {s.d_model}"),
+        ("context", f"{s.n_ctx_train} tokens, {render.gigabytes(latent_bytes(d))} for each 32k of them"),
+        ("vocabulary", f"{s.n_vocab} tokens"),
+    ]
+    rows += [("", f"{c.name:<14} {types(c)}") for c in d.classes]
+    if d.template_sha256:
+        rows.append(("template", f"sha256 {d.template_sha256[:16]}, {d.template_bytes} bytes; not executed"))
+    rows += [("warning", text) for text in d.warnings]
+    if d.text_problem:
+        rows.append(("warning", d.text_problem))
+    return rows
+
+
+def types(c: "TensorClass") -> str:
+    shares = ", ".join(f"{name} {100 * n / max(c.bytes, 1):.0f} %" for name, n in c.types)
+    return f"{render.gigabytes(c.bytes):>9}  {8 * c.bytes / max(c.n_weights, 1):5.2f} bits  {shares}"
+
+
+def latent_bytes(d: "Description", n_tokens: int = 32768) -> int:
+    """Bytes of the kv cache for so many tokens: a latent and a rope key of 16-bit numbers in each layer."""
+    return 2 * (d.shape.kv_rank + d.shape.d_rope) * d.shape.n_layer * n_tokens
+
+
+def count(n: int) -> str:
+    for unit, size in (("billion", 10**9), ("million", 10**6)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return str(n)
+
+
+def to_json(d: "Description") -> dict[str, Any]:
+    value = asdict(d)
+    value["paths"] = list(d.paths)
+    value["classes"] = [
+        {"name": c.name, "weights": c.n_weights, "bytes": c.bytes, "types": dict(c.types)} for c in d.classes
+    ]
+    return value
+
+
+def tensor_row(tensor: Any) -> dict[str, Any]:
+    from ms4.quant.blocks import BLOCKS
+
+    return {
+        "name": tensor.name,
+        "type": BLOCKS[tensor.type].name,
+        "dims": list(tensor.dims),
+        "offset": tensor.offset,
+        "bytes": tensor.bytes,
+        "file": tensor.file,
+    }
+
+
+def plain(value: Any) -> Any:
+    """A metadata value as JSON can hold it: of arrays the length and the first elements."""
+    if isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if value - value == 0 else str(value)
+    first = [value[i] for i in range(min(len(value), FIRST_ELEMENTS))]
+    shown = [v.decode("utf-8", "backslashreplace") if isinstance(v, bytes) else plain(v.item()) for v in first]
+    return {"length": len(value), "first": shown}
+
+
+def brief(value: Any) -> str:
+    value = plain(value)
+    if isinstance(value, dict):
+        more = ", ..." if value["length"] > len(value["first"]) else ""
+        return f"[{', '.join(map(str, value['first']))[:LONGEST_VALUE]}{more}] ({value['length']} elements)"
+    text = str(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}... ({len(text)} characters)"

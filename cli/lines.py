@@ -1,0 +1,93 @@
+"""Where the messages of a chat come from: an editor on a terminal, or the lines of a pipe."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ms4.cli import errors, streams
+
+if TYPE_CHECKING:
+    from prompt_toolkit.history import History
+    from prompt_toolkit.key_binding import KeyBindings
+
+
+class Lines(Protocol):
+    def next(self) -> str | None:
+        """The next message; None at the end.  KeyboardInterrupt: Ctrl-C was typed instead."""
+
+
+class PipedLines:
+    """One message a line, by the rules of stdin."""
+
+    def next(self) -> str | None:
+        if sys.stdin is None:
+            return None
+        data = sys.stdin.buffer.readline(streams.MOST_INPUT)
+        return streams.decode(data, "stdin").rstrip("\r\n") if data else None
+
+
+class EditedLines:
+    """prompt_toolkit's editor: Enter sends, Alt-Enter or Ctrl-J begins a new line, a paste is one message."""
+
+    def __init__(self, commands: Sequence[str]) -> None:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.completion import WordCompleter
+
+        self._session: PromptSession[str] = PromptSession(
+            history=open_history(),
+            completer=WordCompleter(list(commands), sentence=True),
+            complete_while_typing=False,
+            key_bindings=bindings(),
+            multiline=True,
+            prompt_continuation="  ",
+            enable_history_search=True,
+        )
+
+    def next(self) -> str | None:
+        try:
+            return self._session.prompt("> ")
+        except EOFError:
+            return None
+
+
+def bindings() -> KeyBindings:
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def send(event: Any) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    @keys.add("c-j")
+    def new_line(event: Any) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys
+
+
+def open_history() -> History:
+    """The history file of this user, readable by nobody else; in memory only if there may be none."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    if os.environ.get("MS4_NO_HISTORY"):
+        return InMemoryHistory()
+    path = history_path()
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        path.chmod(0o600)
+    except OSError as error:
+        errors.note(f"no input history: {error.strerror}: {path}")
+        return InMemoryHistory()
+    return FileHistory(str(path))
+
+
+def history_path() -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    return Path(state, "ms4", "history")

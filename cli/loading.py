@@ -1,0 +1,93 @@
+"""Opens a model for a command: progress on a terminal, Ctrl-C at any moment, the context checked.
+
+The opening runs in a thread of its own, so that a signal is answered at once even while a cold disk is read.
+"""
+
+import os
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from ms4.cli.errors import INTERRUPTED, UsageError
+from ms4.cli.options import N_CTX_DEFAULT, EngineOptions
+from ms4.cli.render import StatusLine
+
+if TYPE_CHECKING:
+    from ms4.models.model import Model
+    from ms4.models.tokenizer import Tokenizer
+    from ms4.models.vocabulary import Vocabulary
+
+GRACE = 0.5  # seconds that an interrupted opening has to end by itself
+
+
+def open_model(options: EngineOptions, status: StatusLine, n_batch: int = 0) -> "Model":
+    """The opened model.  Ctrl-C raises KeyboardInterrupt, or ends the process if the opening does not stop."""
+    path = options.require()
+    from ms4.models.model import Model
+
+    stop = threading.Event()
+    opened: list[Model] = []
+    failed: list[BaseException] = []
+    begun = time.monotonic()
+
+    def progress(done: int, total: int) -> bool:
+        if time.monotonic() - begun > 0.3:
+            status.show(f"loading {100 * done // max(total, 1)} %  {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+        return stop.is_set()
+
+    def work() -> None:
+        try:
+            opened.append(
+                Model.open(
+                    path,
+                    attn_scale=options.attn_scale,
+                    threads=options.threads,
+                    load=options.load,
+                    n_batch=n_batch,
+                    progress=progress,
+                )
+            )
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(1.0)
+    except KeyboardInterrupt:
+        stop.set()
+        thread.join(GRACE)
+        if thread.is_alive():  # stuck in a read: nothing has been computed yet that could be lost
+            status.clear()
+            os._exit(INTERRUPTED)
+        raise
+    finally:
+        status.clear()
+    if failed:
+        raise failed[0]
+    return opened[0]
+
+
+def context_for(model: "Model", n_ctx: int) -> int:
+    """The size of the kv cache: what was asked for, unless the model allows less."""
+    most = model.engine.shape.n_ctx_train
+    if n_ctx > most and n_ctx != N_CTX_DEFAULT:
+        raise UsageError(f"--ctx {n_ctx}: the model allows at most {most} tokens")
+    return min(n_ctx, most)
+
+
+def usable(vocabulary: "Vocabulary") -> "Tokenizer":
+    """The tokenizer of a vocabulary that text can be made of."""
+    from ms4.models.tokenizer import Tokenizer
+
+    vocabulary.require_text()
+    return Tokenizer(vocabulary)
+
+
+def open_tokenizer(path: str) -> "Tokenizer":
+    """The tokenizer of a model file; its weights, if it has any, stay closed."""
+    from ms4.models.vocabulary import Vocabulary
+    from ms4.quant.gguf_file import GgufFile
+
+    return usable(Vocabulary.from_gguf(GgufFile.open(path)))

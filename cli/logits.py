@@ -1,0 +1,54 @@
+"""`ms4 logits`: the logits at every position of given token ids, as a NumPy file.  Works without a usable tokenizer."""
+
+import json
+
+import numpy as np
+
+from ms4.cli import errors, loading, render, streams
+from ms4.cli.errors import IncompleteError, UnreadableError, UsageError
+from ms4.cli.options import EngineOptions
+
+
+def logits(ids_file: str, output: str, chunk: int | None, engine: EngineOptions) -> int:
+    """Feeds the ids, `chunk` at a time (all at once if None), and writes float32 [positions, vocabulary]."""
+    from ms4.models.interrupt import interruptible
+
+    engine.require()
+    ids = read_ids(ids_file)
+    status = render.StatusLine(engine.quiet)
+    with loading.open_model(engine, status) as model:
+        shape = model.engine.shape
+        check_ids(ids, shape.n_vocab, shape.n_ctx_train)
+        with open(output, "wb") as file, model.session(len(ids)) as session, interruptible(session):
+            header = {"descr": "<f4", "fortran_order": False, "shape": (len(ids), shape.n_vocab)}
+            np.lib.format.write_array_header_1_0(file, header)
+            step = chunk or len(ids)
+            for at in range(0, len(ids), step):
+                part = ids[at : at + step]
+                with status.watching(render.reading(session.progress, len(part))):
+                    rows = session.feed(part, all_logits=True)
+                file.write(np.ascontiguousarray(rows, "<f4").data)
+    return errors.OK
+
+
+def read_ids(name: str) -> list[int]:
+    """A JSON list of whole numbers, from a file or stdin."""
+    text = streams.read_stdin() if name == "-" else streams.read_text(name)
+    name = "stdin" if name == "-" else name
+    if text is None:
+        raise UsageError("nothing on stdin", "ms4 logits --ids ids.json")
+    try:
+        ids = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableError(f"{name} is not JSON: {error}") from None
+    if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
+        raise UnreadableError(f"{name} is not a JSON list of token ids")
+    return ids
+
+
+def check_ids(ids: list[int], n_vocab: int, n_ctx: int) -> None:
+    for position, id in enumerate(ids):
+        if not 0 <= id < n_vocab:
+            raise UnreadableError(f"id {id} at position {position} is outside 0 to {n_vocab - 1}")
+    if len(ids) > n_ctx:
+        raise IncompleteError(f"{len(ids)} ids, but the model holds at most {n_ctx}")

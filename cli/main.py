@@ -1,0 +1,256 @@
+"""The commands of ms4 and their options.  Each command checks its options here and is carried out in its own file."""
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from ms4.cli import options as opt
+from ms4.cli.errors import UsageError
+
+
+class Command(TyperCommand):
+    """A command that takes each of its options once, unless it is a list."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for param in order:
+            if order.count(param) > 1 and not getattr(param, "multiple", True):
+                raise UsageError(f"{param.opts[-1]} is given twice", f"{ctx.command_path} --help")
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+Prompt = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Joined by spaces.")]
+System = Annotated[
+    str | None, typer.Option("-s", "--system", metavar="TEXT|@FILE", help="System prompt, or @ and a file.")
+]
+Effort = Annotated[str, opt.choice(("none", "high"), "Reasoning effort.", "-r", "--effort")]
+Think = Annotated[str, opt.choice(("auto", "show", "hide"), "Thoughts: auto shows them on a terminal.", "--think")]
+Format = Annotated[
+    str, opt.choice(("auto", "text", "json", "jsonl"), "How the answer is written; auto is text.", "--format")
+]
+Table = Annotated[str, opt.choice(("md", "csv", "json"), "How the table is written.", "--format")]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("-n", "--max-tokens", metavar="N", parser=opt.whole(1, opt.MOST_CTX), help="Most tokens written."),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option("--temp", metavar="T", parser=opt.real(0, 10), help="Temperature; else 0.3, or 0.7 with -r high."),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option("--top-p", metavar="P", parser=opt.real(0, 1, above=True), help="Keep the likeliest, P in all."),
+]
+TopK = Annotated[
+    int | None, typer.Option("--top-k", metavar="K", parser=opt.whole(0, opt.MOST_CTX), help="Keep K; 0: all.")
+]
+MinP = Annotated[
+    float | None, typer.Option("--min-p", metavar="P", parser=opt.real(0, 1), help="Keep P times the likeliest.")
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", parser=opt.whole(0, 2**64 - 1), help="The same seed gives the same text."),
+]
+Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before TEXT; may be repeated.")]
+Greedy = Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")]
+Stats = Annotated[bool, typer.Option("--stats", help="One line of statistics on stderr.")]
+
+
+@app.callback()
+def root() -> None:
+    """Mistral Small 4 on this machine."""
+
+
+@app.command(cls=Command)
+def run(
+    prompt: Prompt = None,
+    model: opt.Model = None,
+    system: System = None,
+    effort: Effort = "none",
+    think: Think = "auto",
+    max_tokens: MaxTokens = None,
+    temp: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    greedy: Greedy = False,
+    stop: Stop = None,
+    prefill: Annotated[str, typer.Option(metavar="TEXT", help="The answer begins with TEXT.")] = "",
+    format: Format = "auto",
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="Not to stdout.")] = None,
+    stats: Stats = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(metavar="N", parser=opt.whole(0, 20), help="Log-probabilities of the N likeliest, in JSON."),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 3 if --max-tokens cuts the answer.")] = False,
+    show_prompt: Annotated[bool, typer.Option("--show-prompt", help="Show the rendered prompt and stop.")] = False,
+    count: Annotated[bool, typer.Option("--count", help="Count the prompt's tokens and stop.")] = False,
+    ctx: opt.Context = opt.N_CTX_DEFAULT,
+    threads: opt.Threads = None,
+    load: opt.Load = "auto",
+    attn_scale: opt.Scale = "plain",
+    quiet: opt.Quiet = False,
+) -> int:
+    """Answer one prompt.  Stdin, if it is a pipe or a file, comes before PROMPT."""
+    from ms4.cli import run as one_shot
+
+    sampling = opt.Sampling(effort, greedy, temp, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+    request = one_shot.Request(
+        words=tuple(prompt or ()),
+        system=system,
+        prefill=prefill,
+        only="prompt" if show_prompt else "count" if count else "",
+        max_tokens=max_tokens,
+        stop=tuple(stop or ()),
+        n_ctx=ctx,
+        format="text" if format == "auto" else format,
+        think=think,
+        output=output,
+        stats=stats,
+        logprobs=logprobs,
+        strict=strict,
+    )
+    return one_shot.run(request, sampling, opt.engine_options(model, threads, load, attn_scale, quiet))
+
+
+@app.command(cls=Command)
+def chat(
+    model: opt.Model = None,
+    system: System = None,
+    effort: Effort = "none",
+    think: Think = "auto",
+    max_tokens: MaxTokens = None,
+    temp: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    greedy: Greedy = False,
+    ctx: opt.Context = opt.N_CTX_DEFAULT,
+    threads: opt.Threads = None,
+    load: opt.Load = "auto",
+    attn_scale: opt.Scale = "plain",
+    quiet: opt.Quiet = False,
+) -> int:
+    """Talk with the model.  /help lists what else can be typed."""
+    from ms4.cli import repl
+
+    sampling = opt.Sampling(effort, greedy, temp, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+    engine = opt.engine_options(model, threads, load, attn_scale, quiet)
+    return repl.chat(repl.Settings(sampling, system, think, max_tokens, ctx), engine)
+
+
+@app.command(cls=Command)
+def info(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="The GGUF file.")],
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List the tensors.")] = False,
+    kv: Annotated[bool, typer.Option("--kv", help="List the metadata.")] = False,
+) -> int:
+    """Show what is in a model file, and whether ms4 runs it."""
+    from ms4.cli import info as command
+
+    return command.info(path, as_json=json, tensors=tensors, kv=kv)
+
+
+@app.command(cls=Command)
+def doctor(
+    model: opt.Model = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> int:
+    """Check this machine; each line that is not ok says what to do."""
+    from ms4.cli import doctor as command
+
+    return command.doctor(model, as_json=json)
+
+
+@app.command(cls=Command)
+def bench(
+    model: opt.Model = None,
+    pp: Annotated[int, typer.Option("--pp", metavar="N", parser=opt.whole(1, opt.MOST_CTX), help="Tokens read.")] = 512,
+    tg: Annotated[
+        int, typer.Option("--tg", metavar="N", parser=opt.whole(1, opt.MOST_CTX), help="Tokens written.")
+    ] = 32,
+    repeat: Annotated[int, typer.Option("-r", "--repeat", metavar="N", parser=opt.whole(1, 1000), help="Times.")] = 5,
+    depth: Annotated[
+        list, typer.Option("--depth", metavar="N,N", parser=opt.depths, help="Tokens held before, e.g. 0,8k.")
+    ] = "0",  # type: ignore[assignment]
+    format: Table = "md",
+    threads: opt.Threads = None,
+    load: opt.Load = "auto",
+    quiet: opt.Quiet = False,
+) -> int:
+    """Measure reading (prefill) and writing (decode), and how near they come to the machine's limits."""
+    from ms4.cli import bench as command
+
+    engine = opt.engine_options(model, threads, load, quiet=quiet)
+    return command.bench(command.Plan(pp, tg, repeat, tuple(depth)), engine, format)
+
+
+@app.command(cls=Command)
+def perplexity(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A text file in UTF-8; - is stdin.")],
+    model: opt.Model = None,
+    ctx: Annotated[
+        int, typer.Option("--ctx", metavar="N", parser=opt.whole(2, opt.MOST_CTX), help="Tokens per segment.")
+    ] = 512,
+    segments: Annotated[
+        int | None,
+        typer.Option("--segments", metavar="N", parser=opt.whole(1, opt.MOST_CTX), help="Only the first N."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    threads: opt.Threads = None,
+    load: opt.Load = "auto",
+    attn_scale: opt.Scale = "plain",
+    quiet: opt.Quiet = False,
+) -> int:
+    """Measure how well the model predicts a text: lower is better."""
+    from ms4.cli import perplexity as command
+
+    engine = opt.engine_options(model, threads, load, attn_scale, quiet)
+    return command.perplexity(file, ctx, segments, engine, as_json=json)
+
+
+@app.command(cls=Command)
+def tokenize(
+    model: opt.Model = None,
+    chat: Annotated[
+        str | None,
+        typer.Option("--chat", metavar="FILE", help="Conversations, one JSON object a line; - is stdin."),
+    ] = None,
+    count: Annotated[bool, typer.Option("--count", help="Only how many.")] = False,
+) -> int:
+    """Turn the text on stdin, or conversations, into token ids (JSON)."""
+    from ms4.cli import tokenize as command
+
+    return command.tokenize(opt.engine_options(model), chat, count)
+
+
+@app.command(cls=Command)
+def logits(
+    ids: Annotated[str, typer.Option("--ids", metavar="FILE", help="A JSON list of token ids; - is stdin.")],
+    output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="The .npy file.")],
+    model: opt.Model = None,
+    chunk: Annotated[
+        int | None,
+        typer.Option("--chunk", metavar="N", parser=opt.whole(1, opt.MOST_CTX), help="Feed N tokens at a time."),
+    ] = None,
+    threads: opt.Threads = None,
+    load: opt.Load = "auto",
+    attn_scale: opt.Scale = "plain",
+    quiet: opt.Quiet = False,
+) -> int:
+    """Write the logits at every position: float32, positions by vocabulary."""
+    from ms4.cli import logits as command
+
+    engine = opt.engine_options(model, threads, load, attn_scale, quiet)
+    return command.logits(ids, output, chunk, engine)

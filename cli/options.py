@@ -1,0 +1,152 @@
+"""The options that several commands share: their spelling, their ranges, and the frozen values the commands receive."""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ms4.cli.errors import MissingError
+
+if TYPE_CHECKING:
+    from ms4.models.sampling import Sampler
+
+N_CTX_DEFAULT = 32768
+MOST_CTX = 1 << 20
+MOST_THREADS = 1024
+UNITS = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
+
+
+def size(text: str) -> int:
+    """32768, 32k (32,000) or 32K (32,768)."""
+    match = re.fullmatch(r"([0-9]{1,30})([kKmM]?)", text)
+    if not match:
+        raise ValueError(f"{text!r} is not a whole number such as 32768, 32k or 32K")
+    return int(match[1]) * UNITS[match[2]]
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """A parser of sizes from `least` to `most`."""
+
+    def parse(given: str | int) -> int:
+        text = str(given)  # a default passes here too, as a number
+        try:
+            value = size(text)
+        except ValueError as error:
+            raise typer.BadParameter(f"{error}, {least} to {most}") from None
+        if not least <= value <= most:
+            raise typer.BadParameter(f"{text} is outside {least} to {most}")
+        return value
+
+    return parse
+
+
+def real(least: float, most: float, *, above: bool = False) -> Callable[[str], float]:
+    """A parser of numbers from `least` (or above it) to `most`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not (least < value if above else least <= value) or not value <= most:
+            raise typer.BadParameter(f"{text} is outside {'above ' if above else ''}{least:g} to {most:g}")
+        return value
+
+    return parse
+
+
+def one_of(words: tuple[str, ...]) -> Callable[[str], str]:
+    """A parser that accepts these words only."""
+
+    def parse(text: str) -> str:
+        if text not in words:
+            raise typer.BadParameter(f"{text} is not one of {', '.join(words)}")
+        return text
+
+    return parse
+
+
+def choice(words: tuple[str, ...], help: str, *names: str) -> Any:
+    """An option that takes one of `words`."""
+    return typer.Option(*names, metavar="|".join(words), parser=one_of(words), help=help)
+
+
+def depths(text: str) -> list[int]:
+    """A list such as 0,8k,32K."""
+    return [whole(0, MOST_CTX)(part) for part in text.split(",")]
+
+
+Model = Annotated[str | None, typer.Option("-m", "--model", metavar="PATH", envvar="MS4_MODEL", help="The GGUF file.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("-t", "--threads", metavar="N", parser=whole(1, MOST_THREADS), help="Threads; else as many as fit."),
+]
+Load = Annotated[str, choice(("auto", "map", "copy"), "Use the file's pages (map) or copy them into memory.", "--load")]
+Scale = Annotated[
+    str, choice(("plain", "mscale2"), "Softmax scale: 1/sqrt(d), or that times mscale squared.", "--attn-scale")
+]
+Context = Annotated[
+    int, typer.Option("--ctx", metavar="N", parser=whole(1, MOST_CTX), help="Most tokens held (32k, 1K = 1024).")
+]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no notes on stderr.")]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a model is opened."""
+
+    model: str | None
+    threads: int = 0  # 0: as many as this process may use
+    load: str = "auto"
+    attn_scale: str = "plain"
+    quiet: bool = False
+
+    def require(self) -> str:
+        """The model's path; an error with what to type, if none is named or there is no such file."""
+        if not self.model:
+            raise MissingError("no model is named", "add -m model.gguf   or   export MS4_MODEL=model.gguf")
+        if not os.path.lexists(self.model):
+            raise MissingError(f"{self.model[-80:]}: no such file", "-m or MS4_MODEL names a GGUF of Mistral Small 4")
+        return self.model
+
+
+def engine_options(
+    model: str | None,
+    threads: int | None = None,
+    load: str = "auto",
+    attn_scale: str = "plain",
+    quiet: bool = False,
+) -> EngineOptions:
+    return EngineOptions(model, threads or 0, load, attn_scale, quiet)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The options that choose tokens; None leaves a setting to the effort's default."""
+
+    effort: str = "none"
+    greedy: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+
+    def sampler(self, effort: str = "") -> "Sampler":
+        """A sampler for this effort, or for another one."""
+        from ms4.models.sampling import Sampler, SamplingParams
+
+        return Sampler(
+            SamplingParams.for_effort(
+                effort or self.effort,
+                greedy=self.greedy,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                min_p=self.min_p,
+                seed=self.seed,
+            )
+        )

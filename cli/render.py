@@ -1,0 +1,142 @@
+"""What a person sees while they wait: the status line on stderr, dimmed thoughts, the line of statistics."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ms4.cli import streams
+
+if TYPE_CHECKING:
+    from ms4.models.generate import Statistics
+
+DIM, PLAIN, ERASE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
+PERIOD = 0.1  # seconds between two looks at the progress
+PATIENCE = 0.5  # seconds before progress is shown at all
+
+
+class StatusLine:
+    """One line on stderr that is written over and disappears.  Silent unless stderr is a terminal."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.enabled = not quiet and streams.is_terminal(sys.stderr) and not streams.is_plain()
+        self._shown = False
+        self._lock = threading.Lock()
+
+    def show(self, text: str) -> None:
+        if not self.enabled:
+            return
+        with self._lock:
+            self._shown = True
+            sys.stderr.write(f"{ERASE}{DIM}{text}{PLAIN}")
+            sys.stderr.flush()
+
+    def clear(self) -> None:
+        with self._lock:
+            if self._shown:
+                self._shown = False
+                sys.stderr.write(ERASE)
+                sys.stderr.flush()
+
+    @contextmanager
+    def watching(self, look: Callable[[], str]) -> Iterator[None]:
+        """Shows look() every PERIOD while the block runs, from another thread."""
+        if not self.enabled:
+            yield
+            return
+        over = threading.Event()
+
+        def poll() -> None:
+            if not over.wait(PATIENCE):
+                while not over.is_set():
+                    self.show(look())
+                    over.wait(PERIOD)
+
+        thread = threading.Thread(target=poll, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            self.clear()
+
+
+def reading(progress: Callable[[], tuple[int, int]], n_tokens: int) -> Callable[[], str]:
+    """What to show while n_tokens of a prompt are read; `progress` is that of the session."""
+    begun = time.monotonic()
+
+    def look() -> str:
+        done, total = progress()
+        share = done / total if total else 0.0
+        text = f"reading {100 * share:.0f} %  {int(share * n_tokens)}/{n_tokens} tokens"
+        seconds = time.monotonic() - begun
+        return text + (f"  {seconds * (1 - share) / share:.0f} s left" if share > 0.02 else "")
+
+    return look
+
+
+def short(n: int) -> str:
+    """A count of tokens in few characters: 812, 2.4k, 32k."""
+    if n < 1000:
+        return str(n)
+    return f"{n / 1000:.1f}k" if n < 10_000 else f"{round(n / 1000)}k"
+
+
+def gigabytes(n: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n} bytes"
+
+
+def rate(n: int, seconds: float) -> float:
+    return n / seconds if seconds > 0 else 0.0
+
+
+def statistics(s: "Statistics") -> str:
+    cached = f" ({s.n_cached} cached)" if s.n_cached else ""
+    thinking = f" ({s.n_thinking} thinking)" if s.n_thinking else ""
+    return (
+        f"read {s.n_prompt} tok{cached} {s.s_prompt:.1f} s · "
+        f"wrote {s.n_written} tok {s.tokens_per_second:.1f} tok/s{thinking} · "
+        f"ctx {short(s.n_context)}/{short(s.n_ctx)}"
+    )
+
+
+class Screen:
+    """Text for a person: thoughts dimmed, newlines at the end held back until more text follows."""
+
+    def __init__(self, output: streams.Output) -> None:
+        self.output = output
+        self._part = ""  # what was written last: "", "thinking" or "text"
+        self._held = ""
+
+    def thinking(self, text: str) -> None:
+        self._write("thinking", text)
+
+    def text(self, text: str) -> None:
+        self._write("text", text)
+
+    def _write(self, part: str, text: str) -> None:
+        if self.output.terminal:
+            text = streams.printable(text)
+        if part != self._part:
+            text = text.lstrip("\n")
+        body = text.rstrip("\n")
+        if not body:
+            self._held += text
+            return
+        if part != self._part:
+            self._held = "\n\n" if self._part else ""
+        style, plain = (DIM, PLAIN) if part == "thinking" and self.output.colour else ("", "")
+        self.output.write(f"{self._held}{style}{body}{plain}")
+        self._part, self._held = part, text[len(body) :]
+
+    def end(self) -> None:
+        """Exactly one newline after the last word."""
+        if self._part:
+            self.output.write("\n")
+        self._part, self._held = "", ""

@@ -1,0 +1,199 @@
+"""`ms4 run`: one prompt in, one answer out.
+
+The order is: what was typed is checked, then stdin is read, then the model is opened; nothing is computed for a prompt
+that cannot be answered.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ms4
+from ms4.cli import errors, loading, render, streams, writers
+from ms4.cli.errors import IncompleteError, UsageError
+from ms4.cli.options import EngineOptions, Sampling
+
+if TYPE_CHECKING:
+    from ms4.models.generate import Done
+    from ms4.models.model import Model
+    from ms4.models.prompt import Prompt
+    from ms4.models.sampling import Sampler
+    from ms4.models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `ms4 run` was asked for, as far as it does not concern the engine or the choice of tokens."""
+
+    words: tuple[str, ...]
+    system: str | None = None
+    prefill: str = ""
+    only: str = ""  # "prompt" or "count": show it and stop
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    n_ctx: int = 0
+    format: str = "text"
+    think: str = "auto"
+    output: str | None = None
+    stats: bool = False
+    logprobs: int | None = None
+    strict: bool = False
+
+
+def run(request: Request, sampling: Sampling, engine: EngineOptions) -> int:
+    """Carries out one `ms4 run` and returns its exit code."""
+    if request.logprobs is not None and request.format == "text":
+        raise UsageError("--logprobs needs --format json or jsonl")
+    if not all(request.stop):
+        raise UsageError("--stop needs a text that is not empty")
+    sampler = sampling.sampler()
+    if request.words or streams.is_terminal(sys.stdin):
+        engine.require()
+    messages = build_messages(request)
+    if request.only:
+        return show_prompt(request, sampling, engine, messages)
+    output = streams.Output(request.output)
+    status = render.StatusLine(engine.quiet)
+    begun = time.monotonic()
+    with loading.open_model(engine, status) as model:
+        load_ms = round(1000 * (time.monotonic() - begun))
+        name = os.path.basename(engine.require())
+        about = writers.About(name, ms4.__version__, sampling.effort, sampler.seed, request.prefill, load_ms)
+        job = Job(request, model, sampler, new_writer(request, output, about), status)
+        try:
+            return job.answer(messages, sampling.effort)
+        except BaseException as error:
+            job.writer.failed(*errors.describe(error))
+            raise
+        finally:
+            output.close()
+
+
+def build_messages(request: Request) -> list[dict[str, Any]]:
+    """System prompt, question, beginning of the answer."""
+    messages: list[dict[str, Any]] = []
+    question = streams.gather_prompt(list(request.words))
+    if request.system is not None:
+        messages.append({"role": "system", "content": system_text(request.system)})
+    messages.append({"role": "user", "content": question})
+    if request.prefill:
+        text = streams.argument(request.prefill, "--prefill")
+        messages.append({"role": "assistant", "content": text, "prefix": True})
+    return messages
+
+
+def system_text(given: str) -> str:
+    """The text of --system: given as it is, or in the file behind an @."""
+    return streams.read_text(given[1:]) if given.startswith("@") else streams.argument(given, "--system")
+
+
+def show_prompt(request: Request, sampling: Sampling, engine: EngineOptions, messages: list[dict[str, Any]]) -> int:
+    """--count and --show-prompt: the tokenizer is enough, the weights stay closed."""
+    from ms4.models import prompt as prompts
+
+    tokenizer = loading.open_tokenizer(engine.require())
+    ids = prompts.render(messages, tokenizer, effort=sampling.effort).ids
+    output = streams.Output(request.output)
+    if request.only == "count":
+        output.write(f"{len(ids)}\n")
+    else:
+        spelled = b"".join(tokenizer.spelling(id) for id in ids).decode("utf-8", "replace")
+        output.write((streams.printable(spelled) if output.terminal else spelled) + "\n")
+    output.close()
+    return errors.OK
+
+
+def new_writer(request: Request, output: streams.Output, about: writers.About) -> writers.Writer:
+    if request.format == "json":
+        return writers.JsonWriter(output, about)
+    if request.format == "jsonl":
+        return writers.JsonlWriter(output, about)
+    return writers.TextWriter(output, request.think, about.prefill)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer under way."""
+
+    request: Request
+    model: "Model"
+    sampler: "Sampler"
+    writer: writers.Writer
+    status: render.StatusLine
+
+    def answer(self, messages: list[dict[str, Any]], effort: str) -> int:
+        """Renders the prompt, generates, and judges how it ended."""
+        from ms4.models import prompt as prompts
+
+        request = self.request
+        tokenizer = loading.usable(self.model.vocabulary)
+        prompt = prompts.render(messages, tokenizer, effort=effort)
+        n_ctx = loading.context_for(self.model, request.n_ctx)
+        check_room(len(prompt.ids), request.max_tokens, n_ctx, self.model.engine.shape.n_ctx_train)
+        done, answered = self.generate(prompt, tokenizer, n_ctx)
+        code, message = verdict(done, answered or bool(request.prefill), request.strict)
+        self.writer.done(done, code)
+        if message:
+            errors.note(f"error: {message}")
+        if request.stats:
+            errors.note(render.statistics(done.statistics))
+        return code
+
+    def generate(self, prompt: "Prompt", tokenizer: "Tokenizer", n_ctx: int) -> tuple["Done", bool]:
+        """Passes every event to the writer.  Returns the last one, and whether there was any text or tool call."""
+        from ms4.models import generate, stream
+        from ms4.models.interrupt import interruptible
+
+        request, answered = self.request, False
+        with self.model.session(n_ctx) as session:
+            line = generate.Line(session)
+            source = generate.generate(
+                line,
+                prompt,
+                self.sampler,
+                tokenizer,
+                max_tokens=request.max_tokens,
+                stop=request.stop,
+                logprobs=request.logprobs,
+            )
+            with interruptible(line):
+                event = next(source)
+                if isinstance(event, generate.Reading):
+                    self.writer.event(event)
+                    with self.status.watching(render.reading(session.progress, event.total - event.cached)):
+                        event = next(source)
+                while not isinstance(event, generate.Done):
+                    answered = answered or isinstance(event, (stream.Text, stream.ToolCall))
+                    self.writer.event(event)
+                    event = next(source)
+        return event, answered
+
+
+def check_room(n_prompt: int, max_tokens: int | None, n_ctx: int, most: int) -> None:
+    """Before any computing: does the prompt fit, and the answer that was asked for?"""
+    wanted = n_prompt + (max_tokens or 1)
+    if wanted <= n_ctx:
+        return
+    hint = f"--ctx {wanted}" if wanted <= most else f"the model itself holds at most {most} tokens"
+    if n_prompt >= n_ctx:
+        raise IncompleteError(f"the prompt has {n_prompt} tokens, the context {n_ctx}", hint)
+    raise IncompleteError(
+        f"the prompt has {n_prompt} tokens and --max-tokens is {max_tokens}, together more than the context of {n_ctx}",
+        hint,
+    )
+
+
+def verdict(done: "Done", answered: bool, strict: bool) -> tuple[int, str]:
+    """(exit code, what to say) for the way in which a generation ended."""
+    s = done.statistics
+    if done.reason == "interrupted":
+        return errors.INTERRUPTED, ""
+    if done.reason == "context":
+        return errors.INCOMPLETE, f"the context of {s.n_ctx} tokens is full; --ctx allows more"
+    if not answered and s.n_thinking and done.reason != "tool_calls":
+        return errors.INCOMPLETE, f"{s.n_thinking} tokens of thought and no answer; allow more with --max-tokens"
+    if done.reason == "length" and strict:
+        return errors.INCOMPLETE, f"--max-tokens cut the answer after {s.n_written} tokens"
+    return errors.OK, ""

@@ -1,0 +1,95 @@
+"""Entry of the `ms4` command: the text of `ms4 --help`, and the one place that prints errors and chooses exit codes.
+
+Answers --version and --help without importing Typer, numpy or the engine.  The commands are in `main.py`.
+"""
+
+import os
+import sys
+
+import ms4
+from ms4.cli import errors, streams
+
+HELP = """\
+ms4 runs Mistral Small 4 on this machine.
+
+usage: ms4 COMMAND [OPTIONS]
+
+  ms4 run -m model.gguf "Explain mixture of experts in three sentences"
+  git diff | ms4 run -m model.gguf "Write a commit message, one line"
+  ms4 chat -m model.gguf
+
+commands:
+  run         answer one prompt, from the arguments or stdin
+  chat        talk with the model
+  info        show what is in a model file
+  doctor      check this machine and say what to change
+  bench       measure reading and writing speed
+  perplexity  measure how well the model predicts a text
+  tokenize    turn text or conversations into token ids
+  logits      write the logits of given token ids to a file
+
+options:
+  -h, --help  show this text; after a command, show its options
+  --version   show the version
+
+MS4_MODEL names the model where -m is not given.
+
+exit codes:
+  0  finished                    5    model missing or damaged
+  1  failed while running        6    not enough memory
+  2  wrong usage                 7    unreadable input
+  3  the answer is incomplete    130  interrupted
+"""
+
+
+def main() -> int:
+    """Runs the command line of this process and returns its exit code."""
+    try:
+        streams.prepare()
+        code = dispatch(sys.argv[1:])
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        if os.environ.get("MS4_DEBUG") == "1":
+            import traceback
+
+            traceback.print_exc()
+        code = report(error)
+    silence()
+    return code
+
+
+def dispatch(args: list[str]) -> int:
+    if not args:
+        print(HELP, end="", file=sys.stderr)
+        return errors.USAGE
+    if args[0] in ("-h", "--help", "--version"):
+        streams.Output().write(f"ms4 {ms4.__version__}\n" if args[0] == "--version" else HELP)
+        return errors.OK
+    os.environ["TYPER_USE_RICH"] = "0"
+    from ms4.cli import main as commands
+
+    return int(commands.app(args, prog_name="ms4", standalone_mode=False) or 0)
+
+
+def report(error: BaseException) -> int:
+    """Says in one line what went wrong, and returns the exit code for it."""
+    code, message, hint = errors.describe(error)
+    if message:
+        errors.note(f"error: {message}")
+    if message and hint:
+        try:
+            print(f"hint: {errors.escape(hint)}", file=sys.stderr, flush=True)
+        except (OSError, ValueError, AttributeError):
+            pass
+    return code
+
+
+def silence() -> None:
+    """Lets the interpreter end without a second complaint about a stream that cannot be written."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

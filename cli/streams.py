@@ -1,0 +1,146 @@
+"""Standard input and output: what may be written where, and what may be read.
+
+Owns the rules for pipes and terminals: UTF-8 whatever the locale, stdout for the answer alone, one trailing newline,
+every chunk flushed, text from stdin checked before it is used.  Knows nothing about models.
+"""
+
+import codecs
+import io
+import os
+import sys
+from typing import TextIO
+
+from ms4.cli.errors import CliError, ReaderGone, UnreadableError, UsageError
+
+MOST_INPUT = 16 << 20  # bytes read from stdin
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def prepare() -> None:
+    """Makes the standard streams UTF-8, whatever the locale says.
+
+    A closed one is replaced, so that no file of ours is opened in its place: its readers and writers would take it for
+    the stream.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # lives as long as the process
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # closed
+        return False
+
+
+def is_plain() -> bool:
+    """True if the terminal cannot move its cursor or change its style."""
+    return os.environ.get("TERM", "") in ("", "dumb")
+
+
+def use_colour(stream: TextIO | None) -> bool:
+    return is_terminal(stream) and not is_plain() and not os.environ.get("NO_COLOR")
+
+
+def read_stdin() -> str | None:
+    """The text on stdin; None if stdin is a terminal or closed."""
+    if sys.stdin is None or is_terminal(sys.stdin):
+        return None
+    try:
+        data = sys.stdin.buffer.read(MOST_INPUT + 1)
+    except OSError as error:
+        raise UnreadableError(f"stdin cannot be read: {error.strerror}") from None
+    if len(data) > MOST_INPUT:
+        raise UnreadableError(f"stdin holds more than {MOST_INPUT >> 20} MiB; a prompt may not")
+    return decode(data, "stdin")
+
+
+def read_text(path: str) -> str:
+    """A text file, by the same rules as stdin."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MOST_INPUT + 1)
+    except OSError as error:
+        raise UnreadableError(f"{path}: {error.strerror}") from None
+    if len(data) > MOST_INPUT:
+        raise UnreadableError(f"{path} holds more than {MOST_INPUT >> 20} MiB; a prompt may not")
+    return decode(data, path)
+
+
+def decode(data: bytes, name: str) -> str:
+    """Strict UTF-8; a byte order mark is dropped, UTF-16 is named."""
+    if data.startswith(UTF16_MARKS):
+        raise UnreadableError(f"{name} is UTF-16, not UTF-8", "iconv -f UTF-16 -t UTF-8 turns it into UTF-8")
+    try:
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        skipped = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+        raise UnreadableError(f"{name} is not UTF-8 (byte {error.start + skipped})") from None
+
+
+def argument(text: str, name: str) -> str:
+    """An argument of the command line as text: its bytes must be UTF-8, whatever the locale is."""
+    return decode(os.fsencode(text), name)
+
+
+def gather_prompt(words: list[str]) -> str:
+    """Stdin, a blank line, the arguments; or the one of them that is there."""
+    piped = read_stdin()
+    typed = argument(" ".join(words), "the prompt")
+    parts = [part for part in (piped, typed) if part and not part.isspace()]
+    if not parts:
+        if piped is None and not words:
+            raise UsageError("no prompt", 'ms4 run "your question"   or   echo "your question" | ms4 run')
+        raise UsageError("empty prompt")
+    if len(parts) == 2:
+        return parts[0].rstrip("\n") + "\n\n" + parts[1]
+    return parts[0]
+
+
+def printable(text: str) -> str:
+    """Text of a model as a terminal may show it: control characters become visible."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+class Output:
+    """Where the answer goes: stdout, or the file of --output.  Each write is flushed."""
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
+        self._started = False
+        self._file = os.fdopen(self._open(path), "w", encoding="utf-8", newline="\n") if path else sys.stdout
+        if self._file is None:
+            raise CliError("stdout is closed: there is nowhere to write the answer")
+        self.terminal = is_terminal(self._file)
+        self.colour = use_colour(self._file)
+
+    @staticmethod
+    def _open(path: str) -> int:
+        try:
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise CliError(f"{path}: {error.strerror}") from None
+
+    def write(self, text: str) -> None:
+        try:
+            if self.path and not self._started:  # the old content goes only when there is new content
+                os.ftruncate(self._file.fileno(), 0)
+            self._started = True
+            self._file.write(text)
+            self._file.flush()
+        except BrokenPipeError:
+            raise ReaderGone from None
+        except OSError as error:
+            raise CliError(f"cannot write the answer: {error.strerror}") from None
+
+    def close(self) -> None:
+        if self.path:
+            self._file.close()

@@ -1,0 +1,502 @@
+/* checkkernels.c -- every fast kernel against csrc/cpu/ref.c on random and extreme input; --bench times them.
+ *
+ * Besides the numbers: nothing is read or written outside the operands (guard pages, strides with marked gaps), a
+ * product has the same bits however tokens and rows are split into calls, and the same on every fast kernel table.
+ * Usage: checkkernels [--bench] [--seed=N] [--isa=NAME] [--only=TEXT].  Last line: "N passed, N failed".
+ */
+#include "checkharness.h"
+
+#define MARK 12345.0f       /* fills what a kernel must leave alone */
+
+/* --- products ---------------------------------------------------------------------------------- */
+static int mul_type;
+static uint64_t mul_hash[MS4_N_TYPES], mul_hash_before[MS4_N_TYPES];
+static const char *isa_before;
+
+struct product { struct ms4_mul m; size_t n_y; int extreme; };
+
+static int quantised(void) { return ms4_type_infos[mul_type].quantised; }
+static int random_columns(void) {
+    int unit = ms4_type_infos[mul_type].weights;
+    if (unit == SUPERBLOCK) return SUPERBLOCK * between(1, 16);
+    if (rnd() % 3 == 0) return SUPERBLOCK * between(1, 6);
+    return unit == 1 ? between(1, 600) : unit * between(1, 640 / unit);
+}
+static struct product random_product(int n_rows, int n_tokens, int n_cols, int extreme) {
+    const struct ms4_type_info *info = &ms4_type_infos[mul_type];
+    struct product p = { .m = { .n_rows = n_rows, .n_tokens = n_tokens, .n_cols = n_cols }, .extreme = extreme };
+    struct ms4_mul *m = &p.m;
+    size_t n_blocks = ((size_t)n_cols + SUPERBLOCK - 1) / SUPERBLOCK;
+    int n_x = rnd() & 1 ? n_tokens : between(1, n_tokens + 2), gap = between(0, 2);
+    m->row_bytes = (size_t)n_cols / (size_t)info->weights * (size_t)info->bytes;
+    uint8_t *w = guarded((size_t)n_rows * m->row_bytes);
+    fill_weights(mul_type, w, (size_t)n_rows * (size_t)n_cols, extreme);
+    m->w = w;
+    if (n_x != n_tokens || rnd() & 1) {
+        int32_t *rows = guarded((size_t)n_tokens * sizeof *rows);
+        for (int t = 0; t < n_tokens; t++) rows[t] = between(0, n_x - 1);
+        m->x_rows = rows;
+    }
+    m->x_stride = quantised() ? (n_blocks + (size_t)gap) * sizeof(block_q8) : ((size_t)n_cols + (size_t)gap * 16) * 4;
+    size_t x_row = quantised() ? n_blocks * sizeof(block_q8) : (size_t)n_cols * 4;
+    uint8_t *x = guarded(m->x_stride * (size_t)(n_x - 1) + x_row);
+    for (int t = 0; t < n_x; t++) {
+        float *row = (float *)(void *)(x + (size_t)t * m->x_stride);
+        if (quantised()) fill_blocks((block_q8 *)row, (size_t)n_cols, extreme);
+        else for (int k = 0; k < n_cols; k++) row[k] = uniform();
+    }
+    m->x = x;
+    m->y_stride = (size_t)n_rows + (size_t)gap * 3;
+    p.n_y = m->y_stride * (size_t)(n_tokens - 1) + (size_t)n_rows;
+    m->y = guarded_floats(p.n_y);
+    return p;
+}
+static const void *product_x(const struct ms4_mul *m, int t) {
+    return (const uint8_t *)m->x + (size_t)(m->x_rows ? m->x_rows[t] : t) * m->x_stride;
+}
+/* The result of the kernel in p.m.y, whose gaps are marked; a copy of it is returned. */
+static float *run_product(const struct product *p) {
+    float *y = guarded_floats(p->n_y);
+    for (size_t i = 0; i < p->n_y; i++) p->m.y[i] = MARK;
+    fast->mul[mul_type](&p->m);
+    memcpy(y, p->m.y, p->n_y * sizeof *y);
+    return y;
+}
+static void compare_product(const struct product *p, const float *y) {
+    const struct ms4_mul *m = &p->m;
+    float *x = guarded_floats((size_t)m->n_cols), want;
+    for (int t = 0; t < m->n_tokens; t++) {
+        for (int k = 0; k < m->n_cols; k++) {
+            const block_q8 *b = (const block_q8 *)product_x(m, t) + k / SUPERBLOCK;
+            x[k] = quantised() ? b->d * (float)b->qs[k % SUPERBLOCK] : ((const float *)product_x(m, t))[k];
+        }
+        for (int r = 0; r < m->n_rows; r++) {
+            struct ms4_mul one = *m;
+            one.w += (size_t)r * m->row_bytes;
+            one.x = product_x(m, t);
+            one.x_rows = NULL;
+            one.y = &want;
+            one.n_rows = one.n_tokens = 1;
+            ref->mul[mul_type](&one);
+            double magnitude = magnitude_of(mul_type, one.w, (size_t)m->n_cols, x);
+            expect(fabs((double)y[(size_t)t * m->y_stride + (size_t)r] - want) <= 4e-7 * magnitude, "wrong product");
+        }
+        for (size_t i = (size_t)m->n_rows; i < m->y_stride && t + 1 < m->n_tokens; i++)
+            expect(y[(size_t)t * m->y_stride + i] == MARK, "wrote between rows of y");
+    }
+}
+/* One token at a time, and the rows in two parts. */
+static void compare_splits(const struct product *p, const float *y) {
+    struct product part = *p;
+    for (size_t i = 0; i < p->n_y; i++) p->m.y[i] = MARK;
+    for (int t = 0; t < p->m.n_tokens; t++) {
+        part.m.x = product_x(&p->m, t);
+        part.m.x_rows = NULL;
+        part.m.y = p->m.y + (size_t)t * p->m.y_stride;
+        part.m.n_tokens = 1;
+        fast->mul[mul_type](&part.m);
+    }
+    expect(same_bits(y, p->m.y, p->n_y), "one token at a time gives other bits");
+    for (size_t i = 0; i < p->n_y; i++) p->m.y[i] = MARK;
+    int first = between(0, p->m.n_rows);
+    part = *p;
+    part.m.n_rows = first;
+    if (first) fast->mul[mul_type](&part.m);
+    part.m.n_rows = p->m.n_rows - first;
+    part.m.w += (size_t)first * p->m.row_bytes;
+    part.m.y += first;
+    if (part.m.n_rows) fast->mul[mul_type](&part.m);
+    expect(same_bits(y, p->m.y, p->n_y), "rows in two calls give other bits");
+}
+/* Activations that were not finite have d = NaN: that token's results must be NaN, the others' not. */
+static void check_nan(void) {
+    struct product p = random_product(between(1, 20), 5, quantised() ? 512 : 48, 0);
+    int bad = between(0, 4);
+    p.m.x_rows = NULL;
+    p.m.x_stride = (quantised() ? 2 * sizeof(block_q8) : 48 * 4);
+    uint8_t *x = guarded(p.m.x_stride * 5);
+    for (int t = 0; t < 5; t++) {
+        block_q8 *row = (block_q8 *)(void *)(x + (size_t)t * p.m.x_stride);
+        float *numbers = (float *)(void *)row;
+        if (quantised()) fill_blocks(row, 512, 0);
+        else for (int k = 0; k < 48; k++) numbers[k] = uniform();
+        if (t == bad && quantised()) { memset(row, 0, sizeof *row); row->d = NAN; }
+        else if (t == bad) numbers[between(0, 47)] = NAN;
+    }
+    p.m.x = x;
+    const float *y = run_product(&p);
+    for (int t = 0; t < 5; t++)
+        for (int r = 0; r < p.m.n_rows; r++)
+            expect(!isnan(y[(size_t)t * p.m.y_stride + (size_t)r]) == (t != bad), "NaN went astray");
+}
+static void check_mul(void) {
+    uint64_t hash = 14695981039346656037u;
+    for (int i = 0; i < 48; i++) {
+        int n_rows = i < 2 ? 40 : between(1, 40), n_tokens = i < 2 ? 20 : rnd() & 1 ? between(1, 20) : between(1, 4);
+        int n_cols = random_columns();
+        while (n_rows * n_tokens * n_cols > 200000 && n_rows > 1) n_rows = i < 2 ? n_rows - 1 : between(1, n_rows - 1);
+        struct product p = random_product(n_rows, n_tokens, n_cols, i % 4 < 3 ? i % 3 : 0);
+        const float *y = run_product(&p);
+        compare_product(&p, y);
+        compare_splits(&p, y);
+        for (size_t j = 0; j < p.n_y * sizeof *y; j++) hash = (hash ^ ((const uint8_t *)y)[j]) * 1099511628211u;
+        release_all();
+    }
+    check_nan();
+    mul_hash[mul_type] = hash;
+    if (isa_before) expect(hash == mul_hash_before[mul_type], "not the bits of the other fast kernels");
+}
+
+static struct ms4_mul timed;
+static void run_timed(const struct ms4_ops *ops) { ops->mul[mul_type](&timed); }
+/* A product of given shape, made of few different bytes but in as much memory as it takes. */
+static double time_product(const struct ms4_ops *ops, int n_rows, int n_tokens) {
+    const struct ms4_type_info *info = &ms4_type_infos[mul_type];
+    int n_cols = 4096;
+    release_all();
+    timed = (struct ms4_mul){ .n_rows = n_rows, .n_cols = n_cols, .n_tokens = n_tokens, .y_stride = (size_t)n_rows };
+    timed.row_bytes = (size_t)(n_cols / info->weights * info->bytes);
+    timed.x_stride = quantised() ? (size_t)n_cols / SUPERBLOCK * sizeof(block_q8) : (size_t)n_cols * 4;
+    uint8_t *w = guarded(timed.row_bytes * (size_t)n_rows), *x = guarded(timed.x_stride * (size_t)n_tokens);
+    int n_fill = n_rows < 16 ? n_rows : 16;
+    fill_weights(mul_type, w, (size_t)n_fill * (size_t)n_cols, 0);
+    for (int r = n_fill; r < n_rows; r++) memcpy(w + (size_t)r * timed.row_bytes, w + (size_t)(r % 16) * timed.row_bytes, timed.row_bytes);
+    for (int t = 0; t < n_tokens; t++) {
+        float *row = (float *)(void *)(x + (size_t)t * timed.x_stride);
+        if (quantised()) fill_blocks((block_q8 *)row, (size_t)n_cols, 0);
+        else for (int k = 0; k < n_cols; k++) row[k] = uniform();
+    }
+    timed.w = w;
+    timed.x = x;
+    timed.y = guarded_floats((size_t)n_rows * (size_t)n_tokens);
+    return best_time(run_timed, ops);
+}
+static void time_mul(void) {
+    size_t row_bytes = (size_t)(4096 / ms4_type_infos[mul_type].weights * ms4_type_infos[mul_type].bytes);
+    int large = (int)(96e6 / (double)row_bytes), small = (int)(256e3 / (double)row_bytes);
+    double from_ram = time_product(fast, large, 1), from_cache = time_product(fast, small, 1);
+    double many = time_product(fast, 512, 64), slow = time_product(ref, 4, 1);
+    printf("  decode %5.1f GB/s (cached %5.1f GB/s, %5.1f ns per 256 weights, %5.0fx ref)  prefill %6.1f GMAC/s",
+           (double)large * (double)row_bytes / from_ram * 1e-9, (double)small * (double)row_bytes / from_cache * 1e-9,
+           from_cache / small / 16 * 1e9, slow / 4 / (from_cache / small), 512 * 4096 * 64.0 / many * 1e-9);
+}
+
+/* --- dequantize -------------------------------------------------------------------------------- */
+static void check_dequantize(void) {
+    const struct ms4_type_info *info = &ms4_type_infos[mul_type];
+    for (int i = 0; i < 20; i++) {
+        size_t n = (size_t)(info->weights * between(1, 700 / info->weights));
+        uint8_t *w = guarded(n / (size_t)info->weights * (size_t)info->bytes);
+        float *got = guarded_floats(n), *want = guarded_floats(n);
+        fill_weights(mul_type, w, n, i % 4 == 3);
+        fast->dequantize[mul_type](got, w, n);
+        ref->dequantize[mul_type](want, w, n);
+        expect(same_bits(got, want, n), "not the value of the formula");
+        release_all();
+    }
+}
+
+/* --- elements ------------------------------------------------------------------------------------ */
+static void fill_floats(float *x, size_t n, int kind) {
+    float size = ldexpf(1, between(-20, 20));
+    for (size_t i = 0; i < n; i++) x[i] = uniform() * size;
+    if (kind == 1) memset(x, 0, n * sizeof *x);
+    if (kind == 2) for (size_t i = 0; i < n; i++) x[i] *= 0x1p-120f;
+    if (kind == 3) for (size_t i = 0; i < n; i++) x[i] = uniform() * 3.4e38f;
+    if (kind == 4) for (size_t i = 0; i < n; i++) x[i] = (float)between(-254, 254) / 2 * size;       /* halfway cases */
+    if (kind == 4) x[between(0, (int)n - 1)] = 127 * size;
+    if (kind == 5) x[between(0, (int)n - 1)] = NAN;
+    if (kind == 6) x[between(0, (int)n - 1)] = rnd() & 1 ? INFINITY : -INFINITY;
+}
+static void compare_blocks(const block_q8 *got, const block_q8 *want, const float *x, size_t n) {
+    float largest = 0;
+    for (size_t k = 0; k < n; k++) largest = fabsf(x[k]) > largest ? fabsf(x[k]) : largest;
+    expect(isnan(want->d) ? isnan(got->d) : fabsf(got->d - want->d) <= 2e-7f * want->d, "wrong d");
+    for (size_t g = 0; g < SUPERBLOCK / 16; g++) {
+        int sum = 0;
+        for (size_t k = g * 16; k < g * 16 + 16; k++) {
+            double exact = k < n && want->d > 0 ? (double)x[k] * 127 / largest : 0;
+            expect(fabs(got->qs[k] - exact) <= 0.5 + 3e-5, "not the nearest quant");
+            sum += got->qs[k];
+        }
+        expect(sum == got->sums[g], "wrong sum");
+    }
+}
+static void check_quantize(void) {
+    for (int i = 0; i < 200; i++) {
+        size_t n = 32 * (size_t)between(1, 40), n_blocks = (n + SUPERBLOCK - 1) / SUPERBLOCK;
+        float *x = guarded_floats(n);
+        block_q8 *got = guarded(n_blocks * sizeof *got), *want = guarded(n_blocks * sizeof *want);
+        fill_floats(x, n, i % 8);
+        memset(got, 1, n_blocks * sizeof *got);
+        fast->quantize(got, x, n);
+        ref->quantize(want, x, n);
+        for (size_t b = 0; b < n_blocks; b++)
+            compare_blocks(got + b, want + b, x + b * SUPERBLOCK, n - b * SUPERBLOCK < SUPERBLOCK ? n - b * SUPERBLOCK : SUPERBLOCK);
+        release_all();
+    }
+}
+static void check_rms_norm(void) {
+    for (int i = 0; i < 150; i++) {
+        size_t n = (size_t)(i < 70 ? i + 1 : between(1, 5000));
+        float *x = guarded_floats(n), *weight = guarded_floats(n), *got = guarded_floats(n), *want = guarded_floats(n);
+        fill_floats(x, n, i % 2 ? 0 : 1 - (i % 3 != 0));
+        fill_floats(weight, n, 0);
+        fast->rms_norm(got, x, weight, n, 1e-6f);
+        ref->rms_norm(want, x, weight, n, 1e-6f);
+        for (size_t j = 0; j < n; j++) expect(fabsf(got[j] - want[j]) <= 2e-6f * fabsf(want[j]) + 1e-30f, "wrong norm");
+        release_all();
+    }
+}
+static void check_silu_mul(void) {
+    static const float special[] = { 0, -0.0f, 1, -1, 20, -20, 87, -87, 88.8f, -88.8f, 100, -100, 1e30f, -1e30f, NAN, INFINITY };
+    for (int i = 0; i < 150; i++) {
+        size_t n = (size_t)(i < 70 ? i + 1 : between(1, 3000));
+        float *gate = guarded_floats(n), *up = guarded_floats(n), *got = guarded_floats(n), *want = guarded_floats(n);
+        fill_floats(up, n, 0);
+        for (size_t j = 0; j < n; j++) gate[j] = rnd() % 16 ? uniform() * 30 : special[rnd() % 16];
+        fast->silu_mul(got, gate, up, n);
+        ref->silu_mul(want, gate, up, n);
+        for (size_t j = 0; j < n; j++)
+            expect(isnan(want[j]) ? isnan(got[j]) : got[j] == want[j] || fabsf(got[j] - want[j]) <= 6e-7f * fabsf(want[j]) + 1e-30f, "wrong silu");
+        release_all();
+    }
+}
+static void check_add_scaled(void) {
+    for (int i = 0; i < 100; i++) {
+        size_t n = (size_t)between(1, i < 70 ? 70 : 3000);
+        float *x = guarded_floats(n), *got = guarded_floats(n), *want = guarded_floats(n), scale = uniform();
+        fill_floats(x, n, 0);
+        fill_floats(want, n, 0);
+        memcpy(got, want, n * sizeof *got);
+        for (size_t j = 0; j < n; j++) want[j] = (float)((double)scale * x[j] + want[j]);
+        fast->add_scaled(got, x, scale, n);
+        for (size_t j = 0; j < n; j++)
+            expect(fabsf(got[j] - want[j]) <= 1.2e-7f * fabsf(want[j]) + 1e-38f, "wrong sum");
+        release_all();
+    }
+}
+static void check_half(void) {
+    for (uint32_t start = 0; start < 65536; start += 1024 + 37) {
+        size_t n = start + 1061 <= 65536 ? 1061 : 65536 - start;
+        uint16_t *halves = guarded(n * 2), *got = guarded(n * 2), *want = guarded(n * 2);
+        float *numbers = guarded_floats(n), *exact = guarded_floats(n);
+        for (size_t i = 0; i < n; i++) halves[i] = (uint16_t)(start + i);
+        fast->from_half(numbers, halves, n);
+        ref->from_half(exact, halves, n);
+        expect(same_bits(numbers, exact, n), "wrong float");
+        /* between neighbours: halfway, and a little to either side; and any bits at all */
+        for (int kind = 0; kind < 4; kind++) {
+            for (size_t i = 0; i < n; i++) {
+                uint32_t bits;
+                memcpy(&bits, exact + i, 4);
+                bits = kind == 3 ? rnd() : bits + 0x1000 + (uint32_t)kind - 1;
+                memcpy(numbers + i, &bits, 4);
+            }
+            fast->to_half(got, numbers, n);
+            ref->to_half(want, numbers, n);
+            for (size_t i = 0; i < n; i++)
+                expect(got[i] == want[i] || (isnan(numbers[i]) && (got[i] & 0x7fff) > 0x7c00), "wrong half");
+        }
+        release_all();
+    }
+}
+
+/* --- attention ------------------------------------------------------------------------------------- */
+#define TILES 3
+struct attention { struct ms4_attend a; size_t n_o; };
+
+static struct attention random_attention(float size) {
+    struct attention t;
+    struct ms4_attend *a = &t.a;
+    a->n_q = between(1, ATTEND_ROWS);
+    a->d_k = 8 * between(1, 40);
+    a->d_v = 8 * between(1, 40);
+    a->q_stride = (size_t)a->d_k + (size_t)between(0, 9);
+    a->v_stride = (size_t)a->d_v + (size_t)between(0, 9);
+    a->o_stride = (size_t)a->d_v + (size_t)between(0, 9);
+    t.n_o = (size_t)(a->n_q - 1) * a->o_stride + (size_t)a->d_v;
+    size_t n_q = (size_t)(a->n_q - 1) * a->q_stride + (size_t)a->d_k;
+    float *q = guarded_floats(n_q);
+    for (size_t i = 0; i < n_q; i++) q[i] = uniform() * size;
+    a->q = q;
+    a->o = guarded_floats(t.n_o);
+    a->m = guarded_floats((size_t)a->n_q);
+    a->l = guarded_floats((size_t)a->n_q);
+    return t;
+}
+static void start_attention(struct attention *t) {
+    for (size_t i = 0; i < t->n_o; i++) t->a.o[i] = (i % t->a.o_stride) < (size_t)t->a.d_v ? 0 : MARK;
+    for (int r = 0; r < t->a.n_q; r++) { t->a.m[r] = -INFINITY; t->a.l[r] = 0; }
+}
+/* How much the scores' rounding may show in the results: relative, for the row of q at q. */
+static double attend_slack(const struct ms4_attend *a, int row) {
+    double worst = 0;
+    for (int j = 0; j < ATTEND_KEYS; j++) {
+        double sum = 0;
+        for (int i = 0; i < a->d_k; i++)
+            sum += fabs((double)a->q[(size_t)row * a->q_stride + (size_t)i] * a->kt[i * ATTEND_KEYS + j]);
+        worst = sum > worst ? sum : worst;
+    }
+    return 2e-6 + 2e-7 * worst;
+}
+static void compare_attention(const struct attention *got, const struct attention *want, double largest_v) {
+    for (int r = 0; r < want->a.n_q; r++) {
+        double slack = attend_slack(&want->a, r) * TILES, l = want->a.l[r];
+        expect(want->a.m[r] == got->a.m[r] || fabs((double)want->a.m[r] - got->a.m[r]) <= slack, "wrong maximum");
+        /* l and o are relative to e^m */
+        expect(fabs(got->a.l[r] - l) <= slack * l * 2, "wrong sum of weights");
+        for (size_t i = (size_t)r * want->a.o_stride; i < (size_t)r * want->a.o_stride + (size_t)want->a.d_v; i++)
+            expect(fabs((double)got->a.o[i] - want->a.o[i]) <= slack * l * largest_v * 2, "wrong output");
+    }
+    for (size_t i = 0; i < want->n_o; i++)
+        if (want->a.o[i] == MARK) expect(got->a.o[i] == MARK, "wrote between rows of o");
+}
+static void check_attend(void) {
+    for (int i = 0; i < 60; i++) {
+        struct attention one = random_attention(i % 3 == 2 ? 8 : 0.5f), together = one, apart = one, want = one;
+        struct attention *all[3] = { &together, &apart, &want };
+        for (int k = 0; k < 3; k++) {
+            all[k]->a.o = guarded_floats(one.n_o);
+            all[k]->a.m = guarded_floats((size_t)one.a.n_q);
+            all[k]->a.l = guarded_floats((size_t)one.a.n_q);
+            start_attention(all[k]);
+        }
+        size_t n_v = (ATTEND_KEYS - 1) * one.a.v_stride + (size_t)one.a.d_v;
+        float *kt = guarded_floats((size_t)one.a.d_k * ATTEND_KEYS), *v = guarded_floats(n_v);
+        int32_t *n_keys = guarded((size_t)one.a.n_q * sizeof *n_keys);
+        for (int tile = 0; tile < TILES; tile++) {
+            for (int j = 0; j < one.a.d_k * ATTEND_KEYS; j++) kt[j] = uniform();
+            for (size_t j = 0; j < n_v; j++) v[j] = uniform();
+            for (int r = 0; r < one.a.n_q; r++) n_keys[r] = rnd() & 1 ? ATTEND_KEYS : between(0, ATTEND_KEYS);
+            for (int k = 0; k < 3; k++) { all[k]->a.kt = kt; all[k]->a.v = v; all[k]->a.n_keys = n_keys; }
+            fast->attend(&together.a);
+            ref->attend(&want.a);
+            for (int r = 0; r < one.a.n_q; r++) {
+                struct ms4_attend a = apart.a;
+                a.q += (size_t)r * a.q_stride;
+                a.o += (size_t)r * a.o_stride;
+                a.m += r, a.l += r, a.n_keys += r, a.n_q = 1;
+                fast->attend(&a);
+            }
+        }
+        compare_attention(&together, &want, 1);
+        expect(same_bits(together.a.o, apart.a.o, one.n_o) && same_bits(together.a.l, apart.a.l, (size_t)one.a.n_q)
+               && same_bits(together.a.m, apart.a.m, (size_t)one.a.n_q), "one row at a time gives other bits");
+        release_all();
+    }
+}
+static void check_transpose_keys(void) {
+    for (int i = 0; i < 60; i++) {
+        int d = 8 * between(1, 40), n_keys = i < 33 ? i : between(0, ATTEND_KEYS);
+        size_t stride = (size_t)(d + between(0, 9)), n = (size_t)d * ATTEND_KEYS;
+        size_t n_k = n_keys ? (size_t)(n_keys - 1) * stride + (size_t)d : 1;
+        float *k = guarded_floats(n_k), *got = guarded_floats(n), *want = guarded_floats(n);
+        fill_floats(k, n_k, 0);
+        fast->transpose_keys(got, k, stride, n_keys, d);
+        ref->transpose_keys(want, k, stride, n_keys, d);
+        expect(same_bits(got, want, n), "wrong place");
+        release_all();
+    }
+}
+
+/* --- timing of the rest ------------------------------------------------------------------------------- */
+#define N_TIMED 4096
+static float *t_x, *t_y, *t_z;
+static block_q8 *t_blocks;
+static uint16_t *t_halves;
+static struct ms4_attend t_attend;
+static int32_t t_keys[ATTEND_ROWS];
+
+static void run_quantize(const struct ms4_ops *o) { for (int i = 0; i < 50; i++) o->quantize(t_blocks, t_x, N_TIMED); }
+static void run_rms_norm(const struct ms4_ops *o) { for (int i = 0; i < 50; i++) o->rms_norm(t_y, t_x, t_z, N_TIMED, 1e-6f); }
+static void run_silu_mul(const struct ms4_ops *o) { for (int i = 0; i < 50; i++) o->silu_mul(t_y, t_x, t_z, N_TIMED); }
+static void run_add_scaled(const struct ms4_ops *o) { for (int i = 0; i < 50; i++) o->add_scaled(t_y, t_x, 0.5f, N_TIMED); }
+static void run_half(const struct ms4_ops *o) {
+    for (int i = 0; i < 50; i++) { o->to_half(t_halves, t_x, N_TIMED); o->from_half(t_y, t_halves, N_TIMED); }
+}
+static void run_transpose_keys(const struct ms4_ops *o) {
+    for (int i = 0; i < 50; i++) o->transpose_keys(t_y, t_x, 128, ATTEND_KEYS, 128);
+}
+static void run_attend(const struct ms4_ops *o) { for (int i = 0; i < 50; i++) o->attend(&t_attend); }
+
+static void make_timed(void) {
+    t_x = guarded_floats(N_TIMED * 4);
+    t_y = guarded_floats(N_TIMED * 4);
+    t_z = guarded_floats(N_TIMED * 4);
+    t_halves = guarded(N_TIMED * 2);
+    t_blocks = guarded(N_TIMED / SUPERBLOCK * sizeof *t_blocks);
+    for (int i = 0; i < N_TIMED * 4; i++) { t_x[i] = uniform(); t_z[i] = uniform(); t_y[i] = 0; }
+}
+static void time_floats(void (*run)(const struct ms4_ops *)) {
+    make_timed();
+    double t = best_time(run, fast), slow = best_time(run, ref);
+    printf("  %5.2f ns per float (%5.1fx ref)", t / 50 / N_TIMED * 1e9, slow / t);
+}
+static void time_quantize(void) { time_floats(run_quantize); }
+static void time_rms_norm(void) { time_floats(run_rms_norm); }
+static void time_silu_mul(void) { time_floats(run_silu_mul); }
+static void time_add_scaled(void) { time_floats(run_add_scaled); }
+static void time_half(void) { time_floats(run_half); }
+static void time_transpose_keys(void) { time_floats(run_transpose_keys); }
+/* d_k and d_v as in the model's two forms: direct 128 and 128, absorbed 320 and 256. */
+static void time_attend(void) {
+    static const int widths[2][2] = { { 128, 128 }, { 320, 256 } };
+    for (int k = 0; k < 2; k++) {
+        int d_k = widths[k][0], d_v = widths[k][1];
+        make_timed();
+        static float m[ATTEND_ROWS], l[ATTEND_ROWS];
+        for (int i = 0; i < ATTEND_ROWS; i++) { t_keys[i] = ATTEND_KEYS; m[i] = 0; l[i] = 1; }
+        t_attend = (struct ms4_attend){ t_x, t_x + 4000, t_z, t_y, m, l, t_keys, (size_t)d_k, (size_t)d_v, (size_t)d_v, ATTEND_ROWS, d_k, d_v };
+        double t = best_time(run_attend, fast), slow = best_time(run_attend, ref);
+        printf("  %d/%d: %5.1f GFLOP/s (%4.1fx ref)", d_k, d_v, 50 * 2.0 * ATTEND_ROWS * ATTEND_KEYS * (d_k + d_v) / t * 1e-9, slow / t);
+    }
+}
+
+static void check_table(void) {
+    for (mul_type = 0; mul_type < MS4_N_TYPES; mul_type++) {
+        char name[32];
+        snprintf(name, sizeof name, "mul_%s", ms4_type_infos[mul_type].name);
+        run_check(name, check_mul, time_mul);
+    }
+    for (mul_type = 0; mul_type < MS4_N_TYPES; mul_type++) {
+        char name[32];
+        snprintf(name, sizeof name, "deq_%s", ms4_type_infos[mul_type].name);
+        run_check(name, check_dequantize, NULL);
+    }
+    run_check("quantize", check_quantize, time_quantize);
+    run_check("rms_norm", check_rms_norm, time_rms_norm);
+    run_check("silu_mul", check_silu_mul, time_silu_mul);
+    run_check("add_scaled", check_add_scaled, time_add_scaled);
+    run_check("half", check_half, time_half);
+    run_check("attend", check_attend, time_attend);
+    run_check("transpose_keys", check_transpose_keys, time_transpose_keys);
+}
+int main(int argc, char **argv) {
+    static const char *const isas[] = { "avx2", "avx512", "neon" };
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t);
+    seed = getenv("MS4_TEST_SEED") ? strtoull(getenv("MS4_TEST_SEED"), NULL, 10) : (uint64_t)t.tv_nsec;
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--bench")) bench = 1;
+        else if (!strncmp(argv[i], "--seed=", 7)) seed = strtoull(argv[i] + 7, NULL, 10);
+        else if (!strncmp(argv[i], "--only=", 7)) only = argv[i] + 7;
+        else if (!strncmp(argv[i], "--isa=", 6)) only_isa = argv[i] + 6;
+        else { fprintf(stderr, "unknown option %s\n", argv[i]); return 2; }
+    }
+    printf("seed %llu\n", (unsigned long long)seed);
+    struct sigaction act = { .sa_handler = on_crash };
+    sigaction(SIGSEGV, &act, NULL);
+    sigaction(SIGBUS, &act, NULL);
+    sigaction(SIGILL, &act, NULL);
+    ref = ms4_ops_for("ref");
+    for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
+        if (*only_isa && strcmp(only_isa, isas[i])) continue;
+        if (!(fast = ms4_ops_for(isas[i]))) { printf("%-23s skipped: not on this CPU\n", isas[i]); continue; }
+        check_table();
+        memcpy(mul_hash_before, mul_hash, sizeof mul_hash);
+        isa_before = fast->isa;
+    }
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed != 0;
+}
