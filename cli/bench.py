@@ -1,7 +1,7 @@
 """`ms4 bench`: how fast the model reads (prefill) and writes (decode), and which limit of the machine that is near to.
 
 The limits are measured in the same run, because on shared machines they drift: bytes per second read from memory, and
-8-bit multiply-adds per second of the engine's own matrix kernel.  The tokens are random, so no tokenizer is needed and
+8-bit multiply-adds per second in registers.  The tokens are random, so no tokenizer is needed and
 the experts are spread as evenly as the router allows.
 """
 
@@ -36,14 +36,6 @@ class Plan:
     n_written: int
     repeat: int
     depths: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the machine can do at most."""
-
-    read_bytes_per_s: float
-    int8_macs_per_s: float
 
 
 @dataclass(frozen=True)
@@ -84,15 +76,15 @@ def bench(plan: Plan, engine: EngineOptions, form: str) -> int:
     return errors.OK
 
 
-def measure(model: "Model") -> Limits:
+def measure(model: "Model") -> ms4.Limits:
     available = host.available_memory() or LEAST_MEASURED
     n_bytes = max(min(MOST_MEASURED, available // 8), LEAST_MEASURED)
     threads = model.engine.stats().n_threads
-    return best([Limits(*ms4.measure(threads, n_bytes)) for _ in range(N_MEASURED)])
+    return best([ms4.measure(threads, n_bytes) for _ in range(N_MEASURED)])
 
 
-def best(found: list[Limits]) -> Limits:
-    return Limits(max(f.read_bytes_per_s for f in found), max(f.int8_macs_per_s for f in found))
+def best(found: list[ms4.Limits]) -> ms4.Limits:
+    return ms4.Limits(*(max(getattr(f, name) for f in found) for name in found[0].__dict__))
 
 
 def measure_depth(plan: Plan, depth: int, model: "Model", session: ms4.Session) -> list[Row]:
@@ -134,7 +126,7 @@ def phase_row(phase: str, depth: int, n: int, seconds: list[float], n_bytes: flo
     return Row(phase, depth, n, n / min(seconds), n / statistics.median(seconds), n_bytes, macs, 0.0, 0.0, "")
 
 
-def against(row: Row, limits: Limits) -> Row:
+def against(row: Row, limits: ms4.Limits) -> Row:
     """The row with its shares of the limits."""
     read = row.best_tokens_per_s * row.bytes_per_token / limits.read_bytes_per_s
     macs = row.best_tokens_per_s * row.macs_per_token / limits.int8_macs_per_s
@@ -154,7 +146,7 @@ def macs_per_token(s: ms4.Shape) -> int:
     return s.n_layer * attention + s.n_dense_layer * dense + (s.n_layer - s.n_dense_layer) * moe
 
 
-def show(model: "Model", rows: list[Row], limits: Limits, path: str, form: str) -> None:
+def show(model: "Model", rows: list[Row], limits: ms4.Limits, path: str, form: str) -> None:
     stats = model.engine.stats()
     about = {
         "model": os.path.basename(path),
@@ -176,7 +168,7 @@ def show(model: "Model", rows: list[Row], limits: Limits, path: str, form: str) 
         output.write(table(about, rows, limits))
 
 
-def table(about: dict[str, object], rows: list[Row], limits: Limits) -> str:
+def table(about: dict[str, object], rows: list[Row], limits: ms4.Limits) -> str:
     """A Markdown table, with the machine above it."""
     lines = [
         "{model}: ms4 {version}, {isa}, {threads} threads, weights: {load}".format(**about),

@@ -12,11 +12,12 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from types import TracebackType
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from ._core import ffi, lib
+
+if TYPE_CHECKING:  # at run time only where arrays are made: `ms4 --version` starts without it
+    import numpy as np
 
 __version__ = "0.1.0"
 ROW = -1  # in `Session.feed`: this position takes the next row of `rows`
@@ -128,6 +129,15 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What the machine can do at most: bytes read from memory, multiply-adds of 8 bits and of floats, per second."""
+
+    read_bytes_per_s: float
+    int8_macs_per_s: float
+    float_macs_per_s: float
+
+
+@dataclass(frozen=True)
 class Stats:
     """Counters since the engine opened; times in nanoseconds."""
 
@@ -163,15 +173,17 @@ def probe() -> Machine:
     return Machine(ffi.string(out.isa).decode(), out.n_threads)
 
 
-def measure(n_threads: int, n_bytes: int) -> tuple[float, float]:
-    """(bytes/s that the threads read from memory, 8-bit multiply-adds/s that the matrix kernel reaches in cache)."""
-    read, macs = ffi.new("double *"), ffi.new("double *")
-    check(lib.ms4_measure(n_threads, n_bytes, read, macs))
-    return read[0], macs[0]
+def measure(n_threads: int, n_bytes: int) -> Limits:
+    """The limits of this machine with so many threads; n_bytes are read to find the bandwidth."""
+    out = ffi.new("ms4_limits *")
+    check(lib.ms4_measure(n_threads, n_bytes, out))
+    return Limits(out.read_bytes_per_s, out.int8_macs_per_s, out.float_macs_per_s)
 
 
 def tensor_table(tensors: Sequence[Tensor], roles: dict[str, int]) -> tuple[Any, list[Any]]:
     """The C table of the tensors, and what must stay alive while it is used."""
+    import numpy as np
+
     keep: list[Any] = []
     table = ffi.new("ms4_tensor[]", len(tensors))
     for row, t in zip(table, tensors, strict=True):
@@ -286,6 +298,8 @@ class Session:
         An id of ROW takes the next row of `rows` (float32 [n_rows, d_model]: image features).  Ctrl-C does not
         interrupt it; `cancel`, from another thread, does.  On failure the session is as it was before the call.
         """
+        import numpy as np
+
         tokens = np.ascontiguousarray(ids, np.int32)
         if tokens.ndim != 1 or tokens.size == 0:
             raise ValueError("feed takes one or more token ids")
@@ -350,6 +364,8 @@ class Vision:
 
         Both sides are multiples of patch_size * merge.  Ctrl-C does not interrupt it; `cancel` does.
         """
+        import numpy as np
+
         pixels = np.ascontiguousarray(pixels, np.float32)
         side = self.shape.patch_size * self.shape.merge
         if pixels.ndim != 3 or pixels.shape[0] != 3:

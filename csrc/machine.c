@@ -21,7 +21,8 @@ int ms4_probe(ms4_machine *out) {
 }
 
 #define PIECE ((size_t)1 << 20)
-typedef struct { const struct ms4_ops *ops; const uint64_t *words; uint64_t sums[512]; uint8_t *weights[512]; int rounds; } probe_job;
+#define PEAK_ROUNDS 200000
+typedef struct { const struct ms4_ops *ops; const uint64_t *words; uint64_t sums[512]; } probe_job;
 
 static void read_item(void *context, int32_t item, int32_t thread) {
     probe_job *job = context;
@@ -31,54 +32,49 @@ static void read_item(void *context, int32_t item, int32_t thread) {
         for (int j = 0; j < 8; j++) sum[j] += w[i + (size_t)j];
     for (int j = 0; j < 8; j++) job->sums[thread] += sum[j];
 }
-/* Q8_0 weights of 64 rows x 1024 columns and 64 tokens: all of it stays in the L2 cache. */
-enum { ROWS = 64, COLUMNS = 1024, TOKENS = 64 };
-static void multiply_item(void *context, int32_t item, int32_t thread) {
+static void int8_item(void *context, int32_t item, int32_t thread) {
     probe_job *job = context;
-    size_t row = COLUMNS / 32 * sizeof(block_q8_0);
-    uint8_t *w = job->weights[thread];
-    block_q8 *x = (block_q8 *)(w + ROWS * row);
-    float *y = (float *)(x + TOKENS * COLUMNS / SUPERBLOCK);
-    struct ms4_mul mul = { .w = w, .row_bytes = row, .n_rows = ROWS, .n_cols = COLUMNS, .x = x,
-                           .x_stride = COLUMNS / SUPERBLOCK * sizeof *x, .n_tokens = TOKENS, .y = y, .y_stride = ROWS };
     (void)item;
-    for (int i = 0; i < job->rounds; i++) job->ops->mul[MS4_TYPE_q8_0](&mul);
+    job->sums[thread] = job->ops->int8_peak(PEAK_ROUNDS);
 }
+static void float_item(void *context, int32_t item, int32_t thread) {
+    probe_job *job = context;
+    (void)item;
+    job->sums[thread] = job->ops->float_peak(PEAK_ROUNDS);
+}
+/* Best rate of five runs of n_items items that do `work` each. */
 static double best_of(pool *p, pool_fn *fn, probe_job *job, int32_t n_items, double work) {
     double best = 0;
     for (int pass = 0; pass < 5; pass++) {
         double start = seconds();
         pool_run(p, fn, job, n_items, NULL);
-        double rate = work / (seconds() - start);
+        double rate = (double)n_items * work / (seconds() - start);
         if (rate > best) best = rate;
     }
     return best;
 }
-static int measure(pool *p, probe_job *job, uint64_t bytes, double *read, double *macs) {
-    int32_t pieces = (int32_t)(bytes / PIECE), threads = pool_size(p);
-    size_t one = ROWS * (COLUMNS / 32 * sizeof(block_q8_0)) + TOKENS * COLUMNS / SUPERBLOCK * sizeof(block_q8) + TOKENS * ROWS * sizeof(float);
+static int measure(pool *p, probe_job *job, uint64_t bytes, ms4_limits *out) {
+    int32_t pieces = (int32_t)(bytes / PIECE), items = 4 * pool_size(p);
     uint8_t *pages = memory_take_pages((size_t)pieces * PIECE, 1);
     FAIL_IF(!pages, MS4_ENOMEM, "no memory to measure the read bandwidth");
     memset(pages, 1, (size_t)pieces * PIECE);
     job->words = (const uint64_t *)pages;
-    *read = best_of(p, read_item, job, pieces, (double)pieces * (double)PIECE);
+    out->read_bytes_per_s = best_of(p, read_item, job, pieces, (double)PIECE);
     memory_give_pages(pages, (size_t)pieces * PIECE);
-    int status = MS4_OK;
-    for (int32_t i = 0; i < threads && !status; i++)
-        if (!(job->weights[i] = memory_take(1, one))) status = error_set(MS4_ENOMEM, "no memory to measure the int8 rate");
-    job->rounds = 20;
-    if (!status) *macs = best_of(p, multiply_item, job, threads * 8, (double)threads * 8 * 20 * ROWS * COLUMNS * TOKENS);
-    for (int32_t i = 0; i < threads; i++) memory_give(job->weights[i]);
-    return status;
+    out->int8_macs_per_s = best_of(p, int8_item, job, items, (double)job->ops->int8_peak(PEAK_ROUNDS));
+    out->float_macs_per_s = best_of(p, float_item, job, items, (double)job->ops->float_peak(PEAK_ROUNDS));
+    return MS4_OK;
 }
-int ms4_measure(int32_t n_threads, uint64_t bytes, double *read_bytes_per_s, double *int8_macs_per_s) {
+int ms4_measure(int32_t n_threads, uint64_t bytes, ms4_limits *out) {
+    const char *isa = getenv("MS4_ISA");
     FAIL_IF(bytes < 16 * PIECE || bytes / PIECE > INT32_MAX, MS4_EARG, "measure: at least 16 MiB");
     probe_job *job = memory_take(1, sizeof *job);
     FAIL_IF(!job, MS4_ENOMEM, "no memory to measure");
     pool *p = NULL;
-    job->ops = ms4_ops_for(NULL);
-    int status = pool_open(n_threads ? n_threads : pool_default_threads(), &p);
-    if (!status) status = measure(p, job, bytes, read_bytes_per_s, int8_macs_per_s);
+    job->ops = ms4_ops_for(isa && *isa ? isa : NULL);
+    int status = job->ops ? pool_open(n_threads ? n_threads : pool_default_threads(), &p)
+                          : error_set(MS4_EARG, "MS4_ISA=%.40s: no such kernel table here", isa);
+    if (!status) status = measure(p, job, bytes, out);
     pool_close(p);
     memory_give(job);
     return status;

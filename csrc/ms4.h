@@ -38,9 +38,10 @@ typedef struct {
 } ms4_machine;
 int ms4_probe(ms4_machine *out);
 
-/* Bytes per second that n_threads threads read from memory (largest of a few passes over `bytes` bytes), and
- * 8-bit multiply-adds per second of the kernel table's own matrix kernel on data in cache. */
-int ms4_measure(int32_t n_threads, uint64_t bytes, double *read_bytes_per_s, double *int8_macs_per_s);
+/* The machine's limits with n_threads threads: bytes per second read from memory (best of a few passes over `bytes`
+ * bytes), and multiply-adds per second of the kernel table's ISA in registers, 8-bit and float. */
+typedef struct { double read_bytes_per_s, int8_macs_per_s, float_macs_per_s; } ms4_limits;
+int ms4_measure(int32_t n_threads, uint64_t bytes, ms4_limits *out);
 
 /* --- the model ---------------------------------------------------------------------------- */
 typedef struct {                 /* hyperparameters; names and meaning as in SPEC 1.2, 1.3 and 4.3 */

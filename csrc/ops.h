@@ -62,9 +62,13 @@ struct ms4_ops {
     void (*to_half)(uint16_t *out, const float *x, size_t n);                    /* round to nearest even */
     /* kt[i * ATTEND_KEYS + j] = k[j * k_stride + i], i < d, j < n_keys <= ATTEND_KEYS; zero for other j */
     void (*transpose_keys)(float *kt, const float *k, size_t k_stride, int32_t n_keys, int32_t d);
-    /* c[i][j] = sum over k of a[i][k] * b[k][j], i < m, j < n, in ascending k; strides in floats.  For small b. */
+    /* c[i][j] = sum over k of a[i][k] * b[k][j], i < m, j < n, in ascending k; strides in floats; n a multiple of 8.
+     * For a small b that many rows of a meet. */
     void (*product)(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride, int32_t m,
                     int32_t n, int32_t k);
+    /* Loops in registers (peak.h): multiply-adds that the rounds were, 8-bit and float. */
+    uint64_t (*int8_peak)(uint64_t rounds);
+    uint64_t (*float_peak)(uint64_t rounds);
 };
 
 extern const struct ms4_ops ops_ref;

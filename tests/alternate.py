@@ -1,6 +1,6 @@
 """Measures ms4 and other engines on one file, in alternation, and prints each one's tokens/s and the ratios.
 
-    python tests/alternate.py FILE.gguf --peer 'llama=/path/llama-bench -mmp 0' --peer 'ik=/path/llama-bench -mmp 0 -rtr 1'
+    python tests/alternate.py FILE.gguf --peer 'a=PATH/llama-bench -mmp 0' --peer 'b=PATH/llama-bench -mmp 0 -rtr 1'
 
 Machines drift, so every round runs every engine once, in turn, and what is compared is the best round of each.  A peer
 is a name and the command line of a llama-bench (llama.cpp or a fork of it); -m, -p, -n, -t, -r and -o json are added.
@@ -30,7 +30,7 @@ def run_ms4(a: argparse.Namespace) -> Rates:
     if a.depth:
         command += ["--depth", str(a.depth)]
     report = json.loads(run(command))
-    return {row["phase"]: row["best_tokens_per_s"] for row in report["phases"]}
+    return {row["phase"]: row["best_tokens_per_s"] for row in report["rows"]}
 
 
 def run_peer(line: str, a: argparse.Namespace) -> Rates:

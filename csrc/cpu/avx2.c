@@ -3,6 +3,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #include "avx2.h"
 #include "dequantize.h"
+#include "peak.h"
 #include "plain.h"
 
 /* --- float weights: the 16 partial sums of ops.h are two registers ----------------------------------- */
@@ -137,6 +138,28 @@ static void transpose_keys_avx2(float *kt, const float *k, size_t k_stride, int3
         }
 }
 
+/* Four rows of c, 8 * width columns; beyond n_rows the last row is taken again and dropped. */
+INLINE void product_rows(float *c, size_t c_stride, const float *const *a, const float *b, size_t b_stride, int n_rows, size_t k, int width) {
+    __m256 sum[ATTEND_TILE][2];
+    for (int r = 0; r < ATTEND_TILE; r++) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
+    tile_product(sum, a, b, b_stride, k, ATTEND_TILE, width);
+    for (int r = 0; r < n_rows; r++)
+        for (int h = 0; h < width; h++) _mm256_storeu_ps(c + (size_t)r * c_stride + (size_t)h * 8, sum[r][h]);
+}
+static void product_avx2(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride, int32_t m,
+                         int32_t n, int32_t k) {
+    for (int32_t i = 0; i < m; i += ATTEND_TILE) {
+        const float *rows[ATTEND_TILE];
+        int n_rows = m - i < ATTEND_TILE ? m - i : ATTEND_TILE;
+        for (int r = 0; r < ATTEND_TILE; r++) rows[r] = a + (size_t)(i + (r < n_rows ? r : n_rows - 1)) * a_stride;
+        for (int32_t j = 0; j < n; j += 16) {
+            float *to = c + (size_t)i * c_stride + (size_t)j;
+            if (n - j >= 16) product_rows(to, c_stride, rows, b + j, b_stride, n_rows, (size_t)k, 2);
+            else product_rows(to, c_stride, rows, b + j, b_stride, n_rows, (size_t)k, 1);
+        }
+    }
+}
+
 const struct ms4_ops ops_avx2 = {
     .isa = "avx2",
     .mul = {
@@ -153,5 +176,8 @@ const struct ms4_ops ops_avx2 = {
     .from_half = from_half_avx2,
     .to_half = to_half_avx2,
     .transpose_keys = transpose_keys_avx2,
+    .product = product_avx2,
+    .int8_peak = int8_peak,
+    .float_peak = float_peak,
 };
 #endif

@@ -112,6 +112,14 @@ INLINE void find_rows(const uint8_t **rows, const struct ms4_mul *m, int first) 
         rows[r] = m->w + (size_t)row * m->row_bytes;
     }
 }
+/* Eight rows are too many streams for the hardware's prefetchers: asks for the same superblock of the next group. */
+INLINE void next_superblock(const uint8_t **rows, const struct ms4_mul *m, size_t bytes) {
+    for (int r = 0; r < ROWS; r++) {
+        const char *ahead = (const char *)rows[r] + ROWS * m->row_bytes;
+        for (size_t at = 0; at < bytes; at += 64) _mm_prefetch(ahead + at, _MM_HINT_T1);
+        rows[r] += bytes;
+    }
+}
 INLINE int blocks_here(const struct ms4_mul *m, int i) {
     int n = m->n_cols - i * SUPERBLOCK;
     return n >= SUPERBLOCK ? 8 : n / 32;
@@ -195,12 +203,7 @@ INLINE void decode(const struct ms4_mul *m, int token, struct opener t) {
             if (!is_blocks(t.form.family)) sum = decode_superblock(rows, x + i, sum, t);
             else if (n_blocks == 8) sum = decode_blocks(rows, x + i, sum, 8, t);
             else sum = decode_blocks(rows, x + i, sum, n_blocks, t);
-            /* eight rows are too many streams for the hardware's prefetchers: ask for the next group of rows */
-            for (int r = 0; r < ROWS; r++) {
-                rows[r] += t.bytes;
-                const char *ahead = (const char *)rows[r] + ROWS * m->row_bytes;
-                for (size_t at = 0; at < t.bytes; at += 64) _mm_prefetch(ahead + at, _MM_HINT_T1);
-            }
+            next_superblock(rows, m, t.bytes);
         }
         store_rows(y + first, sum, m->n_rows - first);
     }
@@ -344,13 +347,14 @@ INLINE void prefill(const struct ms4_mul *m, struct opener t) {
             int token = 0;
             open_panel(&p, rows, blocks_here(m, i), t);
             for (; token + TILE <= m->n_tokens; token += TILE) tile(m, &p, token, TILE, i, first, t.form);
-            for (; token < m->n_tokens; token++) tile(m, &p, token, 1, i, first, t.form);
-            for (int r = 0; r < ROWS; r++) rows[r] += t.bytes;
+            if (m->n_tokens - token >= 2) { tile(m, &p, token, 2, i, first, t.form); token += 2; }
+            if (m->n_tokens > token) tile(m, &p, token, 1, i, first, t.form);
+            next_superblock(rows, m, t.bytes);
         }
     }
 }
 
-#define PANEL_FROM 4        /* so many tokens are worth opening a panel for */
+#define PANEL_FROM 2        /* so many tokens are worth opening a panel for */
 #define X(type, family, bias, span) \
     static __attribute__((noinline)) void decode_##type(const struct ms4_mul *m, int token) { \
         decode(m, token, (struct opener){ row_##type, d_##type, m_##type, SUPERBLOCK_BYTES(type), { family, bias, span } }); \

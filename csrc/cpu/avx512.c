@@ -1,12 +1,13 @@
 /* avx512.c -- the kernel table for x86-64 with AVX-512 F, BW, DQ, VL and VNNI. */
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")
-#include "avx512_float.h"
+#include "avx512_attend.h"
 #include "avx512_float.h"
 #include "avx512_gemm.h"
 #include "avx512_gemv.h"
 #include "avx512_panel.h"
 #include "dequantize.h"
+#include "peak.h"
 #include "plain.h"
 
 #define FILL_OPENED(type, family) \
@@ -61,5 +62,7 @@ const struct ms4_ops ops_avx512 = {
     .to_half = to_half_avx512,
     .transpose_keys = transpose_keys_avx512,
     .product = product_avx512,
+    .int8_peak = int8_peak,
+    .float_peak = float_peak,
 };
 #endif

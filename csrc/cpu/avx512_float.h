@@ -1,162 +1,160 @@
-/* avx512_float.h -- float products and attention with AVX-512. */
+/* avx512_float.h -- AVX-512 kernels on floats: float weights, small products, halves.
+ * Included by avx512.c only.  The order of arithmetic is the one of ops.h. */
 #ifndef MS4_AVX512_FLOAT_H
 #define MS4_AVX512_FLOAT_H
-#include "avx512_panel.h"
 #include "plain.h"
+#include <immintrin.h>
 
-/* --- float weights --------------------------------------------------------------------------- */
-typedef __m512 load_fn(const uint8_t *w, size_t k, __mmask16 mask);
-static inline __m512 load_f32_512(const uint8_t *w, size_t k, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, (const float *)(const void *)w + k); }
-static inline __m512 load_f16_512(const uint8_t *w, size_t k, __mmask16 mask) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, (const uint16_t *)(const void *)w + k));
-}
-static inline __m512 load_bf16_512(const uint8_t *w, size_t k, __mmask16 mask) {
-    const __m512i v = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, (const uint16_t *)(const void *)w + k));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
-}
-/* Lane j of an accumulator is partial sum j of ops.h; reduce_add adds them up in that tree's order. */
-static inline __attribute__((always_inline)) void float_tile(const struct ms4_mul *m, load_fn *load, int r0, int t0, const int n_rows,
-                                                             const int n_tokens) {
-    const size_t n = (size_t)m->n_cols;
-    const uint8_t *w[4];
-    const float *x[4];
-    __m512 sum[4][4];
-    for (int r = 0; r < n_rows; r++) w[r] = m->w + (size_t)(r0 + r) * m->row_bytes;
-    for (int t = 0; t < n_tokens; t++) x[t] = mul_floats(m, t0 + t);
-    for (int r = 0; r < n_rows; r++)
-        for (int t = 0; t < n_tokens; t++) sum[r][t] = _mm512_setzero_ps();
-    for (size_t k = 0; k < n; k += 16) {
-        const __mmask16 mask = n - k >= 16 ? 0xffff : (__mmask16)((1u << (n - k)) - 1);
-        __m512 v[4];
-        for (int t = 0; t < n_tokens; t++) v[t] = _mm512_maskz_loadu_ps(mask, x[t] + k);
-        for (int r = 0; r < n_rows; r++) {
-            const __m512 a = load(w[r], k, mask);
-            for (int t = 0; t < n_tokens; t++) sum[r][t] = _mm512_mask3_fmadd_ps(a, v[t], sum[r][t], mask);
-        }
-    }
-    for (int r = 0; r < n_rows; r++)
-        for (int t = 0; t < n_tokens; t++) m->y[(size_t)(t0 + t) * m->y_stride + (size_t)(r0 + r)] = _mm512_reduce_add_ps(sum[r][t]);
-}
-static inline __attribute__((always_inline)) void mul_floats_512(const struct ms4_mul *m, load_fn *load) {
-    for (int r = 0; r < m->n_rows;) {
-        const int rows = m->n_rows - r >= 4 ? 4 : 1;
-        for (int t = 0; t < m->n_tokens;) {
-            const int tokens = m->n_tokens - t >= 4 ? 4 : 1;
-            if (rows == 4 && tokens == 4) float_tile(m, load, r, t, 4, 4);
-            else if (rows == 4) float_tile(m, load, r, t, 4, 1);
-            else if (tokens == 4) float_tile(m, load, r, t, 1, 4);
-            else float_tile(m, load, r, t, 1, 1);
-            t += tokens;
-        }
-        r += rows;
-    }
-}
+static inline __mmask16 lanes_512(int n) { return n >= 16 ? (__mmask16)0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
 
-/* --- attention ------------------------------------------------------------------------------- */
-/* exp_plain for 16 numbers. */
-static inline __m512 exp_512(__m512 x) {
-    const __m512 magic = _mm512_set1_ps(PLAIN_ROUND);
-    x = _mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(_mm512_set1_ps(-104.0f), x));     /* NaN, as the second, stays */
-    const __m512 n = _mm512_sub_ps(_mm512_fmadd_ps(x, _mm512_set1_ps(0x1.715476p+0f), magic), magic);
-    const __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(0x1.05c61p-29f), _mm512_fmadd_ps(n, _mm512_set1_ps(-0x1.62e43p-1f), x));
-    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0x1.6a2432p-10f), r, _mm512_set1_ps(0x1.1239e4p-7f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.5558f2p-5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.555492p-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.fffffcp-2f));
-    p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
-}
-/* Scores become weights p (16 + 16 keys); m and l of the row are brought up to date; returns the factor for its o. */
-static inline float attend_weights(float *p, __m512 s0, __m512 s1, int32_t n_keys, float *m, float *l) {
-    const uint32_t seen = n_keys >= 32 ? 0xffffffffu : (1u << n_keys) - 1;
-    const __m512 none = _mm512_set1_ps(-INFINITY);
-    s0 = _mm512_mask_mov_ps(none, (__mmask16)seen, s0);
-    s1 = _mm512_mask_mov_ps(none, (__mmask16)(seen >> 16), s1);
-    const float highest = _mm512_reduce_max_ps(_mm512_max_ps(s0, s1)), largest = *m > highest ? *m : highest;
-    /* all scores -inf: nothing to add, and inf - inf would be NaN */
-    const __m512 shift = _mm512_set1_ps(largest == -INFINITY ? 0 : largest);
-    const float factor = _mm512_cvtss_f32(exp_512(_mm512_sub_ps(_mm512_set1_ps(*m), shift)));
-    s0 = exp_512(_mm512_sub_ps(s0, shift));
-    s1 = exp_512(_mm512_sub_ps(s1, shift));
-    _mm512_store_ps(p, s0);
-    _mm512_store_ps(p + 16, s1);
-    *l = fmaf(*l, factor, _mm512_reduce_add_ps(_mm512_add_ps(s0, s1)));
-    *m = largest;
-    return factor;
-}
-/* o = o * factor + p v for 16 * n_vectors columns from column c; the last vector has only the masked ones. */
-static inline __attribute__((always_inline)) void attend_columns(const struct ms4_attend *a, int row, int c, __mmask16 mask, const float (*p)[ATTEND_KEYS],
-                                                                 const float *factor, const int n_rows, const int n_vectors) {
-    float *o = a->o + (size_t)row * a->o_stride + c;
-    const float *v = a->v + c;
-    __m512 sum[ATTEND_ROWS][2];
-    for (int r = 0; r < n_rows; r++)
-        for (int k = 0; k < n_vectors; k++)
-            sum[r][k] = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, o + (size_t)r * a->o_stride + 16 * k), _mm512_set1_ps(factor[r]));
-    for (int j = 0; j < ATTEND_KEYS; j++, v += a->v_stride) {
-        __m512 x[2];
-        for (int k = 0; k < n_vectors; k++) x[k] = _mm512_maskz_loadu_ps(mask, v + 16 * k);
-        for (int r = 0; r < n_rows; r++)
-            for (int k = 0; k < n_vectors; k++) sum[r][k] = _mm512_fmadd_ps(_mm512_set1_ps(p[r][j]), x[k], sum[r][k]);
+/* --- float weights ------------------------------------------------------------------------ */
+/* Sums of 16 accumulators as a vector, each by the tree j with j + 8, + 4, + 2, + 1. */
+static inline __m512 sum_16_512(const __m512 *a) {
+    __m512 b[8], c[4], d[2];
+    for (int i = 0; i < 8; i++)
+        b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x44), _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xee));
+    for (int i = 0; i < 4; i++)
+        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+    for (int i = 0; i < 2; i++) {
+        __m512d x = _mm512_castps_pd(c[2 * i]), y = _mm512_castps_pd(c[2 * i + 1]);
+        d[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
     }
-    for (int r = 0; r < n_rows; r++)
-        for (int k = 0; k < n_vectors; k++) _mm512_mask_storeu_ps(o + (size_t)r * a->o_stride + 16 * k, mask, sum[r][k]);
+    __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(d[0], d[1], 0x88), _mm512_shuffle_ps(d[0], d[1], 0xdd));
+    /* in each 128-bit lane i: accumulators i, 4 + i, 8 + i, 12 + i */
+    return _mm512_permutexvar_ps(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), sums);
 }
-/* n_rows rows that all see a key. */
-static inline __attribute__((always_inline)) void attend_rows(const struct ms4_attend *a, int row, const int n_rows) {
-    float p[ATTEND_ROWS][ATTEND_KEYS] __attribute__((aligned(64))), factor[ATTEND_ROWS];
-    __m512 s[ATTEND_ROWS][2];
-    const float *q = a->q + (size_t)row * a->q_stride;
-    for (int r = 0; r < n_rows; r++) s[r][0] = s[r][1] = _mm512_setzero_ps();
-    for (int i = 0; i < a->d_k; i++) {
-        const __m512 k0 = _mm512_loadu_ps(a->kt + (size_t)i * ATTEND_KEYS), k1 = _mm512_loadu_ps(a->kt + (size_t)i * ATTEND_KEYS + 16);
-        for (int r = 0; r < n_rows; r++) {
-            const __m512 x = _mm512_set1_ps(q[(size_t)r * a->q_stride + (size_t)i]);
-            s[r][0] = _mm512_fmadd_ps(x, k0, s[r][0]);
-            s[r][1] = _mm512_fmadd_ps(x, k1, s[r][1]);
+typedef __m512 load_weights_512(const uint8_t *w, int k, __mmask16 lanes);
+static inline __m512 weights_f32_512(const uint8_t *w, int k, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, (const float *)w + k); }
+static inline __m512 weights_f16_512(const uint8_t *w, int k, __mmask16 lanes) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, (const uint16_t *)w + k));
+}
+static inline __m512 weights_bf16_512(const uint8_t *w, int k, __mmask16 lanes) {
+    __m256i h = _mm256_maskz_loadu_epi16(lanes, (const uint16_t *)w + k);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+/* `rows` rows times `tokens` tokens, rows * tokens == 16; beyond the last row or token the last one is taken again
+ * and its result dropped. */
+static inline __attribute__((always_inline)) void float_tile_512(const struct ms4_mul *m, load_weights_512 *load, int r, int t,
+                                                                 int rows, int tokens) {
+    const uint8_t *w[16];
+    const float *x[16];
+    __m512 acc[16];
+    int n_rows = m->n_rows - r < rows ? m->n_rows - r : rows, n_tokens = m->n_tokens - t < tokens ? m->n_tokens - t : tokens;
+    for (int i = 0; i < rows; i++) w[i] = m->w + (size_t)(r + (i < n_rows ? i : n_rows - 1)) * m->row_bytes;
+    for (int j = 0; j < tokens; j++) x[j] = mul_floats(m, t + (j < n_tokens ? j : n_tokens - 1));
+    for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_ps();
+    for (int k = 0; k < m->n_cols; k += 16) {
+        __mmask16 lanes = lanes_512(m->n_cols - k);
+        __m512 xs[16];
+        for (int j = 0; j < tokens; j++) xs[j] = _mm512_maskz_loadu_ps(lanes, x[j] + k);
+        for (int i = 0; i < rows; i++) {
+            __m512 ws = load(w[i], k, lanes);
+            for (int j = 0; j < tokens; j++) acc[j * rows + i] = _mm512_fmadd_ps(ws, xs[j], acc[j * rows + i]);
         }
     }
-    for (int r = 0; r < n_rows; r++) factor[r] = attend_weights(p[r], s[r][0], s[r][1], a->n_keys[row + r], a->m + row + r, a->l + row + r);
-    int c = 0;
-    for (; c + 32 <= a->d_v; c += 32) attend_columns(a, row, c, 0xffff, (const float (*)[ATTEND_KEYS])p, factor, n_rows, 2);
-    for (; c < a->d_v; c += 16)
-        attend_columns(a, row, c, a->d_v - c >= 16 ? 0xffff : 0xff, (const float (*)[ATTEND_KEYS])p, factor, n_rows, 1);
+    float sums[16];
+    _mm512_storeu_ps(sums, sum_16_512(acc));
+    for (int j = 0; j < n_tokens; j++)
+        for (int i = 0; i < n_rows; i++) m->y[(size_t)(t + j) * m->y_stride + (size_t)(r + i)] = sums[j * rows + i];
 }
-static void attend_avx512(const struct ms4_attend *a) {
-    for (int row = 0; row < a->n_q;) {
-        int n = 0;
-        while (row + n < a->n_q && a->n_keys[row + n] > 0) n++;
-        if (n >= 8) { attend_rows(a, row, 8); row += 8; }
-        else if (n >= 4) { attend_rows(a, row, 4); row += 4; }
-        else if (n >= 2) { attend_rows(a, row, 2); row += 2; }
-        else { if (n) attend_rows(a, row, 1); row++; }
-    }
+static inline __attribute__((always_inline)) void mul_floats_512(const struct ms4_mul *m, load_weights_512 *load) {
+    int t = 0;
+    for (; m->n_tokens - t >= 3; t += 4)
+        for (int r = 0; r < m->n_rows; r += 4) float_tile_512(m, load, r, t, 4, 4);
+    for (; t < m->n_tokens; t++)
+        for (int r = 0; r < m->n_rows; r += 16) float_tile_512(m, load, r, t, 16, 1);
 }
-/* d: a multiple of 4 */
-static void transpose_keys_avx512(float *kt, const float *k, size_t k_stride, int32_t n_keys, int32_t d) {
-    for (int h = 0; h < ATTEND_KEYS; h += 16) {
-        const __mmask16 mask = n_keys - h >= 16 ? 0xffff : n_keys > h ? (__mmask16)((1u << (n_keys - h)) - 1) : 0;
-        const uint8_t *rows[16];
-        for (int j = 0; j < 16; j++) rows[j] = (const uint8_t *)(k + (size_t)(mask >> j & 1 ? h + j : 0) * k_stride);
-        for (int i = 0; i < d; i += 4) {
-            __m512i v[4];
-            if (mask) load_transposed(v, rows, (size_t)i * sizeof *k);
-            for (int c = 0; c < 4; c++)
-                _mm512_storeu_si512(kt + (size_t)(i + c) * ATTEND_KEYS + h, mask ? _mm512_maskz_mov_epi32(mask, v[c]) : _mm512_setzero_si512());
+/* --- small products ----------------------------------------------------------------------- */
+/* c[8 rows][2 vectors]: rows beyond n take the last one again, with the same result.  Loops over acc are unrolled, here
+ * and in product_avx512: otherwise the compiler keeps acc in memory, at a third of the speed. */
+static inline __attribute__((always_inline)) void product_tile_512(const float *const *a, const float *b, size_t b_stride, int k,
+                                                                   __mmask16 l0, __mmask16 l1, __m512 *acc) {
+    for (int p = 0; p < k; p++, b += b_stride) {
+        __m512 b0 = _mm512_maskz_loadu_ps(l0, b), b1 = _mm512_maskz_loadu_ps(l1, b + 16);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {
+            __m512 s = _mm512_set1_ps(a[i][p]);
+            acc[2 * i] = _mm512_fmadd_ps(s, b0, acc[2 * i]);
+            acc[2 * i + 1] = _mm512_fmadd_ps(s, b1, acc[2 * i + 1]);
         }
     }
 }
-
-/* --- halves ---------------------------------------------------------------------------------- */
+static void product_avx512(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride, int32_t m,
+                           int32_t n, int32_t k) {
+    for (int32_t i = 0; i < m; i += 8) {
+        const float *rows[8];
+        int32_t left = m - i < 8 ? m - i : 8;
+        for (int r = 0; r < 8; r++) rows[r] = a + (size_t)(i + (r < left ? r : left - 1)) * a_stride;
+        for (int32_t j = 0; j < n; j += 32) {
+            __mmask16 l0 = lanes_512(n - j), l1 = lanes_512(n - j - 16);
+            __m512 acc[16];
+#pragma GCC unroll 16
+            for (int r = 0; r < 16; r++) acc[r] = _mm512_setzero_ps();
+            product_tile_512(rows, b + j, b_stride, k, l0, l1, acc);
+#pragma GCC unroll 8
+            for (int r = 0; r < 8; r++) {
+                if (r >= left) break;
+                float *to = c + (size_t)(i + r) * c_stride + (size_t)j;
+                _mm512_mask_storeu_ps(to, l0, acc[2 * r]);
+                _mm512_mask_storeu_ps(to + 16, l1, acc[2 * r + 1]);
+            }
+        }
+    }
+}
+/* --- halves, transposition ---------------------------------------------------------------- */
 static void from_half_avx512(float *out, const uint16_t *x, size_t n) {
-    size_t i = 0;
-    for (; i + 16 <= n; i += 16) _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(x + i))));
-    from_half_plain(out + i, x + i, n - i);
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 lanes = lanes_512(n - i > 16 ? 16 : (int)(n - i));
+        _mm512_mask_storeu_ps(out + i, lanes, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, x + i)));
+    }
 }
 static void to_half_avx512(uint16_t *out, const float *x, size_t n) {
-    size_t i = 0;
-    for (; i + 16 <= n; i += 16)
-        _mm256_storeu_si256((void *)(out + i), _mm512_cvtps_ph(_mm512_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    to_half_plain(out + i, x + i, n - i);
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 lanes = lanes_512(n - i > 16 ? 16 : (int)(n - i));
+        __m512 v = _mm512_maskz_loadu_ps(lanes, x + i);
+        _mm256_mask_storeu_epi16(out + i, lanes, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+}
+/* 16 vectors of 16 floats: element j of vector i <-> element i of vector j */
+static inline void transpose_16_512(__m512 *v) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+        a[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            __m512d x = _mm512_castps_pd(a[i + j]), y = _mm512_castps_pd(a[i + j + 2]);
+            b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+            b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+        }
+    for (int i = 0; i < 4; i++) {              /* b[4 g + i]: rows 4 g .. 4 g + 3, columns i, 4 + i, 8 + i, 12 + i */
+        __m512 x = _mm512_shuffle_f32x4(b[i], b[4 + i], 0x88), y = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0x88);
+        __m512 z = _mm512_shuffle_f32x4(b[i], b[4 + i], 0xdd), w = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0xdd);
+        v[i] = _mm512_shuffle_f32x4(x, y, 0x88);
+        v[8 + i] = _mm512_shuffle_f32x4(x, y, 0xdd);
+        v[4 + i] = _mm512_shuffle_f32x4(z, w, 0x88);
+        v[12 + i] = _mm512_shuffle_f32x4(z, w, 0xdd);
+    }
+}
+static void transpose_keys_avx512(float *kt, const float *k, size_t k_stride, int32_t n_keys, int32_t d) {
+    for (int32_t i = 0; i < d; i += 16)
+        for (int32_t key = 0; key < ATTEND_KEYS; key += 16) {
+            __m512 v[16];
+            __mmask16 lanes = lanes_512(d - i);
+            for (int j = 0; j < 16; j++)
+                v[j] = key + j < n_keys ? _mm512_maskz_loadu_ps(lanes, k + (size_t)(key + j) * k_stride + (size_t)i) : _mm512_setzero_ps();
+            transpose_16_512(v);
+            for (int j = 0; j < 16 && i + j < d; j++) _mm512_storeu_ps(kt + (size_t)(i + j) * ATTEND_KEYS + (size_t)key, v[j]);
+        }
+}
+/* --- dequantisation that attention waits for ---------------------------------------------- */
+static void dequantize_q8_0_avx512(float *out, const void *w, size_t n) {
+    const block_q8_0 *b = w;
+    for (size_t i = 0; i < n / 32; i++, out += 32) {
+        __m512 d = _mm512_set1_ps(_cvtsh_ss(b[i].d));
+        for (int h = 0; h < 32; h += 16)
+            _mm512_storeu_ps(out + h, _mm512_mul_ps(d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(b[i].qs + h))))));
+    }
 }
 #endif

@@ -1,6 +1,7 @@
 /* ref.c -- what each kernel means.  Plain C, no cleverness, sums in double: the fast kernels are tested against it.
  * The block formats are in dequantize.c. */
 #include "dequantize.h"
+#include "peak.h"
 #include "ops.h"
 #include <math.h>
 #include <string.h>
@@ -142,4 +143,6 @@ const struct ms4_ops ops_ref = {
     .to_half = to_half_ref,
     .transpose_keys = transpose_keys_ref,
     .product = product_ref,
+    .int8_peak = int8_peak,
+    .float_peak = float_peak,
 };
