@@ -22,7 +22,11 @@ void matrix_mul(const struct ms4_ops *ops, const matrix *m, const activations *x
         for (int32_t r = 0; r < m->n_rows; r++) y[(size_t)t * y_stride + (size_t)r] *= m->scales[0];
 }
 
-int32_t rows_per_item(int32_t n_tokens) { return n_tokens < 8 ? 64 : MAX_CHUNK_ROWS; }
+int32_t rows_per_item(const pool *p, int32_t n_rows, int32_t n_tokens) {
+    int32_t most = n_tokens < 8 ? 64 : MAX_CHUNK_ROWS, items = 8 * pool_size(p);
+    int32_t rows = (n_rows / items + 15) / 16 * 16;           /* kernels take 16 rows at a time */
+    return rows < 16 ? 16 : rows > most ? most : rows;
+}
 
 typedef struct {
     const struct ms4_ops *ops;
@@ -65,8 +69,10 @@ static void matmul_item(void *context, int32_t item, int32_t thread) {
 void matmul(pool *p, const struct ms4_ops *ops, const product *products, int32_t n_products, int32_t n_tokens,
             const atomic_int *stop) {
     matmul_job job = { .ops = ops, .products = products, .n_products = n_products, .n_tokens = n_tokens,
-                       .rows = rows_per_item(n_tokens) };
-    int32_t tiles = (n_tokens + TOKEN_TILE - 1) / TOKEN_TILE, n = 0;
+                       .rows = 16 };
+    int32_t tiles = (n_tokens + TOKEN_TILE - 1) / TOKEN_TILE, n = 0, n_rows = 0;
+    for (int32_t i = 0; i < n_products; i++) n_rows += products[i].m->n_rows;
+    job.rows = rows_per_item(p, n_rows * tiles, n_tokens);
     for (int32_t i = 0; i < n_products; i++) {
         job.first_item[i] = n;
         n += (products[i].m->n_rows + job.rows - 1) / job.rows * tiles;

@@ -46,6 +46,6 @@ typedef struct {
 #define MAX_PRODUCTS 4
 void matmul(pool *p, const struct ms4_ops *ops, const product *products, int32_t n_products, int32_t n_tokens,
             const atomic_int *stop);
-/* Rows that one item of work takes, so that there are enough items to balance and few enough to be cheap. */
-int32_t rows_per_item(int32_t n_tokens);
+/* Rows that one item of work takes, of n_rows in all: enough items to balance, few enough to be cheap. */
+int32_t rows_per_item(const pool *p, int32_t n_rows, int32_t n_tokens);
 #endif

@@ -1,9 +1,11 @@
 /* pool.c -- the worker threads.
  *
- * DESIGN.  A run is a counter that threads take items from.  The caller works too.  What it waits for at the end is
- * not "every worker" but "every worker that came in": `gate` holds an OPEN bit and the number of workers inside.  A
- * worker that the system did not wake in time therefore costs nothing, and when no item is left the caller closes
- * the gate and waits only for items that are under way.
+ * DESIGN.  The items of a run are cut into one range per thread.  A thread takes its own items from the front, one
+ * after the other, so that it reads neighbouring weights and prefetching goes on across items; when it has none left
+ * it takes from the back of the others' ranges.  The caller works too.  What it waits for at the end is not "every
+ * worker" but "every worker that came in": `gate` holds an OPEN bit and the number of workers inside.  A worker that
+ * the system did not wake in time therefore costs nothing (its range is taken by the others), and when no item is
+ * left the caller closes the gate and waits only for items that are under way.
  *
  * Waiting is spinning for at most SPIN_NS, then sleeping on a futex.  Sleeping is not only polite: on a machine with
  * a busy neighbour the idle core lets the kernel move a descheduled worker there, with the item that it holds.
@@ -32,14 +34,17 @@
 #define MAX_THREADS 512
 
 typedef struct { pool *owner; pthread_t thread; int32_t index; } worker;
+/* Items first .. end - 1, both halves in one word so that front and back can be taken without a lock. */
+typedef struct { _Alignas(64) _Atomic uint64_t items; } range;
+#define RANGE(first, end) ((uint64_t)(uint32_t)(first) | (uint64_t)(uint32_t)(end) << 32)
 
 struct pool {
     pool_fn *fn;
     void *context;
     const atomic_int *stop;
-    int32_t n_items, n_threads, n_started;
+    int32_t n_threads, n_started;
     worker *workers;
-    _Alignas(64) atomic_int next;              /* first item that nobody has taken */
+    range *ranges;                             /* one per thread */
     _Alignas(64) atomic_uint gate;             /* OPEN | QUIT | workers inside */
     _Alignas(64) atomic_uint epoch;            /* counts runs; workers sleep on it */
     atomic_int n_asleep;                       /* workers asleep on epoch */
@@ -76,12 +81,22 @@ static void wait_change(atomic_uint *word, unsigned value, atomic_int *asleep) {
         }
     }
 }
-static void take_items(pool *p, int32_t thread) {
+/* One item from the front (own) or the back (another's) of a range, or -1. */
+static int32_t take(range *r, int own) {
+    uint64_t seen = atomic_load_explicit(&r->items, memory_order_relaxed);
     for (;;) {
-        int32_t i = atomic_fetch_add_explicit(&p->next, 1, memory_order_relaxed);
-        if (i >= p->n_items) return;
-        if (p->stop && atomic_load_explicit(p->stop, memory_order_relaxed)) continue;
-        p->fn(p->context, i, thread);
+        uint32_t first = (uint32_t)seen, end = (uint32_t)(seen >> 32);
+        if (first >= end) return -1;
+        uint64_t rest = own ? RANGE(first + 1, end) : RANGE(first, end - 1);
+        if (atomic_compare_exchange_weak_explicit(&r->items, &seen, rest, memory_order_relaxed, memory_order_relaxed))
+            return (int32_t)(own ? first : end - 1);
+    }
+}
+static void take_items(pool *p, int32_t thread) {
+    for (int32_t i = 0; i < p->n_threads; i++) {
+        range *from = &p->ranges[(thread + i) % p->n_threads];
+        for (int32_t item; (item = take(from, i == 0)) >= 0;)
+            if (!p->stop || !atomic_load_explicit(p->stop, memory_order_relaxed)) p->fn(p->context, item, thread);
     }
 }
 static int come_in(pool *p) {
@@ -113,9 +128,11 @@ void pool_run(pool *p, pool_fn *fn, void *context, int32_t n_items, const atomic
     p->fn = fn;
     p->context = context;
     p->stop = stop;
-    p->n_items = n_items;
-    atomic_store_explicit(&p->next, 0, memory_order_relaxed);
     int shared = n_items > 1 && p->n_started > 0;
+    for (int64_t i = 0; i < p->n_threads; i++)
+        atomic_store_explicit(&p->ranges[i].items,
+                              shared ? RANGE(i * n_items / p->n_threads, (i + 1) * n_items / p->n_threads)
+                                     : i ? 0 : RANGE(0, n_items), memory_order_relaxed);
     if (shared) {
         atomic_fetch_or(&p->gate, OPEN);
         atomic_fetch_add(&p->epoch, 1);
@@ -158,13 +175,16 @@ int pool_open(int32_t n_threads, pool **out) {
     FAIL_IF(n_threads < 1 || n_threads > MAX_THREADS, MS4_EARG, "%d threads: 1 to %d", n_threads, MAX_THREADS);
     pool *p = memory_take(1, sizeof *p);
     worker *workers = memory_take((size_t)n_threads, sizeof *workers);
-    if (!p || !workers) {
+    range *ranges = memory_take((size_t)n_threads, sizeof *ranges);
+    if (!p || !workers || !ranges) {
         memory_give(p);
         memory_give(workers);
+        memory_give(ranges);
         return error_set(MS4_ENOMEM, "no memory for worker threads");
     }
     p->n_threads = n_threads;
     p->workers = workers;
+    p->ranges = ranges;
     sigset_t all, before;                      /* signals belong to the caller's threads */
     sigfillset(&all);
     sigdelset(&all, SIGBUS);                   /* but a fault must reach its handler */
@@ -191,5 +211,6 @@ void pool_close(pool *p) {
     futex_wake(&p->epoch, MAX_THREADS);
     for (int32_t i = 1; i <= p->n_started; i++) pthread_join(p->workers[i].thread, NULL);
     memory_give(p->workers);
+    memory_give(p->ranges);
     memory_give(p);
 }

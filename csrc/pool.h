@@ -11,7 +11,7 @@ int32_t pool_default_threads(void);            /* what affinity and cgroup quota
 int pool_open(int32_t n_threads, pool **out);  /* n_threads counts the thread that calls pool_run */
 void pool_close(pool *p);
 int32_t pool_size(const pool *p);
-/* Runs fn(context, 0 .. n_items - 1) and returns when all are done.  Items start in order, in whichever thread is
- * free; once *stop (may be NULL) is not 0, the remaining ones are left out. */
+/* Runs fn(context, 0 .. n_items - 1) and returns when all are done.  Each thread begins with a range of
+ * neighbouring items and then helps the others; once *stop (may be NULL) is not 0, the remaining ones are left out. */
 void pool_run(pool *p, pool_fn *fn, void *context, int32_t n_items, const atomic_int *stop);
 #endif

@@ -11,26 +11,30 @@
 
 #define ROWS 8              /* rows of a panel, and rows computed together for one token: the lanes of a register */
 
-/* What a type needs besides its row_<type>.
- * span: how many products of pairs, at most 127 * (2 * largest quant), fit 16 bits when added up; 0: signed quants. */
-struct form { enum family family; int bias, span; };
+/* What a type's quants are like.  span: how many products of pairs, each at most 127 * (2 * the largest quant), fit 16
+ * bits when added up; 0: the quants are signed.  Those with a bias have it in their panel too. */
+struct form { enum family family; int span, biased; };
+/* X(form, family, span, biased) */
+#define FORMS(X) \
+    X(mins_8, FAMILY_MINS, 8, 0) X(mins_4, FAMILY_MINS, 4, 0) X(scales_4, FAMILY_SCALES, 4, 1) \
+    X(scales_2, FAMILY_SCALES, 2, 1) X(scales_1, FAMILY_SCALES, 1, 1) X(scales_signed, FAMILY_SCALES, 0, 0) \
+    X(blocks_8, FAMILY_BLOCKS, 8, 1) X(blocks_4, FAMILY_BLOCKS, 4, 1) X(blocks_signed, FAMILY_BLOCKS, 0, 0) \
+    X(blocks_min_8, FAMILY_BLOCKS_MIN, 8, 0) X(blocks_min_4, FAMILY_BLOCKS_MIN, 4, 0) \
+    X(blocks_16, FAMILY_BLOCKS_16, 4, 1)
+/* X(type, form, bias) */
 #define AVX2_TYPES(X) \
-    X(q4_0, FAMILY_BLOCKS, 8, 8) X(q4_1, FAMILY_BLOCKS_MIN, 0, 8) X(q5_0, FAMILY_BLOCKS, 16, 4) \
-    X(q5_1, FAMILY_BLOCKS_MIN, 0, 4) X(q8_0, FAMILY_BLOCKS, 0, 0) X(iq4_nl, FAMILY_BLOCKS, 0, 0) \
-    X(mxfp4, FAMILY_BLOCKS, 12, 4) X(nvfp4, FAMILY_BLOCKS_16, 12, 4) \
-    X(q2_k, FAMILY_MINS, 0, 4) X(q3_k, FAMILY_SCALES, 4, 4) X(q4_k, FAMILY_MINS, 0, 8) X(q5_k, FAMILY_MINS, 0, 4) \
-    X(q6_k, FAMILY_SCALES, 32, 2) X(iq4_xs, FAMILY_SCALES, 0, 0) \
-    X(iq2_xxs, FAMILY_SCALES, 43, 1) X(iq2_xs, FAMILY_SCALES, 43, 1) X(iq2_s, FAMILY_SCALES, 43, 1) \
-    X(iq3_xxs, FAMILY_SCALES, 62, 1) X(iq3_s, FAMILY_SCALES, 15, 4) \
-    X(iq1_s, FAMILY_SCALES, 9, 4) X(iq1_m, FAMILY_SCALES, 9, 4)
+    X(q4_0, blocks_8, 8) X(q4_1, blocks_min_8, 0) X(q5_0, blocks_4, 16) X(q5_1, blocks_min_4, 0) \
+    X(q8_0, blocks_signed, 0) X(iq4_nl, blocks_signed, 0) X(mxfp4, blocks_4, 12) X(nvfp4, blocks_16, 12) \
+    X(q2_k, mins_4, 0) X(q3_k, scales_4, 4) X(q4_k, mins_8, 0) X(q5_k, mins_4, 0) X(q6_k, scales_2, 32) \
+    X(iq4_xs, scales_signed, 0) X(iq2_xxs, scales_1, 43) X(iq2_xs, scales_1, 43) X(iq2_s, scales_1, 43) \
+    X(iq3_xxs, scales_1, 62) X(iq3_s, scales_4, 15) X(iq1_s, scales_4, 9) X(iq1_m, scales_4, 9)
 
 typedef void row_fn(struct row *o, const uint8_t *w, int n_blocks);
 typedef __m256 scale_fn(const uint8_t *const *rows, int b);
 /* The superblock of eight rows at once; b: the block whose scale or min is meant. */
-struct opener { row_fn *row; scale_fn *d, *m; size_t bytes; struct form form; };
+struct opener { row_fn *row; scale_fn *d, *m; size_t bytes; struct form form; int bias; };
 
 INLINE int is_blocks(enum family f) { return f != FAMILY_SCALES && f != FAMILY_MINS; }
-INLINE int has_min(enum family f) { return f == FAMILY_MINS || f == FAMILY_BLOCKS_MIN; }
 
 /* --- float scales of eight rows ------------------------------------------------------------------ */
 INLINE __m256 from_halves(const uint16_t *h) {
@@ -98,12 +102,17 @@ INLINE __m256i sum_each(const __m256i *v) {
     __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
     return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
 }
-INLINE __m256i first_lanes(int n) {
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+/* Copies between y and a register; the last rows may be fewer than eight. */
+INLINE __m256 load_rows(const float *y, int n) {
+    float part[ROWS] = { 0 };
+    if (n >= ROWS) return _mm256_loadu_ps(y);
+    memcpy(part, y, (size_t)n * sizeof *y);
+    return _mm256_loadu_ps(part);
 }
 INLINE void store_rows(float *y, __m256 v, int n) {
-    if (n >= ROWS) _mm256_storeu_ps(y, v);
-    else _mm256_maskstore_ps(y, first_lanes(n), v);
+    float part[ROWS];
+    _mm256_storeu_ps(n >= ROWS ? y : part, v);
+    if (n < ROWS) memcpy(y, part, (size_t)n * sizeof *y);
 }
 /* Where the rows of a group begin; rows beyond the last one repeat it, and their results are not stored. */
 INLINE void find_rows(const uint8_t **rows, const struct ms4_mul *m, int first) {
@@ -145,8 +154,8 @@ INLINE __m256 decode_superblock(const uint8_t *const *rows, const block_q8 *x, _
             __m256i p = pairs(o.q[c], load256(x->qs + c * 32), t.form.span == 0);
             dot = _mm256_add_epi32(dot, _mm256_madd_epi16(p, scale_of_chunk(o.scale, c)));
         }
-        if (t.form.bias) {
-            __m256i low = _mm256_mullo_epi16(o.scale, _mm256_set1_epi16((short)t.form.bias));
+        if (t.bias) {
+            __m256i low = _mm256_mullo_epi16(o.scale, _mm256_set1_epi16((short)t.bias));
             dot = _mm256_sub_epi32(dot, _mm256_madd_epi16(low, sums));
         }
         dots[r] = dot;
@@ -168,7 +177,7 @@ INLINE void block_sums(__m256i *even, __m256i *odd, const struct row *o, const b
 }
 INLINE __m256 decode_blocks(const uint8_t *const *rows, const block_q8 *x, __m256 y, int n_blocks, struct opener t) {
     const int wide = t.form.family != FAMILY_BLOCKS_16;
-    __m256i even[ROWS], odd[ROWS], bias = _mm256_set1_epi16((short)t.form.bias), sums = load256(x->sums);
+    __m256i even[ROWS], odd[ROWS], bias = _mm256_set1_epi16((short)t.bias), sums = load256(x->sums);
     for (int r = 0; r < ROWS; r++) {
         struct row o;
         t.row(&o, rows[r], n_blocks);
@@ -191,9 +200,8 @@ INLINE __m256 decode_blocks(const uint8_t *const *rows, const block_q8 *x, __m25
     }
     return _mm256_fmadd_ps(_mm256_set1_ps(x->d), v, y);
 }
-INLINE void decode(const struct ms4_mul *m, int token, struct opener t) {
-    const block_q8 *x = mul_blocks(m, token);
-    float *y = m->y + (size_t)token * m->y_stride;
+INLINE void decode(const struct ms4_mul *m, struct opener t) {
+    const block_q8 *x = mul_blocks(m, 0);
     for (int first = 0; first < m->n_rows; first += ROWS) {
         const uint8_t *rows[ROWS];
         __m256 sum = _mm256_setzero_ps();
@@ -205,7 +213,7 @@ INLINE void decode(const struct ms4_mul *m, int token, struct opener t) {
             else sum = decode_blocks(rows, x + i, sum, n_blocks, t);
             next_superblock(rows, m, t.bytes);
         }
-        store_rows(y + first, sum, m->n_rows - first);
+        store_rows(m->y + first, sum, m->n_rows - first);
     }
 }
 
@@ -215,11 +223,13 @@ struct panel {
     __m256i q[SUPERBLOCK / 4];
     __m256i scale[16];          /* of group g, twice */
     __m256i low[8];             /* of groups 2 p and 2 p + 1: the min, or scale * bias */
+    __m256i bias;               /* in every 16-bit lane */
     __m256 d[16], m[8];
 };
 INLINE void open_panel(struct panel *p, const uint8_t *const *rows, int n_blocks, struct opener t) {
     const int blocks = is_blocks(t.form.family);
     __m256i scale[ROWS], low[ROWS], q[ROWS][8];
+    p->bias = _mm256_set1_epi16((short)t.bias);
     for (int r = 0; r < ROWS; r++) {
         struct row o;
         t.row(&o, rows[r], n_blocks);
@@ -227,7 +237,7 @@ INLINE void open_panel(struct panel *p, const uint8_t *const *rows, int n_blocks
         if (blocks) continue;
         __m256i even = o.scale, odd = _mm256_permute2x128_si256(even, even, 0x11);
         scale[r] = _mm256_inserti128_si256(_mm256_unpacklo_epi16(even, odd), _mm256_castsi256_si128(_mm256_unpackhi_epi16(even, odd)), 1);
-        even = t.form.family == FAMILY_MINS ? o.min : _mm256_mullo_epi16(o.scale, _mm256_set1_epi16((short)t.form.bias));
+        even = t.form.family == FAMILY_MINS ? o.min : _mm256_mullo_epi16(o.scale, p->bias);
         odd = _mm256_permute2x128_si256(even, even, 0x11);
         low[r] = _mm256_inserti128_si256(_mm256_unpacklo_epi16(even, odd), _mm256_castsi256_si128(_mm256_unpackhi_epi16(even, odd)), 1);
     }
@@ -289,10 +299,10 @@ INLINE void tile_superblock(const struct panel *p, const block_q8 *const *x, __m
     for (int c = 0; c < 8; c++) tile_chunk(dots, p, x, n, c, f);
     for (int t = 0; t < n; t++) {
         __m256i low = _mm256_setzero_si256();
-        if (f.bias || f.family == FAMILY_MINS)
+        if (f.biased || f.family == FAMILY_MINS)
             for (int g = 0; g < 8; g++)
                 low = _mm256_add_epi32(low, _mm256_madd_epi16(p->low[g], broadcast4(x[t]->sums + g * 2)));
-        if (f.bias) dots[t] = _mm256_sub_epi32(dots[t], low);
+        if (f.biased) dots[t] = _mm256_sub_epi32(dots[t], low);
         __m256 v = _mm256_mul_ps(p->d[0], _mm256_cvtepi32_ps(dots[t]));
         if (f.family == FAMILY_MINS) v = _mm256_fnmadd_ps(p->m[0], _mm256_cvtepi32_ps(low), v);
         y[t] = _mm256_fmadd_ps(_mm256_set1_ps(x[t]->d), v, y[t]);
@@ -303,19 +313,19 @@ INLINE void tile_blocks(const struct panel *p, const block_q8 *const *x, __m256 
     __m256 v[TILE];
     for (int t = 0; t < n; t++) v[t] = _mm256_setzero_ps();
     for (int b = 0; b < n_blocks; b++) {
-        __m256i dots[2 * TILE], bias = _mm256_set1_epi16((short)f.bias);
+        __m256i dots[2 * TILE];
         tile_chunk(dots, p, x, n, b, f);
         for (int t = 0; t < n; t++) {
             __m256i sums = broadcast4(x[t]->sums + b * 2);
             if (wide) {
-                if (f.bias) dots[t] = _mm256_sub_epi32(dots[t], _mm256_madd_epi16(sums, bias));
+                if (f.biased) dots[t] = _mm256_sub_epi32(dots[t], _mm256_madd_epi16(sums, p->bias));
                 v[t] = _mm256_fmadd_ps(p->d[b], _mm256_cvtepi32_ps(dots[t]), v[t]);
                 if (f.family == FAMILY_BLOCKS_MIN)
                     v[t] = _mm256_fmadd_ps(p->m[b], _mm256_cvtepi32_ps(_mm256_madd_epi16(sums, _mm256_set1_epi16(1))), v[t]);
                 continue;
             }
-            __m256i even = _mm256_madd_epi16(_mm256_and_si256(sums, _mm256_set1_epi32(0xffff)), bias);
-            __m256i odd = _mm256_madd_epi16(_mm256_andnot_si256(_mm256_set1_epi32(0xffff), sums), bias);
+            __m256i even = _mm256_madd_epi16(_mm256_and_si256(sums, _mm256_set1_epi32(0xffff)), p->bias);
+            __m256i odd = _mm256_madd_epi16(_mm256_andnot_si256(_mm256_set1_epi32(0xffff), sums), p->bias);
             v[t] = _mm256_fmadd_ps(p->d[2 * b], _mm256_cvtepi32_ps(_mm256_sub_epi32(dots[t], even)), v[t]);
             v[t] = _mm256_fmadd_ps(p->d[2 * b + 1], _mm256_cvtepi32_ps(_mm256_sub_epi32(dots[TILE + t], odd)), v[t]);
         }
@@ -331,40 +341,45 @@ INLINE void tile(const struct ms4_mul *m, const struct panel *p, int token, int 
     for (int t = 0; t < n; t++) {
         x[t] = mul_blocks(m, token + t) + i;
         out[t] = m->y + (size_t)(token + t) * m->y_stride + first;
-        y[t] = i == 0 ? _mm256_setzero_ps()
-             : n_lanes >= ROWS ? _mm256_loadu_ps(out[t]) : _mm256_maskload_ps(out[t], first_lanes(n_lanes));
+        y[t] = i == 0 ? _mm256_setzero_ps() : load_rows(out[t], n_lanes);
     }
     if (is_blocks(f.family)) tile_blocks(p, x, y, n, blocks_here(m, i), f);
     else tile_superblock(p, x, y, n, f);
     for (int t = 0; t < n; t++) store_rows(out[t], y[t], n_lanes);
 }
-INLINE void prefill(const struct ms4_mul *m, struct opener t) {
+/* All tokens times superblock i of the panel. */
+typedef void tiles_fn(const struct ms4_mul *m, const struct panel *p, int i, int first);
+#define X(name, family, span, biased) \
+    static __attribute__((noinline)) void tiles_##name(const struct ms4_mul *m, const struct panel *p, int i, int first) { \
+        const struct form f = { family, span, biased }; \
+        int token = 0; \
+        for (; token + TILE <= m->n_tokens; token += TILE) tile(m, p, token, TILE, i, first, f); \
+        if (m->n_tokens - token >= 2) { tile(m, p, token, 2, i, first, f); token += 2; } \
+        if (m->n_tokens > token) tile(m, p, token, 1, i, first, f); \
+    } \
+    enum { FAMILY_##name = family, SPAN_##name = span, BIASED_##name = biased };
+FORMS(X)
+#undef X
+INLINE void prefill(const struct ms4_mul *m, struct opener t, tiles_fn *tiles) {
     for (int first = 0; first < m->n_rows; first += ROWS) {
         const uint8_t *rows[ROWS];
         find_rows(rows, m, first);
         for (int i = 0; i * SUPERBLOCK < m->n_cols; i++) {
             struct panel p;
-            int token = 0;
             open_panel(&p, rows, blocks_here(m, i), t);
-            for (; token + TILE <= m->n_tokens; token += TILE) tile(m, &p, token, TILE, i, first, t.form);
-            if (m->n_tokens - token >= 2) { tile(m, &p, token, 2, i, first, t.form); token += 2; }
-            if (m->n_tokens > token) tile(m, &p, token, 1, i, first, t.form);
+            tiles(m, &p, i, first);
             next_superblock(rows, m, t.bytes);
         }
     }
 }
 
 #define PANEL_FROM 2        /* so many tokens are worth opening a panel for */
-#define X(type, family, bias, span) \
-    static __attribute__((noinline)) void decode_##type(const struct ms4_mul *m, int token) { \
-        decode(m, token, (struct opener){ row_##type, d_##type, m_##type, SUPERBLOCK_BYTES(type), { family, bias, span } }); \
-    } \
-    static __attribute__((noinline)) void prefill_##type(const struct ms4_mul *m) { \
-        prefill(m, (struct opener){ row_##type, d_##type, m_##type, SUPERBLOCK_BYTES(type), { family, bias, span } }); \
-    } \
+#define X(type, name, bias) \
     void avx2_mul_##type(const struct ms4_mul *m) { \
-        if (m->n_tokens >= PANEL_FROM) prefill_##type(m); \
-        else for (int t = 0; t < m->n_tokens; t++) decode_##type(m, t); \
+        const struct form form = { (enum family)FAMILY_##name, SPAN_##name, BIASED_##name }; \
+        const struct opener t = { row_##type, d_##type, m_##type, SUPERBLOCK_BYTES(type), form, bias }; \
+        if (m->n_tokens >= PANEL_FROM) prefill(m, t, tiles_##name); \
+        else decode(m, t); \
     }
 AVX2_TYPES(X)
 #endif

@@ -5,41 +5,36 @@
 #include "avx512_float.h"
 #include "avx512_gemm.h"
 #include "avx512_gemv.h"
+#include "avx512_gemv_blocks.h"
+#include "avx512_grids.h"
 #include "avx512_panel.h"
 #include "dequantize.h"
 #include "peak.h"
 #include "plain.h"
 
-#define FILL_OPENED(type, family) \
-    static inline void fill_##type(struct panel *p, panel_rows rows, int blocks) { fill_opened(p, rows, blocks, unpack_##type, family); }
-FILL_OPENED(q4_0, FAMILY_BLOCKS) FILL_OPENED(q4_1, FAMILY_BLOCKS_MIN) FILL_OPENED(q5_0, FAMILY_BLOCKS) FILL_OPENED(q5_1, FAMILY_BLOCKS_MIN)
-FILL_OPENED(q3_k, FAMILY_SCALES)
-FILL_OPENED(iq2_xxs, FAMILY_SCALES) FILL_OPENED(iq2_xs, FAMILY_SCALES) FILL_OPENED(iq3_xxs, FAMILY_SCALES)
-FILL_OPENED(iq1_s, FAMILY_SCALES) FILL_OPENED(iq4_nl, FAMILY_BLOCKS) FILL_OPENED(iq3_s, FAMILY_SCALES) FILL_OPENED(iq2_s, FAMILY_SCALES)
-FILL_OPENED(iq4_xs, FAMILY_SCALES) FILL_OPENED(iq1_m, FAMILY_SCALES) FILL_OPENED(mxfp4, FAMILY_BLOCKS) FILL_OPENED(nvfp4, FAMILY_BLOCKS_16)
-
-/* X(type, layout, offset) */
+/* X(type, layout of the panel, its offset): types whose single tokens are a panel of one, too */
 #define GEMM_TYPES(X) \
-    X(q4_0, float_blocks, 128) X(q4_1, float_blocks_min, 0) X(q5_0, float_blocks, 128) X(q5_1, float_blocks_min, 0) \
-    X(q8_0, float_blocks, 128) X(q3_k, groups, 128) \
-    X(iq2_xxs, groups, 128) X(iq2_xs, groups, 128) X(iq3_xxs, groups, 128) X(iq1_s, groups, 128) X(iq4_nl, float_blocks, 128) \
-    X(iq3_s, groups, 128) X(iq2_s, groups, 128) X(iq4_xs, groups, 128) X(iq1_m, groups, 128) X(mxfp4, float_blocks, 128) \
-    X(nvfp4, float_groups, 128)
+    X(q4_1, float_blocks_min, 0) X(q5_0, float_blocks, 16) X(q5_1, float_blocks_min, 0) X(q2_k, bytes_min, 0) X(q3_k, bytes, 124) \
+    X(nvfp4, float_groups, 12)
 #define X(type, layout, offset) \
     static void mul_##type##_avx512(const struct ms4_mul *m) { gemm(m, fill_##type, tiles_##layout, offset, SUPERBLOCK_BYTES(type)); }
 GEMM_TYPES(X)
 #undef X
 /* X(type, layout of the panel, its offset, order of chunks, offset of single rows) */
 #define GEMV_TYPES(X) \
-    X(q4_k, blocks_min, 0, K_ORDER, 0) X(q5_k, blocks_min, 0, K_ORDER, 0) X(q6_k, groups, 32, CRUMB_ORDER, 32)
+    X(q4_k, blocks_min, 0, K_ORDER, 0) X(q5_k, blocks_min, 0, K_ORDER, 0) X(q6_k, groups, 32, CRUMB_ORDER, 32) \
+    X(q8_0, float_blocks, 128, BLOCK_ORDER, 128) X(q4_0, float_blocks, 8, BLOCK_ORDER, 8) \
+    X(iq4_nl, float_blocks, 128, BLOCK_ORDER, 128) X(mxfp4, float_blocks, 12, BLOCK_ORDER, 12) \
+    X(iq4_xs, blocks, 128, BLOCK_ORDER, 128) X(iq2_xxs, groups, 128, NATURAL, 0) X(iq2_xs, groups, 128, NATURAL, 0) \
+    X(iq2_s, groups, 128, NATURAL, 0) X(iq3_xxs, groups, 128, NATURAL, 0) X(iq3_s, groups, 128, NATURAL, 0) \
+    X(iq1_s, groups, IQ1_OFFSET, NATURAL, IQ1_OFFSET) X(iq1_m, groups, IQ1_OFFSET, NATURAL, IQ1_OFFSET)
 #define X(type, layout, offset, order, row_offset) \
     static void mul_##type##_avx512(const struct ms4_mul *m) { \
-        if (m->n_tokens <= GEMV_TOKENS && m->n_cols % SUPERBLOCK == 0) gemv(m, dot_##type, order, row_offset, SUPERBLOCK_BYTES(type)); \
+        if (m->n_tokens == 1 && m->n_cols % SUPERBLOCK == 0) gemv(m, dot_##type, order, row_offset, SUPERBLOCK_BYTES(type)); \
         else gemm(m, fill_##type, tiles_##layout, offset, SUPERBLOCK_BYTES(type)); \
     }
 GEMV_TYPES(X)
 #undef X
-static void mul_q2_k_avx512(const struct ms4_mul *m) { mul_opened_plain(m, unpack_q2_k, SUPERBLOCK_BYTES(q2_k), FAMILY_MINS, dot_groups_plain); }
 static void mul_f32_avx512(const struct ms4_mul *m) { mul_floats_512(m, weights_f32_512); }
 static void mul_f16_avx512(const struct ms4_mul *m) { mul_floats_512(m, weights_f16_512); }
 static void mul_bf16_avx512(const struct ms4_mul *m) { mul_floats_512(m, weights_bf16_512); }

@@ -57,7 +57,7 @@ static inline __attribute__((always_inline)) void tile_add(const struct panel *p
     const int is_float = l.scaling == FLOAT_BLOCKS || l.scaling == FLOAT_GROUPS;
     struct tile_sums s[TILE];
     const block_q8 *x[TILE];
-    __m512i dot[TILE], total[TILE];
+    __m512i dot[TILE], odd[TILE], total[TILE];
     __m512 t[TILE];
     for (int k = 0; k < n; k++) {
         x[k] = rows[k] + i;
@@ -67,12 +67,22 @@ static inline __attribute__((always_inline)) void tile_add(const struct panel *p
     }
 #pragma GCC unroll 1
     for (int b = 0; b < parts; b++) {
-        for (int k = 0; k < n; k++) dot[k] = l.has_offset ? _mm512_set1_epi32(s[k].start[b]) : _mm512_setzero_si512();
-#pragma GCC unroll 8
-        for (int j = 0; j < 64 / parts; j++) {
-            const __m512i w = p->q[64 / parts * b + j];
-            for (int k = 0; k < n; k++) dot[k] = _mm512_dpbusd_epi32(dot[k], w, broadcast_dword(x[k]->qs + (64 / parts * b + j) * 4));
+        /* few tokens: two sums each, as one alone would wait for its own last addition */
+        for (int k = 0; k < n; k++) {
+            dot[k] = l.has_offset ? _mm512_set1_epi32(s[k].start[b]) : _mm512_setzero_si512();
+            odd[k] = _mm512_setzero_si512();
         }
+#pragma GCC unroll 4
+        for (int j = 64 / parts * b; j < 64 / parts * (b + 1); j += 2) {
+            const __m512i w0 = p->q[j], w1 = p->q[j + 1];
+            for (int k = 0; k < n; k++) dot[k] = _mm512_dpbusd_epi32(dot[k], w0, broadcast_dword(x[k]->qs + 4 * j));
+            for (int k = 0; k < n; k++) {
+                const __m512i v = broadcast_dword(x[k]->qs + 4 * j + 4);
+                if (n < 4) odd[k] = _mm512_dpbusd_epi32(odd[k], w1, v);
+                else dot[k] = _mm512_dpbusd_epi32(dot[k], w1, v);
+            }
+        }
+        for (int k = 0; k < n && n < 4; k++) dot[k] = _mm512_add_epi32(dot[k], odd[k]);
         for (int k = 0; k < n; k++) {
             if (l.scaling == SCALED_BYTES) total[k] = dot[k];
             else if (!is_float) total[k] = _mm512_add_epi32(total[k], _mm512_mullo_epi32(dot[k], p->scale[b]));

@@ -1,4 +1,4 @@
-/* avx512_gemv.h -- products with one or two tokens: bound by memory, so the weights are read once and in order.
+/* avx512_gemv.h -- products with one token: bound by memory, so the weights are read once and in order.
  *
  * The 16 lanes of a step are 16 superblocks that follow each other in memory: of one row, or of several short ones.
  * dot_<type>(w, x, at) is their values before x->d.  Integer sums stay spread over a vector for each superblock, and are
@@ -8,7 +8,6 @@
 #define MS4_AVX512_GEMV_H
 #include "avx512_panel.h"
 
-#define GEMV_TOKENS 2
 #define GEMV_SUPERBLOCKS 16     /* of a row in one pass */
 #define GEMV_AHEAD 45056        /* bytes to prefetch ahead, into L2: L1 has too few outstanding misses for memory's speed */
 
@@ -78,7 +77,7 @@ static void gemv_add(float *y, const float *d, const float *value, int n) {
 static void gemv_pass(const struct ms4_mul *m, dot_fn *dot, const struct gemv_x *x, int first, int n, size_t bytes) {
     for (int r0 = 0; r0 < m->n_rows; r0 += PANEL_ROWS) {
         const int n_rows = m->n_rows - r0 < PANEL_ROWS ? m->n_rows - r0 : PANEL_ROWS;
-        float value[GEMV_TOKENS][PANEL_ROWS * GEMV_SUPERBLOCKS] __attribute__((aligned(64))), y[PANEL_ROWS];
+        float value[PANEL_ROWS * GEMV_SUPERBLOCKS] __attribute__((aligned(64))), y[PANEL_ROWS];
         const uint8_t *row = m->w + (size_t)r0 * m->row_bytes + (size_t)first * bytes, *w[16];
         for (int step = 0, i = 0; 16 * step < n_rows * n; step++) {
             const int at = i;
@@ -86,24 +85,22 @@ static void gemv_pass(const struct ms4_mul *m, dot_fn *dot, const struct gemv_x 
                 w[l] = row + (size_t)i * bytes;
                 if (16 * step + l + 1 < n_rows * n && ++i == n) { i = 0; row += m->row_bytes; }
             }
-            for (int t = 0; t < m->n_tokens; t++) _mm512_store_ps(value[t] + 16 * step, dot(w, &x[t], at, w[0] + GEMV_AHEAD));
+            _mm512_store_ps(value + 16 * step, dot(w, x, at, w[0] + GEMV_AHEAD));
         }
-        for (int t = 0; t < m->n_tokens; t++) {
-            float *out = m->y + (size_t)t * m->y_stride + r0;
-            for (int r = 0; r < PANEL_ROWS; r++) y[r] = first && r < n_rows ? out[r] : 0;
-            gemv_add(y, x[t].d, value[t], n);
-            memcpy(out, y, (size_t)n_rows * sizeof *y);
-        }
+        float *out = m->y + r0;
+        for (int r = 0; r < PANEL_ROWS; r++) y[r] = first && r < n_rows ? out[r] : 0;
+        gemv_add(y, x->d, value, n);
+        memcpy(out, y, (size_t)n_rows * sizeof *y);
     }
 }
-/* n_cols must be a multiple of 256. */
+/* One token; n_cols must be a multiple of 256. */
 static void gemv(const struct ms4_mul *m, dot_fn *dot, enum chunk_order order, int offset, size_t bytes) {
-    struct gemv_x x[GEMV_TOKENS];
+    struct gemv_x x;
     const int n_superblocks = m->n_cols / SUPERBLOCK;
     for (int first = 0; first < n_superblocks; first += GEMV_SUPERBLOCKS) {
         const int n = n_superblocks - first < GEMV_SUPERBLOCKS ? n_superblocks - first : GEMV_SUPERBLOCKS;
-        for (int t = 0; t < m->n_tokens; t++) gemv_x_of(&x[t], x_row(m, t) + first, n, order, offset);
-        gemv_pass(m, dot, x, first, n, bytes);
+        gemv_x_of(&x, x_row(m, 0) + first, n, order, offset);
+        gemv_pass(m, dot, &x, first, n, bytes);
     }
 }
 
@@ -122,6 +119,15 @@ static inline __m512i add_lanes(const __m512i *a) {
     const __m512i t0 = _mm512_add_epi32(_mm512_shuffle_i64x2(a[0], a[1], 0x44), _mm512_shuffle_i64x2(a[0], a[1], 0xee));
     const __m512i t1 = _mm512_add_epi32(_mm512_shuffle_i64x2(a[2], a[3], 0x44), _mm512_shuffle_i64x2(a[2], a[3], 0xee));
     return _mm512_add_epi32(_mm512_shuffle_i64x2(t0, t1, 0x88), _mm512_shuffle_i64x2(t0, t1, 0xdd));
+}
+/* out[k]: lanes k of a[0..3] */
+static inline void transpose_lanes(__m512i *out, const __m512i *a) {
+    const __m512i t0 = _mm512_shuffle_i64x2(a[0], a[1], 0x44), t1 = _mm512_shuffle_i64x2(a[0], a[1], 0xee);
+    const __m512i t2 = _mm512_shuffle_i64x2(a[2], a[3], 0x44), t3 = _mm512_shuffle_i64x2(a[2], a[3], 0xee);
+    out[0] = _mm512_shuffle_i64x2(t0, t2, 0x88);
+    out[1] = _mm512_shuffle_i64x2(t0, t2, 0xdd);
+    out[2] = _mm512_shuffle_i64x2(t1, t3, 0x88);
+    out[3] = _mm512_shuffle_i64x2(t1, t3, 0xdd);
 }
 static inline __m512i load_512(const void *p) { return _mm512_loadu_si512(p); }
 static inline __m256i load_256(const void *p) { return _mm256_loadu_si256(p); }

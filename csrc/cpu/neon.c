@@ -6,6 +6,7 @@
 #if defined(__aarch64__)
 #pragma GCC target("arch=armv8.2-a+dotprod")
 #include "dequantize.h"
+#include "peak.h"
 #include "plain.h"
 #include <arm_neon.h>
 
@@ -244,6 +245,27 @@ static void attend_neon(const struct ms4_attend *a) {
     for (; i + TILE <= n; i += TILE) attend_rows(a, rows + i, TILE);
     for (; i < n; i++) attend_rows(a, rows + i, 1);
 }
+/* n_rows rows of a with 4 * width columns of b; rows beyond the last one repeat it and are not stored. */
+INLINE void product_rows(float *c, size_t c_stride, const float *const *a, const float *b, size_t b_stride, int n_rows, size_t k, int width) {
+    float32x4_t sum[TILE][4];
+    for (int i = 0; i < TILE * width; i++) sum[i / width][i % width] = vdupq_n_f32(0);
+    tile_product(sum, a, b, b_stride, k, TILE, width);
+    for (int r = 0; r < n_rows; r++)
+        for (int h = 0; h < width; h++) vst1q_f32(c + (size_t)r * c_stride + (size_t)h * 4, sum[r][h]);
+}
+static void product_neon(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride, int32_t m,
+                         int32_t n, int32_t k) {
+    for (int32_t i = 0; i < m; i += TILE) {
+        const float *rows[TILE];
+        int n_rows = m - i < TILE ? m - i : TILE;
+        for (int r = 0; r < TILE; r++) rows[r] = a + (size_t)(i + (r < n_rows ? r : n_rows - 1)) * a_stride;
+        for (int32_t j = 0; j < n; j += 16) {
+            float *to = c + (size_t)i * c_stride + (size_t)j;
+            if (n - j >= 16) product_rows(to, c_stride, rows, b + j, b_stride, n_rows, (size_t)k, 4);
+            else product_rows(to, c_stride, rows, b + j, b_stride, n_rows, (size_t)k, 2);
+        }
+    }
+}
 
 const struct ms4_ops ops_neon = {
     .isa = "neon",
@@ -261,5 +283,8 @@ const struct ms4_ops ops_neon = {
     .from_half = from_half_neon,
     .to_half = to_half_neon,
     .transpose_keys = transpose_keys_plain,
+    .product = product_neon,
+    .int8_peak = int8_peak,
+    .float_peak = float_peak,
 };
 #endif

@@ -1,0 +1,113 @@
+/* avx512_gemv_blocks.h -- products with one token for the types with a float scale per block, and for IQ4_XS.
+ * A superblock's weights come as four vectors in BLOCK_ORDER: both halves of a block add up in one 128-bit lane. */
+#ifndef MS4_AVX512_GEMV_BLOCKS_H
+#define MS4_AVX512_GEMV_BLOCKS_H
+#include "avx512_gemv.h"
+
+/* Four times 16 bytes, `step` bytes apart. */
+static inline __m512i load_four(const uint8_t *w, size_t step) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(load_two(w, w + step)), load_two(w + 2 * step, w + 3 * step), 1);
+}
+/* Blocks 0..3 in the lanes of out[0], 4..7 in those of out[1]; the nibbles of a block go through a table. */
+static inline void dot_nibbles(__m512i *out, __m512i w0, __m512i w1, __m512i table, const struct x_superblock *x) {
+    const __m512i a = _mm512_shuffle_epi8(table, low_nibbles(w0)), b = _mm512_shuffle_epi8(table, high_nibbles(w0));
+    const __m512i c = _mm512_shuffle_epi8(table, low_nibbles(w1)), d = _mm512_shuffle_epi8(table, high_nibbles(w1));
+    out[0] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(x->start[0], a, x->v[0]), b, x->v[1]);
+    out[1] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(x->start[2], c, x->v[2]), d, x->v[3]);
+}
+static inline void dot_bytes(__m512i *out, const uint8_t *w, const struct x_superblock *x) {
+    const __m512i top = _mm512_set1_epi8(-128);
+    const size_t step = sizeof(block_q8_0);
+    for (int h = 0; h < 2; h++) {
+        const uint8_t *at = w + 4 * step * (size_t)h + offsetof(block_q8_0, qs);
+        const __m512i acc = _mm512_dpbusd_epi32(x->start[2 * h], _mm512_xor_si512(load_four(at, step), top), x->v[2 * h]);
+        out[h] = _mm512_dpbusd_epi32(acc, _mm512_xor_si512(load_four(at + 16, step), top), x->v[2 * h + 1]);
+    }
+}
+/* Halves of E8M0 scales, as the quants are doubled. */
+static inline __m512 e8m0_halves(__m512i e) {
+    const __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(1)), 23);
+    const __m512i small = _mm512_sllv_epi32(_mm512_set1_epi32(0x00200000), e);
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(normal, _mm512_cmplt_epu32_mask(e, _mm512_set1_epi32(2)), small));
+}
+enum block_kind { BYTE_BLOCKS, NIBBLE_BLOCKS, EXPONENT_BLOCKS };
+/* size, at: of a block, and of its quants in it */
+static inline __attribute__((always_inline)) __m512 dot_blocks(panel_rows w, const struct gemv_x *x, int from, const uint8_t *ahead, const size_t size,
+                                                               const size_t at, const enum block_kind kind, const __m512i table) {
+    __m512i four[2][4], blocks[8];
+    uint16_t d[8][16];          /* filled long before it is read as vectors: a load waits for the small stores it covers */
+#pragma GCC unroll 1
+    for (int l = 0; l < 4; l++) {
+        __m512i out[2][4];
+        prefetch_quarter(ahead, l, 8 * size);
+        for (int r = 0; r < 4; r++) {
+            const uint8_t *p = w[4 * l + r];
+            __m512i dots[2];
+            for (size_t b = 0; b < 8; b++) {
+                if (kind == EXPONENT_BLOCKS) d[b][4 * l + r] = p[b * size];
+                else memcpy(&d[b][4 * l + r], p + b * size, sizeof **d);
+            }
+            if (kind == BYTE_BLOCKS) dot_bytes(dots, p, x->of[from + 4 * l + r]);
+            else dot_nibbles(dots, load_four(p + at, size), load_four(p + at + 4 * size, size), table, x->of[from + 4 * l + r]);
+            out[0][r] = dots[0];
+            out[1][r] = dots[1];
+        }
+        four[0][l] = add_dwords(out[0]);
+        four[1][l] = add_dwords(out[1]);
+    }
+    transpose_lanes(blocks, four[0]);
+    transpose_lanes(blocks + 4, four[1]);
+    __m512 t = _mm512_setzero_ps();
+    for (int b = 0; b < 8; b++) {
+        const __m256i bits = load_256(d[b]);
+        const __m512 factor = kind == EXPONENT_BLOCKS ? e8m0_halves(_mm512_cvtepu16_epi32(bits)) : _mm512_cvtph_ps(bits);
+        t = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(blocks[b]), t);
+    }
+    return t;
+}
+#define DOT_BLOCKS(type, kind, table) \
+    static __attribute__((noinline)) __m512 dot_##type(panel_rows w, const struct gemv_x *x, int from, const uint8_t *ahead) { \
+        return dot_blocks(w, x, from, ahead, sizeof(block_##type), offsetof(block_##type, qs), kind, table); \
+    }
+DOT_BLOCKS(q8_0, BYTE_BLOCKS, _mm512_setzero_si512())
+DOT_BLOCKS(q4_0, NIBBLE_BLOCKS, identity_table())
+DOT_BLOCKS(iq4_nl, NIBBLE_BLOCKS, kv_table())
+DOT_BLOCKS(mxfp4, EXPONENT_BLOCKS, e2m1_table())
+
+/* --- IQ4_XS ---------------------------------------------------------------------------------- */
+/* The 8 scales of a superblock as bytes: the 16 of two neighbours side by side in a 128-bit lane, as unpack leaves them. */
+static inline void iq4_xs_scales(__m512i *pairs, __m512i h0, __m512i h1) {
+    const __m512i two = _mm512_set1_epi8(3);
+    /* byte k of `high`: bits 4k.. of scales_h, two bits for block 2k and two for 2k + 1 */
+    __m512i high = _mm512_srli_epi32(h0, 16);
+    high = _mm512_and_si512(_mm512_or_si512(high, _mm512_slli_epi32(high, 8)), _mm512_set1_epi32(0x00ff00ff));
+    high = _mm512_or_si512(high, _mm512_slli_epi32(high, 4));
+    const __m512i even = _mm512_or_si512(low_nibbles(h1), _mm512_slli_epi16(_mm512_and_si512(high, two), 4));
+    const __m512i odd = _mm512_or_si512(high_nibbles(h1), _mm512_slli_epi16(_mm512_and_si512(_mm512_srli_epi16(high, 2), two), 4));
+    const __m512i e = _mm512_sub_epi8(even, _mm512_set1_epi8(32)), o = _mm512_sub_epi8(odd, _mm512_set1_epi8(32));
+    pairs[0] = _mm512_unpacklo_epi8(e, o);
+    pairs[1] = _mm512_unpackhi_epi8(e, o);
+}
+static __attribute__((noinline)) __m512 dot_iq4_xs(panel_rows w, const struct gemv_x *x, int from, const uint8_t *ahead) {
+    const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), table = kv_table();
+    __m512i h[4], pairs[2], sums[4];
+    load_transposed(h, w, 0);
+    iq4_xs_scales(pairs, h[0], h[1]);
+#pragma GCC unroll 1
+    for (int l = 0; l < 4; l++) {
+        __m512i acc[4];
+        prefetch_quarter(ahead, l, sizeof(block_iq4_xs));
+        for (int r = 0; r < 4; r++) {
+            const uint8_t *q = w[4 * l + r] + offsetof(block_iq4_xs, qs);
+            const __m128i bytes = _mm_loadl_epi64((const void *)((const char *)&pairs[r / 2] + 16 * l + r % 2 * 8));
+            const __m512i scales = _mm512_castsi256_si512(_mm256_cvtepi8_epi32(bytes));
+            __m512i dots[2];
+            dot_nibbles(dots, load_512(q), load_512(q + 64), table, x->of[from + 4 * l + r]);
+            acc[r] = _mm512_add_epi32(_mm512_mullo_epi32(dots[0], _mm512_permutexvar_epi32(first, scales)),
+                                      _mm512_mullo_epi32(dots[1], _mm512_permutexvar_epi32(_mm512_add_epi32(first, _mm512_set1_epi32(4)), scales)));
+        }
+        sums[l] = add_dwords(acc);
+    }
+    return _mm512_mul_ps(halves_to_floats(h[0]), _mm512_cvtepi32_ps(add_lanes(sums)));
+}
+#endif
