@@ -8,13 +8,13 @@
 #define MAX_CHUNK_ROWS 256
 
 void matrix_mul(const struct ms4_ops *ops, const matrix *m, const activations *x, const int32_t *x_rows,
-                int32_t n_tokens, float *y, size_t y_stride) {
+                int32_t n_tokens, float *y, size_t y_stride, const uint8_t *next) {
     int quantised = matrix_quantised(m);
     struct ms4_mul mul = {
         .w = m->data, .row_bytes = m->row_bytes, .n_rows = m->n_rows, .n_cols = m->n_cols, .n_tokens = n_tokens,
         .x = quantised ? (const void *)x->q : (const void *)x->f,
         .x_stride = quantised ? x->q_stride * sizeof(block_q8) : x->f_stride * sizeof(float),
-        .x_rows = x_rows, .y = y, .y_stride = y_stride,
+        .x_rows = x_rows, .y = y, .y_stride = y_stride, .next = next,
     };
     ops->mul[m->type](&mul);
     if (!m->scales) return;
@@ -23,7 +23,7 @@ void matrix_mul(const struct ms4_ops *ops, const matrix *m, const activations *x
 }
 
 int32_t rows_per_item(const pool *p, int32_t n_rows, int32_t n_tokens) {
-    int32_t most = n_tokens < 8 ? 64 : MAX_CHUNK_ROWS, items = 8 * pool_size(p);
+    int32_t most = n_tokens < 8 ? 128 : MAX_CHUNK_ROWS, items = 8 * pool_size(p);
     int32_t rows = (n_rows / items + 15) / 16 * 16;           /* kernels take 16 rows at a time */
     return rows < 16 ? 16 : rows > most ? most : rows;
 }
@@ -51,7 +51,7 @@ static void matmul_item(void *context, int32_t item, int32_t thread) {
     if (x.q) x.q += (size_t)token * x.q_stride;
     float *y = p->y + (size_t)token * p->y_stride + (size_t)row;
     if (!p->add) {
-        matrix_mul(job->ops, &part, &x, NULL, n_tokens, y, p->y_stride);
+        matrix_mul(job->ops, &part, &x, NULL, n_tokens, y, p->y_stride, NULL);
         return;
     }
     enum { STEP = 16 };                        /* tokens whose results wait on the stack to be added */
@@ -61,7 +61,7 @@ static void matmul_item(void *context, int32_t item, int32_t thread) {
         activations rest = x;
         if (rest.f) rest.f += (size_t)t * x.f_stride;
         if (rest.q) rest.q += (size_t)t * x.q_stride;
-        matrix_mul(job->ops, &part, &rest, NULL, n, sum, MAX_CHUNK_ROWS);
+        matrix_mul(job->ops, &part, &rest, NULL, n, sum, MAX_CHUNK_ROWS, NULL);
         for (int32_t i = 0; i < n; i++)
             job->ops->add_scaled(y + (size_t)(t + i) * p->y_stride, sum + (size_t)i * MAX_CHUNK_ROWS, 1, (size_t)n_rows);
     }

@@ -31,9 +31,10 @@ static inline matrix matrix_rows(const matrix *m, int32_t s, int32_t first, int3
     part.scales = m->scales ? m->scales + s : NULL;
     return part;
 }
-/* y[t * y_stride + r] = rows of m (slice 0) times row x_rows[t] (NULL: t) of x, in the calling thread. */
+/* y[t * y_stride + r] = rows of m (slice 0) times row x_rows[t] (NULL: t) of x, in the calling thread.
+ * next: weights that the thread will read afterwards, or NULL: a hint for prefetching. */
 void matrix_mul(const struct ms4_ops *ops, const matrix *m, const activations *x, const int32_t *x_rows,
-                int32_t n_tokens, float *y, size_t y_stride);
+                int32_t n_tokens, float *y, size_t y_stride, const uint8_t *next);
 
 /* One product of several that share a run of the pool: y = m x for n_tokens tokens; add != 0 adds to y instead. */
 typedef struct {

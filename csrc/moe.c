@@ -73,6 +73,11 @@ static int32_t group(const step *st) {
     first[0] = 0;
     return used;
 }
+/* Where the gate rows lie that come after the chunk at `column`: this job's next, or the next job's first. */
+static const uint8_t *after_chunk(const ffn_run *run, const ffn_job *job, int32_t column) {
+    if (column + HIDDEN_CHUNK < job->w.gate.n_rows) return job->w.gate.data + (size_t)(column + HIDDEN_CHUNK) * job->w.gate.row_bytes;
+    return job + 1 < run->jobs + run->n_jobs ? job[1].w.gate.data : NULL;
+}
 static void gate_up_tile(const ffn_run *run, const ffn_job *job, int32_t column, int32_t pair, int32_t n, float *gate) {
     ms4_engine *e = run->st->e;
     size_t d = (size_t)e->shape.d_model;
@@ -82,8 +87,8 @@ static void gate_up_tile(const ffn_run *run, const ffn_job *job, int32_t column,
     const int32_t *tokens = e->ws.pair_token + job->first + pair;
     matrix gate_rows = matrix_rows(&job->w.gate, 0, column, columns);
     matrix up_rows = matrix_rows(&job->w.up, 0, column, columns);
-    matrix_mul(e->ops, &gate_rows, &x, tokens, n, gate, HIDDEN_CHUNK);
-    matrix_mul(e->ops, &up_rows, &x, tokens, n, up, HIDDEN_CHUNK);
+    matrix_mul(e->ops, &gate_rows, &x, tokens, n, gate, HIDDEN_CHUNK, up_rows.data);
+    matrix_mul(e->ops, &up_rows, &x, tokens, n, up, HIDDEN_CHUNK, after_chunk(run, job, column));
     for (int32_t t = 0; t < n; t++) {
         float *hidden = gate + (size_t)t * HIDDEN_CHUNK;
         size_t row = (size_t)(pair + t);
@@ -114,11 +119,13 @@ static void down_item(void *context, int32_t item, int32_t thread) {
     float *sum = e->ws.scratch[thread];
     for (const ffn_job *job = run->jobs; job < run->jobs + run->n_jobs; job++) {
         matrix part = matrix_rows(&job->w.down, 0, row, n_rows);
+        const matrix *after = &(job + 1 < run->jobs + run->n_jobs ? job + 1 : run->jobs)->w.down;
+        const uint8_t *next = after->data + (size_t)(job + 1 < run->jobs + run->n_jobs ? row : row + n_rows) * after->row_bytes;
         for (int32_t t = 0; t < job->n; t += DOWN_TILE) {
             int32_t n = int_min(DOWN_TILE, job->n - t);
             activations hidden = { job->hidden_f, job->hidden_q + (size_t)t * job->q_stride, job->f_stride, job->q_stride };
             if (hidden.f) hidden.f += (size_t)t * job->f_stride;
-            matrix_mul(e->ops, &part, &hidden, NULL, n, sum, (size_t)run->rows);
+            matrix_mul(e->ops, &part, &hidden, NULL, n, sum, (size_t)run->rows, next);
             for (int32_t i = 0; i < n; i++) {
                 size_t pair = (size_t)(job->first + t + i), token = (size_t)e->ws.pair_token[pair];
                 e->ops->add_scaled(e->ws.h + token * d + (size_t)row, sum + (size_t)i * (size_t)run->rows,

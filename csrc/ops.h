@@ -29,6 +29,7 @@ struct ms4_mul {
     float *y;
     size_t y_stride;           /* floats from one token's results to the next */
     int32_t n_rows, n_cols, n_tokens;
+    const uint8_t *next;       /* a hint: the weights that this thread will read after these; NULL: those that follow */
 };
 typedef void mul_fn(const struct ms4_mul *m);
 

@@ -16,6 +16,7 @@
 static const struct ms4_ops *ref, *fast;
 static uint64_t seed, state;
 static int passed, failed, bench, ok;
+static size_t slack;        /* bytes between an operand's end and the unreadable page */
 static const char *only = "", *only_isa = "";
 static sigjmp_buf crash;
 
@@ -47,6 +48,7 @@ static int same_bits(const float *a, const float *b, size_t n) {
 static struct { void *at; size_t length; } maps[64];
 static int n_maps;
 static void *guarded(size_t bytes) {
+    bytes += slack;
     size_t length = (bytes + PAGE - 1) / PAGE * PAGE;
     char *m = mmap(NULL, length + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (m == MAP_FAILED || mprotect(m + length, PAGE, PROT_NONE) || n_maps == 64) { perror("guarded"); exit(2); }

@@ -66,7 +66,7 @@ def test_a_description_counts_every_weight(tmp_path):
     assert dict(classes["output"].types) == {"Q6_K": classes["output"].bytes}
     # Expert rows of 256 take Q4_K, the down rows of 96 fall back to Q5_0.
     assert {kind for kind, _ in classes["experts"].types} == {"Q4_K", "Q5_0"}
-    assert (d.name, d.architecture, d.vision, d.text_problem) == ("ms4 tiny", "mistral4", False, None)
+    assert (d.name, d.architecture, d.mmproj, d.text_problem) == ("ms4 tiny", "mistral4", None, None)
     assert len(d.template_sha256) == 64 and d.template_bytes == 81
 
 

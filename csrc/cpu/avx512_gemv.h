@@ -31,7 +31,7 @@ struct gemv_x {
     int32_t high[2][2 * GEMV_SUPERBLOCKS], low[2][2 * GEMV_SUPERBLOCKS];    /* sums of blocks 0..3 and 4..7 in two parts */
     float d[GEMV_SUPERBLOCKS];
 };
-/* Prefetching goes on past the last row: what follows is most likely next, and a prefetch cannot fault.
+/* Prefetching goes on past the last row, to m->next or what follows: a prefetch cannot fault.
  * ahead: where the lines to prefetch meanwhile begin, as many bytes as these 16 superblocks have */
 typedef __m512 dot_fn(panel_rows w, const struct gemv_x *x, int at, const uint8_t *ahead);
 
@@ -75,6 +75,7 @@ static void gemv_add(float *y, const float *d, const float *value, int n) {
 }
 /* One pass over n superblocks, from the first-th, of all rows.  bytes: of a superblock. */
 static void gemv_pass(const struct ms4_mul *m, dot_fn *dot, const struct gemv_x *x, int first, int n, size_t bytes) {
+    const uint8_t *end = m->w + (size_t)m->n_rows * m->row_bytes;
     for (int r0 = 0; r0 < m->n_rows; r0 += PANEL_ROWS) {
         const int n_rows = m->n_rows - r0 < PANEL_ROWS ? m->n_rows - r0 : PANEL_ROWS;
         float value[PANEL_ROWS * GEMV_SUPERBLOCKS] __attribute__((aligned(64))), y[PANEL_ROWS];
@@ -85,7 +86,9 @@ static void gemv_pass(const struct ms4_mul *m, dot_fn *dot, const struct gemv_x 
                 w[l] = row + (size_t)i * bytes;
                 if (16 * step + l + 1 < n_rows * n && ++i == n) { i = 0; row += m->row_bytes; }
             }
-            _mm512_store_ps(value + 16 * step, dot(w, x, at, w[0] + GEMV_AHEAD));
+            const uint8_t *ahead = w[0] + GEMV_AHEAD;
+            if (m->next && ahead >= end) ahead = m->next + (ahead - end);
+            _mm512_store_ps(value + 16 * step, dot(w, x, at, ahead));
         }
         float *out = m->y + r0;
         for (int r = 0; r < PANEL_ROWS; r++) y[r] = first && r < n_rows ? out[r] : 0;

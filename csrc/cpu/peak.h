@@ -31,11 +31,11 @@ static uint64_t float_peak(uint64_t rounds) {
 #elif defined(__AVX2__)
 #include <immintrin.h>
 static uint64_t int8_peak(uint64_t rounds) {
-    __m256i sum[PEAK_CHAINS], a = _mm256_set1_epi8((char)(rounds & 7)), b = _mm256_set1_epi8(3), one = _mm256_set1_epi16(1);
+    __m256i sum[PEAK_CHAINS], a = _mm256_set1_epi8((char)(rounds & 7)), b = _mm256_set1_epi8(3);
     for (int j = 0; j < PEAK_CHAINS; j++) sum[j] = _mm256_set1_epi8((char)j);
     for (uint64_t i = 0; i < rounds; i++)      /* the sum goes in as a factor, or the product would be hoisted */
         for (int j = 0; j < PEAK_CHAINS; j++)
-            sum[j] = _mm256_add_epi32(sum[j], _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_xor_si256(a, sum[j]), b), one));
+            sum[j] = _mm256_add_epi16(sum[j], _mm256_maddubs_epi16(_mm256_xor_si256(a, sum[j]), b));
     for (int j = 1; j < PEAK_CHAINS; j++) sum[0] = _mm256_add_epi32(sum[0], sum[j]);
     volatile int keep = _mm256_extract_epi32(sum[0], 0);
     (void)keep;

@@ -1,7 +1,7 @@
 /* plain.h -- kernels in plain C that every ISA file includes: the compiler vectorises them for that file's target.
  *
- * Element-wise work, reductions in 16 partial sums, a tile of attention, and the product with opened superblocks
- * (unpack.h) for types an ISA has nothing better for.  The order of arithmetic is the one of ops.h.
+ * Element-wise work, reductions in 16 partial sums, the softmax of attention, and the product of one row at a time
+ * with opened superblocks (unpack.h).  The order of arithmetic is the one of ops.h.
  */
 #ifndef MS4_PLAIN_H
 #define MS4_PLAIN_H
@@ -132,36 +132,6 @@ static inline float attend_softmax_plain(float *s, int32_t n_keys, float *m, flo
     *m = largest;
     return factor;
 }
-static inline void attend_row_plain(const struct ms4_attend *a, int32_t row) {
-    const float *q = a->q + (size_t)row * a->q_stride;
-    float *o = a->o + (size_t)row * a->o_stride, s[ATTEND_KEYS] = { 0 };
-    for (size_t i = 0; i < (size_t)a->d_k; i++)
-        for (size_t j = 0; j < ATTEND_KEYS; j++) s[j] = __builtin_fmaf(q[i], a->kt[i * ATTEND_KEYS + j], s[j]);
-    float factor = attend_softmax_plain(s, a->n_keys[row], a->m + row, a->l + row);
-    for (size_t i = 0; i < (size_t)a->d_v; i += 8) {
-        float sum[8];
-        for (size_t c = 0; c < 8; c++) sum[c] = o[i + c] * factor;
-        for (size_t j = 0; j < ATTEND_KEYS; j++)
-            for (size_t c = 0; c < 8; c++) sum[c] = __builtin_fmaf(s[j], a->v[j * a->v_stride + i + c], sum[c]);
-        for (size_t c = 0; c < 8; c++) o[i + c] = sum[c];
-    }
-}
-static inline void attend_plain(const struct ms4_attend *a) {
-    for (int32_t row = 0; row < a->n_q; row++)
-        if (a->n_keys[row] > 0) attend_row_plain(a, row);
-}
-
-/* --- small products of floats ------------------------------------------------------------- */
-static inline void product_plain(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride,
-                                 int32_t m, int32_t n, int32_t k) {
-    for (int32_t i = 0; i < m; i++) {
-        float *to = c + (size_t)i * c_stride;
-        for (int32_t j = 0; j < n; j++) to[j] = 0;
-        for (int32_t p = 0; p < k; p++)
-            for (int32_t j = 0; j < n; j++)
-                to[j] = __builtin_fmaf(a[(size_t)i * a_stride + (size_t)p], b[(size_t)p * b_stride + (size_t)j], to[j]);
-    }
-}
 
 /* --- products ----------------------------------------------------------------------------- */
 static inline int mul_row_of(const struct ms4_mul *m, int token) { return m->x_rows ? m->x_rows[token] : token; }
@@ -170,14 +140,6 @@ static inline const block_q8 *mul_blocks(const struct ms4_mul *m, int token) {
 }
 static inline const float *mul_floats(const struct ms4_mul *m, int token) {
     return (const float *)((const uint8_t *)m->x + (size_t)mul_row_of(m, token) * m->x_stride);
-}
-/* sums[g] = the product of group g, 16 weights wide. */
-static inline void dot_groups_plain(int32_t *sums, const int8_t *q, const int8_t *x) {
-    for (int g = 0; g < 16; g++) {
-        int32_t sum = 0;
-        for (int j = 0; j < 16; j++) sum += q[g * 16 + j] * x[g * 16 + j];
-        sums[g] = sum;
-    }
 }
 /* y plus the product of one superblock (n weights of it exist) with one token's block. */
 static inline float add_superblock_plain(float y, const struct opened *o, const block_q8 *x, int n, enum family family,
@@ -204,6 +166,7 @@ static inline float add_superblock_plain(float y, const struct opened *o, const 
     }
     return __builtin_fmaf(x->d, t, y);
 }
+/* sums[g] = the product of group g, 16 weights wide. */
 typedef void dot_groups_fn(int32_t *sums, const int8_t *q, const int8_t *x);
 /* One row times every token.  bytes: of one superblock's weights.  unpack, family and dot are constants. */
 static inline __attribute__((always_inline)) void mul_opened_plain(const struct ms4_mul *m, unpack_fn *unpack, size_t bytes,
@@ -222,27 +185,6 @@ static inline __attribute__((always_inline)) void mul_opened_plain(const struct 
             }
         }
 }
-/* Weights of 2 or 4 bytes, one partial sum per lane.  load(w, k): weight k of a row as a float. */
-static inline __attribute__((always_inline)) void mul_floats_plain(const struct ms4_mul *m,
-                                                                   float (*load)(const uint8_t *w, size_t k)) {
-    size_t n = (size_t)m->n_cols;
-    for (int r = 0; r < m->n_rows; r++) {
-        const uint8_t *w = m->w + (size_t)r * m->row_bytes;
-        for (int t = 0; t < m->n_tokens; t++) {
-            const float *x = mul_floats(m, t);
-            float part[16] = { 0 };
-            size_t k = 0;
-            for (; k + 16 <= n; k += 16)
-                for (size_t j = 0; j < 16; j++) part[j] = __builtin_fmaf(load(w, k + j), x[k + j], part[j]);
-            for (size_t j = 0; k + j < n; j++) part[j] = __builtin_fmaf(load(w, k + j), x[k + j], part[j]);
-            m->y[(size_t)t * m->y_stride + (size_t)r] = sum_16_plain(part);
-        }
-    }
-}
-static inline float load_f32_plain(const uint8_t *w, size_t k) { return ((const float *)w)[k]; }
-static inline float load_f16_plain(const uint8_t *w, size_t k) { return half_to_float(((const uint16_t *)w)[k]); }
-static inline float load_bf16_plain(const uint8_t *w, size_t k) { return bf16_to_float(((const uint16_t *)w)[k]); }
-
 /* Bytes of 256 weights of a type. */
 #define SUPERBLOCK_BYTES(type) (sizeof(block_##type) * SUPERBLOCK / PLAIN_WEIGHTS_##type)
 enum {

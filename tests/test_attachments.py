@@ -1,0 +1,335 @@
+"""Images, files and PDF pages as the commands take them: what is read, said, refused, and computed only once."""
+
+import base64
+import io
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bad_images import samples
+from make_mmproj import write_mmproj
+from PIL import Image as Pillow
+
+from ms4.cli import attachments, bench, history, loading, repl, sight, start
+from ms4.cli.render import StatusLine
+from ms4.models import pixtral
+from ms4.models.control import Control
+from ms4.models.image import load_image
+from ms4.models.model import Model
+
+DATA = Path(__file__).parent / "data"
+MODEL, MMPROJ, IMAGE = (str(DATA / f"bravo-{name}") for name in ("Q4_K_M.gguf", "mmproj-f16.gguf", "image.png"))
+F16 = str(DATA / "bravo-f16.gguf")
+PRICE = "140x84 -> 140x84, 18 tokens"
+ONE_LINE = re.compile(r"ms4: error: [^\x00-\x1f\x7f]{1,300}\n(hint: [^\x00-\x1f\x7f]{1,300}\n)?")
+
+
+@pytest.fixture
+def ms4(monkeypatch):
+    """ms4(arguments..., stdin=bytes) -> (exit code, stdout, stderr)"""
+    for name in [n for n in os.environ if n.startswith("MS4_") and n != "MS4_ISA"]:
+        monkeypatch.delenv(name)
+
+    def run(*arguments, stdin=b""):
+        streams = [io.TextIOWrapper(io.BytesIO(data), encoding="ascii") for data in (stdin, b"", b"")]
+        for name, stream in zip(("stdin", "stdout", "stderr"), streams, strict=True):
+            monkeypatch.setattr(sys, name, stream)
+        monkeypatch.setattr(sys, "argv", ["ms4", *map(str, arguments)])
+        return start.main(), *(s.buffer.getvalue().decode() for s in streams[1:])
+
+    return run
+
+
+@pytest.fixture
+def run(ms4):
+    return lambda *arguments, **more: ms4("run", "-m", MODEL, "--greedy", "-n", "4", *arguments, **more)
+
+
+@pytest.fixture
+def two_pages(tmp_path):
+    pages = [Pillow.new("RGB", (60, 80), colour) for colour in ("white", "red")]
+    pages[0].save(tmp_path / "two.pdf", save_all=True, append_images=pages[1:])
+    return tmp_path / "two.pdf"
+
+
+def shown_prompt(run, *arguments, **more):
+    code, out, _ = run("--show-prompt", *arguments, **more)
+    assert code == 0
+    return re.sub(r"(\[IMG\]|\[IMG_BREAK\])+\[IMG_END\]", "<image>", out.partition("[INST]")[2].partition("[/INST]")[0])
+
+
+def test_an_image_is_priced_on_stderr_and_answered_on_stdout(run):
+    code, out, err = run("-i", IMAGE, "Total?")
+    assert code == 0 and out.endswith("\n") and err == f"ms4: {IMAGE[-80:]} {PRICE}\n"
+    assert run("-q", "-i", IMAGE, "Total?") == (0, out, "")
+    assert run("-q", "-i", "-", "Total?", stdin=Path(IMAGE).read_bytes()) == (0, out, "")
+    assert run("-q", "Total?", stdin=Path(IMAGE).read_bytes()) == (0, out, "")
+    assert run("-q", "Total?")[1] != out
+    assert run("-i", IMAGE)[0] == 0
+
+
+def test_images_come_first_then_files_then_texts(run, tmp_path, two_pages):
+    note = tmp_path / "note.txt"
+    note.write_text("42 EUR\n")
+    made = shown_prompt(run, "-f", note, "-i", IMAGE, "-i", IMAGE, "-f", f"{two_pages}:2", "Total?", stdin=b"Hello\n")
+    assert made == f"<image><image>{note}:\n42 EUR\n\n{two_pages}, page 2:<image>Hello\n\nTotal?"
+    assert shown_prompt(run, "-f", note) == f"{note}:\n42 EUR\n"
+    assert shown_prompt(run, "-f", "-:1", "Sum?", stdin=two_pages.read_bytes()) == "stdin, page 1:<image>Sum?"
+    assert shown_prompt(run, "Sum?", stdin=two_pages.read_bytes()).count("<image>") == 2
+
+
+def test_the_limit_of_tokens_shrinks_images(run, ms4):
+    code, out, err = run("--count", "-i", IMAGE, "--image-max-tokens", "6", "Hi")
+    plain = run("--count", "Hi")
+    assert (code, int(out)) == (0, int(plain[1]) + 6) and "-> 56x56, 6 tokens" in err
+    url = "data:image/png;base64," + base64.b64encode(Path(IMAGE).read_bytes()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Hi"}]
+    line = json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
+    counts = [
+        int(ms4("tokenize", "-m", MODEL, "--chat", "-", "--count", *more, stdin=line)[1])
+        for more in ((), ("--image-max-tokens", "6"))
+    ]
+    assert counts == [int(plain[1]) + 18, int(plain[1]) + 6]
+
+
+def test_json_says_what_the_tower_saw(run):
+    found = json.loads(run("--format", "json", "-i", IMAGE, "Hi")[1])["ms4"]["images"]
+    assert found == [{"px": [140, 84], "tokens": 18}]
+    assert json.loads(run("--format", "jsonl", "-i", IMAGE, "Hi")[1].splitlines()[0])["images"] == found
+    assert "images" not in json.loads(run("--format", "json", "Hi")[1])["ms4"]
+    assert "images 0." in run("--stats", "-i", IMAGE, "Hi")[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("-i", "absent.png"), 7, "no such file"),
+        (("-i", "."), 7, "is a directory"),
+        (("-i", "/dev/zero"), 7, "not a regular file"),
+        (("-i", "https://host/a.png"), 7, "ms4 fetches nothing\nhint: curl"),
+        (("-f", "file:///etc/passwd"), 7, "ms4 fetches nothing"),
+        (("-i", "-"), 7, "stdin: not a PNG"),
+        (("-i", "-", "-f", "-"), 2, "only once"),
+        (("-i", IMAGE, "--mmproj", "absent"), 5, "absent: no such file"),
+        (("-i", IMAGE, "--mmproj", MODEL), 5, "not a vision tower"),
+        (("-i", IMAGE, "--ctx", "20"), 3, "the prompt has 42 tokens"),
+        (("-i", IMAGE, "--image-max-tokens", "1"), 2, "outside 2 to"),
+        (("--pdf", "both"), 2, "not one of auto, text, image"),
+    ],
+)
+def test_what_cannot_be_attached_is_one_line(run, arguments, code, says):
+    found, out, err = run("-q", *arguments, "Hi")
+    assert (found, out) == (code, "") and says in err and ONE_LINE.fullmatch(err), err
+
+
+def test_a_pdf_given_as_an_image_says_how(run, two_pages):
+    code, _, err = run("-i", two_pages, "Hi")
+    assert code == 7 and f"hint: a PDF is attached with -f {two_pages}" in err
+
+
+def test_hostile_images_are_read_or_refused_in_one_line(run, tmp_path):
+    several = ("empty", "svg", "bomb-1-bit", "3-rows-of-64", "no-palette", "tiff", "bomb-zTXt", "50000-texts")
+    chosen = [sample for sample in samples() if sample.id in several]
+    assert len(chosen) == len(several)
+    for sample in chosen:
+        path = tmp_path / f"{sample.id}.png"
+        path.write_bytes(sample.data)
+        code, out, err = run("-q", "-i", path, "Hi")
+        if sample.says is None:
+            assert (code, err) == (0, ""), sample.id
+        else:
+            assert (code, out) == (7, "") and sample.says in err and ONE_LINE.fullmatch(err), (sample.id, err)
+
+
+def test_without_a_tower_there_is_advice_and_text_still_works(ms4, tmp_path):
+    os.link(MODEL, tmp_path / "m.gguf")
+    code, out, err = ms4("run", "-m", tmp_path / "m.gguf", "-n", "1", "-i", IMAGE, "Hi")
+    assert (code, out) == (5, "") and "no mmproj file beside the model\nhint: " in err and ONE_LINE.fullmatch(err)
+    assert ms4("run", "-m", tmp_path / "m.gguf", "-n", "1", "Hi")[0] == 0
+    assert ms4("run", "-m", tmp_path / "m.gguf", "-n", "1", "--mmproj", MMPROJ, "-i", IMAGE, "Hi")[0] == 0
+    write_mmproj(tmp_path / "mmproj.gguf", layers=1, width=64, heads=2, out_width=128)
+    code, _, err = ms4("run", "-m", tmp_path / "m.gguf", "-q", "-i", IMAGE, "Hi")
+    assert code == 5 and "belongs to another model" in err
+
+
+def test_text_that_speaks_of_a_pdf_is_text(run):
+    assert shown_prompt(run, stdin=b"A PDF begins with %PDF-1.7") == "A PDF begins with %PDF-1.7"
+
+
+# --- logits, bench, info
+
+
+def logits(ms4, tmp_path, ids, *more):
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    out = tmp_path / "out.npy"
+    result = ms4("logits", "-m", F16, "--attn-scale", "mscale2", "--ids", tmp_path / "ids.json", "-o", out, *more)
+    return result, np.load(out) if result[0] == 0 else None
+
+
+def test_logits_with_an_image_agree_with_transformers(ms4, tmp_path):
+    ref = np.load(DATA / "bravo-image-ref.npz")
+    ids, want = ref["ids"].tolist(), ref["logits"].astype(np.float64)
+    _, got = logits(ms4, tmp_path, ids, "--mmproj", MMPROJ, "--image", IMAGE)
+    assert np.median(np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)) <= 2e-3
+    _, parts = logits(ms4, tmp_path, ids, "--image", IMAGE, "--chunk", "5")
+    assert np.linalg.norm(parts - got) <= 2e-3 * np.linalg.norm(got)
+    _, blind = logits(ms4, tmp_path, ids)
+    assert np.linalg.norm(blind - got) > 0.1 * np.linalg.norm(got)
+
+
+def test_logits_count_the_places_of_images(ms4, tmp_path):
+    (code, out, err), _ = logits(ms4, tmp_path, [1, 10, 10, 13], "--image", IMAGE)
+    assert code == 7 and "the ids have 2 [IMG] positions (id 10); the images fill 15" in err and ONE_LINE.fullmatch(err)
+    (code, _, err), _ = logits(ms4, tmp_path, [1, -1], "--image", IMAGE)
+    assert code == 7 and "0 [IMG] positions" in err
+    (code, _, err), _ = logits(ms4, tmp_path, [1, *[10] * 15, -1], "--image", IMAGE)
+    assert code == 7 and "id -1 at position 16" in err
+
+
+def test_bench_measures_an_image(ms4, monkeypatch):
+    monkeypatch.setattr(bench, "N_MEASURED", 1)
+    monkeypatch.setattr(bench, "MOST_MEASURED", bench.LEAST_MEASURED)
+    code, out, _ = ms4("bench", "-m", MODEL, "--mmproj", MMPROJ, "--image", "200x100", "--format", "json")
+    found = json.loads(out)
+    assert code == 0 and (found["width"], found["height"], found["n_tokens"], found["n_patches"]) == (140, 84, 18, 60)
+    # By hand: 3 layers of 60 x (4 x 128^2 + 3 x 128 x 256) + 2 x 60^2 x 128, patches 60 x 588 x 128,
+    # merger 60 x 128^2, projector 15 x 256 x (128 + 256).
+    assert found["macs"] == 3 * (60 * 163_840 + 921_600) + 4_515_840 + 983_040 + 1_474_560
+    assert found["gflop_per_s"] == pytest.approx(2 * found["macs"] / found["best_seconds"] / 1e9)
+    assert found["share_of_float_peak"] == pytest.approx(found["gflop_per_s"] / found["float_peak_gflop_per_s"])
+    assert ms4("bench", "-m", MODEL, "--image", "0x9")[0] == 2
+    assert "| 28x28 | 4 | 2 |" in ms4("bench", "-m", MODEL, "--image", "1x1")[1]
+
+
+def test_info_describes_a_tower_and_names_the_one_beside_a_model(ms4):
+    code, out, err = ms4("info", MMPROJ)
+    assert (code, err) == (0, "") and "3 layers of 128, 4 heads, SiLU" in out and "at most 30 tokens" in out
+    assert "hidden size of 256" in out
+    found = json.loads(ms4("info", "--json", "--tensors", "--kv", MMPROJ)[1])
+    assert found["architecture"] == "clip" and found["shape"]["n_layer"] == 3 and len(found["tensors"]) == 33
+    assert f"with {MMPROJ[-160:]}" in ms4("info", MODEL)[1]
+
+
+# --- chat
+
+
+@pytest.fixture
+def chat(ms4):
+    def run(*messages, options=()):
+        stdin = "".join(f"{m}\n" for m in messages).encode()
+        return ms4("chat", "-m", MODEL, "--greedy", "-n", "4", *options, stdin=stdin)
+
+    return run
+
+
+def test_an_image_goes_with_the_next_message_and_stays_with_it(chat, run, monkeypatch):
+    first_answer = run("-q", "-i", IMAGE, "Total?")[1]
+    n_encoded = []
+    encode = pixtral.ms4.Vision.encode
+    monkeypatch.setattr(pixtral.ms4.Vision, "encode", lambda self, pixels: n_encoded.append(1) or encode(self, pixels))
+    code, out, err = chat(f"/image {IMAGE}", "Total?", "/stats", "And?", "/stats", "/effort high", "So?", "/retry")
+    assert code == 0 and out.startswith(first_answer)
+    assert err.startswith(f"{IMAGE[-80:]} {PRICE}\n") and len(n_encoded) == 1
+    first, second = re.findall(r"read (\d+) tok(?: \((\d+) cached\))?", err)
+    assert int(second[1]) == int(first[0]) + 3  # of four written tokens, all but the last
+
+
+def test_files_can_be_named_at_the_start_or_later(chat, run, two_pages):
+    want = run("-q", "-f", f"{two_pages}:1", "Hi")[1]
+    assert chat("Hi", options=[f"{two_pages}:1"])[:2] == (0, want)
+    assert chat(f"/file '{two_pages}':1", "Hi")[:2] == (0, want)
+    assert chat(f"/file {two_pages}", "/drop", "/drop", "Hi")[1] == run("Hi")[1]
+    code, out, err = chat("/image absent.png", "Hi")
+    assert (code, out) == (7, "") and ONE_LINE.fullmatch(err)
+    assert chat("/image -")[0] == chat("/image")[0] == chat(options=["-"])[0] == 2
+
+
+def test_the_clipboard(chat, run, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, err = chat("/paste")
+    assert code == 5 and "install wl-clipboard, xclip or pngpaste" in err and ONE_LINE.fullmatch(err)
+    program = tmp_path / "xclip"
+    program.write_text(f"#!/bin/sh\nexec /bin/cat '{IMAGE}'\n")
+    program.chmod(0o755)
+    assert chat("/paste", "Total?")[1] == run("-q", "-i", IMAGE, "Total?")[1]
+    program.write_text("#!/bin/sh\nexit 1\n")
+    assert "no image on the clipboard" in chat("/paste")[2]
+
+
+def test_at_a_terminal_a_failure_is_told_and_attachments_wait(monkeypatch, tmp_path, capsys):
+    with Model.open(MODEL) as model, model.session(256) as session:
+        looks = sight.Sight(sight.SightOptions(), MODEL, StatusLine(True))
+        tokenizer = loading.usable(model.vocabulary)
+        talk = repl.Talk(
+            repl.Settings(repl.Sampling(greedy=True), max_tokens=4),
+            history.History(tokenizer, None, "none", looks.measure),
+            repl_line(session),
+            session,
+            repl.streams.Output(),
+            looks.status,
+            looks,
+            interactive=True,
+        )
+        talk.command("/image absent.png")
+        assert "absent.png: no such file or directory" in capsys.readouterr().err
+        talk.command(f"/image {IMAGE}")
+        monkeypatch.setattr(talk.sight, "rows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        talk.send("Hi")
+        assert "stopped; the message is taken back" in capsys.readouterr().err
+        assert len(talk.attached) == 1 and not talk.history.turns
+        monkeypatch.undo()
+        talk.send("Hi")
+        assert not talk.attached and len(talk.history.turns) == 1
+        talk.send("long " * 300)
+        assert "tokens" in capsys.readouterr().err and len(talk.history.turns) == 1
+
+
+def repl_line(session):
+    from ms4.models.generate import Line
+
+    return Line(session)
+
+
+def test_a_conversation_knows_the_places_of_its_images():
+    tokenizer = loading.open_tokenizer(MODEL)
+    looks = sight.Sight(sight.SightOptions(), MODEL, StatusLine(True))
+    talk = history.History(tokenizer, "Be kind.", "none", looks.measure)
+    for _ in range(3):
+        prompt = talk.ask(attachments.content([load_image(IMAGE)], "Hi"))
+        talk.answered([1500])
+    places = np.array(prompt.ids)[prompt.rows]
+    assert len(prompt.images) == 3 and len(places) == 45 and (places == Control.IMG).all()
+    assert prompt.ids.count(Control.IMG) == 45 and (prompt.keys[prompt.rows] < 0).all()
+
+
+# --- Ctrl-C
+
+
+def test_ctrl_c_ends_the_reading_of_an_image(tmp_path):
+    write_mmproj(tmp_path / "mmproj.gguf", layers=8, width=256, heads=4, out_width=256)
+    Pillow.new("RGB", (1540, 1540), "red").save(tmp_path / "large.png")
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-c", "import sys; from ms4.cli.start import main; sys.exit(main())"]
+    command += ["run", "-m", MODEL, "--mmproj", str(tmp_path / "mmproj.gguf"), "--ctx", "1024"]
+    command += ["--image-max-tokens", "900", "-i", str(tmp_path / "large.png"), "Hi"]
+    environment = {**os.environ, "TERM": "xterm"}
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=terminal, env=environment
+    )
+    seen = b""
+    while b"reading image 1 of 1" not in seen:
+        seen += os.read(master, 4096)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130 and time.monotonic() - begun < 2
+    assert process.stdout.read() == b"" and b"870 tokens" in seen
+    os.close(master)
+    os.close(terminal)
