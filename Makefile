@@ -4,15 +4,16 @@
 # make test      set up, then all tests that need no model and no GPU
 # make kernels   every fast kernel against the reference, with timings
 # make san       the same kernels under AddressSanitizer and UBSan
+# make san-engine, make tsan   the engine's tests under those, and under ThreadSanitizer
 # make arch      the same kernels as other CPUs would run them (qemu): old x86, AVX2-only, ARM
 # make lint      ruff and mypy
 # make ci        what CI runs
 PYTHON ?= python3
 PY = .venv/bin/python
 KERNELS = tests/checkkernels.c csrc/types.c build/glue/grids.c $(wildcard csrc/cpu/*.c)
-CHECK = -std=gnu11 -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -Icsrc $(KERNELS) -lm -pthread
+CHECK = -std=gnu11 -ffp-contract=off -fno-math-errno -Wall -Wextra -Icsrc $(KERNELS) -lm -pthread
 
-.PHONY: all demo test kernels san arch lint ci clean
+.PHONY: all demo test kernels san san-engine tsan arch lint ci clean
 all: .venv/ready
 	@$(PY) csrc/build_core.py
 .venv/ready: pyproject.toml
@@ -28,18 +29,23 @@ test: all
 build/glue/grids.c: quant/grids.py csrc/build_core.py | .venv/ready
 	$(PY) csrc/build_core.py glue
 kernels: build/glue/grids.c
-	$(CC) -O3 -o build/checkkernels $(CHECK) && build/checkkernels --bench
+	$(CC) -O3 -Werror -o build/checkkernels $(CHECK) && build/checkkernels --bench
 san: build/glue/grids.c
-	$(CC) -O2 -g -fsanitize=address,undefined -fno-sanitize-recover=all -o build/checksan $(CHECK) && ASAN_OPTIONS=handle_segv=0 build/checksan
+	$(CC) -O1 -g -w -fsanitize=address,undefined -fno-sanitize-recover=all -o build/checksan $(CHECK) && ASAN_OPTIONS=handle_segv=0 build/checksan
 arch: build/glue/grids.c
 	$(CC) -O3 -static -o build/checkstatic $(CHECK)
 	for cpu in Nehalem Haswell; do echo "== $$cpu"; qemu-x86_64 -cpu $$cpu build/checkstatic --slack=16 2>/dev/null || exit 1; done
 	aarch64-linux-gnu-gcc -O3 -static -o build/checkarm $(CHECK)
 	for cpu in cortex-a53 max; do echo "== $$cpu"; qemu-aarch64 -cpu $$cpu build/checkarm || exit 1; done
+san-engine: .venv/ready
+	CFLAGS="-O1 -g -w -fsanitize=address,undefined -fno-sanitize-recover=undefined" LDFLAGS="-fsanitize=address,undefined" $(PY) csrc/build_core.py build/asan
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" PYTHONMALLOC=malloc PYTHONPATH=build/asan ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0:allocator_may_return_null=1 $(PY) -m pytest -q -p no:cacheprovider tests/test_engine.py tests/test_vision.py
+tsan: .venv/ready
+	CFLAGS="-O1 -g -w -fsanitize=thread" LDFLAGS="-fsanitize=thread" $(PY) csrc/build_core.py build/tsan
+	LD_PRELOAD="$$($(CC) -print-file-name=libtsan.so)" PYTHONPATH=build/tsan TSAN_OPTIONS="halt_on_error=1 exitcode=66" $(PY) -m pytest -q -p no:cacheprovider tests/test_engine.py -k "many_threads or cancel or same_bits"
 lint: all
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	@mkdir -p build/types/ms4 && ln -sfn $(CURDIR)/csrc/__init__.py build/types/ms4/__init__.py
-	@for d in cli models quant; do ln -sfn $(CURDIR)/$$d build/types/ms4/$$d; done
+	$(PY) -c "import sys; sys.path.insert(0, 'csrc'); import build_core, pathlib; build_core.link_package(pathlib.Path('build/types'))"
 	MYPYPATH=build/types $(PY) -m mypy -p ms4
 ci: lint test kernels san
 clean:

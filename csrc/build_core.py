@@ -72,6 +72,17 @@ def write_grids():
     return str(path)
 
 
+def link_package(folder):
+    """Makes folder/ms4 the package, by links to its Python files: for builds with other flags, and for mypy."""
+    package = folder / "ms4"
+    package.mkdir(parents=True, exist_ok=True)
+    for source in (CSRC / "__init__.py", Path("cli"), Path("models"), Path("quant")):
+        link = package / source.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(source.resolve())
+    return folder
+
+
 def is_fresh(obj):
     """True if obj is newer than everything its depfile (gcc -MMD) names."""
     try:
@@ -120,5 +131,7 @@ for _hook in (
 if __name__ == "__main__":
     if sys.argv[1:] == ["glue"]:
         write_grids()
-    else:
-        run_setup(script_args=["-q", "build_ext", "--inplace"])
+    else:  # a folder as argument: the package is built there, as links to the sources and an extension of its own
+        target = sys.argv[1:] and link_package(Path(sys.argv[1]))
+        where = ["--build-lib", str(target), "--build-temp", str(target / "obj")] if target else ["--inplace"]
+        run_setup(script_args=["-q", "build_ext", *where])
