@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ms4.cli.attachments import Content
+from ms4.models import image
 from ms4.models.control import Control
-from ms4.models.prompt import Prompt, render
+from ms4.models.prompt import Measure, Prompt, render
 
 if TYPE_CHECKING:
     from ms4.models.tokenizer import Tokenizer
@@ -22,20 +24,21 @@ if TYPE_CHECKING:
 class Turn:
     """A message and what the model answered to it; None: not yet answered."""
 
-    message: str
+    message: Content
     answer: tuple[int, ...] | None = None
 
 
 class History:
     """The conversation so far."""
 
-    def __init__(self, tokenizer: Tokenizer, system: str | None, effort: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, system: str | None, effort: str, measure: Measure = image.measure) -> None:
         self.tokenizer = tokenizer
+        self.measure = measure
         self.system = system
         self.effort = effort
         self.turns: list[Turn] = []
 
-    def ask(self, message: str) -> Prompt:
+    def ask(self, message: Content) -> Prompt:
         """Adds a message; returns the prompt that ends with it."""
         self.turns.append(Turn(message))
         return self.prompt()
@@ -54,21 +57,20 @@ class History:
         return n
 
     def prompt(self) -> Prompt:
-        """The ids of everything, up to where the model goes on."""
+        """The ids of everything, up to where the model goes on, and the places of the images."""
         first: list[dict[str, Any]] = [{"role": "user", "content": self.turns[0].message}]
         if self.system is not None:
             first.insert(0, {"role": "system", "content": self.system})
-        ids = list(render(first, self.tokenizer, effort=self.effort).ids)
+        begin = render(first, self.tokenizer, effort=self.effort, measure=self.measure)
+        ids, images = list(begin.ids), list(begin.images)
         for before, turn in zip(self.turns, self.turns[1:], strict=False):
             ids += before.answer or ()
-            ids += message_ids(turn.message, self.tokenizer)
-        return Prompt(ids)
-
-
-def message_ids(message: str, tokenizer: Tokenizer) -> list[int]:
-    """[INST] message [/INST]: what is left of a conversation of this message alone without its beginning."""
-    ids = render([{"role": "user", "content": message}], tokenizer).ids
-    return ids[ids.index(Control.INST) :]
+            message = render([{"role": "user", "content": turn.message}], self.tokenizer, measure=self.measure)
+            # [INST] message [/INST]: what is left of a conversation of this message alone without its beginning.
+            start = message.ids.index(Control.INST)
+            images += [replace(place, start=place.start - start + len(ids)) for place in message.images]
+            ids += message.ids[start:]
+        return Prompt(ids, tuple(images))
 
 
 def closed(ids: Sequence[int]) -> tuple[int, ...]:

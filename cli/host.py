@@ -88,6 +88,12 @@ def memory() -> dict[str, int]:
     return {name: 1024 * int(value) for name, value in pairs}
 
 
+def own_memory() -> int:
+    """Bytes that this process holds besides the pages of files; 0 if the kernel does not say."""
+    match = re.search(r"^RssAnon:\s+(\d+) kB$", read("/proc/self/status"), re.MULTILINE)
+    return 1024 * int(match[1]) if match else 0
+
+
 def memory_limit() -> int | None:
     """Bytes that the container may use; None: no limit."""
     found = [

@@ -15,32 +15,77 @@ FIRST_ELEMENTS = 4  # of an array
 
 def info(path: str, *, as_json: bool, tensors: bool, kv: bool) -> int:
     """Prints the description of the file; with its tensors and metadata, if asked for."""
-    from ms4.models.model import describe
     from ms4.quant.gguf_file import GgufFile
 
-    found = describe(path)
-    gguf = GgufFile.open(path) if tensors or kv else None
+    gguf = GgufFile.open(path)
+    is_tower = gguf.metadata.get("general.architecture") == "clip"
+    value, rows = described_tower(path) if is_tower else described_model(path)
     output = streams.Output()
     if as_json:
-        value = to_json(found)
-        if gguf and kv:
+        if kv:
             value["kv"] = {key: plain(item) for key, item in gguf.metadata.items()}
-        if gguf and tensors:
+        if tensors:
             value["tensors"] = [tensor_row(t) for t in gguf.tensors.values()]
         output.write(json.dumps(value) + "\n")
         return errors.OK
-    for name, text in summary(found):
+    for name, text in rows:
         output.write(f"{name:<13} {errors.escape(text)}\n")
-    if gguf and kv:
+    if kv:
         output.write("\nmetadata\n")
         for key, item in gguf.metadata.items():
             output.write(f"  {errors.escape(key)} = {errors.escape(brief(item))}\n")
-    if gguf and tensors:
+    if tensors:
         output.write("\ntensors\n")
         for row in map(tensor_row, gguf.tensors.values()):
             dims = " x ".join(map(str, row["dims"]))
             output.write(f"  {row['name']:<40} {row['type']:<8} {dims:<24} {row['bytes']:>14} bytes\n")
     return errors.OK
+
+
+def described_model(path: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """A text model as JSON, and as lines of name and text."""
+    from ms4.models.model import describe
+
+    found = describe(path)
+    return to_json(found), summary(found)
+
+
+def described_tower(path: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The same for an mmproj file."""
+    from ms4.models.image import grid
+    from ms4.models.pixtral import Tower
+
+    tower = Tower.read(path)
+    s, rule = tower.shape, tower.rule
+    n_bytes = sum(tower.gguf.sizes)
+    weights: dict[str, int] = {}
+    for tensor in map(tensor_row, tower.gguf.tensors.values()):
+        weights[tensor["type"]] = weights.get(tensor["type"], 0) + tensor["bytes"]
+    n_weights = sum(t.n_weights for t in tower.gguf.tensors.values())
+    columns, rows = grid(rule.max_side, rule.max_side, None, rule)
+    most = (columns + 1) * rows
+    value = {
+        "path": tower.path,
+        "bytes": n_bytes,
+        "architecture": "clip",
+        "n_weights": n_weights,
+        "types": weights,
+        "shape": asdict(s),
+        "pixels": asdict(rule),
+        "most_tokens": most,
+    }
+    merged = f", {s.merge} x {s.merge} of them to a token" if s.merge > 1 else ""
+    lines = [
+        ("file", f"{path[-160:]}, {render.gigabytes(n_bytes)}"),
+        ("vision tower", f"{s.n_layer} layers of {s.d_model}, {s.n_head} heads, {'GELU' if s.gelu else 'SiLU'}"),
+        ("projector", f"to models with a hidden size of {s.d_out}"),
+        (
+            "weights",
+            f"{count(n_weights)}: " + ", ".join(f"{name} {render.gigabytes(n)}" for name, n in weights.items()),
+        ),
+        ("images", f"up to {rule.max_side} pixels a side, patches of {s.patch_size}{merged}; at most {most} tokens"),
+    ]
+    return value, lines + [("warning", text) for text in tower.gguf.warnings]
 
 
 def summary(d: "Description") -> list[tuple[str, str]]:
@@ -58,6 +103,7 @@ def summary(d: "Description") -> list[tuple[str, str]]:
         ("vocabulary", f"{s.n_vocab} tokens"),
     ]
     rows += [("", f"{c.name:<14} {types(c)}") for c in d.classes]
+    rows.append(("images", f"with {d.mmproj[-160:]}" if d.mmproj else "need an mmproj file; none lies beside this one"))
     if d.template_sha256:
         rows.append(("template", f"sha256 {d.template_sha256[:16]}, {d.template_bytes} bytes; not executed"))
     rows += [("warning", text) for text in d.warnings]

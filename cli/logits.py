@@ -1,34 +1,61 @@
-"""`ms4 logits`: the logits at every position of given token ids, as a NumPy file.  Works without a usable tokenizer."""
+"""`ms4 logits`: the logits at every position of given token ids, as a NumPy file.  Works without a usable tokenizer.
+
+With images, the [IMG] ids take what the vision tower makes of them, in order.
+"""
+
+from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 
+import ms4
 from ms4.cli import errors, loading, render, streams
+from ms4.cli.attachments import open_image
 from ms4.cli.errors import IncompleteError, UnreadableError, UsageError
 from ms4.cli.options import EngineOptions
+from ms4.cli.sight import Sight, SightOptions
+from ms4.models.control import Control
 
 
-def logits(ids_file: str, output: str, chunk: int | None, engine: EngineOptions) -> int:
+def logits(
+    ids_file: str, output: str, chunk: int | None, engine: EngineOptions, images: Sequence[str], seeing: SightOptions
+) -> int:
     """Feeds the ids, `chunk` at a time (all at once if None), and writes float32 [positions, vocabulary]."""
     from ms4.models.interrupt import interruptible
 
-    engine.require()
+    path = engine.require()
     ids = read_ids(ids_file)
     status = render.StatusLine(engine.quiet)
+    sight = Sight(seeing, path, status)
+    places = [sight.place(open_image(image)) for image in images]
+    if places:
+        check_places(ids, sum(place.width * place.height for place in places))
     with loading.open_model(engine, status) as model:
         shape = model.engine.shape
         check_ids(ids, shape.n_vocab, shape.n_ctx_train)
+        seen = sight.rows(places, model.engine)
+        if places:
+            ids = [ms4.ROW if id == Control.IMG else id for id in ids]
         with open(output, "wb") as file, model.session(len(ids)) as session, interruptible(session):
             header = {"descr": "<f4", "fortran_order": False, "shape": (len(ids), shape.n_vocab)}
             np.lib.format.write_array_header_1_0(file, header)
             step = chunk or len(ids)
             for at in range(0, len(ids), step):
                 part = ids[at : at + step]
+                first, n = ids[:at].count(ms4.ROW), part.count(ms4.ROW)
                 with status.watching(render.reading(session.progress, len(part))):
-                    rows = session.feed(part, all_logits=True)
+                    rows = session.feed(part, seen[first : first + n] if n else None, all_logits=True)
                 file.write(np.ascontiguousarray(rows, "<f4").data)
     return errors.OK
+
+
+def check_places(ids: list[int], n_rows: int) -> None:
+    """Every row of the images has its [IMG] position."""
+    n_places = ids.count(Control.IMG)
+    if n_places != n_rows:
+        raise UnreadableError(f"the ids have {n_places} [IMG] positions (id {Control.IMG:d}); the images fill {n_rows}")
 
 
 def read_ids(name: str) -> list[int]:

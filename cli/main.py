@@ -60,6 +60,17 @@ Seed = Annotated[
 ]
 Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before TEXT; may be repeated.")]
 Greedy = Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")]
+Files = Annotated[
+    list[str] | None,
+    typer.Option("-f", "--file", metavar="PATH[:PAGES]", help="A text, image or PDF (a.pdf:1-3,7); may be repeated."),
+]
+Pdf = Annotated[
+    str, opt.choice(("auto", "text", "image"), "Pages as text, as images, or as images where they need it.", "--pdf")
+]
+Logprobs = Annotated[
+    int | None,
+    typer.Option(metavar="N", parser=opt.whole(0, 20), help="Log-probabilities of the N likeliest, in JSON."),
+]
 Stats = Annotated[bool, typer.Option("--stats", help="One line of statistics on stderr.")]
 
 
@@ -72,6 +83,11 @@ def root() -> None:
 def run(
     prompt: Prompt = None,
     model: opt.Model = None,
+    image: opt.Images = None,
+    file: Files = None,
+    pdf: Pdf = "auto",
+    mmproj: opt.Mmproj = None,
+    image_max_tokens: opt.ImageMaxTokens = None,
     system: System = None,
     effort: Effort = "none",
     think: Think = "auto",
@@ -87,10 +103,7 @@ def run(
     format: Format = "auto",
     output: Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="Not to stdout.")] = None,
     stats: Stats = False,
-    logprobs: Annotated[
-        int | None,
-        typer.Option(metavar="N", parser=opt.whole(0, 20), help="Log-probabilities of the N likeliest, in JSON."),
-    ] = None,
+    logprobs: Logprobs = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 3 if --max-tokens cuts the answer.")] = False,
     show_prompt: Annotated[bool, typer.Option("--show-prompt", help="Show the rendered prompt and stop.")] = False,
     count: Annotated[bool, typer.Option("--count", help="Count the prompt's tokens and stop.")] = False,
@@ -106,6 +119,8 @@ def run(
     sampling = opt.Sampling(effort, greedy, temp, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
     request = one_shot.Request(
         words=tuple(prompt or ()),
+        attached=one_shot.Sources(tuple(image or ()), tuple(file or ()), pdf),
+        sight=one_shot.SightOptions(mmproj, image_max_tokens),
         system=system,
         prefill=prefill,
         only="prompt" if show_prompt else "count" if count else "",
@@ -124,7 +139,11 @@ def run(
 
 @app.command(cls=Command)
 def chat(
+    files: Annotated[list[str] | None, typer.Argument(metavar="FILE", help="Goes with the first message.")] = None,
     model: opt.Model = None,
+    pdf: Pdf = "auto",
+    mmproj: opt.Mmproj = None,
+    image_max_tokens: opt.ImageMaxTokens = None,
     system: System = None,
     effort: Effort = "none",
     think: Think = "auto",
@@ -146,7 +165,8 @@ def chat(
 
     sampling = opt.Sampling(effort, greedy, temp, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
     engine = opt.engine_options(model, threads, load, attn_scale, quiet)
-    return repl.chat(repl.Settings(sampling, system, think, max_tokens, ctx), engine)
+    sight = repl.SightOptions(mmproj, image_max_tokens)
+    return repl.chat(repl.Settings(sampling, system, think, max_tokens, ctx, tuple(files or ()), pdf, sight), engine)
 
 
 @app.command(cls=Command)
@@ -180,7 +200,17 @@ def bench(
     tg: Annotated[
         int, typer.Option("--tg", metavar="N", parser=opt.whole(1, opt.MOST_CTX), help="Tokens written.")
     ] = 32,
-    repeat: Annotated[int, typer.Option("-r", "--repeat", metavar="N", parser=opt.whole(1, 1000), help="Times.")] = 5,
+    image: Annotated[
+        tuple | None,
+        typer.Option("--image", metavar="WxH", parser=opt.picture, help="Measure an image of that size instead."),
+    ] = None,
+    mmproj: opt.Mmproj = None,
+    repeat: Annotated[
+        int | None,
+        typer.Option(
+            "-r", "--repeat", metavar="N", parser=opt.whole(1, 1000), help="Times; else 5, or 1 with --image."
+        ),
+    ] = None,
     depth: Annotated[
         list, typer.Option("--depth", metavar="N,N", parser=opt.depths, help="Tokens held before, e.g. 0,8k.")
     ] = "0",  # type: ignore[assignment]
@@ -193,7 +223,11 @@ def bench(
     from ms4.cli import bench as command
 
     engine = opt.engine_options(model, threads, load, quiet=quiet)
-    return command.bench(command.Plan(pp, tg, repeat, tuple(depth)), engine, format)
+    if image:
+        from ms4.cli import bench_image
+
+        return bench_image.bench(image, repeat or 1, mmproj, engine, format)
+    return command.bench(command.Plan(pp, tg, repeat or 5, tuple(depth)), engine, format)
 
 
 @app.command(cls=Command)
@@ -228,11 +262,12 @@ def tokenize(
         typer.Option("--chat", metavar="FILE", help="Conversations, one JSON object a line; - is stdin."),
     ] = None,
     count: Annotated[bool, typer.Option("--count", help="Only how many.")] = False,
+    image_max_tokens: opt.ImageMaxTokens = None,
 ) -> int:
     """Turn the text on stdin, or conversations, into token ids (JSON)."""
     from ms4.cli import tokenize as command
 
-    return command.tokenize(opt.engine_options(model), chat, count)
+    return command.tokenize(opt.engine_options(model), chat, count, image_max_tokens)
 
 
 @app.command(cls=Command)
@@ -244,6 +279,9 @@ def logits(
         int | None,
         typer.Option("--chunk", metavar="N", parser=opt.whole(1, opt.MOST_CTX), help="Feed N tokens at a time."),
     ] = None,
+    image: opt.Images = None,
+    mmproj: opt.Mmproj = None,
+    image_max_tokens: opt.ImageMaxTokens = None,
     threads: opt.Threads = None,
     load: opt.Load = "auto",
     attn_scale: opt.Scale = "plain",
@@ -253,4 +291,4 @@ def logits(
     from ms4.cli import logits as command
 
     engine = opt.engine_options(model, threads, load, attn_scale, quiet)
-    return command.logits(ids, output, chunk, engine)
+    return command.logits(ids, output, chunk, engine, image or [], command.SightOptions(mmproj, image_max_tokens))

@@ -79,6 +79,14 @@ def depths(text: str) -> list[int]:
     return [whole(0, MOST_CTX)(part) for part in text.split(",")]
 
 
+def picture(text: str) -> tuple[int, int]:
+    """Width and height in pixels, such as 1540x1540."""
+    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", str(text))
+    if not match:
+        raise typer.BadParameter(f"{text} is no size such as 1540x1540")
+    return int(match[1]), int(match[2])
+
+
 Model = Annotated[str | None, typer.Option("-m", "--model", metavar="PATH", envvar="MS4_MODEL", help="The GGUF file.")]
 Threads = Annotated[
     int | None,
@@ -90,6 +98,16 @@ Scale = Annotated[
 ]
 Context = Annotated[
     int, typer.Option("--ctx", metavar="N", parser=whole(1, MOST_CTX), help="Most tokens held (32k, 1K = 1024).")
+]
+Images = Annotated[
+    list[str] | None, typer.Option("-i", "--image", metavar="PATH", help="An image; - is stdin; may be repeated.")
+]
+Mmproj = Annotated[
+    str | None, typer.Option("--mmproj", metavar="FILE", help="The vision tower; else found beside the model.")
+]
+ImageMaxTokens = Annotated[
+    int | None,
+    typer.Option("--image-max-tokens", metavar="N", parser=whole(2, MOST_CTX), help="Most tokens of an image."),
 ]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no notes on stderr.")]
 

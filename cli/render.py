@@ -96,11 +96,12 @@ def rate(n: int, seconds: float) -> float:
     return n / seconds if seconds > 0 else 0.0
 
 
-def statistics(s: "Statistics") -> str:
+def statistics(s: "Statistics", s_images: float = 0.0) -> str:
+    images = f"images {s_images:.1f} s · " if s_images else ""
     cached = f" ({s.n_cached} cached)" if s.n_cached else ""
     thinking = f" ({s.n_thinking} thinking)" if s.n_thinking else ""
     return (
-        f"read {s.n_prompt} tok{cached} {s.s_prompt:.1f} s · "
+        f"{images}read {s.n_prompt} tok{cached} {s.s_prompt:.1f} s · "
         f"wrote {s.n_written} tok {s.tokens_per_second:.1f} tok/s{thinking} · "
         f"ctx {short(s.n_context)}/{short(s.n_ctx)}"
     )

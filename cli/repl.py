@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ms4.cli import errors, lines, loading, render, streams
+from ms4.cli import attachments, errors, lines, loading, render, streams
 from ms4.cli.errors import IncompleteError
 from ms4.cli.options import EngineOptions, Sampling
 from ms4.cli.run import system_text
+from ms4.cli.sight import Sight, SightOptions
 
 if TYPE_CHECKING:
+    import numpy as np
+
     import ms4
     from ms4.cli.history import History
+    from ms4.models.document import Part
     from ms4.models.generate import Done, Line, Statistics
     from ms4.models.prompt import Prompt
     from ms4.models.sampling import Sampler
@@ -28,6 +32,10 @@ HELP = """\
 /effort none|high  how long the model thinks before it answers
 /think show|hide   show its thoughts or not
 /system [TEXT]     set the system prompt; without TEXT, none
+/image PATH        attach an image to the next message
+/file PATH[:PAGES] attach a text file, an image or pages of a PDF
+/paste             attach the image on the clipboard
+/drop              attach nothing after all
 /new               begin a new conversation
 /undo [N]          take back the last N turns
 /retry             answer the last message again
@@ -45,6 +53,9 @@ class Settings:
     think: str = "auto"
     max_tokens: int | None = None
     n_ctx: int = 0
+    files: tuple[str, ...] = ()
+    pdf: str = "auto"
+    sight: SightOptions = SightOptions()
 
 
 def chat(settings: Settings, engine: EngineOptions) -> int:
@@ -53,6 +64,9 @@ def chat(settings: Settings, engine: EngineOptions) -> int:
     engine.require()
     system = system_text(settings.system) if settings.system is not None else None
     status = render.StatusLine(engine.quiet)
+    sight = Sight(settings.sight, engine.require(), status)
+    attached = [part for path in settings.files for part in attachments.open_path(path, settings.pdf)]
+    prices = [note(part, sight) for part in attached]
     with loading.open_model(engine, status) as model:
         from ms4.cli.history import History
         from ms4.models.generate import Line
@@ -62,8 +76,9 @@ def chat(settings: Settings, engine: EngineOptions) -> int:
         output = streams.Output()
         interactive = output.terminal and streams.is_terminal(sys.stdin)
         with model.session(n_ctx) as session:
-            history = History(tokenizer, system, settings.sampling.effort)
-            talk = Talk(settings, history, Line(session), session, output, status, interactive)
+            history = History(tokenizer, system, settings.sampling.effort, sight.measure)
+            talk = Talk(settings, history, Line(session), session, output, status, sight, interactive)
+            talk.take(attached, prices)
             source = lines.EditedLines(list(talk.commands)) if interactive else lines.PipedLines()
             talk.say(f"context of {n_ctx} tokens · /help lists the commands · Ctrl-D leaves")
             return loop(talk, source)
@@ -87,8 +102,13 @@ def loop(talk: Talk, source: lines.Lines) -> int:
         if text.startswith("/"):
             talk.command(text)
         elif text.strip():
-            talk.turn(text.removeprefix(" ") if text.startswith(" /") else text)
+            talk.send(text.removeprefix(" ") if text.startswith(" /") else text)
     return errors.OK
+
+
+def note(part: Part, sight: Sight) -> str:
+    """What an attachment costs."""
+    return f"text of {len(part)} characters" if isinstance(part, str) else sight.price(part)
 
 
 class Talk:
@@ -102,6 +122,7 @@ class Talk:
         session: ms4.Session,
         output: streams.Output,
         status: render.StatusLine,
+        sight: Sight,
         interactive: bool,
     ) -> None:
         self.settings = settings
@@ -110,6 +131,8 @@ class Talk:
         self.session = session
         self.output = output
         self.status = status
+        self.sight = sight
+        self.attached: list[Part] = []  # to the next message
         self.interactive = interactive
         self.over = False
         self.last: Statistics | None = None
@@ -118,6 +141,10 @@ class Talk:
             "/effort": self.set_effort,
             "/think": self.set_think,
             "/system": self.set_system,
+            "/image": self.add_image,
+            "/file": self.add_file,
+            "/paste": self.paste,
+            "/drop": self.drop,
             "/new": self.new,
             "/undo": self.undo,
             "/retry": self.retry,
@@ -142,6 +169,9 @@ class Talk:
         name, _, argument = text.partition(" ")
         if name in self.commands:
             self.commands[name](argument.strip())
+            return
+        if self.interactive and attachments.is_file(text):  # dropped on the terminal
+            self.add_file(text)
             return
         near = difflib.get_close_matches(name, self.commands, 1)
         self.tell(f"no command {errors.escape(name, 40)}; " + (f"{near[0]}?" if near else "/help lists them"))
@@ -175,6 +205,39 @@ class Talk:
         self.history.system = value or None
         self.tell(("system prompt set" if value else "no system prompt") + self.price())
 
+    def add_image(self, value: str) -> None:
+        self.attach(lambda: [attachments.open_image(attachments.typed_path(value))])
+
+    def add_file(self, value: str) -> None:
+        self.attach(lambda: attachments.open_file(attachments.typed_path(value), self.settings.pdf))
+
+    def paste(self, _: str) -> None:
+        self.attach(lambda: [attachments.clipboard_image()])
+
+    def attach(self, load: Callable[[], list[Part]]) -> None:
+        """Opens what a command names; at a terminal a failure is only told."""
+        try:
+            parts = load()
+            prices = [note(part, self.sight) for part in parts]
+        except Exception as error:
+            code, text, hint = errors.describe(error)
+            if not self.interactive or code not in (errors.USAGE, errors.MISSING, errors.UNREADABLE):
+                raise
+            self.tell(f"{text}; {hint}" if hint else text)
+            return
+        self.take(parts, prices)
+
+    def take(self, parts: Sequence[Part], prices: Sequence[str]) -> None:
+        self.attached += parts
+        for price in prices:
+            self.tell(errors.escape(price))
+        if parts:
+            self.say("goes with the next message; /drop leaves it out")
+
+    def drop(self, _: str) -> None:
+        self.tell("nothing is attached any more" if self.attached else "nothing was attached")
+        self.attached.clear()
+
     def new(self, _: str) -> None:
         self.history.turns.clear()
         self.tell("a new conversation")
@@ -202,23 +265,48 @@ class Talk:
 
     # --- one turn
 
-    def turn(self, message: str) -> None:
-        """Sends a message and streams the answer; a failure takes the message back and goes on, at a terminal."""
+    def send(self, text: str) -> None:
+        """A message with what is attached to it.  If it is taken back, the attachments wait for the next one."""
+        attached, self.attached = self.attached, []
+        if not self.turn(attachments.content(attached, text)):
+            self.attached = attached
+
+    def turn(self, message: attachments.Content) -> bool:
+        """Sends a message and streams the answer; False: the message was taken back.
+
+        A failure takes it back too; at a terminal the chat goes on.
+        """
         try:
             prompt = self.history.ask(message)
-            ids, done = self.answer(prompt)
+            ids, done = self.answer(prompt, self.look(prompt))
         except BaseException as error:
             self.history.answered([])
             code, text, hint = errors.describe(error)
             if not self.interactive or code not in (errors.INCOMPLETE, errors.USAGE):
                 raise
             self.tell(f"{text}; {hint or '/new begins a new conversation'}")
-            return
+            return False
         self.history.answered(ids)
         self.last = done.statistics
         self.conclude(done, bool(ids))
+        return bool(ids)
 
-    def answer(self, prompt: Prompt) -> tuple[list[int], Done]:
+    def look(self, prompt: Prompt) -> np.ndarray:
+        """The rows of the prompt's images."""
+        from ms4 import Canceled
+        from ms4.models.generate import ContextError
+
+        n_prompt, n_ctx = len(prompt.ids), self.line.n_ctx
+        if n_prompt + (self.settings.max_tokens or 1) > n_ctx:  # said before the images are computed
+            raise ContextError(n_prompt, n_ctx, self.settings.max_tokens)
+        try:
+            return self.sight.rows(prompt.images, self.session.engine)
+        except (Canceled, KeyboardInterrupt):
+            if not self.interactive:
+                raise
+            raise IncompleteError("stopped", "the message is taken back") from None
+
+    def answer(self, prompt: Prompt, rows: np.ndarray) -> tuple[list[int], Done]:
         """Streams one answer; returns its ids and how it ended."""
         from ms4.models.generate import Done, Reading, Text, Thinking, Token, generate
         from ms4.models.interrupt import interruptible
@@ -234,6 +322,7 @@ class Talk:
                 self.history.tokenizer,
                 max_tokens=self.settings.max_tokens,
                 logprobs=0,  # for the ids of the tokens
+                image_rows=rows,
             )
             event = next(source)
             if isinstance(event, Reading):

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import ms4
 from ms4.cli import errors, loading, render, streams, writers
+from ms4.cli.attachments import Sources, gather
 from ms4.cli.errors import IncompleteError, UsageError
 from ms4.cli.options import EngineOptions, Sampling
+from ms4.cli.sight import Sight, SightOptions
 
 if TYPE_CHECKING:
     from ms4.models.generate import Done
@@ -28,6 +30,8 @@ class Request:
     """What `ms4 run` was asked for, as far as it does not concern the engine or the choice of tokens."""
 
     words: tuple[str, ...]
+    attached: Sources = Sources()
+    sight: SightOptions = SightOptions()
     system: str | None = None
     prefill: str = ""
     only: str = ""  # "prompt" or "count": show it and stop
@@ -49,19 +53,21 @@ def run(request: Request, sampling: Sampling, engine: EngineOptions) -> int:
     if not all(request.stop):
         raise UsageError("--stop needs a text that is not empty")
     sampler = sampling.sampler()
-    if request.words or streams.is_terminal(sys.stdin):
+    if request.words or request.attached or streams.is_terminal(sys.stdin):
         engine.require()
     messages = build_messages(request)
-    if request.only:
-        return show_prompt(request, sampling, engine, messages)
-    output = streams.Output(request.output)
     status = render.StatusLine(engine.quiet)
+    sight = Sight(request.sight, engine.require(), status)
+    images = sight.announce(messages, engine.quiet)
+    if request.only:
+        return show_prompt(request, sampling, engine, messages, sight)
+    output = streams.Output(request.output)
     begun = time.monotonic()
     with loading.open_model(engine, status) as model:
         load_ms = round(1000 * (time.monotonic() - begun))
         name = os.path.basename(engine.require())
-        about = writers.About(name, ms4.__version__, sampling.effort, sampler.seed, request.prefill, load_ms)
-        job = Job(request, model, sampler, new_writer(request, output, about), status)
+        about = writers.About(name, ms4.__version__, sampling.effort, sampler.seed, request.prefill, load_ms, images)
+        job = Job(request, model, sampler, new_writer(request, output, about), status, sight)
         try:
             return job.answer(messages, sampling.effort)
         except BaseException as error:
@@ -72,9 +78,9 @@ def run(request: Request, sampling: Sampling, engine: EngineOptions) -> int:
 
 
 def build_messages(request: Request) -> list[dict[str, Any]]:
-    """System prompt, question, beginning of the answer."""
+    """System prompt, question with what is attached, beginning of the answer."""
     messages: list[dict[str, Any]] = []
-    question = streams.gather_prompt(list(request.words))
+    question = gather(request.attached, request.words)
     if request.system is not None:
         messages.append({"role": "system", "content": system_text(request.system)})
     messages.append({"role": "user", "content": question})
@@ -89,12 +95,14 @@ def system_text(given: str) -> str:
     return streams.read_text(given[1:]) if given.startswith("@") else streams.argument(given, "--system")
 
 
-def show_prompt(request: Request, sampling: Sampling, engine: EngineOptions, messages: list[dict[str, Any]]) -> int:
+def show_prompt(
+    request: Request, sampling: Sampling, engine: EngineOptions, messages: list[dict[str, Any]], sight: Sight
+) -> int:
     """--count and --show-prompt: the tokenizer is enough, the weights stay closed."""
     from ms4.models import prompt as prompts
 
     tokenizer = loading.open_tokenizer(engine.require())
-    ids = prompts.render(messages, tokenizer, effort=sampling.effort).ids
+    ids = prompts.render(messages, tokenizer, effort=sampling.effort, measure=sight.measure).ids
     output = streams.Output(request.output)
     if request.only == "count":
         output.write(f"{len(ids)}\n")
@@ -122,6 +130,7 @@ class Job:
     sampler: "Sampler"
     writer: writers.Writer
     status: render.StatusLine
+    sight: Sight
 
     def answer(self, messages: list[dict[str, Any]], effort: str) -> int:
         """Renders the prompt, generates, and judges how it ended."""
@@ -129,7 +138,7 @@ class Job:
 
         request = self.request
         tokenizer = loading.usable(self.model.vocabulary)
-        prompt = prompts.render(messages, tokenizer, effort=effort)
+        prompt = prompts.render(messages, tokenizer, effort=effort, measure=self.sight.measure)
         n_ctx = loading.context_for(self.model, request.n_ctx)
         check_room(len(prompt.ids), request.max_tokens, n_ctx, self.model.engine.shape.n_ctx_train)
         done, answered = self.generate(prompt, tokenizer, n_ctx)
@@ -138,7 +147,7 @@ class Job:
         if message:
             errors.note(f"error: {message}")
         if request.stats:
-            errors.note(render.statistics(done.statistics))
+            errors.note(render.statistics(done.statistics, self.sight.seconds))
         return code
 
     def generate(self, prompt: "Prompt", tokenizer: "Tokenizer", n_ctx: int) -> tuple["Done", bool]:
@@ -147,6 +156,7 @@ class Job:
         from ms4.models.interrupt import interruptible
 
         request, answered = self.request, False
+        rows = self.sight.rows(prompt.images, self.model.engine)
         with self.model.session(n_ctx) as session:
             line = generate.Line(session)
             source = generate.generate(
@@ -157,6 +167,7 @@ class Job:
                 max_tokens=request.max_tokens,
                 stop=request.stop,
                 logprobs=request.logprobs,
+                image_rows=rows,
             )
             with interruptible(line):
                 event = next(source)

@@ -16,6 +16,7 @@ usage: ms4 COMMAND [OPTIONS]
 
   ms4 run -m model.gguf "Explain mixture of experts in three sentences"
   git diff | ms4 run -m model.gguf "Write a commit message, one line"
+  ms4 run -m model.gguf -i invoice.png "Total and due date?"
   ms4 chat -m model.gguf
 
 commands:

@@ -8,6 +8,7 @@ import codecs
 import io
 import os
 import sys
+from collections.abc import Sequence
 from typing import TextIO
 
 from ms4.cli.errors import CliError, ReaderGone, UnreadableError, UsageError
@@ -48,14 +49,23 @@ def use_colour(stream: TextIO | None) -> bool:
     return is_terminal(stream) and not is_plain() and not os.environ.get("NO_COLOR")
 
 
-def read_stdin() -> str | None:
-    """The text on stdin; None if stdin is a terminal or closed."""
+def read_bytes(limit: int = MOST_INPUT) -> bytes | None:
+    """Up to one byte more than `limit` of stdin; None if stdin is a terminal or closed."""
     if sys.stdin is None or is_terminal(sys.stdin):
         return None
     try:
-        data = sys.stdin.buffer.read(MOST_INPUT + 1)
+        return sys.stdin.buffer.read(limit + 1)
     except OSError as error:
         raise UnreadableError(f"stdin cannot be read: {error.strerror}") from None
+
+
+def read_stdin() -> str | None:
+    """The text on stdin; None if stdin is a terminal or closed."""
+    data = read_bytes()
+    return None if data is None else stdin_text(data)
+
+
+def stdin_text(data: bytes) -> str:
     if len(data) > MOST_INPUT:
         raise UnreadableError(f"stdin holds more than {MOST_INPUT >> 20} MiB; a prompt may not")
     return decode(data, "stdin")
@@ -89,18 +99,20 @@ def argument(text: str, name: str) -> str:
     return decode(os.fsencode(text), name)
 
 
-def gather_prompt(words: list[str]) -> str:
-    """Stdin, a blank line, the arguments; or the one of them that is there."""
-    piped = read_stdin()
+def join_prompt(piped: str | None, words: Sequence[str], alone: bool = False) -> str:
+    """What was piped, a blank line, the arguments; or the one of them that is there.
+
+    alone: with attachments there may also be no text at all, which gives "".
+    """
     typed = argument(" ".join(words), "the prompt")
     parts = [part for part in (piped, typed) if part and not part.isspace()]
-    if not parts:
+    if not parts and not alone:
         if piped is None and not words:
             raise UsageError("no prompt", 'ms4 run "your question"   or   echo "your question" | ms4 run')
         raise UsageError("empty prompt")
     if len(parts) == 2:
         return parts[0].rstrip("\n") + "\n\n" + parts[1]
-    return parts[0]
+    return "".join(parts)
 
 
 def printable(text: str) -> str:

@@ -1,6 +1,7 @@
 """`ms4 tokenize`: text or conversations to token ids, as JSON.  Needs the vocabulary only, not the weights."""
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ms4.cli import errors, loading, streams
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from ms4.models.tokenizer import Tokenizer
 
 
-def tokenize(engine: EngineOptions, chat: str | None, count: bool) -> int:
+def tokenize(engine: EngineOptions, chat: str | None, count: bool, image_max_tokens: int | None = None) -> int:
     """Stdin to one list; or the conversations in the file `chat` to one list a line."""
     path = engine.require()
     text = streams.read_stdin() if chat in (None, "-") else streams.read_text(chat or "")
@@ -19,17 +20,18 @@ def tokenize(engine: EngineOptions, chat: str | None, count: bool) -> int:
         raise UsageError("nothing on stdin", f'echo "some text" | ms4 tokenize -m {path}')
     tokenizer = loading.open_tokenizer(path)
     output = streams.Output()
-    lists = [tokenizer.encode(text)] if chat is None else conversations(text, chat, tokenizer)
+    lists = [tokenizer.encode(text)] if chat is None else conversations(text, chat, tokenizer, image_max_tokens)
     for ids in lists:
         output.write(f"{len(ids) if count else json.dumps(ids)}\n")
     return errors.OK
 
 
-def conversations(text: str, name: str, tokenizer: "Tokenizer") -> list[list[int]]:
+def conversations(text: str, name: str, tokenizer: "Tokenizer", image_max_tokens: int | None) -> list[list[int]]:
     """The ids of every line {"messages", "tools", "reasoning_effort"}.  All are checked before one is printed."""
-    from ms4.models.image import ImageError
+    from ms4.models.image import ImageError, measure
     from ms4.models.prompt import PromptError, parse_line, render
 
+    sized = partial(measure, max_tokens=image_max_tokens)
     lists: list[list[int]] = []
     # Not splitlines(): JSON may hold U+2028 and its like unescaped.
     for number, line in enumerate(text.split("\n"), 1):
@@ -37,7 +39,7 @@ def conversations(text: str, name: str, tokenizer: "Tokenizer") -> list[list[int
             continue
         try:
             messages, tools, effort = parse_line(line)
-            lists.append(render(messages, tokenizer, tools=tools, effort=effort).ids)
+            lists.append(render(messages, tokenizer, tools=tools, effort=effort, measure=sized).ids)
         except (PromptError, ImageError) as error:
             raise UnreadableError(f"{name}, line {number}: {error}") from None
     return lists

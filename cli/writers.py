@@ -20,6 +20,7 @@ class About:
     seed: int
     prefill: str
     load_ms: int
+    images: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Writer(Protocol):
@@ -98,6 +99,8 @@ class JsonWriter:
         if self.tokens:
             choice["logprobs"] = {"content": self.tokens}
         about = {"version": self.about.version, "effort": self.about.effort, "seed": self.about.seed, "exit": code}
+        if self.about.images:
+            about["images"] = self.about.images
         write_json(
             self.output,
             {
@@ -119,7 +122,8 @@ class JsonlWriter:
 
     def __init__(self, output: streams.Output, about: About) -> None:
         self.output = output
-        self._put("start", model=about.model, version=about.version, effort=about.effort, seed=about.seed)
+        images = {"images": about.images} if about.images else {}
+        self._put("start", model=about.model, version=about.version, effort=about.effort, seed=about.seed, **images)
         self._put("load", ms=about.load_ms)
         if about.prefill:
             self._put("text", text=about.prefill)

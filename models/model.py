@@ -10,7 +10,7 @@ from functools import cached_property
 from types import TracebackType
 
 import ms4
-from ms4.models import mistral4
+from ms4.models import mistral4, pixtral
 from ms4.models.mistral4 import ModelError
 from ms4.models.vocabulary import Vocabulary
 from ms4.quant.blocks import BLOCKS
@@ -103,7 +103,7 @@ class Description:
     text_problem: str | None  # why text cannot be used with this file, if so
     template_sha256: str | None
     template_bytes: int
-    vision: bool
+    mmproj: str | None  # the vision tower that lies beside the model
     warnings: tuple[str, ...]
 
 
@@ -137,6 +137,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
     n_lookup = shape.n_vocab * shape.d_model if "output.weight" in gguf.tensors else 0
     template = gguf.metadata.get(TEMPLATE)
     name = gguf.metadata.get("general.name")
+    beside = pixtral.find(gguf.path)
     return Description(
         paths=gguf.paths,
         bytes=sum(gguf.sizes),
@@ -150,7 +151,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
         text_problem=vocabulary.problem,
         template_sha256=hashlib.sha256(template.encode()).hexdigest() if type(template) is str else None,
         template_bytes=len(template.encode()) if type(template) is str else 0,
-        vision=False,
+        mmproj=None if beside is None else os.fspath(beside),
         warnings=gguf.warnings,
     )
 

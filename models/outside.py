@@ -51,5 +51,6 @@ def sniff(data: bytes) -> str | None:
         return "WEBP"
     if data[:6] in (b"GIF87a", b"GIF89a"):
         return "GIF"
-    # Readers of PDF accept some bytes of rubbish before the header.
-    return "PDF" if b"%PDF-" in data[:1024] else None
+    # Readers of PDF accept some bytes of rubbish before the header; a text that only speaks of it has no such end.
+    header = data.find(b"%PDF-", 0, 1024)
+    return "PDF" if header == 0 or (header > 0 and b"startxref" in data[-2048:]) else None

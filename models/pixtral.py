@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Tower:
     shape: ms4.VisionShape
     rule: PixelRule
     tensors: tuple[ms4.Tensor, ...]
+    gguf: GgufFile = field(repr=False, compare=False)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Tower:
@@ -54,7 +55,7 @@ class Tower:
         _check_kind(gguf)
         values = _hyperparameters(gguf)
         shape = _shape(gguf, values)
-        return cls(gguf.path, shape, _pixel_rule(gguf, values), tuple(_table(gguf, shape)))
+        return cls(gguf.path, shape, _pixel_rule(gguf, values), tuple(_table(gguf, shape)), gguf)
 
 
 class Eyes:
@@ -69,6 +70,12 @@ class Eyes:
             )
         self.rule = tower.rule
         self.vision = engine.vision(tower.shape, tower.tensors, tower.path)
+        try:
+            # The engine opened the file once more, by name: it must be the one whose header was checked.
+            tower.gguf.check_unchanged()
+        except BaseException:
+            self.vision.close()
+            raise
 
     def encode(self, pixels: Pixels) -> np.ndarray:
         """float32 [gh * gw, d_model], in raster order."""
@@ -113,6 +120,9 @@ def _hyperparameters(gguf: GgufFile) -> dict[str, Any]:
     d, heads, side = values["embedding_length"], values["attention.head_count"], values["patch_size"]
     if d % heads or d // heads % 8:
         raise ModelError(gguf.path, f"mmproj: clip.vision.embedding_length {d} is not {heads} heads of a multiple of 8")
+    least = gguf.metadata.get("clip.vision.image_min_pixels", 0)
+    if type(least) is not int or not 0 <= least <= values["image_size"] ** 2:
+        raise ModelError(gguf.path, "mmproj: clip.vision.image_min_pixels is more than image_size allows")
     if values["image_size"] < side * values["spatial_merge_size"]:
         raise ModelError(gguf.path, f"mmproj: clip.vision.image_size is {values['image_size']}: less than one token")
     return values

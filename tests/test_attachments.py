@@ -290,6 +290,8 @@ def test_at_a_terminal_a_failure_is_told_and_attachments_wait(monkeypatch, tmp_p
         assert not talk.attached and len(talk.history.turns) == 1
         talk.send("long " * 300)
         assert "tokens" in capsys.readouterr().err and len(talk.history.turns) == 1
+        talk.command(IMAGE)  # a file dropped on the terminal
+        assert PRICE in capsys.readouterr().err and len(talk.attached) == 1
 
 
 def repl_line(session):

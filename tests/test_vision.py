@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import bad_gguf
 import numpy as np
 import pytest
 
@@ -78,3 +79,33 @@ def test_the_mmproj_beside_a_model_is_found(tmp_path):
     (tmp_path / "mmproj-other-F16.gguf").touch()
     assert pixtral.find(tmp_path / "m-119b-Q4_K_M.gguf") == tmp_path / "mmproj-m-119b-F16.gguf"
     assert pixtral.find(tmp_path / "absent" / "m.gguf") is None
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "value", "says"),
+    [
+        ("clip.projector_type", bad_gguf.STR, "nosuch", "projector_type is nosuch"),
+        ("clip.has_vision_encoder", bad_gguf.BOOL, 0, "has_vision_encoder is something else"),
+        ("clip.use_gelu", bad_gguf.BOOL, 1, "one of clip.use_silu and clip.use_gelu"),
+        ("clip.vision.patch_size", bad_gguf.U32, 0, "patch_size"),
+        ("clip.vision.image_size", bad_gguf.U32, 0x7FFFFFFF, "image_size"),
+        ("clip.vision.image_size", bad_gguf.U32, 27, "less than one token"),
+        ("clip.vision.image_min_pixels", bad_gguf.U32, 2147395600, "image_min_pixels"),
+        ("clip.vision.spatial_merge_size", bad_gguf.U32, 0, "spatial_merge_size"),
+        ("clip.vision.attention.head_count", bad_gguf.U32, 0, "head_count"),
+        ("clip.vision.attention.head_count", bad_gguf.U32, 3, "is not 3 heads"),
+        ("clip.vision.attention.layer_norm_epsilon", bad_gguf.F32, float("nan"), "epsilon"),
+        ("clip.vision.block_count", bad_gguf.U32, 2, "unexpected tensor v.blk.2"),
+        ("clip.vision.block_count", bad_gguf.U32, 4, "v.blk.3.ln1.weight is missing"),
+        ("clip.vision.feed_forward_length", bad_gguf.U32, 255, "the metadata says"),
+        ("clip.vision.image_mean", bad_gguf.ARR, bad_gguf.array(bad_gguf.F32, [0.5, 0.5]), "three numbers"),
+        ("clip.vision.image_std", bad_gguf.ARR, bad_gguf.array(bad_gguf.F32, [0.0] * 3), "out of range"),
+    ],
+)
+def test_a_damaged_mmproj_is_refused_in_one_line(tmp_path, key, kind, value, says):
+    image = bad_gguf.take_apart(MMPROJ.read_bytes())
+    image.put(key, kind, value)
+    (tmp_path / "bad.gguf").write_bytes(image.encoded())
+    with pytest.raises(ModelError, match=says) as caught:
+        pixtral.Tower.read(tmp_path / "bad.gguf")
+    assert str(caught.value).isprintable()

@@ -1,0 +1,160 @@
+"""What is attached to a message: images, text files and pages of PDFs, from files, stdin or the clipboard.
+
+Owns the order in which they stand in the message, and the rules for stdin when it holds an attachment.  What images
+become in the prompt is the business of `sight.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ms4.cli import streams
+from ms4.cli.errors import MissingError, UnreadableError, UsageError
+from ms4.models import document
+from ms4.models.document import MAX_PDF_BYTES, Part
+from ms4.models.image import MAX_BYTES, Image, load_image
+from ms4.models.outside import shown, sniff
+
+SIDE = 1540  # pixels on the longer side of a page that becomes an image
+Content = str | list[dict[str, Any]]
+ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
+CLIPBOARDS = (  # programs that write the image on the clipboard to stdout
+    ("wl-paste", "--no-newline", "--type", "image/png"),
+    ("xclip", "-selection", "clipboard", "-target", "image/png", "-out"),
+    ("pngpaste", "-"),
+)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the options --image, --file and --pdf name."""
+
+    images: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    pdf: str = "auto"
+
+    def __bool__(self) -> bool:
+        return bool(self.images or self.files)
+
+    def take_stdin(self) -> bool:
+        """True if stdin is one of the attachments."""
+        n = self.images.count("-") + sum(document.split_spec(spec)[0] == "-" for spec in self.files)
+        if n > 1:
+            raise UsageError("stdin can be attached only once")
+        return n == 1
+
+
+def gather(sources: Sources, words: Sequence[str]) -> Content:
+    """The content of a message: images, files, then the text from stdin and from the arguments."""
+    taken = sources.take_stdin()
+    parts: list[Part] = [open_image(path) for path in sources.images]
+    for spec in sources.files:
+        parts += open_file(spec, sources.pdf)
+    piped = None
+    if not taken:
+        data = streams.read_bytes()
+        if data is not None and sniff(data):
+            more = streams.read_bytes(MAX_PDF_BYTES) or b""
+            parts = [*document.load_bytes(data + more, "stdin", None, sources.pdf, SIDE), *parts]
+        elif data is not None:
+            piped = streams.stdin_text(data)
+    return content(parts, streams.join_prompt(piped, words, alone=bool(parts)))
+
+
+def content(parts: Sequence[Part], text: str) -> Content:
+    """A message of these parts and the text after them, with a blank line between texts."""
+    chunks: list[dict[str, Any]] = []
+    for part in [*parts, text]:
+        if isinstance(part, Image):
+            chunks.append({"type": "image", "image": part})
+        elif part and chunks and chunks[-1]["type"] == "text":
+            chunks[-1]["text"] = chunks[-1]["text"].rstrip("\n") + "\n\n" + part
+        elif part:
+            chunks.append({"type": "text", "text": part})
+    return text if not parts else chunks
+
+
+def open_image(path: str) -> Image:
+    """The image in a file; - is stdin."""
+    if path == "-":
+        data = stdin_bytes(MAX_BYTES)
+        return load_image(data, "stdin")
+    refuse_address(path)
+    try:
+        return load_image(path)
+    except ValueError:
+        if path.lower().endswith(".pdf"):
+            raise UnreadableError(f"{shown(path)} is no image", f"a PDF is attached with -f {shown(path)}") from None
+        raise
+
+
+def open_file(spec: str, pdf: str = "auto") -> list[Part]:
+    """The parts of PATH or PATH:PAGES; - is stdin."""
+    path, pages = document.split_spec(spec)
+    if path == "-":
+        return document.load_bytes(stdin_bytes(MAX_PDF_BYTES), "stdin", pages, pdf, SIDE)
+    refuse_address(path)
+    return document.load_file(spec, pdf, SIDE)
+
+
+def open_path(spec: str, pdf: str = "auto") -> list[Part]:
+    """As open_file, where stdin is taken: its lines are the messages of a chat."""
+    if document.split_spec(spec)[0] == "-":
+        raise UsageError("in a chat, stdin holds the messages and cannot be attached")
+    return open_file(spec, pdf)
+
+
+def typed_path(text: str) -> str:
+    """A path as it is typed, or dropped on a terminal: with ~, quotes or backslashes."""
+    if os.path.lexists(text):
+        return text
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        words = []
+    path = words[0] if len(words) == 1 else text
+    if not path or document.split_spec(path)[0] == "-":
+        raise UsageError("name a file: /image PATH or /file PATH[:PAGES]")
+    return os.path.expanduser(path)
+
+
+def is_file(text: str) -> bool:
+    """True if a line is nothing but the path of a file."""
+    try:
+        return os.path.isfile(typed_path(text.strip()))
+    except (UsageError, ValueError):
+        return False
+
+
+def refuse_address(path: str) -> None:
+    if ADDRESS.match(path):
+        raise UnreadableError(f"{shown(path)}: ms4 fetches nothing", "curl -sL ADDRESS | ms4 run -i - ...")
+
+
+def stdin_bytes(limit: int) -> bytes:
+    data = streams.read_bytes(limit)
+    if data is None:
+        raise UsageError("nothing on stdin to attach", 'cat page.png | ms4 run -i - "your question"')
+    return data
+
+
+def clipboard_image() -> Image:
+    """The image on the clipboard."""
+    commands = [command for command in CLIPBOARDS if shutil.which(command[0])]
+    if not commands:
+        raise MissingError("no program that reads the clipboard: install wl-clipboard, xclip or pngpaste")
+    for command in commands:
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=10)
+        except subprocess.TimeoutExpired:
+            raise UnreadableError(f"{command[0]} does not answer") from None
+        if not done.returncode and done.stdout:
+            return load_image(done.stdout, "clipboard")
+    raise UnreadableError("there is no image on the clipboard")
