@@ -22,7 +22,11 @@ from ms4.models.control import Control
 def logits(
     ids_file: str, output: str, chunk: int | None, engine: EngineOptions, images: Sequence[str], seeing: SightOptions
 ) -> int:
-    """Feeds the ids, `chunk` at a time (all at once if None), and writes float32 [positions, vocabulary]."""
+    """Feeds the ids and writes float32 [positions, vocabulary].
+
+    chunk: most tokens that the engine computes together (its own choice if None).  All ids are one call, because the
+    form of attention is chosen for a call: so any chunk gives the same bits.
+    """
     from ms4.models.interrupt import interruptible
 
     path = engine.require()
@@ -32,22 +36,18 @@ def logits(
     places = [sight.place(open_image(image)) for image in images]
     if places:
         check_places(ids, sum(place.width * place.height for place in places))
-    with loading.open_model(engine, status) as model:
+    with loading.open_model(engine, status, chunk or 0) as model:
         shape = model.engine.shape
         check_ids(ids, shape.n_vocab, shape.n_ctx_train)
         seen = sight.rows(places, model.engine)
         if places:
             ids = [ms4.ROW if id == Control.IMG else id for id in ids]
         with open(output, "wb") as file, model.session(len(ids)) as session, interruptible(session):
+            with status.watching(render.reading(session.progress, len(ids))):
+                rows = session.feed(ids, seen if places else None, all_logits=True)
             header = {"descr": "<f4", "fortran_order": False, "shape": (len(ids), shape.n_vocab)}
             np.lib.format.write_array_header_1_0(file, header)
-            step = chunk or len(ids)
-            for at in range(0, len(ids), step):
-                part = ids[at : at + step]
-                first, n = ids[:at].count(ms4.ROW), part.count(ms4.ROW)
-                with status.watching(render.reading(session.progress, len(part))):
-                    rows = session.feed(part, seen[first : first + n] if n else None, all_logits=True)
-                file.write(np.ascontiguousarray(rows, "<f4").data)
+            file.write(np.ascontiguousarray(rows, "<f4").data)
     return errors.OK
 
 
