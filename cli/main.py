@@ -277,7 +277,7 @@ def logits(
     model: opt.Model = None,
     chunk: Annotated[
         int | None,
-        typer.Option("--chunk", metavar="N", parser=opt.whole(1, opt.MOST_CTX), help="Compute at most N tokens together."),
+        typer.Option("--chunk", metavar="N", parser=opt.whole(1, 65536), help="Compute at most N tokens together."),
     ] = None,
     image: opt.Images = None,
     mmproj: opt.Mmproj = None,

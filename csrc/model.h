@@ -97,7 +97,9 @@ int matrix_bind(const files *f, const ms4_tensor *t, matrix *out);   /* engine.c
 int workspace_grow(ms4_engine *e, int32_t n_tokens);          /* workspace.c */
 int workspace_room(float **buffer, size_t *has, size_t needs);
 void workspace_close(ms4_engine *e);
-int layer_forward(const step *st, int32_t layer);             /* layer.c: adds one layer to ws.h */
+/* layer.c: adds one layer to ws.h.  Only the last `keep` tokens come out, and become the step; the others leave their
+ * latents in the kv cache. */
+int layer_forward(step *st, int32_t layer, int32_t keep);
 int attention_expands(const ms4_shape *s, int32_t pos, size_t n);   /* attention.c: is that form cheaper? */
 int attention_prepare(const step *st);                        /* attention.c: scratch for the step */
 int attention_forward(const step *st, int32_t layer);         /* q, kv cache -> o */

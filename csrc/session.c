@@ -72,29 +72,30 @@ static void embed(const step *st, const int32_t *tokens, const float **rows) {
         } else e->ops->dequantize[m->type](h, m->data + (size_t)tokens[t] * m->row_bytes, d);
     }
 }
-/* Final norm and output matrix for the last n_out tokens of the step. */
-static void output_logits(const step *st, int32_t n_out, float *logits) {
+/* Final norm and output matrix for the tokens of the step. */
+static void output_logits(const step *st, float *logits) {
     ms4_engine *e = st->e;
-    size_t d = (size_t)e->shape.d_model, first = (size_t)(st->n - n_out);
-    for (size_t t = 0; t < (size_t)n_out; t++) {
+    size_t d = (size_t)e->shape.d_model;
+    for (size_t t = 0; t < (size_t)st->n; t++) {
         float *x = e->ws.x + t * d;
-        e->ops->rms_norm(x, e->ws.h + (first + t) * d, e->output_norm, d, e->shape.norm_eps);
+        e->ops->rms_norm(x, e->ws.h + t * d, e->output_norm, d, e->shape.norm_eps);
         if (matrix_quantised(&e->output)) e->ops->quantize(e->ws.x_q + t * blocks_of(d), x, d);
     }
     product last = { &e->output, { e->ws.x, e->ws.x_q, d, blocks_of(d) }, logits, (size_t)e->shape.n_vocab, 0 };
-    matmul(e->pool, e->ops, &last, 1, n_out, &st->s->stop);
+    matmul(e->pool, e->ops, &last, 1, st->n, &st->s->stop);
 }
-static int run_step(const step *st, const int32_t *tokens, const float **rows, int32_t n_out, float *logits) {
+static int run_step(step *st, const int32_t *tokens, const float **rows, int32_t n_out, float *logits) {
     ms4_engine *e = st->e;
+    uint64_t n = (uint64_t)st->n;
     TRY(workspace_grow(e, st->n));
     TRY(attention_prepare(st));
     fill_rope(st);
     embed(st, tokens, rows);
     for (int32_t layer = 0; layer < e->shape.n_layer; layer++) {
-        TRY(layer_forward(st, layer));
-        atomic_fetch_add(&st->s->done, (uint64_t)st->n);
+        TRY(layer_forward(st, layer, layer + 1 < e->shape.n_layer ? st->n : n_out));
+        atomic_fetch_add(&st->s->done, n);
     }
-    if (n_out) output_logits(st, n_out, logits);
+    if (n_out) output_logits(st, logits);
     FAIL_IF(atomic_load(&st->s->stop), MS4_ECANCELED, "canceled");
     for (size_t i = 0; i < (size_t)n_out * (size_t)e->shape.n_vocab; i++)
         FAIL_IF(!isfinite(logits[i]), MS4_ENUMBER,

@@ -82,6 +82,17 @@ def test_rewound_and_fed_again_gives_the_same_bits(tiny, rng):
         assert np.array_equal(session.feed(ids[20:]), want)
 
 
+@pytest.mark.parametrize("n_batch", [0, 9])
+def test_the_last_logits_are_the_same_bits_whether_or_not_all_are_wanted(tiny, rng, n_batch):
+    ids = rng.integers(0, 1400, 300)  # for one token's logits the last layer does less
+    with Model.open(tiny, n_batch=n_batch) as model, model.session(400) as session:
+        every = session.feed(ids, all_logits=True)
+        after = session.feed([5])
+        session.rewind(0)
+        assert np.array_equal(session.feed(ids), every[-1])
+        assert np.array_equal(session.feed([5]), after)
+
+
 def test_sessions_do_not_see_each_other(tiny, rng):
     a, b = rng.integers(0, 1400, (2, 30))
     with Model.open(tiny) as model, model.session(64) as one, model.session(64) as two:
