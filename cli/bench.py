@@ -105,12 +105,14 @@ def measure_depth(plan: Plan, depth: int, model: "Model", session: ms4.Session) 
         begun = time.perf_counter()
         session.feed(ids(plan.n_read))
         read = time.perf_counter()
+        session.rewind(depth)
         bytes_before = model.engine.stats().bytes_decode
+        write = time.perf_counter()
         for id in ids(plan.n_written):
             session.feed([id])
         if round:
             reading.append(read - begun)
-            writing.append(time.perf_counter() - read)
+            writing.append(time.perf_counter() - write)
             read_bytes += model.engine.stats().bytes_decode - bytes_before
     stats = model.engine.stats()
     passes = -(-plan.n_read // N_BATCH)

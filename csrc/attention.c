@@ -56,6 +56,12 @@ static void mul_float(const ms4_engine *e, const float *w, int32_t rows, int32_t
                            .y_stride = y_stride };
     e->ops->mul[MS4_TYPE_f32](&mul);
 }
+/* Decode reads each head's slice once: asks for the one that comes after this one. */
+static void prefetch_slice(const matrix *m, int32_t head) {
+    if (head + 1 >= m->n_slices) return;
+    const uint8_t *at = m->data + (size_t)(head + 1) * m->slice_bytes;
+    for (size_t i = 0; i < (size_t)m->n_rows * m->row_bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+}
 /* --- absorbed ----------------------------------------------------------------------------- */
 /* An item is a head and a tile of tokens: ws.q -> ws.absorbed = [W_uk^T q_nope | q_rope] */
 static void absorb_item(void *context, int32_t item, int32_t thread) {
@@ -68,6 +74,7 @@ static void absorb_item(void *context, int32_t item, int32_t thread) {
     float *w = e->ws.scratch[thread];
     const float *q = e->ws.q + (size_t)first * q_stride + (size_t)head * d_head;
     float *a = e->ws.absorbed + (size_t)first * a_stride + (size_t)head * job->d_latent;
+    prefetch_slice(&job->w->k_b, head);
     load_k_b(job, head, 1, w, w + (size_t)s->kv_rank * (size_t)s->d_nope);
     mul_float(e, w, s->kv_rank, s->d_nope, q, q_stride, n, a, a_stride);
     for (int32_t t = 0; t < n; t++)
@@ -172,6 +179,7 @@ static void collect_item(void *context, int32_t item, int32_t thread) {
         }
         for (size_t i = 0; i < rank; i++) x[(size_t)t * rank + i] = from[2 + i] / from[1];
     }
+    prefetch_slice(&job->w->v_b, head);
     load_slice(e, &job->w->v_b, head, w);
     mul_float(e, w, s->d_value, s->kv_rank, x, rank, n, e->ws.o + (size_t)first * d_o + (size_t)head * (size_t)s->d_value, d_o);
 }

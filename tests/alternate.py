@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections import defaultdict
 
+START = "from ms4.cli.start import main; main()"
 Rates = dict[str, float]  # "prefill", "decode": tokens per second
 
 
@@ -25,7 +26,7 @@ def run(command: list[str]) -> str:
 
 
 def run_ms4(a: argparse.Namespace) -> Rates:
-    command = [sys.executable, "-m", "ms4.cli.start", "bench", "-m", a.file, "--format", "json", "-r", str(a.repeat)]
+    command = [sys.executable, "-c", START, "bench", "-m", a.file, "--format", "json", "-r", str(a.repeat)]
     command += ["--pp", str(a.pp), "--tg", str(a.tg), "--threads", str(a.threads), "--load", a.load]
     if a.depth:
         command += ["--depth", str(a.depth)]
