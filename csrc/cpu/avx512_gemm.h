@@ -19,12 +19,17 @@
  * each 16-group or each block; or float scales for each block or each 16-group (32-blocks and NVFP4). */
 enum scaling { SCALED_BYTES, SCALED_GROUPS, SCALED_BLOCKS, FLOAT_BLOCKS, FLOAT_GROUPS };
 
+/* Packed grids of the IQ2 and IQ3 types: at most 1024 words. */
+#define GRID_VECTORS 32
+typedef void pack_grid_fn(__m512i *grid);
+
 struct panel {
     __m512i q[64];
     union { __m512i scale[16]; __m512 factor[16]; };
     /* mins of K types: pairs of int16, of 16-groups (SCALED_BYTES) or of blocks; of 32-blocks: floats */
     union { __m512i min[8]; __m512 add[8]; };
     __m512 d, dmin;
+    __m512i grid[GRID_VECTORS];     /* set before the first panel is filled */
 };
 struct layout { enum scaling scaling; int has_min, has_offset; };
 
@@ -145,12 +150,13 @@ static inline const block_q8 *x_row(const struct ms4_mul *m, int t) {
 static inline void prefetch_lines(const uint8_t *w, size_t n) {
     for (size_t i = 0; i < n; i += 64) _mm_prefetch((const char *)w + i, _MM_HINT_T1);
 }
-/* bytes: of a superblock of weights */
-static void gemm(const struct ms4_mul *m, fill_fn *fill, tiles_fn *tiles, int offset, size_t bytes) {
+/* bytes: of a superblock of weights; pack_grid: NULL for types without a grid */
+static void gemm(const struct ms4_mul *m, fill_fn *fill, tiles_fn *tiles, int offset, size_t bytes, pack_grid_fn *pack_grid) {
     const int n_superblocks = (m->n_cols + SUPERBLOCK - 1) / SUPERBLOCK;
     struct panel p;
     float y[CHUNK * PANEL_ROWS] __attribute__((aligned(64)));
     const block_q8 *x[CHUNK];
+    if (pack_grid) pack_grid(p.grid);
     prefetch_lines(m->w, m->row_bytes * (size_t)(m->n_rows < PANEL_ROWS ? m->n_rows : PANEL_ROWS));
     for (int t0 = 0; t0 < m->n_tokens; t0 += CHUNK) {
         const int n_tokens = m->n_tokens - t0 < CHUNK ? m->n_tokens - t0 : CHUNK;

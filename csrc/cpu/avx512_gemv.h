@@ -11,8 +11,9 @@
 #define GEMV_SUPERBLOCKS 16     /* of a row in one pass */
 #define GEMV_AHEAD 45056        /* bytes to prefetch ahead, into L2: L1 has too few outstanding misses for memory's speed */
 
-/* The order of the 16-byte chunks of activations that a type's unpacking gives. */
-enum chunk_order { NATURAL, K_ORDER, BLOCK_ORDER, CRUMB_ORDER };
+/* The order of activations that a type's unpacking gives: of 16-byte chunks, or (QUAD_ORDER) byte i of vector j is
+ * activation 4i + j, or (HALF_ORDER) vectors 0 and 2 have the first eight of each 16, vectors 1 and 3 the others. */
+enum chunk_order { NATURAL, K_ORDER, BLOCK_ORDER, CRUMB_ORDER, QUAD_ORDER, HALF_ORDER };
 static const uint8_t chunk_orders[4][16] = {
     [NATURAL] = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 },
     [K_ORDER] = { 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15 },       /* first and second halves: even blocks, odd blocks */
@@ -22,13 +23,19 @@ static const uint8_t chunk_orders[4][16] = {
 struct x_superblock {
     __m512i v[4];
     __m512i start[4];           /* -offset * x, added up as the products will be; BLOCK_ORDER adds pairs of vectors */
-    __m256i sums;
 };
+/* Which sums of activations a type multiplies with its mins, or (OFFSET_SUMS: of blocks) with the offset of its weights. */
+enum x_sums { NO_SUMS, BLOCK_SUMS, GROUP_SUMS, OFFSET_SUMS };
 struct gemv_x {
     struct x_superblock superblock[GEMV_SUPERBLOCKS];
+    __m512i grid[GRID_VECTORS];
     /* What follows repeats after the row's last superblock, so that 16 lanes can begin at any. */
     const struct x_superblock *of[2 * GEMV_SUPERBLOCKS];
-    int32_t high[2][2 * GEMV_SUPERBLOCKS], low[2][2 * GEMV_SUPERBLOCKS];    /* sums of blocks 0..3 and 4..7 in two parts */
+    union {
+        /* sums in two parts, as bytes: of blocks 0..3 and 4..7, or of 16-groups 0..3, 4..7, ... */
+        struct { int32_t high[4][2 * GEMV_SUPERBLOCKS], low[4][2 * GEMV_SUPERBLOCKS]; };
+        int32_t start[8][2 * GEMV_SUPERBLOCKS];     /* -offset * sum of block b */
+    };
     float d[GEMV_SUPERBLOCKS];
 };
 /* Prefetching goes on past the last row, to m->next or what follows: a prefetch cannot fault.
@@ -41,27 +48,55 @@ static inline __attribute__((always_inline)) void prefetch_quarter(const uint8_t
     for (size_t i = 0; i < 4 * bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
 }
 
-static void gemv_x_of(struct gemv_x *x, const block_q8 *blocks, int n, enum chunk_order order, int offset) {
+/* What a product of one type needs; bytes: of a superblock. */
+struct gemv_type { dot_fn *dot; enum chunk_order order; enum x_sums sums; int offset; size_t bytes; pack_grid_fn *pack_grid; };
+
+/* bytes[k] of each superblock: dword k / 4 of the lanes */
+static inline void set_parts(int32_t (*part)[2 * GEMV_SUPERBLOCKS], int i, __m128i bytes) {
+    int32_t dword[4];
+    _mm_storeu_si128((void *)dword, bytes);
+    for (int k = 0; k < 4; k++) part[k][i] = dword[k];
+}
+static void set_x_sums(struct gemv_x *x, int i, __m256i groups, enum x_sums sums, int offset) {
+    const __m256i blocks = _mm256_madd_epi16(groups, _mm256_set1_epi16(1));
+    if (sums == OFFSET_SUMS) {
+        int32_t start[8];
+        _mm256_storeu_si256((void *)start, _mm256_mullo_epi32(blocks, _mm256_set1_epi32(-offset)));
+        for (int b = 0; b < 8; b++) x->start[b][i] = start[b];
+    } else if (sums != NO_SUMS) {
+        const __m256i words = sums == GROUP_SUMS ? groups : _mm256_castsi128_si256(_mm256_cvtepi32_epi16(blocks));
+        set_parts(x->high, i, _mm256_cvtepi16_epi8(_mm256_srai_epi16(words, 7)));
+        set_parts(x->low, i, _mm256_cvtepi16_epi8(_mm256_and_si256(words, _mm256_set1_epi16(127))));
+    }
+}
+static void order_x(__m512i *v, const int8_t *qs, enum chunk_order order) {
+    if (order < QUAD_ORDER) {
+        for (int c = 0; c < 16; c++) memcpy((char *)v + 16 * c, qs + 16 * chunk_orders[order][c], 16);
+    } else if (order == HALF_ORDER) {
+        for (int c = 0; c < 32; c++) memcpy((char *)v + c / 16 * 128 + c % 2 * 64 + c % 16 / 2 * 8, qs + 8 * c, 8);
+    } else {
+        const uint8_t *rows[16];
+        const __m512i quads = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+        __m512i shuffled[4];
+        for (int k = 0; k < 4; k++) shuffled[k] = _mm512_shuffle_epi8(_mm512_loadu_si512(qs + 64 * k), quads);
+        for (int c = 0; c < 16; c++) rows[c] = (const uint8_t *)shuffled + 16 * c;
+        load_transposed(v, rows, 0);
+    }
+}
+static void gemv_x_of(struct gemv_x *x, const block_q8 *blocks, int n, const struct gemv_type *t) {
+    const __m512i o = _mm512_set1_epi8((char)t->offset), zero = _mm512_setzero_si512();
     for (int i = 0; i < n; i++) {
         struct x_superblock *s = &x->superblock[i];
-        for (int c = 0; c < 16; c++) memcpy((char *)s->v + 16 * c, blocks[i].qs + 16 * chunk_orders[order][c], 16);
-        s->sums = _mm256_load_si256((const void *)blocks[i].sums);
+        order_x(s->v, blocks[i].qs, t->order);
         for (int k = 0; k < 4; k++) {
-            const __m512i o = _mm512_set1_epi8((char)offset), zero = _mm512_setzero_si512();
-            const __m512i sum = order == BLOCK_ORDER ? _mm512_dpbusd_epi32(zero, o, s->v[k ^ 1]) : zero;
+            const __m512i sum = t->order == BLOCK_ORDER ? _mm512_dpbusd_epi32(zero, o, s->v[k ^ 1]) : zero;
             s->start[k] = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(sum, o, s->v[k]));
         }
         x->d[i] = blocks[i].d;
     }
     for (int i = 0; i < 2 * GEMV_SUPERBLOCKS; i++) {
-        const __m256i sums = _mm256_madd_epi16(x->superblock[i % n].sums, _mm256_set1_epi16(1));
-        const __m128i high = _mm256_cvtepi32_epi8(_mm256_srai_epi32(sums, 7));
-        const __m128i low = _mm256_cvtepi32_epi8(_mm256_and_si256(sums, _mm256_set1_epi32(127)));
         x->of[i] = &x->superblock[i % n];
-        for (int h = 0; h < 2; h++) {
-            x->high[h][i] = h ? _mm_extract_epi32(high, 1) : _mm_cvtsi128_si32(high);
-            x->low[h][i] = h ? _mm_extract_epi32(low, 1) : _mm_cvtsi128_si32(low);
-        }
+        set_x_sums(x, i, load_256(blocks[i % n].sums), t->sums, t->offset);
     }
 }
 /* y[r] += d[i] * value[r * n + i], i ascending, for 16 rows */
@@ -73,8 +108,9 @@ static void gemv_add(float *y, const float *d, const float *value, int n) {
         for (int r = 0; r < PANEL_ROWS; r++) sum[r] = _mm_fmadd_ss(_mm_load_ss(d + i), _mm_load_ss(value + r * n + i), sum[r]);
     for (int r = 0; r < PANEL_ROWS; r++) _mm_store_ss(y + r, sum[r]);
 }
-/* One pass over n superblocks, from the first-th, of all rows.  bytes: of a superblock. */
-static void gemv_pass(const struct ms4_mul *m, dot_fn *dot, const struct gemv_x *x, int first, int n, size_t bytes) {
+/* One pass over n superblocks, from the first-th, of all rows. */
+static void gemv_pass(const struct ms4_mul *m, const struct gemv_type *t, const struct gemv_x *x, int first, int n) {
+    const size_t bytes = t->bytes;
     const uint8_t *end = m->w + (size_t)m->n_rows * m->row_bytes;
     for (int r0 = 0; r0 < m->n_rows; r0 += PANEL_ROWS) {
         const int n_rows = m->n_rows - r0 < PANEL_ROWS ? m->n_rows - r0 : PANEL_ROWS;
@@ -88,7 +124,7 @@ static void gemv_pass(const struct ms4_mul *m, dot_fn *dot, const struct gemv_x 
             }
             const uint8_t *ahead = w[0] + GEMV_AHEAD;
             if (m->next && ahead >= end) ahead = m->next + (ahead - end);
-            _mm512_store_ps(value + 16 * step, dot(w, x, at, ahead));
+            _mm512_store_ps(value + 16 * step, t->dot(w, x, at, ahead));
         }
         float *out = m->y + r0;
         for (int r = 0; r < PANEL_ROWS; r++) y[r] = first && r < n_rows ? out[r] : 0;
@@ -97,13 +133,14 @@ static void gemv_pass(const struct ms4_mul *m, dot_fn *dot, const struct gemv_x 
     }
 }
 /* One token; n_cols must be a multiple of 256. */
-static void gemv(const struct ms4_mul *m, dot_fn *dot, enum chunk_order order, int offset, size_t bytes) {
+static void gemv(const struct ms4_mul *m, const struct gemv_type *t) {
     struct gemv_x x;
+    if (t->pack_grid) t->pack_grid(x.grid);
     const int n_superblocks = m->n_cols / SUPERBLOCK;
     for (int first = 0; first < n_superblocks; first += GEMV_SUPERBLOCKS) {
         const int n = n_superblocks - first < GEMV_SUPERBLOCKS ? n_superblocks - first : GEMV_SUPERBLOCKS;
-        gemv_x_of(&x, x_row(m, 0) + first, n, order, offset);
-        gemv_pass(m, dot, &x, first, n, bytes);
+        gemv_x_of(&x, x_row(m, 0) + first, n, t);
+        gemv_pass(m, t, &x, first, n);
     }
 }
 
@@ -132,8 +169,17 @@ static inline void transpose_lanes(__m512i *out, const __m512i *a) {
     out[2] = _mm512_shuffle_i64x2(t1, t3, 0x88);
     out[3] = _mm512_shuffle_i64x2(t1, t3, 0xdd);
 }
-static inline __m512i load_512(const void *p) { return _mm512_loadu_si512(p); }
-static inline __m256i load_256(const void *p) { return _mm256_loadu_si256(p); }
+/* Lane r of v[l] has 16 bytes of superblock 4l + r; after this v[j] has dword j of all of them, side by side. */
+static inline void transpose_dwords(__m512i *v) {
+    __m512i a[4];
+    transpose_lanes(a, v);                  /* a[r], lane l: superblock 4l + r */
+    const __m512i t0 = _mm512_unpacklo_epi32(a[0], a[1]), t1 = _mm512_unpackhi_epi32(a[0], a[1]);
+    const __m512i t2 = _mm512_unpacklo_epi32(a[2], a[3]), t3 = _mm512_unpackhi_epi32(a[2], a[3]);
+    v[0] = _mm512_unpacklo_epi64(t0, t2);
+    v[1] = _mm512_unpackhi_epi64(t0, t2);
+    v[2] = _mm512_unpacklo_epi64(t1, t3);
+    v[3] = _mm512_unpackhi_epi64(t1, t3);
+}
 /* --- Q4_K, Q5_K ------------------------------------------------------------------------------ */
 /* The sums of mins times the sums of the blocks of x.  A block's sum has 13 bits: they go in two parts. */
 static inline __m512i sum_k_mins(const __m512i *mins, const struct gemv_x *x, int at) {

@@ -9,18 +9,18 @@ static inline __m512i load_four(const uint8_t *w, size_t step) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(load_two(w, w + step)), load_two(w + 2 * step, w + 3 * step), 1);
 }
 /* Blocks 0..3 in the lanes of out[0], 4..7 in those of out[1]; the nibbles of a block go through a table. */
-static inline void dot_nibbles(__m512i *out, __m512i w0, __m512i w1, __m512i table, const struct x_superblock *x) {
+static inline void dot_nibbles(__m512i *out, __m512i w0, __m512i w1, __m512i table, const struct x_superblock *x, __m512i start0, __m512i start1) {
     const __m512i a = _mm512_shuffle_epi8(table, low_nibbles(w0)), b = _mm512_shuffle_epi8(table, high_nibbles(w0));
     const __m512i c = _mm512_shuffle_epi8(table, low_nibbles(w1)), d = _mm512_shuffle_epi8(table, high_nibbles(w1));
-    out[0] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(x->start[0], a, x->v[0]), b, x->v[1]);
-    out[1] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(x->start[2], c, x->v[2]), d, x->v[3]);
+    out[0] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start0, a, x->v[0]), b, x->v[1]);
+    out[1] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start1, c, x->v[2]), d, x->v[3]);
 }
 static inline void dot_bytes(__m512i *out, const uint8_t *w, const struct x_superblock *x) {
     const __m512i top = _mm512_set1_epi8(-128);
     const size_t step = sizeof(block_q8_0);
     for (int h = 0; h < 2; h++) {
         const uint8_t *at = w + 4 * step * (size_t)h + offsetof(block_q8_0, qs);
-        const __m512i acc = _mm512_dpbusd_epi32(x->start[2 * h], _mm512_xor_si512(load_four(at, step), top), x->v[2 * h]);
+        const __m512i acc = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_xor_si512(load_four(at, step), top), x->v[2 * h]);
         out[h] = _mm512_dpbusd_epi32(acc, _mm512_xor_si512(load_four(at + 16, step), top), x->v[2 * h + 1]);
     }
 }
@@ -31,43 +31,78 @@ static inline __m512 e8m0_halves(__m512i e) {
     return _mm512_castsi512_ps(_mm512_mask_mov_epi32(normal, _mm512_cmplt_epu32_mask(e, _mm512_set1_epi32(2)), small));
 }
 enum block_kind { BYTE_BLOCKS, NIBBLE_BLOCKS, EXPONENT_BLOCKS };
-/* size, at: of a block, and of its quants in it */
+/* Eight blocks of 18 bytes: the quants of blocks 0..3 and 4..7, and all scales in the first lane of the last.
+ * Unaligned loads are what limits these types, so there are no more than needed. */
+static inline void split_nibble_blocks(__m512i *out, const uint8_t *w) {
+    const __m512i lane = _mm512_setr_epi64(0x0001000100010001, 0x0001000100010001, 0x000a000a000a000a, 0x000a000a000a000a,
+                                           0x0013001300130013, 0x0013001300130013, 0x001c001c001c001c, 0x001c001c001c001c);
+    const __m512i first = _mm512_add_epi16(lane, _mm512_broadcast_i32x4(_mm_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7)));
+    /* bytes 72.. are words 4.. of b, and from 128 on words 24.. of c */
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(4));
+    const __m512i both = _mm512_mask_add_epi16(second, 0xff000000, second, _mm512_set1_epi16(24));
+    const __m512i scales = _mm512_castsi128_si512(_mm_setr_epi16(0, 9, 18, 27, 36, 45, 54, 63));
+    const __m512i a = load_512(w), b = load_512(w + 64), c = load_512(w + 80);
+    out[0] = _mm512_permutex2var_epi16(a, first, b);
+    out[1] = _mm512_permutex2var_epi16(b, both, c);
+    out[2] = _mm512_permutex2var_epi16(a, scales, b);
+}
+/* Eight blocks of 17 bytes: the same, but the scales are spread: byte b of lane b % 4 is that of block b. */
+static inline void split_exponent_blocks(__m512i *out, const uint8_t *w) {
+    const __m512i bytes = _mm512_setr_epi32(255, 0, 0, 0, 255 << 8, 0, 0, 0, 255 << 16, 0, 0, 0, -0x1000000, 0, 0, 0);
+    const size_t size = sizeof(block_mxfp4);
+    out[0] = load_four(w + 1, size);
+    out[1] = load_four(w + 1 + 4 * size, size);
+    out[2] = _mm512_or_si512(_mm512_and_si512(load_512(w), bytes), _mm512_and_si512(load_512(w + 64), _mm512_slli_epi64(bytes, 32)));
+}
+/* Lane r: the scales of a[r]. */
+static inline __m512i first_lanes(const __m512i *a) {
+    const __m256i low = _mm256_setr_m128i(_mm512_castsi512_si128(a[0]), _mm512_castsi512_si128(a[1]));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_setr_m128i(_mm512_castsi512_si128(a[2]), _mm512_castsi512_si128(a[3])), 1);
+}
+/* size: of a block */
 static inline __attribute__((always_inline)) __m512 dot_blocks(panel_rows w, const struct gemv_x *x, int from, const uint8_t *ahead, const size_t size,
-                                                               const size_t at, const enum block_kind kind, const __m512i table) {
-    __m512i four[2][4], blocks[8];
+                                                               const enum block_kind kind, const __m512i table) {
+    __m512i four[2][4], blocks[8], scales[4];
     uint16_t d[8][16];          /* filled long before it is read as vectors: a load waits for the small stores it covers */
 #pragma GCC unroll 1
     for (int l = 0; l < 4; l++) {
-        __m512i out[2][4];
+        __m512i out[2][4], d_of[4];
         prefetch_quarter(ahead, l, 8 * size);
         for (int r = 0; r < 4; r++) {
             const uint8_t *p = w[4 * l + r];
-            __m512i dots[2];
-            for (size_t b = 0; b < 8; b++) {
-                if (kind == EXPONENT_BLOCKS) d[b][4 * l + r] = p[b * size];
-                else memcpy(&d[b][4 * l + r], p + b * size, sizeof **d);
+            const struct x_superblock *s = x->of[from + 4 * l + r];
+            __m512i dots[2], parts[3];
+            for (size_t b = 0; b < 8 && kind == BYTE_BLOCKS; b++) memcpy(&d[b][4 * l + r], p + b * size, sizeof **d);
+            if (kind == BYTE_BLOCKS) dot_bytes(dots, p, s);
+            else {
+                if (kind == NIBBLE_BLOCKS) split_nibble_blocks(parts, p);
+                else split_exponent_blocks(parts, p);
+                dot_nibbles(dots, parts[0], parts[1], table, s, _mm512_setzero_si512(), _mm512_setzero_si512());
+                d_of[r] = parts[2];
             }
-            if (kind == BYTE_BLOCKS) dot_bytes(dots, p, x->of[from + 4 * l + r]);
-            else dot_nibbles(dots, load_four(p + at, size), load_four(p + at + 4 * size, size), table, x->of[from + 4 * l + r]);
             out[0][r] = dots[0];
             out[1][r] = dots[1];
         }
+        if (kind != BYTE_BLOCKS) scales[l] = kind == NIBBLE_BLOCKS ? first_lanes(d_of) : add_lanes(d_of);
         four[0][l] = add_dwords(out[0]);
         four[1][l] = add_dwords(out[1]);
     }
     transpose_lanes(blocks, four[0]);
     transpose_lanes(blocks + 4, four[1]);
+    if (kind != BYTE_BLOCKS) transpose_dwords(scales);
     __m512 t = _mm512_setzero_ps();
     for (int b = 0; b < 8; b++) {
-        const __m256i bits = load_256(d[b]);
-        const __m512 factor = kind == EXPONENT_BLOCKS ? e8m0_halves(_mm512_cvtepu16_epi32(bits)) : _mm512_cvtph_ps(bits);
-        t = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(blocks[b]), t);
+        __m512 factor;
+        if (kind == BYTE_BLOCKS) factor = _mm512_cvtph_ps(load_256(d[b]));
+        else if (kind == EXPONENT_BLOCKS) factor = e8m0_halves(byte_of(scales[b / 4], b % 4));
+        else factor = halves_to_floats(b % 2 ? _mm512_srli_epi32(scales[b / 2], 16) : scales[b / 2]);
+        t = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(_mm512_add_epi32(blocks[b], load_512(x->start[b] + from))), t);
     }
     return t;
 }
 #define DOT_BLOCKS(type, kind, table) \
     static __attribute__((noinline)) __m512 dot_##type(panel_rows w, const struct gemv_x *x, int from, const uint8_t *ahead) { \
-        return dot_blocks(w, x, from, ahead, sizeof(block_##type), offsetof(block_##type, qs), kind, table); \
+        return dot_blocks(w, x, from, ahead, sizeof(block_##type), kind, table); \
     }
 DOT_BLOCKS(q8_0, BYTE_BLOCKS, _mm512_setzero_si512())
 DOT_BLOCKS(q4_0, NIBBLE_BLOCKS, identity_table())
@@ -102,7 +137,8 @@ static __attribute__((noinline)) __m512 dot_iq4_xs(panel_rows w, const struct ge
             const __m128i bytes = _mm_loadl_epi64((const void *)((const char *)&pairs[r / 2] + 16 * l + r % 2 * 8));
             const __m512i scales = _mm512_castsi256_si512(_mm256_cvtepi8_epi32(bytes));
             __m512i dots[2];
-            dot_nibbles(dots, load_512(q), load_512(q + 64), table, x->of[from + 4 * l + r]);
+            const struct x_superblock *t = x->of[from + 4 * l + r];
+            dot_nibbles(dots, load_512(q), load_512(q + 64), table, t, t->start[0], t->start[2]);
             acc[r] = _mm512_add_epi32(_mm512_mullo_epi32(dots[0], _mm512_permutexvar_epi32(first, scales)),
                                       _mm512_mullo_epi32(dots[1], _mm512_permutexvar_epi32(_mm512_add_epi32(first, _mm512_set1_epi32(4)), scales)));
         }

@@ -1,21 +1,155 @@
-/* avx512_grids.h -- the types whose weights are rows of a grid (IQ1, IQ2, IQ3), and NVFP4.
+/* avx512_grids.h -- the types whose weights are rows of a grid (IQ1, IQ2, IQ3), and the panels of NVFP4.
  *
- * A superblock is unpacked for itself: indices and signs with vectors, the grid's rows one by one.  Both kinds of product
- * take the result: panels transpose it, single tokens multiply it as it is.
+ * A row of an IQ2 or IQ3 grid packs into a word, and a grid of words into few vectors: permutations look up 32 rows at once,
+ * where a gather takes them one by one.  The packed grid is made anew for each product, which is quickly done.
+ * Both kinds of product take the result: panels transpose it, single tokens multiply it as it is.
  */
 #ifndef MS4_AVX512_GRIDS_H
 #define MS4_AVX512_GRIDS_H
 #include "avx512_gemv.h"
 
-/* 256 weights in order: unsigned magnitudes, and which are negative (IQ2, IQ3); or weight + IQ1_OFFSET (IQ1). */
+/* 256 weights: unsigned magnitudes, and which are negative; or weight + IQ1_OFFSET (IQ1).
+ * IQ2 has them in QUAD_ORDER, IQ3 in BLOCK_ORDER, IQ1 in order. */
 struct grid_row {
     __m512i q[4];
     __mmask64 negative[4];
-    __m128i scales;             /* bytes, one for each 16-group */
 };
 #define IQ1_OFFSET 16
-typedef void grid_row_fn(struct grid_row *out, const uint8_t *w);
+/* Opens two superblocks, which share the loads of the packed grid. */
+typedef void grid_rows_fn(struct grid_row *out, panel_rows w, const __m512i *grid);
+/* The scales of a superblock: bytes, one for each 16-group */
+typedef __m128i grid_scales_fn(const uint8_t *w);
 
+/* --- packed grids ---------------------------------------------------------------------------- */
+/* IQ2: a word has eight weights, two bits each.  The weights are 8, 25 and 43, so bits 4 and 5 tell them apart. */
+static inline void pack_pairs(__m512i *grid, const int8_t (*rows)[8], int n) {
+    for (int i = 0; i < n; i += 8) {
+        const __m512i code = _mm512_and_si512(_mm512_srli_epi16(load_512(rows[i]), 4), _mm512_set1_epi8(3));
+        const __m512i four = _mm512_madd_epi16(_mm512_maddubs_epi16(code, _mm512_set1_epi16(0x0401)), _mm512_set1_epi32(0x00100001));
+        _mm_storeu_si128((void *)((char *)grid + 2 * i), _mm512_cvtepi32_epi8(four));
+    }
+}
+/* IQ3: a word has four weights, four bits each: the weight itself, or for IQ3_XXS an eighth of it. */
+static inline void pack_nibbles(__m512i *grid, const int8_t (*rows)[4], int n, unsigned shift) {
+    for (int i = 0; i < n; i += 16) {
+        const __m512i code = _mm512_and_si512(_mm512_srli_epi16(load_512(rows[i]), shift), _mm512_set1_epi8(15));
+        const __m512i two = _mm512_maddubs_epi16(code, _mm512_set1_epi16(0x1001));
+        _mm256_storeu_si256((void *)((char *)grid + 2 * i), _mm512_cvtepi16_epi8(two));
+    }
+}
+static void pack_iq2_xxs(__m512i *grid) { pack_pairs(grid, grid_iq2xxs, 256); }
+static void pack_iq2_xs(__m512i *grid) { pack_pairs(grid, grid_iq2xs, 512); }
+static void pack_iq2_s(__m512i *grid) { pack_pairs(grid, grid_iq2s, 1024); }
+static void pack_iq3_xxs(__m512i *grid) { pack_nibbles(grid, grid_iq3xxs, 256, 3); }
+static void pack_iq3_s(__m512i *grid) { pack_nibbles(grid, grid_iq3s, 512, 0); }
+/* Replaces each word of two vectors of indices (0..n - 1) by that word of the grid. */
+static inline __attribute__((always_inline)) void look_up_words(__m512i *index, const __m512i *grid, const int n) {
+    __m512i t[2][8];
+    __mmask32 upper[2][4];
+    for (int j = 0; j < 4; j++)
+        for (int i = 0; i < 2; i++) upper[i][j] = _mm512_test_epi16_mask(index[i], _mm512_set1_epi16((short)(64 << j)));
+#pragma GCC unroll 8
+    for (int k = 0; k < n / 128; k++) {
+        const __m512i a = grid[4 * k], b = grid[4 * k + 1], c = grid[4 * k + 2], d = grid[4 * k + 3];
+        for (int i = 0; i < 2; i++) {
+            const __m512i low = _mm512_permutex2var_epi16(a, index[i], b), high = _mm512_permutex2var_epi16(c, index[i], d);
+            t[i][k] = _mm512_mask_blend_epi16(upper[i][0], low, high);
+        }
+    }
+    for (int i = 0; i < 2; i++) {
+        for (int left = n / 256, j = 1; left > 0; left /= 2, j++)
+            for (int k = 0; k < left; k++) t[i][k] = _mm512_mask_blend_epi16(upper[i][j], t[i][2 * k], t[i][2 * k + 1]);
+        index[i] = t[i][0];
+    }
+}
+
+/* --- signs and scales ------------------------------------------------------------------------ */
+/* Eight dwords of 4 x 7 signs (and 4 bits of scale): 32 bytes of signs.  The eighth of each makes their number even. */
+static inline __m256i spread_signs(__m256i w) {
+    const __m256i parity = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, -128, -128, 0, -128, 0, 0, -128, -128, 0, 0, -128, 0, -128, -128, 0));
+    /* 0xca: bits of the second where the first has ones, else of the third */
+    w = _mm256_ternarylogic_epi32(_mm256_set1_epi32(0x00003fff), w, _mm256_slli_epi32(w, 2), 0xca);
+    w = _mm256_ternarylogic_epi32(_mm256_set1_epi32(0x007f007f), w, _mm256_slli_epi32(w, 1), 0xca);
+    w = _mm256_and_si256(w, _mm256_set1_epi8(127));
+    const __m256i four = _mm256_and_si256(_mm256_xor_si256(w, _mm256_srli_epi16(w, 4)), _mm256_set1_epi8(15));
+    return _mm256_or_si256(w, _mm256_shuffle_epi8(parity, four));
+}
+/* Signs for QUAD_ORDER: bit j of byte i goes with byte i of vector j. */
+static inline void set_quad_signs(struct grid_row *out, __m512i signs) {
+    for (int j = 0; j < 4; j++) out->negative[j] = _mm512_test_epi8_mask(signs, _mm512_set1_epi8((char)(1 << j)));
+}
+static inline __m512i quad_signs(__m256i bytes) {
+    const __m512i words = _mm512_cvtepu8_epi16(bytes);
+    return _mm512_or_si512(words, _mm512_slli_epi16(words, 4));
+}
+/* 32 bytes of signs for BLOCK_ORDER */
+static inline void set_block_signs(struct grid_row *out, __m256i bytes) {
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    const __m256i signs = _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(order));
+    _mm256_storeu_si256((void *)out->negative, signs);
+}
+/* 2 * nibble + 1, the low nibble of each byte first */
+static inline __m128i nibble_scales(__m128i bytes) {
+    const __m128i low = _mm_and_si128(bytes, _mm_set1_epi8(15)), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
+    const __m128i s = _mm_unpacklo_epi8(low, high);
+    return _mm_add_epi8(_mm_add_epi8(s, s), _mm_set1_epi8(1));
+}
+
+/* 2 * x + 1, x in the top four bits of dwords */
+static inline __m128i top_scales(__m256i words) {
+    const __m128i s = _mm256_cvtepi32_epi8(_mm256_or_si256(_mm256_srli_epi32(words, 27), _mm256_set1_epi32(1)));
+    return _mm_unpacklo_epi8(s, s);
+}
+static inline __m128i scales_iq2_xxs(const uint8_t *w) {
+    return top_scales(_mm512_cvtepi64_epi32(_mm512_srli_epi64(load_512(w + offsetof(block_iq2_xxs, qs)), 32)));
+}
+static inline __m128i scales_iq2_xs(const uint8_t *w) { return nibble_scales(_mm_loadl_epi64((const void *)(w + offsetof(block_iq2_xs, scales)))); }
+static inline __m128i scales_iq2_s(const uint8_t *w) { return nibble_scales(_mm_loadl_epi64((const void *)(w + offsetof(block_iq2_s, scales)))); }
+static inline __m128i scales_iq3_xxs(const uint8_t *w) { return top_scales(load_256(w + offsetof(block_iq3_xxs, w))); }
+static inline __m128i scales_iq3_s(const uint8_t *w) {
+    int32_t scales;
+    memcpy(&scales, w + offsetof(block_iq3_s, scales), sizeof scales);
+    const __m128i s = nibble_scales(_mm_cvtsi32_si128(scales));
+    return _mm_unpacklo_epi8(s, s);
+}
+
+/* --- IQ2 ------------------------------------------------------------------------------------- */
+/* Four bits at once are looked up for their lower and for their upper two. */
+static inline void set_pairs(struct grid_row *out, __m512i words) {
+    const __m512i lower = _mm512_set1_epi32(8 | 25 << 8 | 43 << 16);
+    const __m512i upper = _mm512_broadcast_i32x4(_mm_setr_epi32(0x08080808, 0x19191919, 0x2b2b2b2b, 0));
+    const __m512i even = low_nibbles(words), odd = high_nibbles(words);
+    out->q[0] = _mm512_shuffle_epi8(lower, even);
+    out->q[1] = _mm512_shuffle_epi8(upper, even);
+    out->q[2] = _mm512_shuffle_epi8(lower, odd);
+    out->q[3] = _mm512_shuffle_epi8(upper, odd);
+}
+static inline __attribute__((always_inline)) void rows_iq2_xxs(struct grid_row *out, panel_rows w, const __m512i *grid) {
+    __m512i index[2];
+    for (int r = 0; r < 2; r++) {
+        const __m512i v = load_512(w[r] + offsetof(block_iq2_xxs, qs));
+        index[r] = _mm512_cvtepu8_epi16(_mm512_cvtepi64_epi32(v));
+        set_quad_signs(&out[r], quad_signs(spread_signs(_mm512_cvtepi64_epi32(_mm512_srli_epi64(v, 32)))));
+    }
+    look_up_words(index, grid, 256);
+    for (int r = 0; r < 2; r++) set_pairs(&out[r], index[r]);
+}
+static inline __attribute__((always_inline)) void rows_iq2_xs(struct grid_row *out, panel_rows w, const __m512i *grid) {
+    const __m512i parity = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 8, 8, 0, 8, 0, 0, 8, 8, 0, 0, 8, 0, 8, 8, 0));
+    const __m512i high = _mm512_set1_epi16(0x0f00);
+    __m512i index[2];
+    for (int r = 0; r < 2; r++) {
+        const __m512i v = load_512(w[r] + offsetof(block_iq2_xs, qs));
+        /* signs 0..3 to the low byte, 4..6 to the high byte, where their parity with 0..3 joins them */
+        const __m512i first = _mm512_srli_epi16(v, 9), rest = _mm512_srli_epi16(v, 5);
+        const __m512i four = _mm512_and_si512(_mm512_xor_si512(rest, _mm512_srli_epi16(v, 1)), high);
+        const __m512i signs = _mm512_or_si512(first, _mm512_and_si512(rest, high));
+        set_quad_signs(&out[r], _mm512_or_si512(signs, _mm512_shuffle_epi8(parity, four)));
+        index[r] = v;
+    }
+    look_up_words(index, grid, 512);
+    for (int r = 0; r < 2; r++) set_pairs(&out[r], index[r]);
+}
 /* Lane g (of 32 words): g / 4 or g / 2; and shifts that go with g % 4 or g % 2 */
 static inline __m512i words_of_four(void) {
     return _mm512_setr_epi32(0, 0, 0x10001, 0x10001, 0x20002, 0x20002, 0x30003, 0x30003, 0x40004, 0x40004, 0x50005, 0x50005, 0x60006, 0x60006,
@@ -27,7 +161,60 @@ static inline __m512i words_of_two(void) {
 }
 static inline __m512i shifts_of_four(int step) { return _mm512_set1_epi64((int64_t)step << 16 | (int64_t)(2 * step) << 32 | (int64_t)(3 * step) << 48); }
 
-/* Eight bytes each: plain loads beat a gather in panels; four bytes each: a gather wins. */
+/* qs[g] with two (three) more bits from each of eight words */
+static inline __m512i index_with_high(const uint8_t *qs, __m512i words, int step, int mask) {
+    const __m512i high = _mm512_and_si512(_mm512_srlv_epi16(words, shifts_of_four(step)), _mm512_set1_epi16((short)mask));
+    return _mm512_or_si512(_mm512_cvtepu8_epi16(load_256(qs)), _mm512_slli_epi16(high, 8));
+}
+static inline __attribute__((always_inline)) void rows_iq2_s(struct grid_row *out, panel_rows w, const __m512i *grid) {
+    __m512i index[2];
+    for (int r = 0; r < 2; r++) {
+        const __m128i qh = _mm_cvtepu8_epi16(_mm_loadl_epi64((const void *)(w[r] + offsetof(block_iq2_s, qh))));
+        const __m512i words = _mm512_permutexvar_epi16(words_of_four(), _mm512_castsi128_si512(qh));
+        index[r] = index_with_high(w[r] + offsetof(block_iq2_s, qs), words, 2, 3);
+        set_quad_signs(&out[r], quad_signs(load_256(w[r] + offsetof(block_iq2_s, signs))));
+    }
+    look_up_words(index, grid, 1024);
+    for (int r = 0; r < 2; r++) set_pairs(&out[r], index[r]);
+}
+
+/* --- IQ3 ------------------------------------------------------------------------------------- */
+/* The words of 128 weights: four bits each. */
+static inline void set_nibbles(__m512i *q, __m512i words) {
+    const __m512i even = low_nibbles(words), odd = high_nibbles(words);
+    q[0] = _mm512_unpacklo_epi8(even, odd);
+    q[1] = _mm512_unpackhi_epi8(even, odd);
+}
+static inline __attribute__((always_inline)) void rows_iq3_xxs(struct grid_row *out, panel_rows w, const __m512i *grid) {
+    const __m512i values = _mm512_broadcast_i32x4(_mm_setr_epi8(4, 12, 20, 28, 36, 44, 52, 62, 0, 0, 0, 0, 0, 0, 0, 0));
+    for (int r = 0; r < 2; r++) {
+        const uint8_t *qs = w[r] + offsetof(block_iq3_xxs, qs);
+        __m512i index[2] = { _mm512_cvtepu8_epi16(load_256(qs)), _mm512_cvtepu8_epi16(load_256(qs + 32)) };
+        look_up_words(index, grid, 256);
+        set_nibbles(out[r].q, index[0]);
+        set_nibbles(out[r].q + 2, index[1]);
+        for (int i = 0; i < 4; i++) out[r].q[i] = _mm512_shuffle_epi8(values, out[r].q[i]);
+        set_block_signs(&out[r], spread_signs(load_256(w[r] + offsetof(block_iq3_xxs, w))));
+    }
+}
+static inline __attribute__((always_inline)) void rows_iq3_s(struct grid_row *out, panel_rows w, const __m512i *grid) {
+    const __m512i bit = _mm512_set1_epi16(256);
+    for (int r = 0; r < 2; r++) {
+        const uint8_t *qs = w[r] + offsetof(block_iq3_s, qs);
+        uint64_t high;
+        memcpy(&high, w[r] + offsetof(block_iq3_s, qh), sizeof high);
+        const __m512i low[2] = { _mm512_cvtepu8_epi16(load_256(qs)), _mm512_cvtepu8_epi16(load_256(qs + 32)) };
+        __m512i index[2] = { _mm512_mask_add_epi16(low[0], (__mmask32)high, low[0], bit),
+                             _mm512_mask_add_epi16(low[1], (__mmask32)(high >> 32), low[1], bit) };
+        look_up_words(index, grid, 512);
+        set_nibbles(out[r].q, index[0]);
+        set_nibbles(out[r].q + 2, index[1]);
+        set_block_signs(&out[r], load_256(w[r] + offsetof(block_iq3_s, signs)));
+    }
+}
+
+/* --- IQ1 ------------------------------------------------------------------------------------- */
+/* 32 rows of eight bytes, one by one: a gather is slower. */
 static inline void look_up_eight(struct grid_row *out, const int8_t (*grid)[8], __m512i index) {
     uint16_t at[32];
     int64_t row[8];
@@ -36,91 +223,6 @@ static inline void look_up_eight(struct grid_row *out, const int8_t (*grid)[8], 
         for (int k = 0; k < 8; k++) memcpy(&row[k], grid[at[8 * i + k]], sizeof *row);
         out->q[i] = _mm512_set_epi64(row[7], row[6], row[5], row[4], row[3], row[2], row[1], row[0]);
     }
-}
-static inline void look_up_four(struct grid_row *out, const int8_t (*grid)[4], __m512i low, __m512i high) {
-    out->q[0] = _mm512_i32gather_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(low)), grid, 4);
-    out->q[1] = _mm512_i32gather_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(low, 1)), grid, 4);
-    out->q[2] = _mm512_i32gather_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(high)), grid, 4);
-    out->q[3] = _mm512_i32gather_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1)), grid, 4);
-}
-/* The eighth sign of each seven (in words or dwords) makes their number even. */
-static inline __m512i add_parity(__m512i x) {
-    __m512i t = _mm512_xor_si512(x, _mm512_srli_epi32(x, 4));
-    t = _mm512_xor_si512(t, _mm512_srli_epi32(t, 2));
-    t = _mm512_and_si512(_mm512_xor_si512(t, _mm512_srli_epi32(t, 1)), _mm512_set1_epi16(1));
-    return _mm512_or_si512(x, _mm512_slli_epi16(t, 7));
-}
-static inline void set_signs(struct grid_row *out, const void *bytes) { memcpy(out->negative, bytes, 32); }
-/* Eight words of 32 bits: 4 x 7 signs and 4 bits of scale. */
-static inline void signs_and_scales(struct grid_row *out, __m256i words) {
-    const __m512i shifts = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 7, 14, 21)), seven = _mm512_set1_epi32(127);
-    const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    const __m512i w = _mm512_castsi256_si512(words);
-    uint8_t signs[32];
-    for (int h = 0; h < 2; h++) {
-        const __m512i four = _mm512_permutexvar_epi32(_mm512_add_epi32(first, _mm512_set1_epi32(4 * h)), w);
-        const __m512i x = _mm512_and_si512(_mm512_srlv_epi32(four, shifts), seven);
-        _mm_storeu_si128((void *)(signs + 16 * h), _mm512_cvtepi32_epi8(add_parity(x)));
-    }
-    set_signs(out, signs);
-    const __m128i s = _mm256_cvtepi32_epi8(_mm256_add_epi32(_mm256_slli_epi32(_mm256_srli_epi32(words, 28), 1), _mm256_set1_epi32(1)));
-    out->scales = _mm_unpacklo_epi8(s, s);
-}
-/* 2 * nibble + 1, the low nibble of each byte first */
-static inline __m128i nibble_scales(__m128i bytes) {
-    const __m128i low = _mm_and_si128(bytes, _mm_set1_epi8(15)), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
-    const __m128i s = _mm_unpacklo_epi8(low, high);
-    return _mm_add_epi8(_mm_add_epi8(s, s), _mm_set1_epi8(1));
-}
-
-static inline void row_iq2_xxs(struct grid_row *out, const uint8_t *w) {
-    const __m512i v = _mm512_loadu_si512(w + offsetof(block_iq2_xxs, qs));
-    look_up_eight(out, grid_iq2xxs, _mm512_cvtepu8_epi16(_mm512_cvtepi64_epi32(v)));
-    signs_and_scales(out, _mm512_cvtepi64_epi32(_mm512_srli_epi64(v, 32)));
-}
-static inline void row_iq2_xs(struct grid_row *out, const uint8_t *w) {
-    const __m512i v = _mm512_loadu_si512(w + offsetof(block_iq2_xs, qs));
-    __m512i x = _mm512_srli_epi16(v, 9), t = _mm512_xor_si512(x, _mm512_srli_epi16(x, 4));
-    t = _mm512_xor_si512(t, _mm512_srli_epi16(t, 2));
-    t = _mm512_and_si512(_mm512_xor_si512(t, _mm512_srli_epi16(t, 1)), _mm512_set1_epi16(1));
-    const __m256i signs = _mm512_cvtepi16_epi8(_mm512_or_si512(x, _mm512_slli_epi16(t, 7)));
-    set_signs(out, &signs);
-    look_up_eight(out, grid_iq2xs, _mm512_and_si512(v, _mm512_set1_epi16(511)));
-    out->scales = nibble_scales(_mm_loadl_epi64((const void *)(w + offsetof(block_iq2_xs, scales))));
-}
-/* qs[g] with two (three) more bits from each of eight words */
-static inline __m512i index_with_high(const uint8_t *qs, __m512i words, int step, int mask) {
-    const __m512i high = _mm512_and_si512(_mm512_srlv_epi16(words, shifts_of_four(step)), _mm512_set1_epi16((short)mask));
-    return _mm512_or_si512(_mm512_cvtepu8_epi16(load_256(qs)), _mm512_slli_epi16(high, 8));
-}
-static inline void row_iq2_s(struct grid_row *out, const uint8_t *w) {
-    const __m128i qh = _mm_cvtepu8_epi16(_mm_loadl_epi64((const void *)(w + offsetof(block_iq2_s, qh))));
-    const __m512i words = _mm512_permutexvar_epi16(words_of_four(), _mm512_castsi128_si512(qh));
-    look_up_eight(out, grid_iq2s, index_with_high(w + offsetof(block_iq2_s, qs), words, 2, 3));
-    set_signs(out, w + offsetof(block_iq2_s, signs));
-    out->scales = nibble_scales(_mm_loadl_epi64((const void *)(w + offsetof(block_iq2_s, scales))));
-}
-static inline void row_iq3_xxs(struct grid_row *out, const uint8_t *w) {
-    const uint8_t *qs = w + offsetof(block_iq3_xxs, qs);
-    look_up_four(out, grid_iq3xxs, _mm512_cvtepu8_epi16(load_256(qs)), _mm512_cvtepu8_epi16(load_256(qs + 32)));
-    signs_and_scales(out, load_256(w + offsetof(block_iq3_xxs, w)));
-}
-static inline void row_iq3_s(struct grid_row *out, const uint8_t *w) {
-    const uint8_t *qs = w + offsetof(block_iq3_s, qs);
-    const __m512i bit = _mm512_set1_epi16(256);
-    __m512i index[2];
-    for (int h = 0; h < 2; h++) {
-        uint32_t high;
-        memcpy(&high, w + offsetof(block_iq3_s, qh) + 4 * h, sizeof high);
-        index[h] = _mm512_cvtepu8_epi16(load_256(qs + 32 * h));
-        index[h] = _mm512_mask_add_epi16(index[h], high, index[h], bit);
-    }
-    look_up_four(out, grid_iq3s, index[0], index[1]);
-    set_signs(out, w + offsetof(block_iq3_s, signs));
-    int32_t scales;
-    memcpy(&scales, w + offsetof(block_iq3_s, scales), sizeof scales);
-    const __m128i s = nibble_scales(_mm_cvtsi32_si128(scales));
-    out->scales = _mm_unpacklo_epi8(s, s);
 }
 /* Weights 8 * G + 1, or - 1 where a bit of minus (one for each 8 weights) is set; + IQ1_OFFSET. */
 static inline void finish_iq1(struct grid_row *out, uint32_t minus) {
@@ -136,9 +238,12 @@ static inline void row_iq1_s(struct grid_row *out, const uint8_t *w) {
     const __m512i words = _mm512_permutexvar_epi16(words_of_four(), _mm512_castsi128_si512(qh));
     look_up_eight(out, grid_iq1, index_with_high(w + offsetof(block_iq1_s, qs), words, 3, 7));
     finish_iq1(out, _mm512_movepi16_mask(words));
+}
+static inline __m128i scales_iq1_s(const uint8_t *w) {
+    const __m128i qh = _mm_loadu_si128((const void *)(w + offsetof(block_iq1_s, qh)));
     const __m128i s = _mm_and_si128(_mm_srli_epi16(qh, 12), _mm_set1_epi16(7));
     const __m128i bytes = _mm_cvtepi16_epi8(_mm_add_epi16(_mm_add_epi16(s, s), _mm_set1_epi16(1)));
-    out->scales = _mm_unpacklo_epi8(bytes, bytes);
+    return _mm_unpacklo_epi8(bytes, bytes);
 }
 static inline void row_iq1_m(struct grid_row *out, const uint8_t *w) {
     const __m256i qh = _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)(w + offsetof(block_iq1_m, qh))));
@@ -146,9 +251,21 @@ static inline void row_iq1_m(struct grid_row *out, const uint8_t *w) {
     const __m512i high = _mm512_slli_epi16(_mm512_and_si512(words, _mm512_set1_epi16(7)), 8);
     look_up_eight(out, grid_iq1, _mm512_or_si512(_mm512_cvtepu8_epi16(load_256(w + offsetof(block_iq1_m, qs))), high));
     finish_iq1(out, _mm512_test_epi16_mask(words, _mm512_set1_epi16(8)));
+}
+static inline __m128i scales_iq1_m(const uint8_t *w) {
     const __m512i t = _mm512_castsi128_si512(_mm_loadl_epi64((const void *)(w + offsetof(block_iq1_m, scales))));
     const __m512i s = _mm512_and_si512(_mm512_srlv_epi16(_mm512_permutexvar_epi16(words_of_four(), t), shifts_of_four(3)), _mm512_set1_epi16(7));
-    out->scales = _mm256_castsi256_si128(_mm512_cvtepi16_epi8(_mm512_add_epi16(_mm512_add_epi16(s, s), _mm512_set1_epi16(1))));
+    return _mm256_castsi256_si128(_mm512_cvtepi16_epi8(_mm512_add_epi16(_mm512_add_epi16(s, s), _mm512_set1_epi16(1))));
+}
+static inline void rows_iq1_s(struct grid_row *out, panel_rows w, const __m512i *grid) {
+    (void)grid;
+    row_iq1_s(&out[0], w[0]);
+    row_iq1_s(&out[1], w[1]);
+}
+static inline void rows_iq1_m(struct grid_row *out, panel_rows w, const __m512i *grid) {
+    (void)grid;
+    row_iq1_m(&out[0], w[0]);
+    row_iq1_m(&out[1], w[1]);
 }
 /* d of 16 superblocks, times `factor`; IQ1_M has its bits spread over the scales. */
 static inline __m512 grid_d(panel_rows w, float factor) { return _mm512_mul_ps(load_halves(w, 0), _mm512_set1_ps(factor)); }
@@ -162,64 +279,110 @@ static inline __m512 grid_d_iq1_m(panel_rows w) {
 }
 
 /* --- panels ---------------------------------------------------------------------------------- */
-static inline __attribute__((always_inline)) void fill_grid(struct panel *p, panel_rows rows, grid_row_fn *row, int is_iq1) {
+static inline __m512i signed_bytes(__m512i q, __mmask64 negative) { return _mm512_mask_sub_epi8(q, negative, _mm512_setzero_si512(), q); }
+/* 256 weights in order, as signed bytes, from QUAD_ORDER: 16-byte chunk c is in lane c / 4 of out[c % 4]. */
+static inline void join_quads(__m512i *out, const struct grid_row *g) {
+    __m512i q[4];
+    for (int j = 0; j < 4; j++) q[j] = signed_bytes(g->q[j], g->negative[j]);
+    const __m512i t0 = _mm512_unpacklo_epi8(q[0], q[1]), t1 = _mm512_unpackhi_epi8(q[0], q[1]);
+    const __m512i t2 = _mm512_unpacklo_epi8(q[2], q[3]), t3 = _mm512_unpackhi_epi8(q[2], q[3]);
+    out[0] = _mm512_unpacklo_epi16(t0, t2);
+    out[1] = _mm512_unpackhi_epi16(t0, t2);
+    out[2] = _mm512_unpacklo_epi16(t1, t3);
+    out[3] = _mm512_unpackhi_epi16(t1, t3);
+}
+static inline __attribute__((always_inline)) void fill_grid(struct panel *p, panel_rows rows, grid_rows_fn *open, grid_scales_fn *scales_of,
+                                                            const enum chunk_order order) {
     __m512i q[PANEL_ROWS][4], scales[4];
     __m128i row_scales[PANEL_ROWS];
     const uint8_t *at[PANEL_ROWS], *scales_at[PANEL_ROWS];
+    const __m512i top = _mm512_set1_epi8(order == NATURAL ? 0 : -128);
 #pragma GCC unroll 1
-    for (int r = 0; r < PANEL_ROWS; r++) {
-        struct grid_row g;
-        row(&g, rows[r]);
-        for (int i = 0; i < 4; i++)
-            q[r][i] = is_iq1 ? g.q[i] : _mm512_xor_si512(_mm512_mask_sub_epi8(g.q[i], g.negative[i], _mm512_setzero_si512(), g.q[i]), _mm512_set1_epi8(-128));
-        row_scales[r] = g.scales;
-        at[r] = (const uint8_t *)q[r];
-        scales_at[r] = (const uint8_t *)&row_scales[r];
+    for (int r0 = 0; r0 < PANEL_ROWS; r0 += 2) {
+        struct grid_row g[2];
+        open(g, rows + r0, p->grid);
+        for (int k = 0; k < 2; k++) {
+            const int r = r0 + k;
+            if (order == QUAD_ORDER) join_quads(q[r], &g[k]);
+            else for (int i = 0; i < 4; i++) q[r][i] = order == NATURAL ? g[k].q[i] : signed_bytes(g[k].q[i], g[k].negative[i]);
+            for (int i = 0; i < 4; i++) q[r][i] = _mm512_xor_si512(q[r][i], top);
+            row_scales[r] = scales_of(rows[r]);
+            at[r] = (const uint8_t *)q[r];
+            scales_at[r] = (const uint8_t *)&row_scales[r];
+        }
     }
-    for (int c = 0; c < 16; c++) load_transposed(p->q + 4 * c, at, (size_t)c * 16);
+    for (size_t c = 0; c < 16; c++) {
+        const size_t quad = 64 * (c % 4) + 16 * (c / 4), block = 128 * (c / 8) + 64 * (c % 2) + 16 * (c % 8 / 2);
+        load_transposed(p->q + 4 * c, at, order == QUAD_ORDER ? quad : order == BLOCK_ORDER ? block : 16 * c);
+    }
     load_transposed(scales, scales_at, 0);
     for (int g = 0; g < 16; g++) p->scale[g] = byte_of(scales[g / 4], g % 4);
 }
+
 /* --- one token ------------------------------------------------------------------------------- */
-/* Two superblocks: dwords hold at most 4 * 62 * 127, so those of two fit 16 bits. */
-static inline __attribute__((always_inline)) __m512 dot_grid_two(panel_rows w, const struct x_superblock *const *x, grid_row_fn *row) {
-    struct grid_row g[2];
-    __m512i dot[4][2], acc = _mm512_setzero_si512();
-    for (int r = 0; r < 2; r++) {
-        row(&g[r], w[r]);
-        for (int i = 0; i < 4; i++) {
-            const __m512i v = x[r]->v[i];
-            dot[i][r] = _mm512_dpbusd_epi32(x[r]->start[i], g[r].q[i], _mm512_mask_sub_epi8(v, g[r].negative[i], _mm512_setzero_si512(), v));
-        }
+static inline __m512i signed_x(const struct x_superblock *x, const struct grid_row *g, int i) { return signed_bytes(x->v[i], g->negative[i]); }
+/* QUAD_ORDER: the dwords of all four products add up to the 16-groups.  scales: bytes, one for each */
+static inline __m512i scale_quads(const struct grid_row *g, const struct x_superblock *x, __m128i scales) {
+    __m512i dot[2];         /* two, as one alone would wait for its own last addition */
+    for (int h = 0; h < 2; h++) dot[h] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), g->q[h], signed_x(x, g, h));
+    for (int h = 0; h < 2; h++) dot[h] = _mm512_dpbusd_epi32(dot[h], g->q[2 + h], signed_x(x, g, 2 + h));
+    return _mm512_mullo_epi32(_mm512_add_epi32(dot[0], dot[1]), _mm512_cvtepi8_epi32(scales));
+}
+/* BLOCK_ORDER: blocks 0..3 in the lanes of one sum, 4..7 in those of the other */
+static inline __m512i scale_halves(const struct grid_row *g, const struct x_superblock *x, __m128i scales) {
+    const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6), s = _mm512_cvtepi8_epi32(scales);
+    __m512i dot[2];
+    for (int h = 0; h < 2; h++) {
+        dot[h] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), g->q[2 * h], signed_x(x, g, 2 * h));
+        dot[h] = _mm512_dpbusd_epi32(dot[h], g->q[2 * h + 1], signed_x(x, g, 2 * h + 1));
     }
-    const __m512i scales = _mm512_cvtepi8_epi16(_mm256_setr_m128i(g[0].scales, g[1].scales));
-    for (int i = 0; i < 4; i++)
-        acc = _mm512_dpwssd_epi32(acc, _mm512_packs_epi32(dot[i][0], dot[i][1]), words_to_lanes(scales, 4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3));
-    return _mm512_castsi512_ps(acc);
+    return _mm512_add_epi32(_mm512_mullo_epi32(dot[0], _mm512_permutexvar_epi32(first, s)),
+                            _mm512_mullo_epi32(dot[1], _mm512_permutexvar_epi32(_mm512_add_epi32(first, _mm512_set1_epi32(8)), s)));
+}
+/* In order, with an offset: dwords hold at most 4 * (IQ1_OFFSET + 9) * 127, so those of two vectors fit 16 bits. */
+static inline __m512i scale_groups(const struct grid_row *g, const struct x_superblock *x, __m128i scales) {
+    const __m512i s = _mm512_castsi256_si512(_mm256_cvtepi8_epi16(scales));
+    __m512i dot[4];
+    for (int i = 0; i < 4; i++) dot[i] = _mm512_dpbusd_epi32(x->start[i], g->q[i], x->v[i]);
+    const __m512i first = _mm512_setr_epi32(0, 0, 0x00040004, 0x00040004, 0x00010001, 0x00010001, 0x00050005, 0x00050005,
+                                            0x00020002, 0x00020002, 0x00060006, 0x00060006, 0x00030003, 0x00030003, 0x00070007, 0x00070007);
+    const __m512i acc = _mm512_madd_epi16(_mm512_packs_epi32(dot[0], dot[1]), _mm512_permutexvar_epi16(first, s));
+    return _mm512_dpwssd_epi32(acc, _mm512_packs_epi32(dot[2], dot[3]), _mm512_permutexvar_epi16(_mm512_add_epi16(first, _mm512_set1_epi16(8)), s));
 }
 static inline __attribute__((always_inline)) __m512 dot_grid(panel_rows w, const struct gemv_x *x, int from, const uint8_t *ahead, size_t bytes,
-                                                             grid_row_fn *row, __m512 d) {
+                                                             grid_rows_fn *open, grid_scales_fn *scales_of, const enum chunk_order order, __m512 d) {
     __m512i sums[4];
 #pragma GCC unroll 1
     for (int l = 0; l < 4; l++) {
+        __m512i acc[4];
         prefetch_quarter(ahead, l, bytes);
-        const __m512 first = dot_grid_two(w + 4 * l, x->of + from + 4 * l, row);
-        sums[l] = add_pairs(first, dot_grid_two(w + 4 * l + 2, x->of + from + 4 * l + 2, row));
+        for (int r = 0; r < 4; r += 2) {
+            struct grid_row g[2];
+            open(g, w + 4 * l + r, x->grid);
+            for (int k = 0; k < 2; k++) {
+                const struct x_superblock *s = x->of[from + 4 * l + r + k];
+                const __m128i scales = scales_of(w[4 * l + r + k]);
+                acc[r + k] = order == QUAD_ORDER ? scale_quads(&g[k], s, scales) : order == BLOCK_ORDER ? scale_halves(&g[k], s, scales)
+                                                                                                           : scale_groups(&g[k], s, scales);
+            }
+        }
+        sums[l] = add_dwords(acc);
     }
     return _mm512_mul_ps(d, _mm512_cvtepi32_ps(add_lanes(sums)));
 }
-/* X(type, d of 16 rows, is IQ1) */
+/* X(type, order, d of 16 rows) */
 #define GRID_TYPES(X) \
-    X(iq2_xxs, grid_d(w, 0.125f), 0) X(iq2_xs, grid_d(w, 0.125f), 0) X(iq2_s, grid_d(w, 0.125f), 0) X(iq3_xxs, grid_d(w, 0.25f), 0) \
-    X(iq3_s, grid_d(w, 1.0f), 0) X(iq1_s, grid_d(w, 0.125f), 1) X(iq1_m, grid_d_iq1_m(w), 1)
-#define X(type, d_of_rows, is_iq1) \
+    X(iq2_xxs, QUAD_ORDER, grid_d(w, 0.125f)) X(iq2_xs, QUAD_ORDER, grid_d(w, 0.125f)) X(iq2_s, QUAD_ORDER, grid_d(w, 0.125f)) \
+    X(iq3_xxs, BLOCK_ORDER, grid_d(w, 0.25f)) X(iq3_s, BLOCK_ORDER, grid_d(w, 1.0f)) \
+    X(iq1_s, NATURAL, grid_d(w, 0.125f)) X(iq1_m, NATURAL, grid_d_iq1_m(w))
+#define X(type, order, d_of_rows) \
     static void fill_##type(struct panel *p, panel_rows w, int blocks) { \
         (void)blocks; \
         p->d = d_of_rows; \
-        fill_grid(p, w, row_##type, is_iq1); \
+        fill_grid(p, w, rows_##type, scales_##type, order); \
     } \
     static __attribute__((noinline)) __m512 dot_##type(panel_rows w, const struct gemv_x *x, int from, const uint8_t *ahead) { \
-        return dot_grid(w, x, from, ahead, sizeof(block_##type), row_##type, d_of_rows); \
+        return dot_grid(w, x, from, ahead, sizeof(block_##type), rows_##type, scales_##type, order, d_of_rows); \
     }
 GRID_TYPES(X)
 #undef X

@@ -10,6 +10,8 @@
 
 typedef const uint8_t *const *panel_rows;
 
+static inline __m512i load_512(const void *p) { return _mm512_loadu_si512(p); }
+static inline __m256i load_256(const void *p) { return _mm256_loadu_si256(p); }
 /* 16 bytes at two addresses, side by side */
 static inline __m256i load_two(const uint8_t *a, const uint8_t *b) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const void *)a)), _mm_loadu_si128((const void *)b), 1);
