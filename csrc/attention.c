@@ -27,13 +27,16 @@ typedef struct {
     size_t d_latent;           /* kv_rank + d_rope */
 } attend_job;
 
-/* Dequantised rows of one head of k_b or v_b. */
-static void load_slice(const ms4_engine *e, const matrix *m, int32_t head, float *out) {
-    matrix s = matrix_rows(m, head, 0, m->n_rows);
+/* Dequantised rows [first, first + n_rows) of one head of k_b or v_b. */
+static void load_rows(const ms4_engine *e, const matrix *m, int32_t head, int32_t first, int32_t n_rows, float *out) {
+    matrix s = matrix_rows(m, head, first, n_rows);
     size_t n = (size_t)s.n_cols;
     for (int32_t r = 0; r < s.n_rows; r++) e->ops->dequantize[s.type](out + (size_t)r * n, s.data + (size_t)r * s.row_bytes, n);
     if (s.scales)
         for (size_t i = 0; i < (size_t)s.n_rows * n; i++) out[i] *= s.scales[0];
+}
+static void load_slice(const ms4_engine *e, const matrix *m, int32_t head, float *out) {
+    load_rows(e, m, head, 0, m->n_rows, out);
 }
 static void transpose(float *out, const float *in, int32_t rows, int32_t columns) {
     for (int32_t r = 0; r < rows; r++)
@@ -62,6 +65,16 @@ static void prefetch_slice(const matrix *m, int32_t head) {
     const uint8_t *at = m->data + (size_t)(head + 1) * m->slice_bytes;
     for (size_t i = 0; i < (size_t)m->n_rows * m->row_bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
+/* y = one head of m times n rows x.  Few tokens take a few rows of m at a time, which then stay in the L1 cache. */
+static void mul_slice(const ms4_engine *e, const matrix *m, int32_t head, const float *x, size_t x_stride, int32_t n, float *y,
+                      size_t y_stride, float *scratch) {
+    int32_t rows = n < 8 ? 16 : m->n_rows;
+    for (int32_t r = 0; r < m->n_rows; r += rows) {
+        int32_t part = int_min(rows, m->n_rows - r);
+        load_rows(e, m, head, r, part, scratch);
+        mul_float(e, scratch, part, m->n_cols, x, x_stride, n, y + r, y_stride);
+    }
+}
 /* --- absorbed ----------------------------------------------------------------------------- */
 /* An item is a head and a tile of tokens: ws.q -> ws.absorbed = [W_uk^T q_nope | q_rope] */
 static void absorb_item(void *context, int32_t item, int32_t thread) {
@@ -75,8 +88,10 @@ static void absorb_item(void *context, int32_t item, int32_t thread) {
     const float *q = e->ws.q + (size_t)first * q_stride + (size_t)head * d_head;
     float *a = e->ws.absorbed + (size_t)first * a_stride + (size_t)head * job->d_latent;
     prefetch_slice(&job->w->k_b, head);
-    load_k_b(job, head, 1, w, w + (size_t)s->kv_rank * (size_t)s->d_nope);
-    mul_float(e, w, s->kv_rank, s->d_nope, q, q_stride, n, a, a_stride);
+    if (job->w->k_b_transposed) {
+        load_k_b(job, head, 1, w, w + (size_t)s->kv_rank * (size_t)s->d_nope);
+        mul_float(e, w, s->kv_rank, s->d_nope, q, q_stride, n, a, a_stride);
+    } else mul_slice(e, &job->w->k_b, head, q, q_stride, n, a, a_stride, w);
     for (int32_t t = 0; t < n; t++)
         memcpy(a + (size_t)t * a_stride + s->kv_rank, q + (size_t)t * q_stride + s->d_nope, (size_t)s->d_rope * sizeof(float));
 }
@@ -180,8 +195,7 @@ static void collect_item(void *context, int32_t item, int32_t thread) {
         for (size_t i = 0; i < rank; i++) x[(size_t)t * rank + i] = from[2 + i] / from[1];
     }
     prefetch_slice(&job->w->v_b, head);
-    load_slice(e, &job->w->v_b, head, w);
-    mul_float(e, w, s->d_value, s->kv_rank, x, rank, n, e->ws.o + (size_t)first * d_o + (size_t)head * (size_t)s->d_value, d_o);
+    mul_slice(e, &job->w->v_b, head, x, rank, n, e->ws.o + (size_t)first * d_o + (size_t)head * (size_t)s->d_value, d_o, w);
 }
 static int attend_absorbed(attend_job *job) {
     const step *st = job->st;

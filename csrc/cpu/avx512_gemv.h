@@ -6,6 +6,7 @@
  */
 #ifndef MS4_AVX512_GEMV_H
 #define MS4_AVX512_GEMV_H
+#include "avx512_float.h"
 #include "avx512_panel.h"
 
 #define GEMV_SUPERBLOCKS 16     /* of a row in one pass */
@@ -99,32 +100,46 @@ static void gemv_x_of(struct gemv_x *x, const block_q8 *blocks, int n, const str
         set_x_sums(x, i, load_256(blocks[i % n].sums), t->sums, t->offset);
     }
 }
-/* y[r] += d[i] * value[r * n + i], i ascending, for 16 rows */
-static void gemv_add(float *y, const float *d, const float *value, int n) {
-    __m128 sum[PANEL_ROWS];
-    for (int r = 0; r < PANEL_ROWS; r++) sum[r] = _mm_load_ss(y + r);
-    for (int i = 0; i < n; i++)
+/* y[r] += d[i] * value[r * n + i], i ascending, for 16 rows.  Rows of 8 and 16 values are transposed, and then all rows
+ * are added up side by side. */
+static inline __attribute__((always_inline)) void gemv_add_columns(float *y, const float *d, const float *value, int n) {
+    __m512 v[16], sum = _mm512_loadu_ps(y);
 #pragma GCC unroll 16
-        for (int r = 0; r < PANEL_ROWS; r++) sum[r] = _mm_fmadd_ss(_mm_load_ss(d + i), _mm_load_ss(value + r * n + i), sum[r]);
-    for (int r = 0; r < PANEL_ROWS; r++) _mm_store_ss(y + r, sum[r]);
+    for (int r = 0; r < 16; r++) v[r] = n == 16 ? _mm512_load_ps(value + r * 16) : _mm512_castps256_ps512(_mm256_load_ps(value + r * 8));
+    transpose_16_512(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i++) sum = _mm512_fmadd_ps(_mm512_set1_ps(d[i]), v[i], sum);
+    _mm512_storeu_ps(y, sum);
+}
+static void gemv_add(float *y, const float *d, const float *value, int n) {
+    if (n == 16) gemv_add_columns(y, d, value, 16);
+    else if (n == 8) gemv_add_columns(y, d, value, 8);
+    else
+        for (int r = 0; r < PANEL_ROWS; r++)
+            for (int i = 0; i < n; i++) y[r] = __builtin_fmaf(d[i], value[r * n + i], y[r]);
 }
 /* One pass over n superblocks, from the first-th, of all rows. */
 static void gemv_pass(const struct ms4_mul *m, const struct gemv_type *t, const struct gemv_x *x, int first, int n) {
     const size_t bytes = t->bytes;
     const uint8_t *end = m->w + (size_t)m->n_rows * m->row_bytes;
+    const int whole_rows = m->row_bytes == (size_t)n * bytes;        /* then superblocks follow each other across rows */
     for (int r0 = 0; r0 < m->n_rows; r0 += PANEL_ROWS) {
         const int n_rows = m->n_rows - r0 < PANEL_ROWS ? m->n_rows - r0 : PANEL_ROWS;
         float value[PANEL_ROWS * GEMV_SUPERBLOCKS] __attribute__((aligned(64))), y[PANEL_ROWS];
-        const uint8_t *row = m->w + (size_t)r0 * m->row_bytes + (size_t)first * bytes, *w[16];
-        for (int step = 0, i = 0; 16 * step < n_rows * n; step++) {
-            const int at = i;
-            for (int l = 0; l < 16; l++) {
-                w[l] = row + (size_t)i * bytes;
-                if (16 * step + l + 1 < n_rows * n && ++i == n) { i = 0; row += m->row_bytes; }
-            }
+        const uint8_t *rows = m->w + (size_t)r0 * m->row_bytes + (size_t)first * bytes, *w[16];
+        const int last = n_rows * n - 1;
+        for (int at = 0; at <= last; at += 16) {
+            if (whole_rows && at + 15 <= last)
+#pragma GCC unroll 16
+                for (int l = 0; l < 16; l++) w[l] = rows + (size_t)(at + l) * bytes;
+            else
+                for (int l = 0; l < 16; l++) {
+                    const int one = at + l < last ? at + l : last;
+                    w[l] = rows + (size_t)(one / n) * m->row_bytes + (size_t)(one % n) * bytes;
+                }
             const uint8_t *ahead = w[0] + GEMV_AHEAD;
             if (m->next && ahead >= end) ahead = m->next + (ahead - end);
-            _mm512_store_ps(value + 16 * step, t->dot(w, x, at, ahead));
+            _mm512_store_ps(value + at, t->dot(w, x, at % n, ahead));
         }
         float *out = m->y + r0;
         for (int r = 0; r < PANEL_ROWS; r++) y[r] = first && r < n_rows ? out[r] : 0;
