@@ -117,9 +117,10 @@ def measure_depth(plan: Plan, depth: int, model: "Model", session: ms4.Session) 
     stats = model.engine.stats()
     passes = -(-plan.n_read // N_BATCH)
     macs = macs_per_token(model.engine.shape)
+    prompt_macs = macs_per_token(model.engine.shape, 1 - 1 / plan.n_read)
     head = model.engine.shape.n_vocab * model.engine.shape.d_model
     return [
-        phase_row("prefill", depth, plan.n_read, reading, stats.bytes_weights * passes / plan.n_read, macs),
+        phase_row("prefill", depth, plan.n_read, reading, stats.bytes_weights * passes / plan.n_read, prompt_macs),
         phase_row("decode", depth, plan.n_written, writing, read_bytes / (plan.repeat * plan.n_written), macs + head),
     ]
 
@@ -138,14 +139,18 @@ def against(row: Row, limits: ms4.Limits) -> Row:
     return Row(**{**asdict(row), "share_of_read_bandwidth": read, "share_of_int8_peak": macs, "bottleneck": name})
 
 
-def macs_per_token(s: ms4.Shape) -> int:
-    """Multiply-adds with weights for one token of a prompt; scores and the output matrix are not among them."""
+def macs_per_token(s: ms4.Shape, skipped: float = 0) -> float:
+    """Multiply-adds with weights for one token; scores and the output matrix are not among them.
+
+    skipped: the share of tokens whose logits nobody wants; in the last layer they only leave their latents.
+    """
     attention = s.d_model * (s.q_rank + s.kv_rank + s.d_rope)
     attention += s.q_rank * s.n_head * (s.d_nope + s.d_rope)
     attention += s.n_head * (s.kv_rank * (s.d_nope + s.d_value) + s.d_value * s.d_model)
     moe = s.d_model * (s.n_expert + 3 * s.n_expert_used * s.d_expert + 3 * s.d_shared)
     dense = 3 * s.d_model * s.d_dense
-    return s.n_layer * attention + s.n_dense_layer * dense + (s.n_layer - s.n_dense_layer) * moe
+    last = attention + (dense if s.n_dense_layer == s.n_layer else moe) - s.d_model * (s.kv_rank + s.d_rope)
+    return s.n_layer * attention + s.n_dense_layer * dense + (s.n_layer - s.n_dense_layer) * moe - skipped * last
 
 
 def show(model: "Model", rows: list[Row], limits: ms4.Limits, path: str, form: str) -> None:

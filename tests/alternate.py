@@ -35,17 +35,13 @@ def run_ms4(a: argparse.Namespace) -> Rates:
 
 
 def run_peer(line: str, a: argparse.Namespace) -> Rates:
-    """The tests of a llama-bench: those with n_gen == 0 read, those with n_prompt == 0 write."""
+    """The tests of a llama-bench: one that only reads, and one that only writes."""
+    command = [*shlex.split(line), "-m", a.file, "-p", str(a.pp), "-n", str(a.tg), "-t", str(a.threads)]
+    text = run([*command, "-r", str(a.repeat), "-o", "json"])
     rates: Rates = {}
-    for n_read, n_written in ((a.pp, 0), (0, a.tg)):
-        command = [*shlex.split(line), "-m", a.file, "-p", str(n_read), "-n", str(n_written)]
-        command += ["-t", str(a.threads), "-r", str(a.repeat), "-o", "json"]
-        if a.depth and n_written:
-            command += shlex.split(a.peer_depth.format(depth=a.depth, n=n_written))
-        text = run(command)
-        for test in json.loads(text[text.index("[") :]):
-            best = max(test.get("samples_ts") or [test["avg_ts"]])
-            rates["decode" if test["n_gen"] else "prefill"] = best
+    for test in json.loads(text[text.index("[") :]):
+        best = max(test.get("samples_ts") or [test["avg_ts"]])
+        rates["decode" if test["n_gen"] else "prefill"] = best
     return rates
 
 
@@ -55,8 +51,7 @@ def main() -> None:
     parser.add_argument("--peer", action="append", default=[], help="NAME=COMMAND of a llama-bench; repeatable")
     parser.add_argument("--pp", type=int, default=512)
     parser.add_argument("--tg", type=int, default=32)
-    parser.add_argument("--depth", type=int, default=0, help="decode after so many tokens of context")
-    parser.add_argument("--peer-depth", default="-d {depth}", help="the peers' option for it")
+    parser.add_argument("--depth", type=int, default=0, help="ms4: after so many tokens of context (peers: their -d)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--load", default="copy")
     parser.add_argument("-r", "--repeat", type=int, default=3)

@@ -466,6 +466,9 @@ def test_multiply_adds_by_hand():
     # q_a 10x8, kv_a 10x6, q_b 8x14, kv_b 4x22, output 12x10; dense 3x10x7; router 10x16, 2 experts and the shared one
     attention = 80 + 60 + 112 + 88 + 120
     assert macs_per_token(small) == 2 * attention + 210 + 160 + 180 + 120
+    # Half of the tokens skip the last layer, but for the latents that they leave in the cache.
+    latents = small.d_model * (small.kv_rank + small.d_rope)
+    assert macs_per_token(small, 0.5) == macs_per_token(small) - (attention - latents + 160 + 180 + 120) / 2
 
 
 def test_thoughts_stay_off_stdout(monkeypatch):
