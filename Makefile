@@ -2,6 +2,7 @@
 # make           build the extension in place (only what changed)
 # make demo      set up, then generate from a small checkpoint that ms4 writes itself
 # make test      set up, then all tests that need no model and no GPU
+# make bench     reading and writing speed on a file of the real shape (4 GB, written into build/)
 # make kernels   every fast kernel against the reference, with timings
 # make san       the same kernels under AddressSanitizer and UBSan
 # make san-engine, make tsan   the engine's tests under those, and under ThreadSanitizer
@@ -13,7 +14,7 @@ PY = .venv/bin/python
 KERNELS = tests/checkkernels.c csrc/types.c build/glue/grids.c $(wildcard csrc/cpu/*.c)
 CHECK = -std=gnu11 -ffp-contract=off -fno-math-errno -Wall -Wextra -Icsrc $(KERNELS) -lm -pthread
 
-.PHONY: all demo test kernels san san-engine tsan arch lint ci clean
+.PHONY: all demo test bench kernels san san-engine tsan arch lint ci clean
 all: .venv/ready
 	@$(PY) csrc/build_core.py
 .venv/ready: pyproject.toml
@@ -28,6 +29,10 @@ test: all
 	$(PY) -m pytest
 build/glue/grids.c: quant/grids.py csrc/build_core.py | .venv/ready
 	$(PY) csrc/build_core.py glue
+bench: all
+	@mkdir -p build
+	@[ -f build/shape.gguf ] || $(PY) tests/make_shape.py build/shape.gguf --layers 2
+	.venv/bin/ms4 bench -m build/shape.gguf --pp 512 --tg 32
 kernels: build/glue/grids.c
 	$(CC) -O3 -Werror -o build/checkkernels $(CHECK) && build/checkkernels --bench
 san: build/glue/grids.c
