@@ -30,6 +30,14 @@ def relative(got, want):
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
+def assert_close(got, want):
+    """The cache holds halves: 1e-3 at most for a typical position; where two experts nearly tie, the router may choose
+    the other one, and that position is off by more."""
+    errors = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+    assert np.median(errors) < 1e-3
+    assert relative(got, want) < 3e-2
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
@@ -44,7 +52,7 @@ def test_float_weights_give_the_reference_logits(name, tmp_path, rng):
     shape, ids = mistral4.shape_of(gguf), rng.integers(0, 1400, 150)
     want = reference.forward(reference.load_weights(gguf), shape, ids)
     with Model.open(path) as model, model.session(400) as session:
-        assert relative(session.feed(ids, all_logits=True), want) < 2e-3  # the cache holds halves
+        assert_close(session.feed(ids, all_logits=True), want)
 
 
 def test_the_expanded_form_of_attention_gives_the_reference_logits(tmp_path, rng):
@@ -54,10 +62,10 @@ def test_the_expanded_form_of_attention_gives_the_reference_logits(tmp_path, rng
     want = reference.forward(reference.load_weights(gguf), mistral4.shape_of(gguf), ids)
     with Model.open(path) as model, model.session(500) as session:
         got = session.feed(ids, all_logits=True)
-        assert relative(got, want) < 2e-3
+        assert_close(got, want)
         session.rewind(0)
         steps = [session.feed(ids[i : i + 70], all_logits=True) for i in range(0, 420, 70)]  # absorbed
-        assert relative(np.concatenate(steps), want) < 2e-3
+        assert_close(np.concatenate(steps), want)
     for n_batch in (1, 50, 300):
         with Model.open(path, n_batch=n_batch) as model, model.session(500) as session:
             assert np.array_equal(session.feed(ids, all_logits=True), got)
