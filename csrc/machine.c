@@ -1,17 +1,12 @@
 /* machine.c -- what this machine can do: kernel table, threads, read bandwidth, int8 rate. */
+#include "clock.h"
 #include "error.h"
 #include "memory.h"
 #include "ops.h"
 #include "pool.h"
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 int ms4_probe(ms4_machine *out) {
     const char *isa = getenv("MS4_ISA");
     const struct ms4_ops *ops = ms4_ops_for(isa && *isa ? isa : NULL);
@@ -46,9 +41,9 @@ static void float_item(void *context, int32_t item, int32_t thread) {
 static double best_of(pool *p, pool_fn *fn, probe_job *job, int32_t n_items, double work) {
     double best = 0;
     for (int pass = 0; pass < 5; pass++) {
-        double start = seconds();
+        int64_t start = now_ns();
         pool_run(p, fn, job, n_items, NULL);
-        double rate = (double)n_items * work / (seconds() - start);
+        double rate = (double)n_items * work / (1e-9 * (double)(now_ns() - start));
         if (rate > best) best = rate;
     }
     return best;

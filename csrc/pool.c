@@ -16,6 +16,7 @@
  */
 #define _GNU_SOURCE
 #include "pool.h"
+#include "clock.h"
 #include "error.h"
 #include "memory.h"
 #include <linux/futex.h>
@@ -25,7 +26,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #define OPEN 0x40000000u
@@ -61,11 +61,6 @@ static void relax(void) {
 #elif defined(__aarch64__)
     __asm__ volatile("yield");
 #endif
-}
-static int64_t now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 /* Waits until *word != value; registers in *asleep before it sleeps. */
 static void wait_change(atomic_uint *word, unsigned value, atomic_int *asleep) {

@@ -1,13 +1,8 @@
 /* session.c -- a line of tokens: its kv cache, and feeding it in steps of at most n_batch tokens. */
+#include "clock.h"
 #include "model.h"
 #include <string.h>
-#include <time.h>
 
-static int64_t now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
 int ms4_session_open(ms4_engine *e, int32_t n_ctx, ms4_session **out) {
     FAIL_IF(n_ctx < 1 || n_ctx > e->shape.n_ctx_train, MS4_EARG, "context of %d tokens: 1 to %d", n_ctx, e->shape.n_ctx_train);
     ms4_session *s = memory_take(1, sizeof *s);
