@@ -28,7 +28,7 @@ class BuildCore(build_ext):
         sources = [*SOURCES, write_grids(), self.write_cffi(ext.name)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             ext.extra_objects = list(pool.map(lambda source: self.compile(source, ext), sources))
-        ext.sources = []
+        ext.sources, ext.depends = [], ext.extra_objects  # linked again when an object is newer
         super().build_extension(ext)
 
     def compile(self, source, ext):

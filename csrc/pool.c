@@ -2,7 +2,7 @@
  *
  * DESIGN.  The items of a run are cut into one range per thread.  A thread takes its own items from the front, one
  * after the other, so that it reads neighbouring weights and prefetching goes on across items; when it has none left
- * it takes from the back of the others' ranges.  The caller works too.  What it waits for at the end is not "every
+ * it makes the second half of another's range its own.  The caller works too.  What it waits for at the end is not "every
  * worker" but "every worker that came in": `gate` holds an OPEN bit and the number of workers inside.  A worker that
  * the system did not wake in time therefore costs nothing (its range is taken by the others), and when no item is
  * left the caller closes the gate and waits only for items that are under way.
@@ -76,21 +76,34 @@ static void wait_change(atomic_uint *word, unsigned value, atomic_int *asleep) {
         }
     }
 }
-/* One item from the front (own) or the back (another's) of a range, or -1. */
-static int32_t take(range *r, int own) {
-    uint64_t seen = atomic_load_explicit(&r->items, memory_order_relaxed);
+/* The first item of a range, or -1. */
+static int32_t take(range *own) {
+    uint64_t seen = atomic_load_explicit(&own->items, memory_order_relaxed);
     for (;;) {
         uint32_t first = (uint32_t)seen, end = (uint32_t)(seen >> 32);
         if (first >= end) return -1;
-        uint64_t rest = own ? RANGE(first + 1, end) : RANGE(first, end - 1);
-        if (atomic_compare_exchange_weak_explicit(&r->items, &seen, rest, memory_order_relaxed, memory_order_relaxed))
-            return (int32_t)(own ? first : end - 1);
+        if (atomic_compare_exchange_weak_explicit(&own->items, &seen, RANGE(first + 1, end), memory_order_relaxed,
+                                                  memory_order_relaxed)) return (int32_t)first;
+    }
+}
+/* Moves the second half of another's range, at least one item, into the empty range `own`; 0 if there was none. */
+static int steal(range *own, range *other) {
+    uint64_t seen = atomic_load_explicit(&other->items, memory_order_relaxed);
+    for (;;) {
+        uint32_t first = (uint32_t)seen, end = (uint32_t)(seen >> 32);
+        if (first >= end) return 0;
+        uint32_t middle = first + (end - first) / 2;
+        if (!atomic_compare_exchange_weak_explicit(&other->items, &seen, RANGE(first, middle), memory_order_relaxed,
+                                                   memory_order_relaxed)) continue;
+        atomic_store_explicit(&own->items, RANGE(middle, end), memory_order_relaxed);
+        return 1;
     }
 }
 static void take_items(pool *p, int32_t thread) {
+    range *own = &p->ranges[thread];
     for (int32_t i = 0; i < p->n_threads; i++) {
-        range *from = &p->ranges[(thread + i) % p->n_threads];
-        for (int32_t item; (item = take(from, i == 0)) >= 0;)
+        if (i && !steal(own, &p->ranges[(thread + i) % p->n_threads])) continue;
+        for (int32_t item; (item = take(own)) >= 0; i = 0)
             if (!p->stop || !atomic_load_explicit(p->stop, memory_order_relaxed)) p->fn(p->context, item, thread);
     }
 }
