@@ -34,7 +34,7 @@ KEYS = (
     Key("rope.freq_base", float, 1.001, 1e12, 10000.0),
 )
 LAYER = ("ln1", "ln2", "attn_q", "attn_k", "attn_v", "attn_out", "ffn_gate", "ffn_up", "ffn_down")
-SPARE = ("v.token_embd.img_break.weight",)  # a copy of the text model's own embedding: not needed
+SPARE = ("v.token_embd.img_break",)  # a copy of the text model's own embedding: not needed
 _LAYER_TENSOR = re.compile(r"v\.blk\.(0|[1-9]\d{0,4})\.([a-z0-9_]+)\.weight")
 
 
