@@ -103,6 +103,12 @@ static void load_keys(const attend_job *job, int32_t key, int32_t n, float *k, f
     memset(k + (size_t)n * width, 0, (size_t)(ATTEND_KEYS - n) * width * sizeof(float));
     ops->transpose_keys(kt, k, width, n, (int32_t)width);
 }
+/* The next tile's latents, which the kernel fetches while it computes with this one's. */
+static void prefetch_keys(struct ms4_attend *a, const attend_job *job, int32_t key, int32_t last) {
+    if (key + ATTEND_KEYS > last) return;
+    a->next = (const uint8_t *)kv_cache_at(&job->st->s->kv, job->layer, key + ATTEND_KEYS);
+    a->next_lines = (int32_t)((size_t)int_min(ATTEND_KEYS, last + 1 - key - ATTEND_KEYS) * job->d_latent * sizeof(uint16_t) / 64);
+}
 static int32_t seen(int32_t position, int32_t key) {          /* keys of the tile at `key` that `position` may see */
     int32_t n = position + 1 - key;
     return n < 0 ? 0 : n > ATTEND_KEYS ? ATTEND_KEYS : n;
@@ -134,6 +140,7 @@ static void attend_segment(const attend_job *job, int32_t first, int32_t n, int3
                     .q = e->ws.absorbed + ((size_t)(first + t) * (size_t)s->n_head + (size_t)h) * width, .q_stride = width,
                     .kt = kt, .v = k, .v_stride = width, .o = at + 2, .o_stride = row, .m = m, .l = l, .n_keys = n_keys,
                     .n_q = n_q, .d_k = (int32_t)width, .d_v = s->kv_rank };
+                if (!h && !t) prefetch_keys(&a, job, key, last);
                 e->ops->attend(&a);
                 for (int32_t i = 0; i < n_q; i++) {
                     at[(size_t)i * row] = m[i];

@@ -48,6 +48,8 @@ struct ms4_attend {
     const int32_t *n_keys;     /* per row: how many keys of this tile it sees, from the first */
     size_t q_stride, v_stride, o_stride;
     int32_t n_q, d_k, d_v;     /* d_k and d_v: multiples of 8 */
+    const uint8_t *next;       /* next_lines lines of 64 bytes to prefetch meanwhile: a hint, as ms4_mul.next */
+    int32_t next_lines;
 };
 
 struct ms4_ops {
