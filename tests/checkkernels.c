@@ -480,7 +480,7 @@ static void time_attend(void) {
         make_timed();
         static float m[ATTEND_ROWS], l[ATTEND_ROWS];
         for (int i = 0; i < ATTEND_ROWS; i++) { t_keys[i] = ATTEND_KEYS; m[i] = 0; l[i] = 1; }
-        t_attend = (struct ms4_attend){ t_x, t_x + 4000, t_z, t_y, m, l, t_keys, (size_t)d_k, (size_t)d_v, (size_t)d_v, ATTEND_ROWS, d_k, d_v };
+        t_attend = (struct ms4_attend){ t_x, t_x + 4000, t_z, t_y, m, l, t_keys, (size_t)d_k, (size_t)d_v, (size_t)d_v, ATTEND_ROWS, d_k, d_v, NULL, 0 };
         double t = best_time(run_attend, fast), slow = best_time(run_attend, ref);
         printf("  %d/%d: %5.1f GFLOP/s (%4.1fx ref)", d_k, d_v, 50 * 2.0 * ATTEND_ROWS * ATTEND_KEYS * (d_k + d_v) / t * 1e-9, slow / t);
     }
