@@ -7,8 +7,8 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* avx2_mul.c */
-#define X(type, family) void avx2_mul_##type(const struct ms4_mul *m);
+/* avx2_mul.c; avx2_gemv.c: one token, n_cols a multiple of 256 */
+#define X(type, family) void avx2_mul_##type(const struct ms4_mul *m); void avx2_gemv_##type(const struct ms4_mul *m);
 UNPACK_TYPES(X)
 #undef X
 
@@ -29,5 +29,21 @@ INLINE void transpose_8(__m256i *v) {
         v[i] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
         v[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
     }
+}
+/* Lane r: the sum of the low half of v[r], and of the high half.  (hadd would take twice as long.) */
+INLINE void sum_halves(__m256i *low, __m256i *high, const __m256i *v) {
+    __m256i a[4], b[2];
+    for (int i = 0; i < 4; i++)
+        a[i] = _mm256_add_epi32(_mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 2; i++)
+        b[i] = _mm256_add_epi32(_mm256_unpacklo_epi64(a[2 * i], a[2 * i + 1]), _mm256_unpackhi_epi64(a[2 * i], a[2 * i + 1]));
+    *low = _mm256_permute2x128_si256(b[0], b[1], 0x20);
+    *high = _mm256_permute2x128_si256(b[0], b[1], 0x31);
+}
+/* Lane r: the sum of all lanes of v[r]. */
+INLINE __m256i sum_each(const __m256i *v) {
+    __m256i low, high;
+    sum_halves(&low, &high, v);
+    return _mm256_add_epi32(low, high);
 }
 #endif

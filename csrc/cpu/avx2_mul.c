@@ -61,10 +61,7 @@ HALVES(iq2_s, 0, 0.125f, 0) HALVES(iq3_xxs, 0, 0.25f, 0) HALVES(iq3_s, 0, 1, 0) 
 
 INLINE __m256 d_iq1_m(const uint8_t *const *rows, int b) {
     uint16_t h[ROWS];
-    for (int r = 0; r < ROWS; r++) {
-        const uint8_t *s = ((const block_iq1_m *)rows[r])->scales;
-        h[r] = (uint16_t)(s[1] >> 4 | (s[3] & 0xf0) | (s[5] & 0xf0) << 4 | (s[7] & 0xf0) << 8);
-    }
+    for (int r = 0; r < ROWS; r++) h[r] = d_of_iq1_m(rows[r]);
     return (void)b, _mm256_mul_ps(from_halves(h), _mm256_set1_ps(0.125f));
 }
 /* Four bytes of each row. */
@@ -73,35 +70,15 @@ INLINE __m256i words_at(const uint8_t *const *rows, size_t at) {
     for (int r = 0; r < ROWS; r++) v[r] = load32(rows[r] + at);
     return _mm256_set_epi32((int)v[7], (int)v[6], (int)v[5], (int)v[4], (int)v[3], (int)v[2], (int)v[1], (int)v[0]);
 }
-/* As unpack_e8m0_half() and unpack_e4m3_half() have it. */
-INLINE __m256 d_mxfp4(const uint8_t *const *rows, int b) {
-    __m256i e = _mm256_and_si256(words_at(rows, (size_t)b * sizeof(block_mxfp4)), _mm256_set1_epi32(255));
-    __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
-    __m256i small = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), e);
-    return _mm256_castsi256_ps(_mm256_blendv_epi8(normal, small, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e)));
-}
+INLINE __m256 d_mxfp4(const uint8_t *const *rows, int b) { return floats_e8m0(words_at(rows, (size_t)b * sizeof(block_mxfp4))); }
 INLINE __m256 d_nvfp4(const uint8_t *const *rows, int b) {
-    const __m256i zero = _mm256_setzero_si256(), low = _mm256_set1_epi32(127);
-    __m256i bytes = words_at(rows, (size_t)(b / 4) * sizeof(block_nvfp4));
-    __m256i s = _mm256_and_si256(_mm256_srl_epi32(bytes, _mm_cvtsi32_si128(b % 4 * 8)), _mm256_set1_epi32(255));
-    __m256i size = _mm256_and_si256(s, low);
-    __m256i normal = _mm256_add_epi32(_mm256_slli_epi32(size, 20), _mm256_set1_epi32(119 << 23));
-    __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(size), _mm256_set1_ps(0x1p-10f));
-    __m256i is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), size);
-    __m256i v = _mm256_blendv_epi8(normal, _mm256_castps_si256(small), is_small);
-    return _mm256_castsi256_ps(_mm256_blendv_epi8(v, zero, _mm256_cmpeq_epi32(s, low)));
+    return floats_e4m3(words_at(rows, (size_t)(b / 4) * sizeof(block_nvfp4)), b % 4);
 }
 #define NO_MIN(type) \
     INLINE __m256 m_##type(const uint8_t *const *rows, int b) { return (void)rows, (void)b, _mm256_setzero_ps(); }
 NO_MIN(iq1_m) NO_MIN(mxfp4) NO_MIN(nvfp4)
 
 /* --- moving lanes ---------------------------------------------------------------------------------- */
-/* Lane r of the result: the sum of all lanes of v[r]. */
-INLINE __m256i sum_each(const __m256i *v) {
-    __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
-    __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
-    return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
-}
 /* Copies between y and a register; the last rows may be fewer than eight. */
 INLINE __m256 load_rows(const float *y, int n) {
     float part[ROWS] = { 0 };
@@ -132,89 +109,6 @@ INLINE void next_superblock(const uint8_t **rows, const struct ms4_mul *m, size_
 INLINE int blocks_here(const struct ms4_mul *m, int i) {
     int n = m->n_cols - i * SUPERBLOCK;
     return n >= SUPERBLOCK ? 8 : n / 32;
-}
-
-/* --- one token ----------------------------------------------------------------------------------------- */
-/* Products of pairs of a chunk of 32 weights. */
-INLINE __m256i pairs(__m256i q, __m256i x, int is_signed) {
-    return is_signed ? _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(x, q)) : _mm256_maddubs_epi16(q, x);
-}
-/* Byte pairs c of the low half to all of the low half, and of the high half likewise. */
-INLINE __m256i scale_of_chunk(__m256i scale, int c) {
-    return _mm256_shuffle_epi8(scale, _mm256_set1_epi16((short)(2 * c + (2 * c + 1) * 256)));
-}
-INLINE __m256 decode_superblock(const uint8_t *const *rows, const block_q8 *x, __m256 y, struct opener t) {
-    __m256i dots[ROWS], mins[ROWS];
-    __m256i sums = even_odd_words(load256(x->sums));
-    for (int r = 0; r < ROWS; r++) {
-        struct row o;
-        __m256i dot = _mm256_setzero_si256();
-        t.row(&o, rows[r], 8);
-        for (int c = 0; c < 8; c++) {
-            __m256i p = pairs(o.q[c], load256(x->qs + c * 32), t.form.span == 0);
-            dot = _mm256_add_epi32(dot, _mm256_madd_epi16(p, scale_of_chunk(o.scale, c)));
-        }
-        if (t.bias) {
-            __m256i low = _mm256_mullo_epi16(o.scale, _mm256_set1_epi16((short)t.bias));
-            dot = _mm256_sub_epi32(dot, _mm256_madd_epi16(low, sums));
-        }
-        dots[r] = dot;
-        if (t.form.family == FAMILY_MINS) mins[r] = _mm256_madd_epi16(o.min, sums);
-    }
-    __m256 v = _mm256_mul_ps(t.d(rows, 0), _mm256_cvtepi32_ps(sum_each(dots)));
-    if (t.form.family == FAMILY_MINS) v = _mm256_fnmadd_ps(t.m(rows, 0), _mm256_cvtepi32_ps(sum_each(mins)), v);
-    return _mm256_fmadd_ps(_mm256_set1_ps(x->d), v, y);
-}
-/* The sums of one row's blocks: of 32 weights, lane b block b; of 16, even sub-blocks and odd ones. */
-INLINE void block_sums(__m256i *even, __m256i *odd, const struct row *o, const block_q8 *x, struct opener t) {
-    __m256i p[8];
-    for (int c = 0; c < 8; c++)
-        p[c] = _mm256_madd_epi16(pairs(o->q[c], load256(x->qs + c * 32), t.form.span == 0), _mm256_set1_epi16(1));
-    __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(p[0], p[1]), _mm256_hadd_epi32(p[2], p[3]));
-    __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(p[4], p[5]), _mm256_hadd_epi32(p[6], p[7]));
-    *even = _mm256_permute2x128_si256(a, b, 0x20);
-    *odd = _mm256_permute2x128_si256(a, b, 0x31);
-}
-INLINE __m256 decode_blocks(const uint8_t *const *rows, const block_q8 *x, __m256 y, int n_blocks, struct opener t) {
-    const int wide = t.form.family != FAMILY_BLOCKS_16;
-    __m256i even[ROWS], odd[ROWS], bias = _mm256_set1_epi16((short)t.bias), sums = load256(x->sums);
-    for (int r = 0; r < ROWS; r++) {
-        struct row o;
-        t.row(&o, rows[r], n_blocks);
-        block_sums(even + r, odd + r, &o, x, t);
-        if (wide) even[r] = _mm256_sub_epi32(_mm256_add_epi32(even[r], odd[r]), _mm256_madd_epi16(bias, sums));
-        else {
-            __m256i even_sums = _mm256_and_si256(sums, _mm256_set1_epi32(0xffff));
-            even[r] = _mm256_sub_epi32(even[r], _mm256_madd_epi16(bias, even_sums));
-            odd[r] = _mm256_sub_epi32(odd[r], _mm256_madd_epi16(bias, _mm256_andnot_si256(_mm256_set1_epi32(0xffff), sums)));
-        }
-    }
-    transpose_8(even);
-    if (!wide) transpose_8(odd);
-    __m256 v = _mm256_setzero_ps();
-    for (int b = 0; b < n_blocks; b++) {
-        v = _mm256_fmadd_ps(t.d(rows, wide ? b : 2 * b), _mm256_cvtepi32_ps(even[b]), v);
-        if (!wide) v = _mm256_fmadd_ps(t.d(rows, 2 * b + 1), _mm256_cvtepi32_ps(odd[b]), v);
-        if (t.form.family == FAMILY_BLOCKS_MIN)
-            v = _mm256_fmadd_ps(t.m(rows, b), _mm256_set1_ps((float)(x->sums[2 * b] + x->sums[2 * b + 1])), v);
-    }
-    return _mm256_fmadd_ps(_mm256_set1_ps(x->d), v, y);
-}
-INLINE void decode(const struct ms4_mul *m, struct opener t) {
-    const block_q8 *x = mul_blocks(m, 0);
-    for (int first = 0; first < m->n_rows; first += ROWS) {
-        const uint8_t *rows[ROWS];
-        __m256 sum = _mm256_setzero_ps();
-        find_rows(rows, m, first);
-        for (int i = 0; i * SUPERBLOCK < m->n_cols; i++) {
-            int n_blocks = blocks_here(m, i);
-            if (!is_blocks(t.form.family)) sum = decode_superblock(rows, x + i, sum, t);
-            else if (n_blocks == 8) sum = decode_blocks(rows, x + i, sum, 8, t);
-            else sum = decode_blocks(rows, x + i, sum, n_blocks, t);
-            next_superblock(rows, m, t.bytes);
-        }
-        store_rows(m->y + first, sum, m->n_rows - first);
-    }
 }
 
 /* --- many tokens ---------------------------------------------------------------------------------------- */
@@ -373,13 +267,12 @@ INLINE void prefill(const struct ms4_mul *m, struct opener t, tiles_fn *tiles) {
     }
 }
 
-#define PANEL_FROM 2        /* so many tokens are worth opening a panel for */
 #define X(type, name, bias) \
     void avx2_mul_##type(const struct ms4_mul *m) { \
         const struct form form = { (enum family)FAMILY_##name, SPAN_##name, BIASED_##name }; \
         const struct opener t = { row_##type, d_##type, m_##type, SUPERBLOCK_BYTES(type), form, bias }; \
-        if (m->n_tokens >= PANEL_FROM) prefill(m, t, tiles_##name); \
-        else decode(m, t); \
+        if (m->n_tokens == 1 && m->n_cols % SUPERBLOCK == 0) avx2_gemv_##type(m); \
+        else prefill(m, t, tiles_##name); \
     }
 AVX2_TYPES(X)
 #endif

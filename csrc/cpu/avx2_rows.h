@@ -15,6 +15,12 @@
 struct row { __m256i q[8], scale, min; };
 
 INLINE __m256i load256(const void *p) { return _mm256_loadu_si256(p); }
+/* For what is used twice: else the compiler loads it twice, and loads are what decode has least to spare of. */
+INLINE __m256i load_once(const void *p) {
+    __m256i v = load256(p);
+    __asm__("" : "+x"(v));
+    return v;
+}
 INLINE __m128i load128(const void *p) { return _mm_loadu_si128(p); }
 INLINE uint32_t load32(const void *p) { uint32_t v; memcpy(&v, p, 4); return v; }
 INLINE long long load64(const void *p) { long long v; memcpy(&v, p, 8); return v; }
@@ -54,15 +60,17 @@ INLINE __m256i even_odd_words(__m256i v) {
 /* One scale per 32 weights. */
 INLINE __m256i twice(__m128i v) { return _mm256_broadcastsi128_si256(v); }
 
-/* --- 32-blocks: n of them exist --------------------------------------------------------------- */
-#define AVX2_BLOCKS(type, body) \
+/* --- 32-blocks: chunk b of a superblock; a row has n of them --------------------------------------- */
+#define AVX2_ROW(type) \
     INLINE void row_##type(struct row *o, const uint8_t *w, int n) { \
-        for (int b = 0; b < 8; b++) { \
-            if (b >= n) { o->q[b] = _mm256_setzero_si256(); continue; } \
-            const block_##type *p = (const block_##type *)w + b; \
-            o->q[b] = body; \
-        } \
+        for (int b = 0; b < 8; b++) o->q[b] = b < n ? chunk_##type(w, b) : _mm256_setzero_si256(); \
     }
+#define AVX2_BLOCKS(type, body) \
+    INLINE __m256i chunk_##type(const uint8_t *w, int b) { \
+        const block_##type *p = (const block_##type *)w + b; \
+        return body; \
+    } \
+    AVX2_ROW(type)
 INLINE __m256i fifth_bits(const uint8_t *qh) { return _mm256_and_si256(bit_mask(load32(qh)), _mm256_set1_epi8(16)); }
 INLINE __m256i from_table(const int8_t *table, int bias, __m256i index) {
     __m128i t = _mm_add_epi8(load128(table), _mm_set1_epi8((char)bias));
@@ -72,17 +80,33 @@ AVX2_BLOCKS(q4_0, nibbles(p->qs))
 AVX2_BLOCKS(q4_1, nibbles(p->qs))
 AVX2_BLOCKS(q5_0, _mm256_or_si256(nibbles(p->qs), fifth_bits(p->qh)))
 AVX2_BLOCKS(q5_1, _mm256_or_si256(nibbles(p->qs), fifth_bits(p->qh)))
-AVX2_BLOCKS(q8_0, load256(p->qs))
+AVX2_BLOCKS(q8_0, load_once(p->qs))
 AVX2_BLOCKS(iq4_nl, from_table(unpack_kv, 0, nibbles(p->qs)))
 AVX2_BLOCKS(mxfp4, from_table(unpack_e2m1, 12, nibbles(p->qs)))
-INLINE void row_nvfp4(struct row *o, const uint8_t *w, int n) {
-    for (int b = 0; b < 8; b++) {
-        if (b >= n) { o->q[b] = _mm256_setzero_si256(); continue; }
-        const block_nvfp4 *p = (const block_nvfp4 *)w + b / 2;
-        /* two sub-blocks of 8 bytes: the low and the high nibbles of each */
-        __m256i v = nibbles(p->qs + b % 2 * 16);
-        o->q[b] = from_table(unpack_e2m1, 12, _mm256_permute4x64_epi64(v, 0xd8));
-    }
+INLINE __m256i chunk_nvfp4(const uint8_t *w, int b) {
+    const block_nvfp4 *p = (const block_nvfp4 *)w + b / 2;
+    /* two sub-blocks of 8 bytes: the low and the high nibbles of each */
+    __m256i v = nibbles(p->qs + b % 2 * 16);
+    return from_table(unpack_e2m1, 12, _mm256_permute4x64_epi64(v, 0xd8));
+}
+AVX2_ROW(nvfp4)
+/* Scales of eight rows or superblocks, as unpack_e8m0_half() and unpack_e4m3_half() have them: the lowest byte of each
+ * lane, and byte i. */
+INLINE __m256 floats_e8m0(__m256i v) {
+    __m256i e = _mm256_and_si256(v, _mm256_set1_epi32(255));
+    __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
+    __m256i small = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), e);
+    return _mm256_castsi256_ps(_mm256_blendv_epi8(normal, small, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e)));
+}
+INLINE __m256 floats_e4m3(__m256i v, int i) {
+    const __m256i zero = _mm256_setzero_si256(), low = _mm256_set1_epi32(127);
+    __m256i s = _mm256_and_si256(_mm256_srl_epi32(v, _mm_cvtsi32_si128(i * 8)), _mm256_set1_epi32(255));
+    __m256i size = _mm256_and_si256(s, low);
+    __m256i normal = _mm256_add_epi32(_mm256_slli_epi32(size, 20), _mm256_set1_epi32(119 << 23));
+    __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(size), _mm256_set1_ps(0x1p-10f));
+    __m256i is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), size);
+    v = _mm256_blendv_epi8(normal, _mm256_castps_si256(small), is_small);
+    return _mm256_castsi256_ps(_mm256_blendv_epi8(v, zero, _mm256_cmpeq_epi32(s, low)));
 }
 
 /* --- superblocks ------------------------------------------------------------------------------ */
@@ -93,7 +117,7 @@ INLINE void row_q2_k(struct row *o, const uint8_t *w, int n) {
     __m128i sc = even_odd_bytes(load128(p->scales));
     o->scale = _mm256_cvtepu8_epi16(_mm_and_si128(sc, mask));
     o->min = _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(sc, 4), mask));
-    for (int s = 0; s < 8; s++) o->q[s] = low_bits(load256(p->qs + s / 4 * 32), s % 4 * 2, 3);
+    for (int s = 0; s < 8; s++) o->q[s] = low_bits(load_once(p->qs + s / 4 * 32), s % 4 * 2, 3);
 }
 INLINE void row_q3_k(struct row *o, const uint8_t *w, int n) {
     const block_q3_k *p = (const block_q3_k *)w;
@@ -105,7 +129,7 @@ INLINE void row_q3_k(struct row *o, const uint8_t *w, int n) {
     o->scale = _mm256_cvtepi8_epi16(even_odd_bytes(_mm_sub_epi8(sc, _mm_set1_epi8(32))));
     __m256i high = load256(p->hmask);
     for (int s = 0; s < 8; s++)
-        o->q[s] = _mm256_or_si256(low_bits(load256(p->qs + s / 4 * 32), s % 4 * 2, 3), move_bit(high, s, 2));
+        o->q[s] = _mm256_or_si256(low_bits(load_once(p->qs + s / 4 * 32), s % 4 * 2, 3), move_bit(high, s, 2));
 }
 /* The scales and mins of Q4_K and Q5_K. */
 INLINE void row_scales_mins(struct row *o, const uint8_t *scales) {
@@ -121,7 +145,7 @@ INLINE void row_q4_k(struct row *o, const uint8_t *w, int n) {
     const block_q4_k *p = (const block_q4_k *)w;
     (void)n;
     row_scales_mins(o, p->scales);
-    for (int s = 0; s < 8; s++) o->q[s] = low_bits(load256(p->qs + s / 2 * 32), s % 2 * 4, 15);
+    for (int s = 0; s < 8; s++) o->q[s] = low_bits(load_once(p->qs + s / 2 * 32), s % 2 * 4, 15);
 }
 INLINE void row_q5_k(struct row *o, const uint8_t *w, int n) {
     const block_q5_k *p = (const block_q5_k *)w;
@@ -129,7 +153,7 @@ INLINE void row_q5_k(struct row *o, const uint8_t *w, int n) {
     row_scales_mins(o, p->scales);
     __m256i high = load256(p->qh);
     for (int s = 0; s < 8; s++)
-        o->q[s] = _mm256_or_si256(low_bits(load256(p->qs + s / 2 * 32), s % 2 * 4, 15), move_bit(high, s, 4));
+        o->q[s] = _mm256_or_si256(low_bits(load_once(p->qs + s / 2 * 32), s % 2 * 4, 15), move_bit(high, s, 4));
 }
 INLINE void row_q6_k(struct row *o, const uint8_t *w, int n) {
     const block_q6_k *p = (const block_q6_k *)w;
@@ -137,7 +161,7 @@ INLINE void row_q6_k(struct row *o, const uint8_t *w, int n) {
     (void)n;
     o->scale = _mm256_cvtepi8_epi16(even_odd_bytes(load128(p->scales)));
     for (int h = 0; h < 2; h++) {
-        __m256i first = load256(p->ql + h * 64), second = load256(p->ql + h * 64 + 32), high = load256(p->qh + h * 32);
+        __m256i first = load_once(p->ql + h * 64), second = load_once(p->ql + h * 64 + 32), high = load_once(p->qh + h * 32);
         __m256i *q = o->q + h * 4;
         q[0] = _mm256_or_si256(low_bits(first, 0, 15), _mm256_and_si256(_mm256_slli_epi16(high, 4), two));
         q[1] = _mm256_or_si256(low_bits(second, 0, 15), _mm256_and_si256(_mm256_slli_epi16(high, 2), two));
@@ -256,6 +280,10 @@ INLINE void row_iq1_s(struct row *o, const uint8_t *w, int n) {
                            at[3] | (h >> 1 & 0x700));
         o->q[k] = shifted_grid(q, _mm256_set1_epi8(h & 0x8000 ? 0 : 2));
     }
+}
+INLINE uint16_t d_of_iq1_m(const uint8_t *w) {
+    const uint8_t *s = ((const block_iq1_m *)w)->scales;
+    return (uint16_t)(s[1] >> 4 | (s[3] & 0xf0) | (s[5] & 0xf0) << 4 | (s[7] & 0xf0) << 8);
 }
 INLINE void row_iq1_m(struct row *o, const uint8_t *w, int n) {
     const block_iq1_m *p = (const block_iq1_m *)w;

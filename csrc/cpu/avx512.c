@@ -17,16 +17,16 @@
 #define QUANTISED_TYPES(X) \
     X(q4_1, float_blocks_min, 0, NATURAL, NO_SUMS, 0, NULL) X(q5_0, float_blocks, 16, NATURAL, NO_SUMS, 0, NULL) X(q5_1, float_blocks_min, 0, NATURAL, NO_SUMS, 0, NULL) \
     X(nvfp4, float_groups, 12, NATURAL, NO_SUMS, 0, NULL) \
-    X(q2_k, bytes_min, 0, CRUMB_ORDER, GROUP_SUMS, 0, NULL) X(q3_k, bytes, 124, CRUMB_ORDER, NO_SUMS, 4, NULL) \
-    X(q4_k, blocks_min, 0, K_ORDER, BLOCK_SUMS, 0, NULL) X(q5_k, blocks_min, 0, K_ORDER, BLOCK_SUMS, 0, NULL) \
-    X(q6_k, groups, 32, CRUMB_ORDER, NO_SUMS, 32, NULL) \
-    X(q8_0, float_blocks, 128, BLOCK_ORDER, OFFSET_SUMS, 128, NULL) X(q4_0, float_blocks, 8, BLOCK_ORDER, OFFSET_SUMS, 8, NULL) \
-    X(iq4_nl, float_blocks, 128, BLOCK_ORDER, OFFSET_SUMS, 128, NULL) X(mxfp4, float_blocks, 12, BLOCK_ORDER, OFFSET_SUMS, 12, NULL) \
-    X(iq4_xs, blocks, 128, BLOCK_ORDER, NO_SUMS, 128, NULL) \
+    X(q2_k, bytes_min, 0, CRUMB_ORDER, GROUP_SUMS, 1, NULL) X(q3_k, bytes, 124, CRUMB_ORDER, GROUP_SUMS, -16, NULL) \
+    X(q4_k, blocks_min, 0, K_ORDER, MIN_SUMS, 0, NULL) X(q5_k, blocks_min, 0, K_ORDER, MIN_SUMS, 0, NULL) \
+    X(q6_k, groups, 32, CRUMB_ORDER, GROUP_SUMS, -16, NULL) \
+    X(q8_0, float_blocks, 128, NATURAL, OFFSET_SUMS, -128, NULL) X(q4_0, float_blocks, 8, BLOCK_ORDER, OFFSET_SUMS, -8, NULL) \
+    X(iq4_nl, float_blocks, 128, BLOCK_ORDER, OFFSET_SUMS, -128, NULL) X(mxfp4, float_blocks, 12, BLOCK_ORDER, OFFSET_SUMS, -12, NULL) \
+    X(iq4_xs, blocks, 128, BLOCK_ORDER, START_SUMS, -128, NULL) \
     X(iq2_xxs, groups, 128, QUAD_ORDER, NO_SUMS, 0, pack_iq2_xxs) X(iq2_xs, groups, 128, QUAD_ORDER, NO_SUMS, 0, pack_iq2_xs) \
     X(iq2_s, groups, 128, QUAD_ORDER, NO_SUMS, 0, pack_iq2_s) X(iq3_xxs, groups, 128, BLOCK_ORDER, NO_SUMS, 0, pack_iq3_xxs) \
-    X(iq3_s, groups, 128, BLOCK_ORDER, NO_SUMS, 0, pack_iq3_s) X(iq1_s, groups, IQ1_OFFSET, NATURAL, NO_SUMS, IQ1_OFFSET, NULL) \
-    X(iq1_m, groups, IQ1_OFFSET, NATURAL, NO_SUMS, IQ1_OFFSET, NULL)
+    X(iq3_s, groups, 128, BLOCK_ORDER, NO_SUMS, 0, pack_iq3_s) X(iq1_s, groups, IQ1_OFFSET, NATURAL, START_SUMS, -IQ1_OFFSET, NULL) \
+    X(iq1_m, groups, IQ1_OFFSET, NATURAL, START_SUMS, -IQ1_OFFSET, NULL)
 /* Types whose single tokens are a panel of one, too. */
 #define dot_q4_1 NULL
 #define dot_q5_0 NULL
@@ -34,7 +34,7 @@
 #define dot_nvfp4 NULL
 #define X(type, layout, offset, order, sums, row_offset, pack_grid) \
     static void mul_##type##_avx512(const struct ms4_mul *m) { \
-        static const struct gemv_type t = { dot_##type, order, sums, row_offset, SUPERBLOCK_BYTES(type), pack_grid }; \
+        static const struct gemv_type t = { dot_##type, order, sums, row_offset, MS4_TYPE_##type == MS4_TYPE_q8_0 || MS4_TYPE_##type == MS4_TYPE_q6_k, SUPERBLOCK_BYTES(type), pack_grid }; \
         if (t.dot && m->n_tokens == 1 && m->n_cols % SUPERBLOCK == 0) gemv(m, &t); \
         else gemm(m, fill_##type, tiles_##layout, offset, SUPERBLOCK_BYTES(type), pack_grid); \
     }

@@ -4,25 +4,12 @@
 #define MS4_AVX512_GEMV_BLOCKS_H
 #include "avx512_gemv.h"
 
-/* Four times 16 bytes, `step` bytes apart. */
-static inline __m512i load_four(const uint8_t *w, size_t step) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(load_two(w, w + step)), load_two(w + 2 * step, w + 3 * step), 1);
-}
 /* Blocks 0..3 in the lanes of out[0], 4..7 in those of out[1]; the nibbles of a block go through a table. */
-static inline void dot_nibbles(__m512i *out, __m512i w0, __m512i w1, __m512i table, const struct x_superblock *x, __m512i start0, __m512i start1) {
+static inline void dot_nibbles(__m512i *out, __m512i w0, __m512i w1, __m512i table, const __m512i *x, __m512i start0, __m512i start1) {
     const __m512i a = _mm512_shuffle_epi8(table, low_nibbles(w0)), b = _mm512_shuffle_epi8(table, high_nibbles(w0));
     const __m512i c = _mm512_shuffle_epi8(table, low_nibbles(w1)), d = _mm512_shuffle_epi8(table, high_nibbles(w1));
-    out[0] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start0, a, x->v[0]), b, x->v[1]);
-    out[1] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start1, c, x->v[2]), d, x->v[3]);
-}
-static inline void dot_bytes(__m512i *out, const uint8_t *w, const struct x_superblock *x) {
-    const __m512i top = _mm512_set1_epi8(-128);
-    const size_t step = sizeof(block_q8_0);
-    for (int h = 0; h < 2; h++) {
-        const uint8_t *at = w + 4 * step * (size_t)h + offsetof(block_q8_0, qs);
-        const __m512i acc = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_xor_si512(load_four(at, step), top), x->v[2 * h]);
-        out[h] = _mm512_dpbusd_epi32(acc, _mm512_xor_si512(load_four(at + 16, step), top), x->v[2 * h + 1]);
-    }
+    out[0] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start0, a, x[0]), b, x[1]);
+    out[1] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start1, c, x[2]), d, x[3]);
 }
 /* Halves of E8M0 scales, as the quants are doubled. */
 static inline __m512 e8m0_halves(__m512i e) {
@@ -30,7 +17,7 @@ static inline __m512 e8m0_halves(__m512i e) {
     const __m512i small = _mm512_sllv_epi32(_mm512_set1_epi32(0x00200000), e);
     return _mm512_castsi512_ps(_mm512_mask_mov_epi32(normal, _mm512_cmplt_epu32_mask(e, _mm512_set1_epi32(2)), small));
 }
-enum block_kind { BYTE_BLOCKS, NIBBLE_BLOCKS, EXPONENT_BLOCKS };
+enum block_kind { NIBBLE_BLOCKS, EXPONENT_BLOCKS };
 /* Eight blocks of 18 bytes: the quants of blocks 0..3 and 4..7, and all scales in the first lane of the last.
  * Unaligned loads are what limits these types, so there are no more than needed. */
 static inline void split_nibble_blocks(__m512i *out, const uint8_t *w) {
@@ -41,7 +28,7 @@ static inline void split_nibble_blocks(__m512i *out, const uint8_t *w) {
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(4));
     const __m512i both = _mm512_mask_add_epi16(second, 0xff000000, second, _mm512_set1_epi16(24));
     const __m512i scales = _mm512_castsi128_si512(_mm_setr_epi16(0, 9, 18, 27, 36, 45, 54, 63));
-    const __m512i a = load_512(w), b = load_512(w + 64), c = load_512(w + 80);
+    const __m512i a = load_once(w), b = load_once(w + 64), c = load_512(w + 80);
     out[0] = _mm512_permutex2var_epi16(a, first, b);
     out[1] = _mm512_permutex2var_epi16(b, both, c);
     out[2] = _mm512_permutex2var_epi16(a, scales, b);
@@ -60,54 +47,85 @@ static inline __m512i first_lanes(const __m512i *a) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_setr_m128i(_mm512_castsi512_si128(a[2]), _mm512_castsi512_si128(a[3])), 1);
 }
 /* size: of a block */
-static inline __attribute__((always_inline)) __m512 dot_blocks(panel_rows w, const struct gemv_x *x, int from, const uint8_t *ahead, const size_t size,
+static inline __attribute__((always_inline)) __m512 dot_blocks(const uint8_t *w, const struct gemv_x *x, const uint8_t *ahead, const size_t size,
                                                                const enum block_kind kind, const __m512i table) {
     __m512i four[2][4], blocks[8], scales[4];
-    uint16_t d[8][16];          /* filled long before it is read as vectors: a load waits for the small stores it covers */
 #pragma GCC unroll 1
     for (int l = 0; l < 4; l++) {
         __m512i out[2][4], d_of[4];
         prefetch_quarter(ahead, l, 8 * size);
         for (int r = 0; r < 4; r++) {
-            const uint8_t *p = w[4 * l + r];
-            const struct x_superblock *s = x->of[from + 4 * l + r];
+            const uint8_t *p = w + (size_t)(4 * l + r) * 8 * size;
+            const __m512i *s = x->v[4 * l + r];
             __m512i dots[2], parts[3];
-            for (size_t b = 0; b < 8 && kind == BYTE_BLOCKS; b++) memcpy(&d[b][4 * l + r], p + b * size, sizeof **d);
-            if (kind == BYTE_BLOCKS) dot_bytes(dots, p, s);
-            else {
-                if (kind == NIBBLE_BLOCKS) split_nibble_blocks(parts, p);
-                else split_exponent_blocks(parts, p);
-                dot_nibbles(dots, parts[0], parts[1], table, s, _mm512_setzero_si512(), _mm512_setzero_si512());
-                d_of[r] = parts[2];
-            }
+            if (kind == NIBBLE_BLOCKS) split_nibble_blocks(parts, p);
+            else split_exponent_blocks(parts, p);
+            dot_nibbles(dots, parts[0], parts[1], table, s, _mm512_setzero_si512(), _mm512_setzero_si512());
+            d_of[r] = parts[2];
             out[0][r] = dots[0];
             out[1][r] = dots[1];
         }
-        if (kind != BYTE_BLOCKS) scales[l] = kind == NIBBLE_BLOCKS ? first_lanes(d_of) : add_lanes(d_of);
+        scales[l] = kind == NIBBLE_BLOCKS ? first_lanes(d_of) : add_lanes(d_of);
         four[0][l] = add_dwords(out[0]);
         four[1][l] = add_dwords(out[1]);
     }
     transpose_lanes(blocks, four[0]);
     transpose_lanes(blocks + 4, four[1]);
-    if (kind != BYTE_BLOCKS) transpose_dwords(scales);
+    transpose_dwords(scales);
     __m512 t = _mm512_setzero_ps();
     for (int b = 0; b < 8; b++) {
         __m512 factor;
-        if (kind == BYTE_BLOCKS) factor = _mm512_cvtph_ps(load_256(d[b]));
-        else if (kind == EXPONENT_BLOCKS) factor = e8m0_halves(byte_of(scales[b / 4], b % 4));
+        if (kind == EXPONENT_BLOCKS) factor = e8m0_halves(byte_of(scales[b / 4], b % 4));
         else factor = halves_to_floats(b % 2 ? _mm512_srli_epi32(scales[b / 2], 16) : scales[b / 2]);
-        t = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(_mm512_add_epi32(blocks[b], load_512(x->start[b] + from))), t);
+        t = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(_mm512_add_epi32(blocks[b], x->block[b])), t);
     }
     return t;
 }
 #define DOT_BLOCKS(type, kind, table) \
-    static __attribute__((noinline)) __m512 dot_##type(panel_rows w, const struct gemv_x *x, int from, const uint8_t *ahead) { \
-        return dot_blocks(w, x, from, ahead, sizeof(block_##type), kind, table); \
+    static __attribute__((noinline)) __m512 dot_##type(const uint8_t *w, const struct gemv_x *x, const uint8_t *ahead) { \
+        return dot_blocks(w, x, ahead, sizeof(block_##type), kind, table); \
     }
-DOT_BLOCKS(q8_0, BYTE_BLOCKS, _mm512_setzero_si512())
 DOT_BLOCKS(q4_0, NIBBLE_BLOCKS, identity_table())
 DOT_BLOCKS(iq4_nl, NIBBLE_BLOCKS, kv_table())
 DOT_BLOCKS(mxfp4, EXPONENT_BLOCKS, e2m1_table())
+
+/* --- Q8_0 ------------------------------------------------------------------------------------ */
+/* In each half of the result: the sums of the dwords of a[0], a[1], a[2], a[3] in that half. */
+static inline __m256i add_dwords_256(const __m256i *a) {
+    const __m256i t0 = _mm256_add_epi32(_mm256_unpacklo_epi32(a[0], a[1]), _mm256_unpackhi_epi32(a[0], a[1]));
+    const __m256i t1 = _mm256_add_epi32(_mm256_unpacklo_epi32(a[2], a[3]), _mm256_unpackhi_epi32(a[2], a[3]));
+    return _mm256_add_epi32(_mm256_unpacklo_epi64(t0, t1), _mm256_unpackhi_epi64(t0, t1));
+}
+/* A block is a vector of 256 bits here: wider ones would be put together from two loads. */
+static __attribute__((noinline)) __m512 dot_q8_0(const uint8_t *w, const struct gemv_x *x, const uint8_t *ahead) {
+    const __m256i top = _mm256_set1_epi8(-128);
+    uint16_t d[8][16];
+    __m128i rows[2][16] __attribute__((aligned(64)));       /* the products of blocks 0..3 and 4..7 */
+    __m512i blocks[8];
+#pragma GCC unroll 1
+    for (size_t r = 0; r < 16; r++, w += 8 * sizeof(block_q8_0)) {
+        const __m256i *v = (const void *)x->v[r];
+        __m256i dot[8];
+        (void)ahead;
+        for (size_t b = 0; b < 8; b++) {
+            const uint8_t *p = w + b * sizeof(block_q8_0);
+            memcpy(&d[b][r], p, sizeof **d);
+            dot[b] = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_xor_si256(load_256(p + offsetof(block_q8_0, qs)), top), v[b]);
+        }
+        const __m256i first = add_dwords_256(dot), second = add_dwords_256(dot + 4);
+        const __m256i sums = _mm256_add_epi32(_mm256_permute2x128_si256(first, second, 0x20), _mm256_permute2x128_si256(first, second, 0x31));
+        rows[0][r] = _mm256_castsi256_si128(sums);
+        rows[1][r] = _mm256_extracti128_si256(sums, 1);
+    }
+    for (int k = 0; k < 2; k++) {
+        for (int l = 0; l < 4; l++) blocks[4 * k + l] = load_512(&rows[k][4 * l]);
+        transpose_dwords(blocks + 4 * k);
+    }
+    __m512 t = _mm512_setzero_ps();
+    for (int b = 0; b < 8; b++)
+        t = _mm512_fmadd_ps(_mm512_cvtph_ps(load_256(d[b])), _mm512_cvtepi32_ps(_mm512_add_epi32(blocks[b], x->block[b])), t);
+    return t;
+}
 
 /* --- IQ4_XS ---------------------------------------------------------------------------------- */
 /* The 8 scales of a superblock as bytes: the 16 of two neighbours side by side in a 128-bit lane, as unpack leaves them. */
@@ -123,22 +141,23 @@ static inline void iq4_xs_scales(__m512i *pairs, __m512i h0, __m512i h1) {
     pairs[0] = _mm512_unpacklo_epi8(e, o);
     pairs[1] = _mm512_unpackhi_epi8(e, o);
 }
-static __attribute__((noinline)) __m512 dot_iq4_xs(panel_rows w, const struct gemv_x *x, int from, const uint8_t *ahead) {
+static __attribute__((noinline)) __m512 dot_iq4_xs(const uint8_t *w, const struct gemv_x *x, const uint8_t *ahead) {
+    const uint8_t *rows[16];
     const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), table = kv_table();
     __m512i h[4], pairs[2], sums[4];
-    load_transposed(h, w, 0);
+    rows_of(rows, w, sizeof(block_iq4_xs));
+    load_transposed(h, rows, 0);
     iq4_xs_scales(pairs, h[0], h[1]);
 #pragma GCC unroll 1
     for (int l = 0; l < 4; l++) {
         __m512i acc[4];
         prefetch_quarter(ahead, l, sizeof(block_iq4_xs));
         for (int r = 0; r < 4; r++) {
-            const uint8_t *q = w[4 * l + r] + offsetof(block_iq4_xs, qs);
+            const uint8_t *q = w + (size_t)(4 * l + r) * sizeof(block_iq4_xs) + offsetof(block_iq4_xs, qs);
             const __m128i bytes = _mm_loadl_epi64((const void *)((const char *)&pairs[r / 2] + 16 * l + r % 2 * 8));
             const __m512i scales = _mm512_castsi256_si512(_mm256_cvtepi8_epi32(bytes));
             __m512i dots[2];
-            const struct x_superblock *t = x->of[from + 4 * l + r];
-            dot_nibbles(dots, load_512(q), load_512(q + 64), table, t, t->start[0], t->start[2]);
+            dot_nibbles(dots, load_once(q), load_once(q + 64), table, x->v[4 * l + r], x->start[4 * l + r][0], x->start[4 * l + r][2]);
             acc[r] = _mm512_add_epi32(_mm512_mullo_epi32(dots[0], _mm512_permutexvar_epi32(first, scales)),
                                       _mm512_mullo_epi32(dots[1], _mm512_permutexvar_epi32(_mm512_add_epi32(first, _mm512_set1_epi32(4)), scales)));
         }

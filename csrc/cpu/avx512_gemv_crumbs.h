@@ -1,77 +1,132 @@
-/* avx512_gemv_crumbs.h -- products with one token for Q2_K and Q3_K.  Two bits of the 64 bytes of a superblock are one
- * vector of quants, in CRUMB_ORDER, and each of its 128-bit lanes is a 16-group. */
+/* avx512_gemv_crumbs.h -- products with one token for Q2_K, Q3_K and Q6_K.  Two bits of the 64 bytes of a superblock are one
+ * vector of quants, in CRUMB_ORDER, and each of its 128-bit lanes is a 16-group.  Two superblocks go together: their
+ * products fit 16 bits, so they share the vectors that are scaled. */
 #ifndef MS4_AVX512_GEMV_CRUMBS_H
 #define MS4_AVX512_GEMV_CRUMBS_H
 #include "avx512_gemv.h"
 
-/* One superblock, 256 times its sum, spread over the lanes.  Dwords hold at most 4 * 7 * 127, so those of two vectors fit
- * 16 bits, and one instruction scales and adds both.  Scales (16 bytes, in each lane) go to the high bytes of words:
- * that saves widening them, and the sum still fits: 256 * 256 * 4 * 127 * 32 < 2^31. */
-static inline __attribute__((always_inline)) __m512i dot_crumbs(const uint8_t *qs, const uint8_t *hmask, __m128i scales, const struct x_superblock *x) {
-    const __m512i two = _mm512_set1_epi8(3), four = _mm512_set1_epi8(4), v = load_512(qs);
-    /* lane l: the groups of vectors 0 and 1; two vectors later they are four further */
-    const __m512i spread = _mm512_setr_epi32(0x00800080, 0x00800080, 0x02800280, 0x02800280, 0x01800180, 0x01800180, 0x03800380, 0x03800380,
-                                             0x08800880, 0x08800880, 0x0a800a80, 0x0a800a80, 0x09800980, 0x09800980, 0x0b800b80, 0x0b800b80);
-    const __m512i s = _mm512_broadcast_i32x4(scales);
-    __m512i dot[4], high = _mm512_setzero_si512();
-    if (hmask) high = _mm512_srlv_epi64(_mm512_broadcast_i64x4(load_256(hmask)), _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4));
+static inline __m256i fours_in_turn(void) { return _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); }
+/* 16 bytes of each of two superblocks, four in turn; widened to words they are in the order of gemv_x's groups. */
+static inline __m256i pair_bytes(const uint8_t *a, const uint8_t *b) {
+    return _mm256_permutevar8x32_epi32(load_two(a, b), fours_in_turn());
+}
+/* The words of the groups of vector j: in each lane four times that of the first superblock, then of the second. */
+static inline __m512i spread_groups(__m512i words, int j) {
+    const __m512i first = _mm512_setr_epi64(0, 0x4000400040004, 0x1000100010001, 0x5000500050005, 0x10001000100010, 0x14001400140014,
+                                            0x11001100110011, 0x15001500150015);
+    return _mm512_permutexvar_epi16(_mm512_add_epi16(first, _mm512_set1_epi16((short)(j / 2 * 8 + j % 2 * 2))), words);
+}
+/* Adds scale * product; dot[j][r]: of vector j of superblock r.  Dwords of the result: two of the first superblock, two
+ * of the second in each lane. */
+static inline __attribute__((always_inline)) __m512i scale_groups_two(__m512i acc, __m512i (*dot)[2], __m512i words) {
+    for (int j = 0; j < 4; j++) acc = _mm512_dpwssd_epi32(acc, _mm512_packs_epi32(dot[j][0], dot[j][1]), spread_groups(words, j));
+    return acc;
+}
+/* A factor for the words of each vector's groups. */
+static inline __m512i group_factors(int a, int b, int c, int d) {
+    const int64_t low = a * 0x10001LL | b * 0x1000100000000LL, high = c * 0x10001LL | d * 0x1000100000000LL;
+    return _mm512_setr_epi64(low, low, high, high, low, low, high, high);
+}
+/* --- Q2_K ------------------------------------------------------------------------------------ */
+/* Four times the sum of two superblocks: the upper two bits of each nibble stay where they are. */
+static inline __attribute__((always_inline)) __m512i dot_q2_k_two(__m512i *mins, const uint8_t *w, const __m512i (*x)[4], const int16_t (*sums)[16]) {
+    const size_t size = sizeof(block_q2_k);
+    const __m512i low = _mm512_set1_epi8(3), high = _mm512_set1_epi8(12), zero = _mm512_setzero_si512();
+    const __m512i words = _mm512_cvtepu8_epi16(pair_bytes(w + offsetof(block_q2_k, scales), w + size + offsetof(block_q2_k, scales)));
+    __m512i dot[4][2];
+    for (size_t r = 0; r < 2; r++) {
+        const __m512i v = load_once(w + r * size + offsetof(block_q2_k, qs)), upper = _mm512_srli_epi16(v, 4);
+        dot[0][r] = _mm512_dpbusd_epi32(zero, _mm512_and_si512(v, low), x[r][0]);
+        dot[1][r] = _mm512_dpbusd_epi32(zero, _mm512_and_si512(v, high), x[r][1]);
+        dot[2][r] = _mm512_dpbusd_epi32(zero, _mm512_and_si512(upper, low), x[r][2]);
+        dot[3][r] = _mm512_dpbusd_epi32(zero, _mm512_and_si512(upper, high), x[r][3]);
+    }
+    *mins = _mm512_madd_epi16(_mm512_srli_epi16(words, 4), load_512(sums));
+    return scale_groups_two(zero, dot, _mm512_mullo_epi16(_mm512_and_si512(words, _mm512_set1_epi16(15)), group_factors(4, 1, 4, 1)));
+}
+static __attribute__((noinline)) __m512 dot_q2_k(const uint8_t *w, const struct gemv_x *x, const uint8_t *ahead) {
+    const size_t size = sizeof(block_q2_k);
+    __m512i sums[4], mins[4];
+    uint32_t d[16];
+#pragma GCC unroll 1
+    for (int l = 0; l < 4; l++, w += 4 * size) {
+        __m512i m[2];
+        prefetch_quarter(ahead, l, size);
+        const __m512i a = dot_q2_k_two(m, w, x->v + 4 * l, x->group + 4 * l);
+        const __m512i b = dot_q2_k_two(m + 1, w + 2 * size, x->v + 4 * l + 2, x->group + 4 * l + 2);
+        for (int r = 0; r < 4; r++) memcpy(d + 4 * l + r, w + (size_t)r * size + offsetof(block_q2_k, d), sizeof *d);
+        sums[l] = add_pairs(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b));
+        mins[l] = add_pairs(_mm512_castsi512_ps(m[0]), _mm512_castsi512_ps(m[1]));
+    }
+    const __m512i ds = load_512(d);
+    const __m512 t = _mm512_mul_ps(halves_to_floats(ds), _mm512_cvtepi32_ps(_mm512_srai_epi32(add_lanes(sums), 2)));
+    return _mm512_fnmadd_ps(halves_to_floats(_mm512_srli_epi32(ds, 16)), _mm512_cvtepi32_ps(add_lanes(mins)), t);
+}
+/* --- Q3_K ------------------------------------------------------------------------------------ */
+/* The scales of two superblocks: 6 bits each, as words in the order of gemv_x's groups. */
+static inline __m512i q3_k_scales(const uint8_t *w) {
+    const size_t at = sizeof(block_q3_k) - 16;      /* two bytes that do not matter, 12 of scales, d */
+    const __m256i v = load_two(w + at, w + sizeof(block_q3_k) + at);
+    const __m256i low = _mm256_srlv_epi32(_mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(_mm_setr_epi8(2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5, 6, 7, 8, 9))), _mm256_setr_epi32(0, 0, 4, 4, 0, 0, 4, 4));
+    const __m256i top = _mm256_rolv_epi32(_mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(_mm_setr_epi8(10, 11, 12, 13, 10, 11, 12, 13, 10, 11, 12, 13, 10, 11, 12, 13))), _mm256_setr_epi32(4, 2, 0, 30, 4, 2, 0, 30));
+    const __m256i bytes = _mm256_ternarylogic_epi32(_mm256_and_si256(low, _mm256_set1_epi8(15)), top, _mm256_set1_epi8(48), 0xf8);   /* low | (top & 48) */
+    return _mm512_cvtepi8_epi16(_mm256_sub_epi8(_mm256_permutevar8x32_epi32(bytes, fours_in_turn()), _mm256_set1_epi8(32)));
+}
+/* Eight times the sum of two superblocks: the quants of vector j come 2^j times, so that their high bits need not be
+ * moved one by one.  sums: -16 times those of the activations. */
+static inline __attribute__((always_inline)) __m512i dot_q3_k_two(const uint8_t *w, const __m512i (*x)[4], const int16_t (*sums)[16]) {
+    const size_t size = sizeof(block_q3_k);
+    const __m512i scales = q3_k_scales(w);
+    __m512i dot[4][2];
+    for (size_t r = 0; r < 2; r++) {
+        /* bits 0..3 of the first half, 4..7 of the second go to 2..5; what comes from other bytes is masked out */
+        const __m512i h = _mm512_rolv_epi64(_mm512_broadcast_i64x4(load_256(w + r * size + offsetof(block_q3_k, hmask))), _mm512_setr_epi64(2, 2, 2, 2, 62, 62, 62, 62));
+        const __m512i v = load_once(w + r * size + offsetof(block_q3_k, qs));
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        __m512i q = _mm512_and_si512(j ? _mm512_srli_epi16(v, (unsigned)(2 * j)) : v, two);
-        const __m512i h = j < 2 ? _mm512_slli_epi16(high, (unsigned)(2 - j)) : j == 2 ? high : _mm512_srli_epi16(high, 1);
-        if (hmask) q = _mm512_ternarylogic_epi32(q, h, four, 0xf8);     /* q | (h & four) */
-        dot[j] = _mm512_dpbusd_epi32(hmask ? x->start[j] : _mm512_setzero_si512(), q, x->v[j]);
-    }
-    const __m512i acc = _mm512_madd_epi16(_mm512_packs_epi32(dot[0], dot[1]), _mm512_shuffle_epi8(s, spread));
-    return _mm512_dpwssd_epi32(acc, _mm512_packs_epi32(dot[2], dot[3]), _mm512_shuffle_epi8(s, _mm512_add_epi8(spread, _mm512_set1_epi16(0x0400))));
-}
-static __attribute__((noinline)) __m512 dot_q2_k(panel_rows w, const struct gemv_x *x, int at, const uint8_t *ahead) {
-    const __m128i nibble = _mm_set1_epi8(15);
-    __m512i sums[4], v[4], h = _mm512_setzero_si512(), l = _mm512_setzero_si512();
-    load_transposed(v, w, offsetof(block_q2_k, scales));
-    for (int k = 0; k < 4; k++) {
-        const __m512i mins = high_nibbles(v[k]);
-        h = _mm512_dpbusd_epi32(h, mins, load_512(x->high[k] + at));
-        l = _mm512_dpbusd_epi32(l, mins, load_512(x->low[k] + at));
-    }
-#pragma GCC unroll 1
-    for (int r = 0; r < 4; r++) {
-        __m512i acc[4];
-        prefetch_quarter(ahead, r, sizeof(block_q2_k));
-        for (int k = 0; k < 4; k++) {
-            const uint8_t *p = w[4 * r + k];
-            const __m128i scales = _mm_and_si128(_mm_loadu_si128((const void *)(p + offsetof(block_q2_k, scales))), nibble);
-            acc[k] = dot_crumbs(p + offsetof(block_q2_k, qs), NULL, scales, x->of[at + 4 * r + k]);
+        for (int j = 0; j < 4; j++) {
+            const __m512i q = _mm512_and_si512(j ? _mm512_srli_epi16(v, (unsigned)j) : v, _mm512_set1_epi8((char)(3 << j)));
+            dot[j][r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_ternarylogic_epi32(q, h, _mm512_set1_epi8((char)(4 << j)), 0xf8), x[r][j]);   /* q | (h & four) */
         }
-        sums[r] = add_dwords(acc);
     }
-    load_transposed(v, w, sizeof(block_q2_k) - 16);         /* d and dmin come last */
-    const __m512 t = _mm512_mul_ps(halves_to_floats(v[3]), _mm512_cvtepi32_ps(_mm512_srai_epi32(add_lanes(sums), 8)));
-    const __m512i mins = _mm512_add_epi32(_mm512_slli_epi32(h, 7), l);
-    return _mm512_fnmadd_ps(halves_to_floats(_mm512_srli_epi32(v[3], 16)), _mm512_cvtepi32_ps(mins), t);
+    const __m512i acc = _mm512_dpwssd_epi32(_mm512_madd_epi16(scales, load_512(sums)), scales, load_512(sums));
+    return scale_groups_two(acc, dot, _mm512_mullo_epi16(scales, group_factors(8, 4, 2, 1)));
 }
-static __attribute__((noinline)) __m512 dot_q3_k(panel_rows w, const struct gemv_x *x, int at, const uint8_t *ahead) {
-    __m512i sums[4], s[4], rows[4];
-    const __m512 d = load_q3_k_header(s, w);
-    /* Back to 16 bytes for each superblock: rows[k] has those of 4m + k in lane m. */
-    for (int k = 0; k < 4; k++) s[k] = _mm512_sub_epi8(s[k], _mm512_set1_epi8(32));
-    const __m512i t0 = _mm512_unpacklo_epi32(s[0], s[1]), t1 = _mm512_unpackhi_epi32(s[0], s[1]);
-    const __m512i t2 = _mm512_unpacklo_epi32(s[2], s[3]), t3 = _mm512_unpackhi_epi32(s[2], s[3]);
-    rows[0] = _mm512_unpacklo_epi64(t0, t2);
-    rows[1] = _mm512_unpackhi_epi64(t0, t2);
-    rows[2] = _mm512_unpacklo_epi64(t1, t3);
-    rows[3] = _mm512_unpackhi_epi64(t1, t3);
-#pragma GCC unroll 1
-    for (int r = 0; r < 4; r++) {
-        __m512i acc[4];
-        prefetch_quarter(ahead, r, sizeof(block_q3_k));
-        for (int k = 0; k < 4; k++) {
-            const uint8_t *p = w[4 * r + k];
-            const __m128i scales = _mm_load_si128((const void *)((const char *)&rows[k] + 16 * r));
-            acc[k] = dot_crumbs(p + offsetof(block_q3_k, qs), p + offsetof(block_q3_k, hmask), scales, x->of[at + 4 * r + k]);
-        }
-        sums[r] = add_dwords(acc);
+/* --- Q6_K ------------------------------------------------------------------------------------ */
+/* Two superblocks; sums: -16 times those of the activations. */
+static inline __attribute__((always_inline)) __m512i dot_q6_k_two(const uint8_t *w, const __m512i (*x)[4], const int16_t (*sums)[16]) {
+    const size_t size = sizeof(block_q6_k), at = offsetof(block_q6_k, scales);
+    const __m512i top = _mm512_set1_epi8(48), scales = _mm512_cvtepi8_epi16(pair_bytes(w + at, w + size + at)), zero = _mm512_setzero_si512();
+    __m512i dot[4][2];
+    for (size_t r = 0; r < 2; r++) {
+        const block_q6_k *b = (const void *)(w + r * size);
+        const __m512i first = load_once(b->ql), second = load_once(b->ql + 64), h = load_once(b->qh);
+        const __m512i p0 = _mm512_shuffle_i64x2(first, second, 0x44), p1 = _mm512_shuffle_i64x2(first, second, 0xee);
+        /* 0xf8: a | (b & c) */
+        const __m512i q[4] = { _mm512_ternarylogic_epi32(low_nibbles(p0), _mm512_slli_epi16(h, 4), top, 0xf8),
+                               _mm512_ternarylogic_epi32(low_nibbles(p1), _mm512_slli_epi16(h, 2), top, 0xf8),
+                               _mm512_ternarylogic_epi32(high_nibbles(p0), h, top, 0xf8),
+                               _mm512_ternarylogic_epi32(high_nibbles(p1), _mm512_srli_epi16(h, 2), top, 0xf8) };
+        for (int j = 0; j < 4; j++) dot[j][r] = _mm512_dpbusd_epi32(zero, q[j], x[r][j]);
     }
-    return _mm512_mul_ps(d, _mm512_cvtepi32_ps(_mm512_srai_epi32(add_lanes(sums), 8)));
+    const __m512i acc = _mm512_dpwssd_epi32(_mm512_madd_epi16(scales, load_512(sums)), scales, load_512(sums));
+    return scale_groups_two(acc, dot, scales);
 }
+/* Two types without mins; shift: what their sums have too much. */
+#define DOT_PAIRS(type, shift, in_order) \
+    static __attribute__((noinline)) __m512 dot_##type(const uint8_t *w, const struct gemv_x *x, const uint8_t *ahead) { \
+        const size_t size = sizeof(block_##type); \
+        __m512i sums[4]; \
+        uint16_t d[16]; \
+        _Pragma("GCC unroll 1") \
+        for (int l = 0; l < 4; l++, w += 4 * size) { \
+            if (!in_order) prefetch_quarter(ahead, l, size); \
+            const __m512i a = dot_##type##_two(w, x->v + 4 * l, x->group + 4 * l); \
+            const __m512i b = dot_##type##_two(w + 2 * size, x->v + 4 * l + 2, x->group + 4 * l + 2); \
+            for (int r = 0; r < 4; r++) memcpy(d + 4 * l + r, w + (size_t)r * size + offsetof(block_##type, d), sizeof *d); \
+            sums[l] = add_pairs(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)); \
+        } \
+        return _mm512_mul_ps(_mm512_cvtph_ps(load_256(d)), _mm512_cvtepi32_ps(_mm512_srai_epi32(add_lanes(sums), shift))); \
+    }
+DOT_PAIRS(q3_k, 3, 0)
+DOT_PAIRS(q6_k, 0, 1)
 #endif

@@ -320,16 +320,16 @@ static inline __attribute__((always_inline)) void fill_grid(struct panel *p, pan
 }
 
 /* --- one token ------------------------------------------------------------------------------- */
-static inline __m512i signed_x(const struct x_superblock *x, const struct grid_row *g, int i) { return signed_bytes(x->v[i], g->negative[i]); }
+static inline __m512i signed_x(const __m512i *x, const struct grid_row *g, int i) { return signed_bytes(x[i], g->negative[i]); }
 /* QUAD_ORDER: the dwords of all four products add up to the 16-groups.  scales: bytes, one for each */
-static inline __m512i scale_quads(const struct grid_row *g, const struct x_superblock *x, __m128i scales) {
+static inline __m512i scale_quads(const struct grid_row *g, const __m512i *x, __m128i scales) {
     __m512i dot[2];         /* two, as one alone would wait for its own last addition */
     for (int h = 0; h < 2; h++) dot[h] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), g->q[h], signed_x(x, g, h));
     for (int h = 0; h < 2; h++) dot[h] = _mm512_dpbusd_epi32(dot[h], g->q[2 + h], signed_x(x, g, 2 + h));
     return _mm512_mullo_epi32(_mm512_add_epi32(dot[0], dot[1]), _mm512_cvtepi8_epi32(scales));
 }
 /* BLOCK_ORDER: blocks 0..3 in the lanes of one sum, 4..7 in those of the other */
-static inline __m512i scale_halves(const struct grid_row *g, const struct x_superblock *x, __m128i scales) {
+static inline __m512i scale_halves(const struct grid_row *g, const __m512i *x, __m128i scales) {
     const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6), s = _mm512_cvtepi8_epi32(scales);
     __m512i dot[2];
     for (int h = 0; h < 2; h++) {
@@ -340,16 +340,16 @@ static inline __m512i scale_halves(const struct grid_row *g, const struct x_supe
                             _mm512_mullo_epi32(dot[1], _mm512_permutexvar_epi32(_mm512_add_epi32(first, _mm512_set1_epi32(8)), s)));
 }
 /* In order, with an offset: dwords hold at most 4 * (IQ1_OFFSET + 9) * 127, so those of two vectors fit 16 bits. */
-static inline __m512i scale_groups(const struct grid_row *g, const struct x_superblock *x, __m128i scales) {
+static inline __m512i scale_groups(const struct grid_row *g, const __m512i *x, const __m512i *start, __m128i scales) {
     const __m512i s = _mm512_castsi256_si512(_mm256_cvtepi8_epi16(scales));
     __m512i dot[4];
-    for (int i = 0; i < 4; i++) dot[i] = _mm512_dpbusd_epi32(x->start[i], g->q[i], x->v[i]);
+    for (int i = 0; i < 4; i++) dot[i] = _mm512_dpbusd_epi32(start[i], g->q[i], x[i]);
     const __m512i first = _mm512_setr_epi32(0, 0, 0x00040004, 0x00040004, 0x00010001, 0x00010001, 0x00050005, 0x00050005,
                                             0x00020002, 0x00020002, 0x00060006, 0x00060006, 0x00030003, 0x00030003, 0x00070007, 0x00070007);
     const __m512i acc = _mm512_madd_epi16(_mm512_packs_epi32(dot[0], dot[1]), _mm512_permutexvar_epi16(first, s));
     return _mm512_dpwssd_epi32(acc, _mm512_packs_epi32(dot[2], dot[3]), _mm512_permutexvar_epi16(_mm512_add_epi16(first, _mm512_set1_epi16(8)), s));
 }
-static inline __attribute__((always_inline)) __m512 dot_grid(panel_rows w, const struct gemv_x *x, int from, const uint8_t *ahead, size_t bytes,
+static inline __attribute__((always_inline)) __m512 dot_grid(const uint8_t *w, const struct gemv_x *x, const uint8_t *ahead, size_t bytes,
                                                              grid_rows_fn *open, grid_scales_fn *scales_of, const enum chunk_order order, __m512 d) {
     __m512i sums[4];
 #pragma GCC unroll 1
@@ -357,13 +357,14 @@ static inline __attribute__((always_inline)) __m512 dot_grid(panel_rows w, const
         __m512i acc[4];
         prefetch_quarter(ahead, l, bytes);
         for (int r = 0; r < 4; r += 2) {
+            const uint8_t *two[2] = { w + (size_t)(4 * l + r) * bytes, w + (size_t)(4 * l + r + 1) * bytes };
             struct grid_row g[2];
-            open(g, w + 4 * l + r, x->grid);
+            open(g, two, x->grid);
             for (int k = 0; k < 2; k++) {
-                const struct x_superblock *s = x->of[from + 4 * l + r + k];
-                const __m128i scales = scales_of(w[4 * l + r + k]);
+                const __m512i *s = x->v[4 * l + r + k];
+                const __m128i scales = scales_of(two[k]);
                 acc[r + k] = order == QUAD_ORDER ? scale_quads(&g[k], s, scales) : order == BLOCK_ORDER ? scale_halves(&g[k], s, scales)
-                                                                                                           : scale_groups(&g[k], s, scales);
+                                                                                                           : scale_groups(&g[k], s, x->start[4 * l + r + k], scales);
             }
         }
         sums[l] = add_dwords(acc);
@@ -381,8 +382,10 @@ static inline __attribute__((always_inline)) __m512 dot_grid(panel_rows w, const
         p->d = d_of_rows; \
         fill_grid(p, w, rows_##type, scales_##type, order); \
     } \
-    static __attribute__((noinline)) __m512 dot_##type(panel_rows w, const struct gemv_x *x, int from, const uint8_t *ahead) { \
-        return dot_grid(w, x, from, ahead, sizeof(block_##type), rows_##type, scales_##type, order, d_of_rows); \
+    static __attribute__((noinline)) __m512 dot_##type(const uint8_t *first, const struct gemv_x *x, const uint8_t *ahead) { \
+        const uint8_t *w[16]; \
+        rows_of(w, first, sizeof(block_##type)); \
+        return dot_grid(first, x, ahead, sizeof(block_##type), rows_##type, scales_##type, order, d_of_rows); \
     }
 GRID_TYPES(X)
 #undef X
