@@ -1,6 +1,8 @@
 # ms4: every target makes its own virtual environment (.venv) and builds what it needs.
 # make           build the extension in place (only what changed)
 # make demo      set up, then generate from a small checkpoint that ms4 writes itself
+# make train-demo   trains the demonstration checkpoint: hours on two cores; stopped, it goes on where it was
+# make skills    what the shipped checkpoint can do, on fresh cases of each skill
 # make test      set up, then all tests that need no model and no GPU
 # make bench     reading and writing speed on a file of the real shape (4 GB, written into build/)
 # make kernels   every fast kernel against the reference, with timings
@@ -11,10 +13,11 @@
 # make ci        what CI runs
 PYTHON ?= python3
 PY = .venv/bin/python
+TRAIN = build/demo-train
 KERNELS = tests/checkkernels.c csrc/types.c build/glue/grids.c $(wildcard csrc/cpu/*.c)
 CHECK = -std=gnu11 -ffp-contract=off -fno-math-errno -Wall -Wextra -Icsrc $(KERNELS) -lm -pthread
 
-.PHONY: all demo test bench kernels san san-engine tsan arch lint ci clean
+.PHONY: all demo skills train-demo test bench kernels san san-engine tsan arch lint ci clean
 all: .venv/ready
 	@$(PY) csrc/build_core.py
 .venv/ready: pyproject.toml
@@ -25,6 +28,17 @@ all: .venv/ready
 	@touch $@
 demo: all
 	@$(PY) tests/demo.py
+skills: all
+	@$(PY) -m ms4.models.training.table -n 200
+.venv/train: .venv/ready
+	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[train]"
+	@touch $@
+train-demo: all .venv/train
+	@mkdir -p $(TRAIN)
+	OMP_NUM_THREADS=1 $(PY) -m ms4.models.training.tower $(TRAIN) & tower=$$!; OMP_NUM_THREADS=1 $(PY) -m ms4.models.training.train_text $(TRAIN) && wait $$tower
+	$(PY) -m ms4.models.training.train_joint $(TRAIN)
+	$(PY) -m ms4.models.training.train_joint $(TRAIN) --export $(TRAIN)/hf
+	$(PY) -m ms4.models.convert $(TRAIN)/hf $(TRAIN)/ms4-demo.gguf --type Q4_K_M --mmproj $(TRAIN)/ms4-demo-mmproj.gguf --name "ms4 demo"
 test: all
 	$(PY) -m pytest
 build/glue/grids.c: quant/grids.py csrc/build_core.py | .venv/ready

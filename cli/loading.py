@@ -8,6 +8,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from ms4.cli import errors, options
 from ms4.cli.errors import INTERRUPTED, UsageError
 from ms4.cli.options import N_CTX_DEFAULT, EngineOptions
 from ms4.cli.render import StatusLine
@@ -18,11 +19,19 @@ if TYPE_CHECKING:
     from ms4.models.vocabulary import Vocabulary
 
 GRACE = 0.5  # seconds that an interrupted opening has to end by itself
+DEMO_NOTE = "this is the small demonstration checkpoint that comes with ms4; -m FILE runs Mistral Small 4 itself"
 
 
-def open_model(options: EngineOptions, status: StatusLine, n_batch: int = 0) -> "Model":
+def name_demo(path: str, quiet: bool) -> None:
+    """Says so, if this is the checkpoint that comes with ms4: nobody shall take it for the real one."""
+    if path == options.DEMO and not quiet:
+        errors.note(DEMO_NOTE)
+
+
+def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0) -> "Model":
     """The opened model.  Ctrl-C raises KeyboardInterrupt, or ends the process if the opening does not stop."""
-    path = options.require()
+    path = engine.require()
+    name_demo(path, engine.quiet)
     from ms4.models.model import Model
 
     stop = threading.Event()
@@ -40,9 +49,9 @@ def open_model(options: EngineOptions, status: StatusLine, n_batch: int = 0) -> 
             opened.append(
                 Model.open(
                     path,
-                    attn_scale=options.attn_scale,
-                    threads=options.threads,
-                    load=options.load,
+                    attn_scale=engine.attn_scale,
+                    threads=engine.threads,
+                    load=engine.load,
                     n_batch=n_batch,
                     progress=progress,
                 )
@@ -85,8 +94,9 @@ def usable(vocabulary: "Vocabulary") -> "Tokenizer":
     return Tokenizer(vocabulary)
 
 
-def open_tokenizer(path: str) -> "Tokenizer":
+def open_tokenizer(path: str, quiet: bool = False) -> "Tokenizer":
     """The tokenizer of a model file; its weights, if it has any, stay closed."""
+    name_demo(path, quiet)
     from ms4.models.vocabulary import Vocabulary
     from ms4.quant.gguf_file import GgufFile
 

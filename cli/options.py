@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 N_CTX_DEFAULT = 32768
 MOST_CTX = 1 << 20
 MOST_THREADS = 1024
+# The checkpoint that comes with ms4, for those who have no other yet.
+DEMO = os.path.join(os.path.dirname(os.path.dirname(__file__)), "models", "demo", "ms4-demo.gguf")
 UNITS = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
 
 
@@ -116,15 +118,17 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no n
 class EngineOptions:
     """How a model is opened."""
 
-    model: str | None
+    model: str | None  # None: the demonstration checkpoint
     threads: int = 0  # 0: as many as this process may use
     load: str = "auto"
     attn_scale: str = "plain"
     quiet: bool = False
 
     def require(self) -> str:
-        """The model's path; an error with what to type, if none is named or there is no such file."""
+        """The model's path; an error with what to type, if there is no such file."""
         if not self.model:
+            if os.path.exists(DEMO):
+                return DEMO
             raise MissingError("no model is named", "add -m model.gguf   or   export MS4_MODEL=model.gguf")
         if not os.path.lexists(self.model):
             raise MissingError(f"{self.model[-80:]}: no such file", "-m or MS4_MODEL names a GGUF of Mistral Small 4")

@@ -101,7 +101,7 @@ def show_prompt(
     """--count and --show-prompt: the tokenizer is enough, the weights stay closed."""
     from ms4.models import prompt as prompts
 
-    tokenizer = loading.open_tokenizer(engine.require())
+    tokenizer = loading.open_tokenizer(engine.require(), engine.quiet)
     ids = prompts.render(messages, tokenizer, effort=sampling.effort, measure=sight.measure).ids
     output = streams.Output(request.output)
     if request.only == "count":

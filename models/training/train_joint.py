@@ -1,0 +1,106 @@
+"""Puts tower and text model together: python -m ms4.models.training.train_joint FOLDER [--export FOLDER].
+
+Goes on from what `tower` and `train_text` left in FOLDER.  Every step holds pictures of lines as well as text-only
+conversations, so that the one is learned and the other not forgotten.  At first only what lies between the two is
+trained: the projector, and the text model at its usual rate, while the tower stands still.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import torch
+
+from ms4.models.control import Control
+from ms4.models.training import network, pictures, tower, train_text
+from ms4.models.training import text_forward as forward
+from ms4.models.training.cases import training_ids
+from ms4.models.training.train_text import Drawn, Trainer
+
+N_PICTURES = 24  # in a step, fewer where they are large
+FROZEN = 100  # steps in which the tower stands still
+TOWER_RATE = 0.3  # afterwards its learning rate, as a multiple of the text model's
+
+
+class JointTrainer(Trainer):
+    file = "joint.pt"
+
+    def is_trained(self, name: str) -> bool:
+        return True
+
+    def begin(self, folder: Path) -> None:
+        """The text model from `train_text`, tower and projector from `tower`."""
+        from safetensors.torch import load_file
+
+        state = torch.load(folder / Trainer.file, map_location="cpu", weights_only=True, mmap=True)
+        state = state["model"] | load_file(folder / "tower.safetensors")
+        self.model.load_state_dict(state)
+        self.state.marks["read"] = 0.0
+
+    def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Those of the text model, and one for the tower; the projector belongs to the text model's."""
+        of_tower = {n: p for n, p in self.named.items() if "vision_tower" in n}
+        everything, self.named = self.named, {n: p for n, p in self.named.items() if n not in of_tower}
+        optimizers = super().make_optimizers()
+        self.named = everything
+        return optimizers | {"tower": torch.optim.AdamW(of_tower.values(), betas=(0.9, 0.98), weight_decay=0.01)}
+
+    def rate(self, optimizer: str) -> float:
+        if optimizer != "tower":
+            return super().rate(optimizer)
+        return 0.0 if self.state.step < FROZEN else super().rate("adamw") * TOWER_RATE
+
+    def draw(self) -> Drawn:
+        random = Random(train_text.SEED * 1_000_033 + self.state.step)
+        seen = pictures.draw(random, N_PICTURES)
+        kinds, rows = self.text_rows(random)
+        return with_pictures(seen, kinds, rows, self.tokenizer)
+
+    def features(self, drawn: Drawn) -> torch.Tensor | None:
+        with torch.autocast("cpu", torch.bfloat16):
+            return tower.embed(self.model.model, drawn.pixels).flatten(0, 1)
+
+    @torch.no_grad()
+    def measure(self, n_cases: int = 48) -> str:
+        random = Random(7)
+        seen = [pictures.fresh(random) for _ in range(n_cases)]
+        drawn = with_pictures(seen, [], [], self.tokenizer)
+        logits, _ = forward.forward(self.model, drawn.batch, self.features(drawn))
+        right = forward.row_marks(logits, drawn.batch, n_cases).mean().item()
+        return f"reads {right:.0%}, {super().measure(n_cases)}"
+
+
+def with_pictures(
+    seen: list[pictures.Seen],
+    kinds: list[str],
+    rows: list[tuple[list[int], list[bool]]],
+    tokenizer: network.Tokenizer,
+) -> Drawn:
+    """Conversations about pictures of one size, and others, as one batch."""
+    rows = [*(training_ids(one.case, tokenizer) for one in seen), *rows]
+    batch = forward.stack(rows, Control.PAD)
+    places = [
+        batch.starts[i] + place
+        for i, (ids, _) in enumerate(rows[: len(seen)])
+        for place, id in enumerate(ids)
+        if id == Control.IMG
+    ]
+    pixels = torch.stack([torch.from_numpy(one.line.pixels) for one in seen])
+    batch = forward.place(batch, places)
+    return Drawn([*["read"] * len(seen), *kinds], batch, sum(len(ids) for ids, _ in rows), pixels)
+
+
+def export(folder: Path, target: Path) -> None:
+    """Writes the newest state of a run as a Hugging Face folder."""
+    source = folder / JointTrainer.file
+    state = torch.load(source if source.exists() else folder / Trainer.file, map_location="cpu", weights_only=True)
+    network.export(state["model"], target)
+
+
+if __name__ == "__main__":
+    options = train_text.arguments(tokens=4_000_000, batch=1024, rate=6e-4)
+    if options.export:
+        export(options.folder, options.export)
+    else:
+        train_text.start(JointTrainer(options.folder, options))
