@@ -287,9 +287,8 @@ def train(folder: Path, settings: Settings) -> None:
             save_state(folder, reader, optimizers, settings, done)
             note(folder, {"step": done, "spell": mean[0], "count": mean[1], "exact": measure(reader, 64)})
         if stopped:
-            show(f"stopped and saved at step {done}")
             print()
-            return
+            raise SystemExit(f"stopped and saved at step {done}; the same command goes on from here")
     print()
 
 
