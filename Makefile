@@ -1,6 +1,6 @@
 # ms4: every target makes its own virtual environment (.venv) and builds what it needs.
 # make           build the extension in place (only what changed)
-# make demo      set up, then generate from a small checkpoint that ms4 writes itself
+# make demo      set up, then a prompt, a sum with reasoning and an image on the checkpoint that comes with ms4
 # make train-demo   trains the demonstration checkpoint: hours on two cores; stopped, it goes on where it was
 # make skills    what the shipped checkpoint can do, on fresh cases of each skill
 # make test      set up, then all tests that need no model and no GPU

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from ms4.models.vocabulary import Vocabulary
 
 GRACE = 0.5  # seconds that an interrupted opening has to end by itself
-DEMO_NOTE = "this is the small demonstration checkpoint that comes with ms4; -m FILE runs Mistral Small 4 itself"
+DEMO_NOTE = (
+    "no model is named, so the small demonstration checkpoint answers; for the real one, download a GGUF of "
+    "Mistral-Small-4-119B-2603 (Hugging Face has several) and add -m FILE"
+)
 
 
 def name_demo(path: str, quiet: bool) -> None:

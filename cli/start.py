@@ -33,7 +33,8 @@ options:
   -h, --help  show this text; after a command, show its options
   --version   show the version
 
-MS4_MODEL names the model where -m is not given.
+MS4_MODEL names the model where -m is not given; without both, a small demonstration
+model answers that comes with ms4.
 
 exit codes:
   0  finished                    5    model missing or damaged

@@ -4,18 +4,23 @@
 
 Machines drift, so every round runs every engine once, in turn, and what is compared is the best round of each.  A peer
 is a name and the command line of a llama-bench (llama.cpp or a fork of it); -m, -p, -n, -t, -r and -o json are added.
+With --busy N every engine runs a second time in every round, beside N processes that never rest.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
+from itertools import product
 
 START = "from ms4.cli.start import main; main()"
-Rates = dict[str, float]  # "prefill", "decode": tokens per second
+Rates = dict[str, float]  # "prefill", "decode": tokens per second; of ms4 also the shares of the machine's limits
+SHARES = {"decode": "share_of_read_bandwidth", "prefill": "share_of_int8_peak"}
 
 
 def run(command: list[str]) -> str:
@@ -31,7 +36,8 @@ def run_ms4(a: argparse.Namespace) -> Rates:
     if a.depth:
         command += ["--depth", str(a.depth)]
     report = json.loads(run(command))
-    return {row["phase"]: row["best_tokens_per_s"] for row in report["rows"]}
+    rates = {row["phase"]: row["best_tokens_per_s"] for row in report["rows"]}
+    return rates | {SHARES[row["phase"]]: row[SHARES[row["phase"]]] for row in report["rows"]}
 
 
 def run_peer(line: str, a: argparse.Namespace) -> Rates:
@@ -45,6 +51,29 @@ def run_peer(line: str, a: argparse.Namespace) -> Rates:
     return rates
 
 
+@contextlib.contextmanager
+def busy(n: int) -> Iterator[None]:
+    """So many processes that take a core each."""
+    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def report(seen: dict[str, dict[str, list[float]]]) -> None:
+    """What each phase's best rates are, and ours as a multiple of the peers'."""
+    for phase, by_name in seen.items():
+        ours = max(by_name["ms4"])
+        if phase in SHARES.values():
+            print(f"{phase}: at most {100 * ours:.0f} %, at least {100 * min(by_name['ms4']):.0f} %")
+            continue
+        others = (f"| {n} {max(v):.2f}: {ours / max(v):.2f}x" for n, v in by_name.items() if n != "ms4")
+        print(f"{phase:8} ms4 {ours:.2f} tok/s", *others)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file")
@@ -56,21 +85,23 @@ def main() -> None:
     parser.add_argument("--load", default="copy")
     parser.add_argument("-r", "--repeat", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--busy", type=int, default=0, metavar="N", help="once more beside N busy processes")
     a = parser.parse_args()
     peers = dict(p.split("=", 1) for p in a.peer)
-    seen: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for number in range(a.rounds):
-        for name in ("ms4", *peers):
+    seen: dict[int, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for number, name, n_busy in product(range(a.rounds), ("ms4", *peers), sorted({0, a.busy})):
+        with busy(n_busy):
             rates = run_ms4(a) if name == "ms4" else run_peer(peers[name], a)
-            print(f"round {number + 1} {name:8}", *(f"{k} {v:8.2f}" for k, v in rates.items()), flush=True)
-            for phase, rate in rates.items():
-                seen[phase][name].append(rate)
-    for phase, by_name in seen.items():
-        ours = max(by_name["ms4"])
-        print(
-            f"{phase:8} ms4 {ours:.2f} tok/s",
-            *(f"| {n} {max(v):.2f}: {ours / max(v):.2f}x" for n, v in by_name.items() if n != "ms4"),
-        )
+        said = (f"{k} {v:8.2f}" for k, v in rates.items())
+        print(f"round {number + 1} {name:8}", *said, f"beside {n_busy} busy" * (n_busy > 0), flush=True)
+        for phase, rate in rates.items():
+            seen[n_busy][phase][name].append(rate)
+    report(seen[0])
+    if a.busy:
+        print(f"beside {a.busy} busy processes:")
+        report(seen[a.busy])
+        for name, rates_ in seen[0]["decode"].items():
+            print(f"{name} decodes at {100 * max(seen[a.busy]['decode'][name]) / max(rates_):.0f} % of its quiet rate")
 
 
 if __name__ == "__main__":

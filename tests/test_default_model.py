@@ -12,7 +12,10 @@ from ms4.cli import options, start
 
 DATA = Path(__file__).parent / "data"
 MODEL, MMPROJ, IMAGE = (DATA / f"bravo-{name}" for name in ("Q4_K_M.gguf", "mmproj-f16.gguf", "image.png"))
-NOTE = "ms4: this is the small demonstration checkpoint that comes with ms4; -m FILE runs Mistral Small 4 itself\n"
+NOTE = (
+    "ms4: no model is named, so the small demonstration checkpoint answers; for the real one, download a GGUF of "
+    "Mistral-Small-4-119B-2603 (Hugging Face has several) and add -m FILE\n"
+)
 PROMPT = ("run", "--greedy", "-n", "3", "Hi")
 
 

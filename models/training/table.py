@@ -38,7 +38,13 @@ GRID = (12, 2)  # tokens of a picture: 336 x 56 pixels
 N_CTX = 2048
 MOST_TOKENS = 400  # of one answer; the longest right one has fewer than 200
 BARS = {READS: "90 %", "reasons": "95 %", "follows": "95 %", "calls tools": "95 %"}
-MARKS = "<!-- skills -->\n", "<!-- end of skills -->\n"
+
+
+class Marks:
+    """The two lines of a model card between which a table stands."""
+
+    def __init__(self, what: str) -> None:
+        self.begin, self.end = f"<!-- {what} -->\n", f"<!-- end of {what} -->\n"
 
 
 @dataclass
@@ -145,12 +151,12 @@ def table(examiner: Examiner, names: Iterable[str], n: int, seed: int) -> Iterat
                 yield f"| &nbsp; {kind.replace('_', ' ')} | {part.n} | {part} | |"
 
 
-def put_into_card(path: Path, rows: list[str]) -> None:
+def put_into_card(path: Path, rows: list[str], marks: Marks) -> None:
     """Replaces what stands between the marks of the model card."""
-    before, mark, rest = path.read_text(encoding="utf-8").partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
+    before, mark, rest = path.read_text(encoding="utf-8").partition(marks.begin)
+    _, end, after = rest.partition(marks.end)
     if not mark or not end:
-        raise ValueError(f"{path}: the marks {MARKS[0].strip()} and {MARKS[1].strip()} are missing")
+        raise ValueError(f"{path}: the marks {marks.begin.strip()} and {marks.end.strip()} are missing")
     path.write_text(before + mark + "".join(f"{row}\n" for row in rows) + end + after, encoding="utf-8")
 
 
@@ -173,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             examiner.close()
     if given.card:
-        put_into_card(given.card, rows)
+        put_into_card(given.card, rows, Marks("skills"))
     return 0
 
 
