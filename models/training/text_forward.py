@@ -18,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# oneDNN generates code for every new shape of a product and keeps the newest 1024 only, far fewer than occur here.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100000")
+# oneDNN generates code for every new shape of a product, and keeps only so much of it (80 kB each).  So lengths and
+# numbers of tokens are filled up to a grain: few shapes occur then.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
+ROW_GRAIN, TOKEN_GRAIN, ASKED_GRAIN, EXPERT_GRAIN = 8, 256, 64, 32
+IGNORED = -100  # the answer at a place that only fills up
 
 HALF = torch.bfloat16
-GRAIN = 32  # tokens: every expert's are filled up to a multiple of it, so that few shapes of products occur
 BALANCE = 0.01  # weight of the loss that spreads the tokens over the experts
 
 
@@ -48,7 +50,7 @@ class Experts(torch.autograd.Function):
         flat = chosen.reshape(-1)
         order = torch.argsort(flat, stable=True)
         counts = torch.bincount(flat, minlength=module.num_experts)
-        rooms = (counts + GRAIN - 1) // GRAIN * GRAIN
+        rooms = (counts + EXPERT_GRAIN - 1) // EXPERT_GRAIN * EXPERT_GRAIN
         shift = (rooms - counts).cumsum(0) - (rooms - counts)
         places = torch.arange(len(order)) + shift[flat[order]]  # of the sorted choices, each expert's with room after
         rooms = rooms.tolist()
@@ -202,8 +204,16 @@ def forward(model: Any, batch: Batch, features: Tensor | None = None) -> tuple[T
     return linear(norm(x, text.norm), model.lm_head.weight).float(), imbalance
 
 
+def filled(n: int, grain: int) -> int:
+    """The smallest multiple of the grain that is not below n."""
+    return -(-n // grain) * grain
+
+
 def stack(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], pad: int) -> Batch:
-    """Conversations (ids, which of them are said) as one batch; those of like length share a block."""
+    """Conversations (ids, which of them are said) as one batch; those of like length share a block.
+
+    Rows, and the batch, are filled up with `pad`, and the asked tokens with such whose answer is IGNORED.
+    """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     ids: list[int] = []
     blocks: list[tuple[int, int, int]] = []
@@ -216,7 +226,7 @@ def stack(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], pad: int) -> Bat
         end, shortest = start + 1, len(rows[order[start]][0])
         while end < len(order) and len(rows[order[end]][0]) <= max(shortest + 4, math.ceil(shortest * 1.06)):
             end += 1
-        length = len(rows[order[end - 1]][0])
+        length = filled(len(rows[order[end - 1]][0]), ROW_GRAIN)
         blocks.append((len(ids), end - start, length))
         for owner in order[start:end]:
             row, said = rows[owner]
@@ -227,6 +237,12 @@ def stack(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], pad: int) -> Bat
             owners += [owner] * len(places)
             ids += [*row, *[pad] * (length - len(row))]
         start = end
+    more = filled(len(ids), TOKEN_GRAIN) - len(ids)
+    if more:
+        blocks.append((len(ids), 1, more))
+        ids += [pad] * more
+    more = filled(len(asked), ASKED_GRAIN) - len(asked)
+    asked, answers, owners = asked + [0] * more, answers + [IGNORED] * more, owners + [0] * more
     ids_, asked_, answers_, owners_ = map(torch.tensor, (ids, asked, answers, owners))
     return Batch(ids_, tuple(blocks), asked_, answers_, owners_, tuple(starts))
 
@@ -241,7 +257,7 @@ def row_marks(logits: Tensor, batch: Batch, n_rows: int) -> Tensor:
 
     Every right answer is fixed, token by token: this is whether greedy decoding gives it.
     """
-    wrong = (logits.argmax(-1) != batch.answers).float()
+    wrong = ((logits.argmax(-1) != batch.answers) & (batch.answers != IGNORED)).float()
     return (torch.zeros(n_rows).index_add(0, batch.rows, wrong) == 0).float()
 
 
