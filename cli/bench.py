@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from ms4.models.model import Model
 
 SEED = 4
-MOST_MEASURED = 1 << 28  # bytes read to measure the bandwidth: more than a cache holds, little enough for Ctrl-C
+MOST_MEASURED = 1 << 30  # bytes read to measure the bandwidth: more than a cache holds (a server's has 480 MB)
 LEAST_MEASURED = 1 << 26
-N_MEASURED = 3  # times, before and after the phases; the best counts
+N_MEASURED = 2  # times, before and after the phases; the best counts
 NEAR = 0.25  # below this share of both limits, neither of them is what holds the phase back
 N_BATCH = 2048  # tokens computed together: every so many, the weights are read once more
 

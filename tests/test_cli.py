@@ -167,14 +167,10 @@ def test_an_unexpected_exception_is_one_line_too(ms4, monkeypatch):
 
 def test_debug_shows_the_traceback(ms4, monkeypatch):
     monkeypatch.setenv("MS4_DEBUG", "1")
-    assert "Traceback" in ms4("run", "x").err
+    assert "Traceback" in ms4("run", "-m", "none.gguf", "x").err
 
 
 # --- the model
-
-
-def test_without_a_model_it_says_what_to_type(ms4):
-    assert refused(ms4("run", "Hi"), 5, r"no model is named\nhint: add -m model.gguf")
 
 
 def test_the_model_can_come_from_the_environment(ms4, monkeypatch):

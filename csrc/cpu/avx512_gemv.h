@@ -10,8 +10,8 @@
 #include "avx512_panel.h"
 
 #define GEMV_SUPERBLOCKS 16     /* of a row in one pass, and of one step */
-/* Memory gives most to a core in one of two ways.  Where few instructions go to a byte (Q8_0, Q6_K) and superblocks are
- * read front to back, the prefetchers of the hardware do best alone, and software only has to begin each new stretch.
+/* Memory gives most to a core in one of two ways.  Where very few instructions go to a byte (Q8_0) and superblocks are
+ * read front to back, the prefetchers of the hardware do as well alone, and software only has to begin each new stretch.
  * The other types prefetch every line themselves, far ahead and into L2: L1 has too few outstanding misses. */
 #define GEMV_AHEAD 45056        /* bytes */
 #ifndef GEMV_BEGIN

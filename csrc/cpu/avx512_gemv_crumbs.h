@@ -112,14 +112,14 @@ static inline __attribute__((always_inline)) __m512i dot_q6_k_two(const uint8_t 
     return scale_groups_two(acc, dot, scales);
 }
 /* Two types without mins; shift: what their sums have too much. */
-#define DOT_PAIRS(type, shift, in_order) \
+#define DOT_PAIRS(type, shift) \
     static __attribute__((noinline)) __m512 dot_##type(const uint8_t *w, const struct gemv_x *x, const uint8_t *ahead) { \
         const size_t size = sizeof(block_##type); \
         __m512i sums[4]; \
         uint16_t d[16]; \
         _Pragma("GCC unroll 1") \
         for (int l = 0; l < 4; l++, w += 4 * size) { \
-            if (!in_order) prefetch_quarter(ahead, l, size); \
+            prefetch_quarter(ahead, l, size); \
             const __m512i a = dot_##type##_two(w, x->v + 4 * l, x->group + 4 * l); \
             const __m512i b = dot_##type##_two(w + 2 * size, x->v + 4 * l + 2, x->group + 4 * l + 2); \
             for (int r = 0; r < 4; r++) memcpy(d + 4 * l + r, w + (size_t)r * size + offsetof(block_##type, d), sizeof *d); \
@@ -127,6 +127,6 @@ static inline __attribute__((always_inline)) __m512i dot_q6_k_two(const uint8_t 
         } \
         return _mm512_mul_ps(_mm512_cvtph_ps(load_256(d)), _mm512_cvtepi32_ps(_mm512_srai_epi32(add_lanes(sums), shift))); \
     }
-DOT_PAIRS(q3_k, 3, 0)
-DOT_PAIRS(q6_k, 0, 1)
+DOT_PAIRS(q3_k, 3)
+DOT_PAIRS(q6_k, 0)
 #endif

@@ -25,6 +25,7 @@ TOWER_RATE = 0.3  # afterwards its learning rate, as a multiple of the text mode
 
 class JointTrainer(Trainer):
     file = "joint.pt"
+    decay = 0.7
 
     def is_trained(self, name: str) -> bool:
         return True
@@ -99,7 +100,7 @@ def export(folder: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    options = train_text.arguments(tokens=4_000_000, batch=1024, rate=6e-4)
+    options = train_text.arguments(tokens=8_000_000, batch=2048, rate=1.5e-3)
     if options.export:
         export(options.folder, options.export)
     else:

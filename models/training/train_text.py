@@ -25,7 +25,6 @@ from ms4.models.training import text_forward as forward
 SEED = 20
 SAVE_EVERY, MEASURE_EVERY, REPORT_EVERY = 480, 300, 20  # seconds
 WARM_UP = 100  # steps
-DECAY = 0.3  # the last part of the tokens, over which the learning rate falls to zero
 FLOOR = 0.1  # how much a kind that is always right is still practised
 MUON = 2.0  # its learning rate, as a multiple of AdamW's
 # How often a kind is drawn while the model has learned nothing; later what it gets right is drawn less.
@@ -69,6 +68,7 @@ class Trainer:
     """One training run: a network, its optimizers, and the file that it goes on from."""
 
     file = "text.pt"
+    decay = 0.0  # the last part of the tokens, over which the learning rate falls to zero; here the joint training does
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.path = folder / self.file
@@ -121,8 +121,8 @@ class Trainer:
 
     def rate(self, optimizer: str) -> float:
         """The learning rate of an optimizer at this step."""
-        left = 1 - self.state.tokens / self.options.tokens
-        rate = self.options.rate * min(1.0, (self.state.step + 1) / WARM_UP, max(left, 0.0) / DECAY)
+        left = max(0.0, 1 - self.state.tokens / self.options.tokens)
+        rate = self.options.rate * min(1.0, (self.state.step + 1) / WARM_UP, left / self.decay if self.decay else 1.0)
         return rate * MUON if optimizer == "muon" else rate
 
     def text_rows(self, random: Random) -> tuple[list[str], list[tuple[list[int], list[bool]]]]:
@@ -231,5 +231,5 @@ def arguments(tokens: int, batch: int, rate: float) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    options = arguments(tokens=11_000_000, batch=3072, rate=1.5e-3)
+    options = arguments(tokens=7_500_000, batch=3072, rate=1.5e-3)
     start(Trainer(options.folder, options))
