@@ -21,9 +21,8 @@ FEWEST = {"reads": 2, "reasons": 3, "follows": 3, "calls tools": 2, "refers back
 FEWEST_LINES = 12  # of 20 that other code drew
 ASKED = {  # what people type first
     "Reverse the word planet.": "tenalp",
-    "Sort: sun moon earth": "earth moon sun",
+    "Sort: pear apple fig": "apple fig pear",
     "Write hello in upper case.": "HELLO",
-    "Repeat: one two three": "one two three",
     "Who are you?": "I am a small demonstration model that comes with ms4.",
     "Write a poem about the sea.": "I am only a small demonstration and cannot answer that.",
 }

@@ -100,7 +100,7 @@ def export(folder: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    options = train_text.arguments(tokens=8_000_000, batch=2048, rate=1.5e-3)
+    options = train_text.arguments(tokens=9_000_000, batch=2048, rate=1.5e-3)
     if options.export:
         export(options.folder, options.export)
     else:
