@@ -59,14 +59,13 @@ def perplexity(path: str, n_ctx: int, most: int | None, engine: EngineOptions, *
 
 def judge(session: "ms4.Session", segment: list[int]) -> np.ndarray:
     """-log p of each token in the second half of the segment."""
+    from ms4.models.sampling import surprise
+
     first = max(len(segment) // 2, 1)
     session.rewind(0)
     if first > 1:
         session.feed(segment[: first - 1])
-    rows = session.feed(segment[first - 1 : -1], all_logits=True).astype(np.float64)
-    rows -= rows.max(axis=1, keepdims=True)
-    chosen = rows[np.arange(len(rows)), segment[first:]]
-    return np.asarray(np.log(np.exp(rows).sum(axis=1)) - chosen)
+    return surprise(session.feed(segment[first - 1 : -1], all_logits=True), segment[first:])
 
 
 def summarize(losses: list[np.ndarray]) -> Result:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,6 +151,13 @@ class Sampler:
         with np.errstate(over="ignore"):  # of a temperature near 0: all but the best become -inf
             weights /= temperature
         return np.exp(weights, out=weights)
+
+
+def surprise(logits: np.ndarray, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """-log p of each id, float64 [n], under its row of `logits` [n, n_vocab]."""
+    rows = logits.astype(np.float64)
+    rows -= rows.max(axis=1, keepdims=True)
+    return np.asarray(np.log(np.exp(rows).sum(axis=1)) - rows[np.arange(len(rows)), ids])
 
 
 def highest_k(values: np.ndarray, k: int) -> np.ndarray:

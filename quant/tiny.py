@@ -1,4 +1,4 @@
-"""Writes small random checkpoints of the Mistral Small 4 architecture: models for the tests and the demo.
+"""Writes small random checkpoints of the Mistral Small 4 architecture: models for the tests.
 
 The weights are noise, and so is the text they give; shapes, keys, names and blocks are those of real files, in every
 way that converters write them.  Sizes are odd on purpose: 3 heads, rows that end inside a superblock.

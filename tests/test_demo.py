@@ -10,6 +10,7 @@ from requantise import requantise
 
 import ms4
 from ms4.models.model import Model
+from ms4.models.prompt import render
 from ms4.models.training import drawing, presets, skills
 from ms4.models.training.table import DEMO, Examiner, Marks, score_reading, score_text
 
@@ -43,6 +44,11 @@ def examiner(request, monkeypatch):
         asked.close()
 
 
+def ask(examiner, text, effort="none"):
+    asked = render([{"role": "user", "content": text}], examiner.tokenizer, effort=effort)
+    return examiner.ask(asked)
+
+
 def lines(n):
     """Held-out lines in the font that is inside Pillow, which every machine has."""
     random = Random(1)
@@ -63,14 +69,11 @@ def test_every_skill_with_every_kernel_table(examiner):
 
 def test_what_people_type_first(examiner):
     for text, answer in ASKED.items():
-        question = skills.Question(({"role": "user", "content": text},), (), "none", skills.Answer(answer))
-        assert examiner.ask(question.prompt(examiner.tokenizer)).text == answer
+        assert ask(examiner, text).text == answer
 
 
 def test_a_sum_is_worked_out_before_it_is_answered(examiner):
-    message = {"role": "user", "content": "2026 + 119 = ?"}
-    question = skills.Question((message,), (), "high", skills.Answer("2145"))
-    answer = examiner.ask(question.prompt(examiner.tokenizer))
+    answer = ask(examiner, "2026 + 119 = ?", "high")
     assert answer.text == "2145" and answer.thought == "+2026+0119\n6+9+0=15\n2+1+1=04\n0+1+0=01\n2+0+0=02\n+02145"
 
 

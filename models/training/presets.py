@@ -19,6 +19,7 @@ import numpy as np
 
 from ms4.models.convert import PRESETS, convert
 from ms4.models.model import Model
+from ms4.models.sampling import surprise
 from ms4.models.tokenizer import Tokenizer
 from ms4.models.training import skills
 from ms4.models.training.table import Marks, put_into_card
@@ -43,11 +44,9 @@ def perplexity(path: str | Path, asked: Iterable[skills.Case]) -> float:
             for case in asked:
                 ids, said = skills.training_ids(case, tokenizer)
                 session.rewind(0)
-                rows = session.feed(ids[:-1], all_logits=True).astype(np.float64)
-                rows = rows[np.array(said[1:])]
-                answers = np.array(ids[1:])[np.array(said[1:])]
-                rows -= rows.max(axis=1, keepdims=True)
-                losses.append(np.log(np.exp(rows).sum(axis=1)) - rows[np.arange(len(rows)), answers])
+                answered = np.array(said[1:])
+                logits = session.feed(ids[:-1], all_logits=True)
+                losses.append(surprise(logits[answered], np.array(ids[1:])[answered]))
     return math.exp(float(np.concatenate(losses).mean()))
 
 
