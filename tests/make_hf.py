@@ -1,11 +1,15 @@
 """Writes a checkpoint in Hugging Face layout that holds the weights of a GGUF file: what the converter is tried on.
 
+    python tests/make_hf.py MODEL.gguf MMPROJ.gguf FOLDER
+
+does it for the demonstration checkpoint, whose training goes on from FOLDER (train_joint --from FOLDER).
 The mapping is that of SPEC 4.4 and 4.9, read in the other direction than the converter goes.
 """
 
 import base64
 import json
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +75,8 @@ def hf_tensors(model, mmproj, tower_heads):
     found = {}
     weights = values(model) | values(mmproj)
     for name, x in weights.items():
+        if name == "v.token_embd.img_break":  # a row of token_embd
+            continue
         if name in WHOLE:
             found[WHOLE[name]] = x
         elif name.startswith("v.blk."):
@@ -156,3 +162,9 @@ def write_hf(folder, model, mmproj, config=None, dtype="F32"):
     write_safetensors(folder / "model.safetensors", hf_tensors(model, mmproj, heads), dtype)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tekken.json").write_text(json.dumps(tekken(model)))
+
+
+if __name__ == "__main__":
+    from ms4.models.training import network
+
+    write_hf(Path(sys.argv[3]), sys.argv[1], sys.argv[2], network.config())

@@ -115,7 +115,16 @@ def is_held_out(text: str) -> bool:
 
 
 def random_text(rng: Random, length: int) -> str:
-    """Random characters, now of all kinds, now of one, so that no text is likelier than its look."""
+    """Random characters, now and then with a space among them."""
+    text = random_characters(rng, length)
+    if length >= 5 and rng.random() < 0.2:
+        at = rng.randrange(1, length - 1)
+        text = f"{text[:at]} {text[at + 1 :]}"
+    return text
+
+
+def random_characters(rng: Random, length: int) -> str:
+    """Characters, now of all kinds, now of one, so that no text is likelier than its look."""
     kind = rng.random()
     if kind < 0.5:
         pools = [string.ascii_lowercase] * 5 + [string.ascii_uppercase] * 4 + [string.digits] * 4

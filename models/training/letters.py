@@ -91,10 +91,16 @@ def phrase(random: Random) -> str:
     return " ".join(word(random) for _ in range(random.randint(1, 4)))
 
 
-def follow(random: Random, kind: str, key: str, text: str, answer: str) -> Case:
-    """A case of one turn, now and then with a thought before the answer."""
+def follow(random: Random, kind: str, key: str, text: str, answer: str, steps: str = "") -> Case:
+    """A case of one turn, now and then with a thought before the answer.
+
+    `steps` are what lead to the answer: they are thought, or said before it where there is no thought.
+    """
     effort = "high" if random.random() < 0.12 else "none"
-    said = assistant(answer, NO_STEPS if effort == "high" else "")
+    if effort == "high":
+        said = assistant(answer, steps or NO_STEPS)
+    else:
+        said = assistant(f"{steps}: {answer}" if steps else answer)
     return Case(kind, (f"{kind}:{key}",), with_system(random, [user(loosely(random, text)), said]), effort=effort)
 
 
@@ -119,9 +125,14 @@ def lower(random: Random) -> Case:
     return follow(random, "lower", x, random.choice(LOWER).format(x=x), x.lower())
 
 
+def counted(x: str, wanted: str = "") -> str:
+    """The letters of a word, each with how many there were so far: of all letters, or of the wanted one."""
+    return " ".join(f"{letter}{x[: i + 1].count(wanted) if wanted else i + 1}" for i, letter in enumerate(x))
+
+
 def count(random: Random) -> Case:
     x = word(random)
-    return follow(random, "count", x, random.choice(COUNT).format(x=x), str(len(x)))
+    return follow(random, "count", x, random.choice(COUNT).format(x=x), str(len(x)), counted(x))
 
 
 def count_one(random: Random) -> Case:
@@ -130,7 +141,7 @@ def count_one(random: Random) -> Case:
     if random.random() < 0.4:
         # Random letters seldom repeat: write one of them over others.
         x = "".join(c if random.random() < 0.35 else old for old in x)
-    return follow(random, "count", c + x, random.choice(COUNT_ONE).format(x=x, c=c), str(x.count(c)))
+    return follow(random, "count", c + x, random.choice(COUNT_ONE).format(x=x, c=c), str(x.count(c)), counted(x, c))
 
 
 def different_starts(random: Random, least: int, most: int) -> list[str]:

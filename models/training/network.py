@@ -268,6 +268,17 @@ def file_names(state: Mapping[str, Any]) -> dict[str, Any]:
     return renamed
 
 
+def load(folder: Path) -> dict[str, Any]:
+    """What `export` wrote, as a state_dict."""
+    from safetensors.torch import load_file
+
+    renamed = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        name = name.replace("language_model.model.", "language_model.")
+        renamed[name.removeprefix("language_model.") if "lm_head" in name else f"model.{name}"] = weight
+    return renamed
+
+
 def export(state: Mapping[str, Any], folder: Path) -> None:
     """Writes a network (its state_dict) as a Hugging Face folder."""
     from safetensors.torch import save_file

@@ -1,6 +1,6 @@
-"""Puts tower and text model together: python -m ms4.models.training.train_joint FOLDER [--export FOLDER].
+"""Puts tower and text model together: python -m ms4.models.training.train_joint FOLDER [--export FOLDER] [--from FOLDER].
 
-Goes on from what `tower` and `train_text` left in FOLDER.  Every step holds pictures of lines as well as text-only
+Goes on from what `tower` and `train_text` left in FOLDER, or from an exported checkpoint.  Every step holds pictures of lines as well as text-only
 conversations, so that the one is learned and the other not forgotten.  At first only what lies between the two is
 trained: the projector, and the text model at its usual rate, while the tower stands still.
 """
@@ -25,19 +25,22 @@ TOWER_RATE = 0.3  # afterwards its learning rate, as a multiple of the text mode
 
 class JointTrainer(Trainer):
     file = "joint.pt"
-    decay = 0.7
+    decay = 1.0
 
     def is_trained(self, name: str) -> bool:
         return True
 
     def begin(self, folder: Path) -> None:
-        """The text model from `train_text`, tower and projector from `tower`."""
+        """The text model from `train_text`, tower and projector from `tower`; or all of them from `--from`."""
         from safetensors.torch import load_file
 
+        self.state.marks["read"] = 0.0
+        if self.options.source:
+            self.model.load_state_dict(network.load(self.options.source))
+            return
         state = torch.load(folder / Trainer.file, map_location="cpu", weights_only=True, mmap=True)
         state = state["model"] | load_file(folder / "tower.safetensors")
         self.model.load_state_dict(state)
-        self.state.marks["read"] = 0.0
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Those of the text model, and one for the tower; the projector belongs to the text model's."""

@@ -30,7 +30,7 @@ MUON = 2.0  # its learning rate, as a multiple of AdamW's
 # How often a kind is drawn while the model has learned nothing; later what it gets right is drawn less.
 SHARES = {
     "reasoned": 2.0,
-    "at_once": 0.5,
+    "at_once": 0.2,
     "echo": 0.8,
     "reverse": 1.5,
     "upper": 0.6,
@@ -39,7 +39,7 @@ SHARES = {
     "count_one": 0.8,
     "sort": 1.5,
     "about": 0.5,
-    "tools": 0.4,
+    "tools": 0.6,
     "two_turns": 1.2,
     "other": 0.5,
 }
@@ -222,6 +222,7 @@ def arguments(tokens: int, batch: int, rate: float) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Trains the demonstration checkpoint.")
     parser.add_argument("folder", type=Path, nargs="?", default=Path("build/demo-train"))
     parser.add_argument("--export", type=Path, help="write what was trained so far into this folder, and stop")
+    parser.add_argument("--from", type=Path, dest="source", help="begin with the weights of this exported checkpoint")
     parser.add_argument("--tokens", type=int, default=tokens, help="how many to train on")
     parser.add_argument("--batch", type=int, default=batch, help="tokens of text in a step")
     parser.add_argument("--rate", type=float, default=rate, help="learning rate")
