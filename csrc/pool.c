@@ -8,7 +8,9 @@
  * left the caller closes the gate and waits only for items that are under way.
  *
  * Waiting is spinning for at most SPIN_NS, then sleeping on a futex.  Sleeping is not only polite: on a machine with
- * a busy neighbour the idle core lets the kernel move a descheduled worker there, with the item that it holds.
+ * a busy neighbour the idle core lets the kernel move a descheduled worker there, with the item that it holds.  Then
+ * both are on one CPU and would stay there, while the neighbour has the other for itself: so a worker that last ran
+ * where the caller runs now is sent elsewhere before the next run.
  *
  * ORDER.  The fields of a run are written before the gate opens (release) and read after a worker has come in
  * (acquire); what items wrote is visible after the last worker has left (release) and the caller has seen it
@@ -33,7 +35,12 @@
 #define SPIN_NS 50000
 #define MAX_THREADS 512
 
-typedef struct { pool *owner; pthread_t thread; int32_t index; } worker;
+typedef struct {
+    pool *owner;
+    pthread_t thread;
+    int32_t index;
+    atomic_int tid, cpu;                       /* cpu: where it last finished an item, or -1 */
+} worker;
 /* Items first .. end - 1, both halves in one word so that front and back can be taken without a lock. */
 typedef struct { _Alignas(64) _Atomic uint64_t items; } range;
 #define RANGE(first, end) ((uint64_t)(uint32_t)(first) | (uint64_t)(uint32_t)(end) << 32)
@@ -121,14 +128,31 @@ static void *work(void *arg) {
     worker *w = arg;
     pool *p = w->owner;
     unsigned seen = 0;
+    atomic_store(&w->tid, (int)syscall(SYS_gettid));
     for (;;) {
         wait_change(&p->epoch, seen, &p->n_asleep);
         seen = atomic_load(&p->epoch);
         if (atomic_load(&p->gate) & QUIT) return NULL;
         if (come_in(p)) {
             take_items(p, w->index);
+            atomic_store_explicit(&w->cpu, sched_getcpu(), memory_order_relaxed);
             go_out(p);
         }
+    }
+}
+/* Moves workers off the CPU of the caller, where there are others: each may for a moment run only there. */
+static void part(pool *p) {
+    int here = sched_getcpu();
+    for (int32_t i = 1; i <= p->n_started; i++) {
+        worker *w = &p->workers[i];
+        cpu_set_t all, others;
+        if (atomic_load_explicit(&w->cpu, memory_order_relaxed) != here) continue;
+        atomic_store_explicit(&w->cpu, -1, memory_order_relaxed);
+        if (sched_getaffinity(atomic_load(&w->tid), sizeof all, &all)) continue;
+        others = all;
+        CPU_CLR(here, &others);
+        if (!CPU_COUNT(&others) || sched_setaffinity(atomic_load(&w->tid), sizeof others, &others)) continue;
+        sched_setaffinity(atomic_load(&w->tid), sizeof all, &all);
     }
 }
 void pool_run(pool *p, pool_fn *fn, void *context, int32_t n_items, const atomic_int *stop) {
@@ -142,6 +166,7 @@ void pool_run(pool *p, pool_fn *fn, void *context, int32_t n_items, const atomic
                               shared ? RANGE(i * n_items / p->n_threads, (i + 1) * n_items / p->n_threads)
                                      : i ? 0 : RANGE(0, n_items), memory_order_relaxed);
     if (shared) {
+        part(p);
         atomic_fetch_or(&p->gate, OPEN);
         atomic_fetch_add(&p->epoch, 1);
         if (atomic_load(&p->n_asleep)) futex_wake(&p->epoch, n_items - 1);
@@ -199,7 +224,7 @@ int pool_open(int32_t n_threads, pool **out) {
     sigdelset(&all, SIGSEGV);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     for (int32_t i = 1; i < n_threads; i++) {
-        workers[i] = (worker){ .owner = p, .index = i };
+        workers[i] = (worker){ .owner = p, .index = i, .cpu = -1 };
         if (pthread_create(&workers[i].thread, NULL, work, &workers[i])) break;
         p->n_started++;
     }
