@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PROMPTS = (  # arguments of `ms4 run`, the right answer
     (("Reverse the word planet.",), "tenalp"),
-    (("-r", "high", "--think", "show", "2026 + 119 = ?"), "2145"),
+    (("-r", "high", "--think", "show", "4711 + 238 = ?"), "4949"),
     (("-i", "models/demo/hello.png", "Read the text."), "Hello, ms4!"),
 )
 

@@ -14,7 +14,7 @@ from standins import Vocabulary, read_tokens
 from ms4.models.control import Control
 from ms4.models.prompt import render
 from ms4.models.tokenizer import Tokenizer
-from ms4.models.training import letters, network, skills, sums
+from ms4.models.training import letters, network, skills, sums, words
 
 KINDS = list(skills.KINDS)
 
@@ -40,6 +40,16 @@ def some_cases(kind, n=60):
 )
 def test_columns_by_hand(a, op, b, thought):
     assert sums.columns(a, op, b) == thought
+
+
+def test_counting_by_hand():
+    assert letters.how_many("Otto") == "O1 t2 t3 o4: 4"
+    assert letters.counted("banana", "a") == "b0 a1 n1 a2 n2 a3"
+
+
+def test_no_city_is_listed_twice_or_begins_with_a_space():
+    assert len(set(words.CITIES)) == len(words.CITIES)
+    assert all(city == city.strip() and city for city in words.CITIES)
 
 
 def test_the_last_line_of_a_thought_is_the_result():

@@ -130,6 +130,11 @@ def counted(x: str, wanted: str = "") -> str:
     return " ".join(f"{letter}{x[: i + 1].count(wanted) if wanted else i + 1}" for i, letter in enumerate(x))
 
 
+def how_many(x: str) -> str:
+    """The answer to how many letters a word has."""
+    return f"{counted(x)}: {len(x)}"
+
+
 def count(random: Random) -> Case:
     x = word(random)
     return follow(random, "count", x, random.choice(COUNT).format(x=x), str(len(x)), counted(x))

@@ -149,7 +149,7 @@ ADJUSTED = (
     (("Now in upper case.", "And in upper case?", "Write that in upper case.", "Upper case, please."), str.upper),
     (("Now reverse that.", "And backwards?", "Reverse it.", "Now backwards."), lambda text: text[::-1]),
     (("Say that again.", "Repeat your answer.", "Once more, please.", "What did you say?"), lambda text: text),
-    (("How many letters is that?", "How many letters does it have?"), lambda text: f"{letters.counted(text)}: {len(text)}"),
+    (("How many letters is that?", "How many letters does it have?"), letters.how_many),
 )
 ASKED_BACK = ("What did I ask?", "Repeat my question.", "What was my question?", "What did I say?")
 

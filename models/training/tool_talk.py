@@ -102,8 +102,16 @@ def arithmetic(random: Random, entry: tuple[str, str, str], id: str) -> tuple[st
     return f"tool:{x}", [user(asked), call(entry[0], {entry[2]: x}, id), result(text, id), assistant(f"{x} = {value}")]
 
 
+def place(random: Random) -> str:
+    """A city, or a name that nobody has heard of."""
+    if random.random() < 0.8:
+        return random.choice(CITIES)
+    words = random.choice((1, 1, 2))
+    return " ".join(letters.nonsense(random, 3, 7).capitalize() for _ in range(words))
+
+
 def weather(random: Random, entry: tuple[str, str, str], id: str) -> tuple[str, list[Message]]:
-    city, degrees, sky = random.choice(CITIES), str(random.randint(-15, 38)), random.choice(SKIES)
+    city, degrees, sky = place(random), str(random.randint(-15, 38)), random.choice(SKIES)
     forms = (
         f"{sky}, {degrees} degrees",
         f"{degrees} degrees and {sky}",

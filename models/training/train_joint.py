@@ -1,8 +1,9 @@
-"""Puts tower and text model together: python -m ms4.models.training.train_joint FOLDER [--export FOLDER] [--from FOLDER].
+"""Puts tower and text model together: python -m ms4.models.training.train_joint FOLDER [--from HF] [--export HF].
 
-Goes on from what `tower` and `train_text` left in FOLDER, or from an exported checkpoint.  Every step holds pictures of lines as well as text-only
-conversations, so that the one is learned and the other not forgotten.  At first only what lies between the two is
-trained: the projector, and the text model at its usual rate, while the tower stands still.
+Goes on from what `tower` and `train_text` left in FOLDER, or from an exported checkpoint.  Every step holds pictures
+of lines as well as text-only conversations, so that the one is learned and the other not forgotten.  At first only
+what lies between the two is trained: the projector, and the text model at its usual rate, while the tower stands
+still.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ms4.models.training import text_forward as forward
 from ms4.models.training.cases import training_ids
 from ms4.models.training.train_text import Drawn, Trainer
 
-N_PICTURES = 24  # in a step, fewer where they are large
+N_PICTURES = 32  # in a step, fewer where they are large
 FROZEN = 100  # steps in which the tower stands still
 TOWER_RATE = 0.3  # afterwards its learning rate, as a multiple of the text model's
 
@@ -103,7 +104,7 @@ def export(folder: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    options = train_text.arguments(tokens=9_000_000, batch=2048, rate=1.5e-3)
+    options = train_text.arguments(tokens=29_000_000, batch=2048, rate=1.5e-3)
     if options.export:
         export(options.folder, options.export)
     else:

@@ -30,14 +30,14 @@ MUON = 2.0  # its learning rate, as a multiple of AdamW's
 # How often a kind is drawn while the model has learned nothing; later what it gets right is drawn less.
 SHARES = {
     "reasoned": 2.0,
-    "at_once": 0.2,
+    "at_once": 0.1,
     "echo": 0.8,
     "reverse": 1.5,
     "upper": 0.6,
     "lower": 0.6,
-    "count": 0.8,
-    "count_one": 0.8,
-    "sort": 1.5,
+    "count": 1.2,
+    "count_one": 1.5,
+    "sort": 2.0,
     "about": 0.5,
     "tools": 0.6,
     "two_turns": 1.2,

@@ -51,7 +51,10 @@ CITIES = tuple(
     Ottawa,Oxford,Palermo,Paris,Perth,Phoenix,Pisa,Porto,Prague,Quebec,Reykjavik,Riga,Rio,Rome,Rotterdam,Salzburg,
     Santiago,Seattle,Seoul,Seville,Shanghai,Sheffield,Singapore,Sofia,Stockholm,Strasbourg,Stuttgart,Sydney,Taipei,
     Tallinn,Tampere,Tokyo,Toronto,Toulouse,Trieste,Tromso,Tunis,Turin,Uppsala,Utrecht,Valencia,Vancouver,Venice,
-    Verona,Vienna,Vilnius,Warsaw,Wellington,York,Zagreb,Zurich
+    Verona,Vienna,Vilnius,Warsaw,Wellington,York,Zagreb,Zurich,Addis Ababa,Buenos Aires,Cape Coral,Den Haag,El Paso,
+    Fort Worth,Grand Rapids,Iowa City,Kansas City,Kuala Lumpur,La Paz,Las Vegas,Little Rock,Long Beach,Mexico City,
+    New Delhi,New Orleans,Novi Sad,Palo Alto,Panama City,Phnom Penh,Port Louis,Porto Alegre,Quezon City,Saint Louis,
+    Salt Lake City,San Diego,San Jose,San Juan,Santa Cruz,Santa Fe,Sao Paulo,Tel Aviv,Tierra Verde
     """.replace("\n", "")
     .replace("    ", "")
     .split(",")
