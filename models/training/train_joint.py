@@ -8,6 +8,7 @@ still.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from random import Random
 
@@ -104,7 +105,12 @@ def export(folder: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    options = train_text.arguments(tokens=29_000_000, batch=2048, rate=1.5e-3)
+    parser = argparse.ArgumentParser(
+        description="Trains text model and tower together."
+    )
+    parser.add_argument("--export", type=Path, help="write what was trained so far into this folder, and stop")
+    parser.add_argument("--from", type=Path, dest="source", help="begin with the weights of this exported checkpoint")
+    options = train_text.arguments(parser, tokens=29_000_000, batch=2048, rate=1.5e-3)
     if options.export:
         export(options.folder, options.export)
     else:

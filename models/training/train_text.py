@@ -218,11 +218,9 @@ def start(trainer: Trainer) -> None:
         sys.exit("stopped; the same command goes on from here")
 
 
-def arguments(tokens: int, batch: int, rate: float) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Trains the demonstration checkpoint.")
+def arguments(parser: argparse.ArgumentParser, tokens: int, batch: int, rate: float) -> argparse.Namespace:
+    """What the command line says; `parser` knows the options that only one of the two trainings has."""
     parser.add_argument("folder", type=Path, nargs="?", default=Path("build/demo-train"))
-    parser.add_argument("--export", type=Path, help="write what was trained so far into this folder, and stop")
-    parser.add_argument("--from", type=Path, dest="source", help="begin with the weights of this exported checkpoint")
     parser.add_argument("--tokens", type=int, default=tokens, help="how many to train on")
     parser.add_argument("--batch", type=int, default=batch, help="tokens of text in a step")
     parser.add_argument("--rate", type=float, default=rate, help="learning rate")
@@ -232,5 +230,6 @@ def arguments(tokens: int, batch: int, rate: float) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    options = arguments(tokens=7_500_000, batch=3072, rate=1.5e-3)
+    parser = argparse.ArgumentParser(description="Trains the text model of the demonstration checkpoint.")
+    options = arguments(parser, tokens=7_500_000, batch=3072, rate=1.5e-3)
     start(Trainer(options.folder, options))
