@@ -105,9 +105,7 @@ def export(folder: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="Trains text model and tower together."
-    )
+    parser = argparse.ArgumentParser(description="Trains text model and tower together.")
     parser.add_argument("--export", type=Path, help="write what was trained so far into this folder, and stop")
     parser.add_argument("--from", type=Path, dest="source", help="begin with the weights of this exported checkpoint")
     options = train_text.arguments(parser, tokens=29_000_000, batch=2048, rate=1.5e-3)
