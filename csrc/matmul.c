@@ -24,8 +24,9 @@ void matrix_mul(const struct ms4_ops *ops, const matrix *m, const activations *x
 
 int32_t rows_per_item(const pool *p, int32_t n_rows, int32_t n_tokens) {
     int32_t most = n_tokens < 8 ? 128 : MAX_CHUNK_ROWS, items = 8 * pool_size(p);
-    int32_t rows = (n_rows / items + 15) / 16 * 16;           /* kernels take 16 rows at a time */
-    return rows < 16 ? 16 : rows > most ? most : rows;
+    int32_t step = n_tokens < 8 ? 16 : 32;                    /* rows that kernels take at a time */
+    int32_t rows = (n_rows / items + step - 1) / step * step;
+    return rows < step ? step : rows > most ? most : rows;
 }
 
 typedef struct {

@@ -12,7 +12,8 @@
 #include "ops.h"
 
 #define PANEL_ROWS 16
-#define TILE 8                  /* tokens of a register tile */
+#define PANELS 2                /* multiplied side by side: what is loaded of the activations serves 32 rows */
+#define TILE 8                  /* tokens of a register tile, at most */
 #define CHUNK 64                /* tokens that share one unpacking */
 
 /* How the integer sums of a superblock become its float: one sum with the scales inside the bytes; integer scales for
@@ -29,12 +30,19 @@ struct panel {
     /* mins of K types: pairs of int16, of 16-groups (SCALED_BYTES) or of blocks; of 32-blocks: floats */
     union { __m512i min[8]; __m512 add[8]; };
     __m512 d, dmin;
-    __m512i grid[GRID_VECTORS];     /* set before the first panel is filled */
+    const __m512i *grid;            /* set before the first panel is filled */
 };
+/* The parts of a superblock whose sums get a scale of their own; with SCALED_BYTES one sum goes through all of them. */
+static inline int parts_of(enum scaling s) { return s == SCALED_GROUPS || s == FLOAT_GROUPS ? 16 : 8; }
 struct layout { enum scaling scaling; int has_min, has_offset; };
 
 static inline __m512i broadcast_dword(const void *p) { int32_t v; memcpy(&v, p, 4); return _mm512_set1_epi32(v); }
 
+/* vpdpbusd, written out because GCC moves each sum to another register and back. */
+static inline __attribute__((always_inline)) __m512i dot_add(__m512i sum, __m512i w, __m512i x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
+}
 /* Where the sums of a token begin (starts) and the sums that its mins multiply (for dpwssd: pairs of int16). */
 struct tile_sums { int32_t start[16]; float block[8]; int16_t pair[8]; };
 
@@ -55,78 +63,97 @@ static inline __attribute__((always_inline)) void tile_sums_of(struct tile_sums 
     if (l.has_min && l.scaling == SCALED_BLOCKS) _mm_storeu_si128((void *)s->pair, _mm256_cvtepi32_epi16(blocks));
 }
 
-/* Adds one superblock to the results of n tokens (a constant, at most TILE) and 16 rows. */
+/* Rows read side by side make memory several times slower than rows read in order, so their lines are prefetched in
+ * order: the next rows, while these are multiplied, and a share with each part of a tile, because a burst of
+ * prefetches holds up the loads behind it. */
+struct ahead { const char *at, *end; size_t share; };
+static inline __attribute__((always_inline)) void prefetch_share(struct ahead *a) {
+    const char *stop = a->at + a->share < a->end ? a->at + a->share : a->end;
+    for (; a->at < stop; a->at += 64) _mm_prefetch(a->at, _MM_HINT_T1);
+}
+
+#define FOR_EACH(k, m) for (int k = 0; k < n; k++) for (int m = 0; m < PANELS; m++)
+/* Adds one superblock to the results of n tokens (a constant, at most TILE) and the rows of the panels p. */
 static inline __attribute__((always_inline)) void tile_add(const struct panel *p, const block_q8 *const *rows, size_t i,
-                                                           float *y, const struct layout l, int offset, const int n) {
-    const int parts = l.scaling == SCALED_BYTES ? 1 : l.scaling == SCALED_BLOCKS || l.scaling == FLOAT_BLOCKS ? 8 : 16;
+                                                           float *y, const struct layout l, int offset, const int n, struct ahead *next) {
+    const int parts = parts_of(l.scaling);
     const int is_float = l.scaling == FLOAT_BLOCKS || l.scaling == FLOAT_GROUPS;
     struct tile_sums s[TILE];
     const block_q8 *x[TILE];
-    __m512i dot[TILE], odd[TILE], total[TILE];
-    __m512 t[TILE];
+    __m512i dot[TILE][PANELS], odd[TILE][PANELS], total[TILE][PANELS];
+    __m512 t[TILE][PANELS];
     for (int k = 0; k < n; k++) {
         x[k] = rows[k] + i;
         if (l.has_offset || (l.has_min && l.scaling != SCALED_BYTES)) tile_sums_of(&s[k], x[k], l, offset);
-        total[k] = _mm512_setzero_si512();
-        t[k] = _mm512_setzero_ps();
+    }
+    FOR_EACH(k, m) {
+        total[k][m] = l.scaling == SCALED_BYTES && l.has_offset ? _mm512_set1_epi32(s[k].start[0]) : _mm512_setzero_si512();
+        t[k][m] = _mm512_setzero_ps();
     }
 #pragma GCC unroll 1
     for (int b = 0; b < parts; b++) {
+        prefetch_share(next);
         /* few tokens: two sums each, as one alone would wait for its own last addition */
-        for (int k = 0; k < n; k++) {
-            dot[k] = l.has_offset ? _mm512_set1_epi32(s[k].start[b]) : _mm512_setzero_si512();
-            odd[k] = _mm512_setzero_si512();
+        FOR_EACH(k, m) {
+            dot[k][m] = l.scaling == SCALED_BYTES ? total[k][m] : l.has_offset ? _mm512_set1_epi32(s[k].start[b]) : _mm512_setzero_si512();
+            odd[k][m] = _mm512_setzero_si512();
         }
 #pragma GCC unroll 4
-        for (int j = 64 / parts * b; j < 64 / parts * (b + 1); j += 2) {
-            const __m512i w0 = p->q[j], w1 = p->q[j + 1];
-            for (int k = 0; k < n; k++) dot[k] = _mm512_dpbusd_epi32(dot[k], w0, broadcast_dword(x[k]->qs + 4 * j));
-            for (int k = 0; k < n; k++) {
-                const __m512i v = broadcast_dword(x[k]->qs + 4 * j + 4);
-                if (n < 4) odd[k] = _mm512_dpbusd_epi32(odd[k], w1, v);
-                else dot[k] = _mm512_dpbusd_epi32(dot[k], w1, v);
+        for (int j = 64 / parts * b; j < 64 / parts * (b + 1); j += 2)
+            for (int h = 0; h < 2; h++) {
+                __m512i w[PANELS];
+                for (int m = 0; m < PANELS; m++) w[m] = p[m].q[j + h];
+                for (int k = 0; k < n; k++) {
+                    const __m512i v = broadcast_dword(x[k]->qs + 4 * (j + h));
+                    for (int m = 0; m < PANELS; m++) {
+                        if (h && n < 3) odd[k][m] = dot_add(odd[k][m], w[m], v);
+                        else dot[k][m] = dot_add(dot[k][m], w[m], v);
+                    }
+                }
             }
-        }
-        for (int k = 0; k < n && n < 4; k++) dot[k] = _mm512_add_epi32(dot[k], odd[k]);
-        for (int k = 0; k < n; k++) {
-            if (l.scaling == SCALED_BYTES) total[k] = dot[k];
-            else if (!is_float) total[k] = _mm512_add_epi32(total[k], _mm512_mullo_epi32(dot[k], p->scale[b]));
+        FOR_EACH(k, m) {
+            const __m512i sum = n < 3 ? _mm512_add_epi32(dot[k][m], odd[k][m]) : dot[k][m];
+            if (l.scaling == SCALED_BYTES) total[k][m] = sum;
+            else if (!is_float) total[k][m] = _mm512_add_epi32(total[k][m], _mm512_mullo_epi32(sum, p[m].scale[b]));
             else {
-                t[k] = _mm512_fmadd_ps(p->factor[b], _mm512_cvtepi32_ps(dot[k]), t[k]);
-                if (l.has_min) t[k] = _mm512_fmadd_ps(p->add[b], _mm512_set1_ps(s[k].block[b]), t[k]);
+                t[k][m] = _mm512_fmadd_ps(p[m].factor[b], _mm512_cvtepi32_ps(sum), t[k][m]);
+                if (l.has_min) t[k][m] = _mm512_fmadd_ps(p[m].add[b], _mm512_set1_ps(s[k].block[b]), t[k][m]);
             }
         }
     }
-    for (int k = 0; k < n; k++) {
-        if (!is_float) t[k] = _mm512_mul_ps(p->d, _mm512_cvtepi32_ps(total[k]));
+    FOR_EACH(k, m) {
+        if (!is_float) t[k][m] = _mm512_mul_ps(p[m].d, _mm512_cvtepi32_ps(total[k][m]));
         if (l.has_min && !is_float) {
             __m512i mins = _mm512_setzero_si512();
             for (int b = 0; b < (l.scaling == SCALED_BYTES ? 8 : 4); b++)
-                mins = _mm512_dpwssd_epi32(mins, p->min[b], broadcast_dword(l.scaling == SCALED_BYTES ? x[k]->sums + 2 * b : s[k].pair + 2 * b));
-            t[k] = _mm512_fnmadd_ps(p->dmin, _mm512_cvtepi32_ps(mins), t[k]);
+                mins = _mm512_dpwssd_epi32(mins, p[m].min[b], broadcast_dword(l.scaling == SCALED_BYTES ? x[k]->sums + 2 * b : s[k].pair + 2 * b));
+            t[k][m] = _mm512_fnmadd_ps(p[m].dmin, _mm512_cvtepi32_ps(mins), t[k][m]);
         }
-        _mm512_store_ps(y + 16 * k, _mm512_fmadd_ps(_mm512_set1_ps(x[k]->d), t[k], _mm512_load_ps(y + 16 * k)));
+        float *sum = y + (k * PANELS + m) * PANEL_ROWS;
+        _mm512_store_ps(sum, _mm512_fmadd_ps(_mm512_set1_ps(x[k]->d), t[k][m], _mm512_load_ps(sum)));
     }
 }
 /* All tokens of a chunk, in tiles of nearly equal size. */
 #define TILES(name, scaling, has_min, has_offset) \
-    static void tiles_##name(const struct panel *p, const block_q8 *const *x, size_t i, float *y, int n_tokens, int offset) { \
+    static void tiles_##name(const struct panel *p, const block_q8 *const *x, size_t i, float *y, int n_tokens, int offset, struct ahead next) { \
         const struct layout l = { scaling, has_min, has_offset }; \
-        for (int tiles = (n_tokens + TILE - 1) / TILE; tiles > 0; tiles--) { \
+        int tiles = (n_tokens + TILE - 1) / TILE; \
+        next.share = ((size_t)(next.end - next.at) / (size_t)(tiles * parts_of(scaling)) + 63) / 64 * 64; \
+        for (; tiles > 0; tiles--) { \
             const int n = n_tokens / tiles; \
             switch (n) { \
-                case 1: tile_add(p, x, i, y, l, offset, 1); break; \
-                case 2: tile_add(p, x, i, y, l, offset, 2); break; \
-                case 3: tile_add(p, x, i, y, l, offset, 3); break; \
-                case 4: tile_add(p, x, i, y, l, offset, 4); break; \
-                case 5: tile_add(p, x, i, y, l, offset, 5); break; \
-                case 6: tile_add(p, x, i, y, l, offset, 6); break; \
-                case 7: tile_add(p, x, i, y, l, offset, 7); break; \
-                default: tile_add(p, x, i, y, l, offset, 8); break; \
+                case 1: tile_add(p, x, i, y, l, offset, 1, &next); break; \
+                case 2: tile_add(p, x, i, y, l, offset, 2, &next); break; \
+                case 3: tile_add(p, x, i, y, l, offset, 3, &next); break; \
+                case 4: tile_add(p, x, i, y, l, offset, 4, &next); break; \
+                case 5: tile_add(p, x, i, y, l, offset, 5, &next); break; \
+                case 6: tile_add(p, x, i, y, l, offset, 6, &next); break; \
+                case 7: tile_add(p, x, i, y, l, offset, 7, &next); break; \
+                default: tile_add(p, x, i, y, l, offset, 8, &next); break; \
             } \
             n_tokens -= n; \
             x += n; \
-            y += PANEL_ROWS * n; \
+            y += PANELS * PANEL_ROWS * n; \
         } \
     }
 TILES(bytes, SCALED_BYTES, 0, 1)
@@ -137,7 +164,7 @@ TILES(blocks_min, SCALED_BLOCKS, 1, 0)
 TILES(float_blocks, FLOAT_BLOCKS, 0, 1)
 TILES(float_blocks_min, FLOAT_BLOCKS, 1, 0)
 TILES(float_groups, FLOAT_GROUPS, 0, 1)
-typedef void tiles_fn(const struct panel *p, const block_q8 *const *x, size_t i, float *y, int n_tokens, int offset);
+typedef void tiles_fn(const struct panel *p, const block_q8 *const *x, size_t i, float *y, int n_tokens, int offset, struct ahead next);
 
 /* Fills the panel from superblock data at rows[0..15]; blocks: how many blocks are there (32-blocks only). */
 typedef void fill_fn(struct panel *p, const uint8_t *const *rows, int blocks);
@@ -145,38 +172,43 @@ typedef void fill_fn(struct panel *p, const uint8_t *const *rows, int blocks);
 static inline const block_q8 *x_row(const struct ms4_mul *m, int t) {
     return (const void *)((const char *)m->x + (size_t)(m->x_rows ? m->x_rows[t] : t) * m->x_stride);
 }
-/* Rows read side by side make memory several times slower than rows read in order, so their lines are prefetched in
- * order: the next 16 rows, a share at a time, while these are multiplied. */
 static inline void prefetch_lines(const uint8_t *w, size_t n) {
     for (size_t i = 0; i < n; i += 64) _mm_prefetch((const char *)w + i, _MM_HINT_T1);
 }
 /* bytes: of a superblock of weights; pack_grid: NULL for types without a grid */
 static void gemm(const struct ms4_mul *m, fill_fn *fill, tiles_fn *tiles, int offset, size_t bytes, pack_grid_fn *pack_grid) {
+    enum { ROWS = PANELS * PANEL_ROWS };
     const int n_superblocks = (m->n_cols + SUPERBLOCK - 1) / SUPERBLOCK;
-    struct panel p;
-    float y[CHUNK * PANEL_ROWS] __attribute__((aligned(64)));
+    struct panel p[PANELS];
+    __m512i grid[GRID_VECTORS];
+    float y[CHUNK * ROWS] __attribute__((aligned(64)));
     const block_q8 *x[CHUNK];
-    if (pack_grid) pack_grid(p.grid);
-    prefetch_lines(m->w, m->row_bytes * (size_t)(m->n_rows < PANEL_ROWS ? m->n_rows : PANEL_ROWS));
+    if (pack_grid) pack_grid(grid);
+    for (int k = 0; k < PANELS; k++) p[k].grid = grid;
+    prefetch_lines(m->w, m->row_bytes * (size_t)(m->n_rows < ROWS ? m->n_rows : ROWS));
     for (int t0 = 0; t0 < m->n_tokens; t0 += CHUNK) {
         const int n_tokens = m->n_tokens - t0 < CHUNK ? m->n_tokens - t0 : CHUNK;
         for (int t = 0; t < n_tokens; t++) x[t] = x_row(m, t0 + t);
-        for (int r0 = 0; r0 < m->n_rows; r0 += PANEL_ROWS) {
-            const int n_rows = m->n_rows - r0 < PANEL_ROWS ? m->n_rows - r0 : PANEL_ROWS;
-            const size_t ahead = r0 + 2 * PANEL_ROWS <= m->n_rows ? PANEL_ROWS * m->row_bytes : 0;
-            const uint8_t *rows[PANEL_ROWS];
-            for (int r = 0; r < PANEL_ROWS; r++) rows[r] = m->w + (size_t)(r0 + (r < n_rows ? r : n_rows - 1)) * m->row_bytes;
-            memset(y, 0, (size_t)n_tokens * PANEL_ROWS * sizeof *y);
+        for (int r0 = 0; r0 < m->n_rows; r0 += ROWS) {
+            const int n_rows = m->n_rows - r0 < ROWS ? m->n_rows - r0 : ROWS;
+            const char *ahead = (const char *)m->w + (size_t)(r0 + ROWS) * m->row_bytes;
+            if (r0 + 2 * ROWS > m->n_rows) ahead = t0 + CHUNK < m->n_tokens ? NULL : (const char *)m->next;
+            const uint8_t *rows[ROWS];
+            for (int r = 0; r < ROWS; r++) rows[r] = m->w + (size_t)(r0 + (r < n_rows ? r : n_rows - 1)) * m->row_bytes;
+            memset(y, 0, (size_t)n_tokens * ROWS * sizeof *y);
             for (int i = 0; i < n_superblocks; i++) {
                 const int blocks = (m->n_cols - i * SUPERBLOCK) / 32;
-                if (ahead) prefetch_lines(rows[0] + ahead + (size_t)i * bytes * (PANEL_ROWS - 1), bytes * PANEL_ROWS);
-                fill(&p, rows, blocks < 8 ? blocks : 8);
-                tiles(&p, x, (size_t)i, y, n_tokens, offset);
-                for (int r = 0; r < PANEL_ROWS; r++) rows[r] += bytes;
+                for (int k = 0; k < PANELS; k++) fill(p + k, rows + k * PANEL_ROWS, blocks < 8 ? blocks : 8);
+                tiles(p, x, (size_t)i, y, n_tokens, offset, (struct ahead){ ahead, ahead ? ahead + bytes * ROWS : NULL, 0 });
+                if (ahead) ahead += bytes * ROWS;
+                for (int r = 0; r < ROWS; r++) rows[r] += bytes;
             }
-            const __mmask16 mask = (__mmask16)((1u << n_rows) - 1);
             for (int t = 0; t < n_tokens; t++)
-                _mm512_mask_storeu_ps(m->y + (size_t)(t0 + t) * m->y_stride + r0, mask, _mm512_load_ps(y + PANEL_ROWS * t));
+                for (int k = 0; k < PANELS; k++) {
+                    const int left = n_rows - k * PANEL_ROWS;
+                    const __mmask16 mask = (__mmask16)(left >= PANEL_ROWS ? 0xffff : left > 0 ? (1u << left) - 1 : 0);
+                    _mm512_mask_storeu_ps(m->y + (size_t)(t0 + t) * m->y_stride + r0 + k * PANEL_ROWS, mask, _mm512_load_ps(y + ROWS * t + PANEL_ROWS * k));
+                }
         }
     }
 }
