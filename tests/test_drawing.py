@@ -111,3 +111,14 @@ def test_every_printable_character_has_a_look_of_its_own():
             look = line.picture.tobytes()
             assert look not in looks, f"{name}: {char} looks like {looks[look]}"
             looks[look] = char
+
+
+def test_hard_lines_are_small_and_of_look_alikes_and_never_held_out():
+    rng, style = Random(3), drawing.Style("Aileron", 28)
+    made = [drawing.harder(rng, ["Aileron", "DejaVu Sans"], style, "quartz 47") for _ in range(200)]
+    assert {font.font for font, _ in made} == {"Aileron"}
+    assert {font.size for font, _ in made} == {18, 19, 20, 28}
+    changed = [text for _, text in made if text != "quartz 47"]
+    assert 90 < len(changed) < 150
+    assert all(len(text) == 9 and text[6] == " " for text in changed)
+    assert not any(drawing.is_held_out(line.text) for line in some_lines(100, hard=1.0))

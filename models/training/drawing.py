@@ -9,7 +9,7 @@ from __future__ import annotations
 import string
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +29,10 @@ CHARS = " " + string.ascii_letters + string.digits + string.punctuation
 SIZES = range(18, 29)
 LENGTHS = range(2, 13)
 HELD_OUT = 16  # one text of so many is never trained on
+# What is hard to read: characters that look like others, small letters, and the fonts in which the two meet.
+ALIKE = "IIIlll1|!ijJtfO0oQG6C{}()[]<.,;:'\"`*^-_~=+vVwWxXzZsScCkKuUpPyYrnm8B9g&%\\/"
+HARD_SIZES = range(18, 21)
+HARD_FONTS = ("Lato", "Roboto Slab", "Aileron")
 
 # name: (package on PyPI that brings the file, its path there, how often it is drawn).  DejaVu is under the Bitstream
 # Vera licence, Lato under the OFL, Roboto Slab under Apache 2.0, Aileron (inside Pillow) is CC0: all of them free.
@@ -143,6 +147,15 @@ def random_characters(rng: Random, length: int) -> str:
     return text[:-1] + rng.choice(".,!?:;") if rng.random() < 0.25 else text
 
 
+def with_alike(rng: Random, text: str) -> str:
+    """The text with some of its characters replaced by such as are taken for others, and some of those doubled."""
+    chars = [rng.choice(ALIKE) if char != " " and rng.random() < 0.4 else char for char in text]
+    for i in range(1, len(chars)):
+        if rng.random() < 0.06 and chars[i] != " " != chars[i - 1]:
+            chars[i] = chars[i - 1]
+    return "".join(chars)
+
+
 # --- pictures -----------------------------------------------------------------------------------------------------
 
 
@@ -153,6 +166,16 @@ def random_style(rng: Random, fonts: Sequence[str], largest: int = SIZES[-1]) ->
         dark, light = (tuple(rng.randint(*ends) for _ in range(3)) for ends in ((0, 90), (165, 255)))  # type: ignore
     ink, paper = (dark, light) if rng.random() < 0.6 else (light, dark)
     return Style(font, rng.randint(SIZES[0], largest), ink, paper)
+
+
+def harder(rng: Random, fonts: Sequence[str], style: Style, text: str) -> tuple[Style, str]:
+    """A smaller size, a harder one of the fonts, characters that look alike; each more often than not."""
+    if rng.random() < 0.6:
+        style = replace(style, size=rng.choice(HARD_SIZES))
+    hard_fonts = [name for name in fonts if name in HARD_FONTS]
+    if hard_fonts and rng.random() < 0.6:
+        style = replace(style, font=rng.choice(hard_fonts))
+    return style, with_alike(rng, text) if rng.random() < 0.6 else text
 
 
 def draw_line(text: str, style: Style, size: tuple[int, int], at: tuple[float, float]) -> Line:
@@ -181,10 +204,12 @@ def random_line(
     fonts: Sequence[str] = (),
     held_out: bool = False,
     odd_sizes: float = 0.0,
+    hard: float = 0.0,
 ) -> Line:
     """A line that fits into columns x rows tokens.
 
-    With the probability odd_sizes the picture is not made of whole tokens, so that it is resized on its way in.
+    With the probability odd_sizes the picture is not made of whole tokens, so that it is resized on its way in; with
+    the probability hard it is small, or in a hard font, or of characters that look like others, or all of these.
     """
     fonts = fonts or installed_fonts()
     while True:
@@ -193,6 +218,8 @@ def random_line(
             width, height = width - rng.randrange(CELL), height - rng.randrange(CELL // 2) * (rows > 1)
         style = random_style(rng, fonts, SIZES[-1] if rows > 1 else 24)
         text = random_text(rng, rng.choice(lengths))
+        if hard and rng.random() < hard:
+            style, text = harder(rng, fonts, style, text)
         font = load_font(style.font, style.size)
         while len(text) > 2 and font.getlength(text) > width - 2:
             text = text[:-1]

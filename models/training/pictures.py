@@ -38,6 +38,7 @@ DESCRIBE = (
 )
 # The sizes of pictures in tokens (columns, rows), and how often each is drawn.
 SIZES = {(12, 2): 4.0, (9, 2): 2.0, (6, 2): 2.0, (5, 2): 1.0, (4, 2): 1.0, (10, 1): 1.5, (12, 1): 1.0, (5, 1): 1.0}
+HARD = 0.5  # the share of lines that are made hard to read
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,7 @@ def about_line(random: Random, line: drawing.Line) -> Seen:
 def draw(random: Random, n: int, lengths: range = drawing.LENGTHS) -> list[Seen]:
     """n cases to train on, whose pictures all have one size."""
     columns, rows = random.choices(list(SIZES), list(SIZES.values()))[0]
-    made = (drawing.random_line(random, columns, rows, lengths, odd_sizes=0.1) for _ in range(n))
+    made = (drawing.random_line(random, columns, rows, lengths, odd_sizes=0.1, hard=HARD) for _ in range(n))
     return [about_line(random, line) for line in made]
 
 

@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -222,15 +223,19 @@ class Settings:
     adamw: float = 2e-3
 
 
+def parts(named: Iterable[tuple[str, nn.Parameter]]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The matrices inside the network, and everything else."""
+    named = list(named)
+    inner = {name for name, p in named if p.dim() == 2 and not name.startswith(("spell", "count"))}
+    return [p for name, p in named if name in inner], [p for name, p in named if name not in inner]
+
+
 class Optimizers:
     """Muon for the matrices inside the network, AdamW for its ends, the norms and the two extra layers."""
 
     def __init__(self, reader: Reader, settings: Settings) -> None:
         self.settings = settings
-        ends = ("patch_conv", "spell", "count")
-        named = list(reader.named_parameters())
-        inner = [p for name, p in named if p.dim() == 2 and not name.startswith(ends)]
-        outer = [p for name, p in named if p.dim() != 2 or name.startswith(ends)]
+        inner, outer = parts(reader.named_parameters())
         self.muon = torch.optim.Muon(
             inner, lr=settings.muon, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
         )

@@ -20,9 +20,9 @@ from ms4.models.training import text_forward as forward
 from ms4.models.training.cases import training_ids
 from ms4.models.training.train_text import Drawn, Trainer
 
-N_PICTURES = 32  # in a step, fewer where they are large
+N_PICTURES = 64  # in a step
 FROZEN = 100  # steps in which the tower stands still
-TOWER_RATE = 0.3  # afterwards its learning rate, as a multiple of the text model's
+TOWER_RATE = 0.5  # afterwards its learning rate, as a multiple of the text model's
 
 
 class JointTrainer(Trainer):
@@ -45,17 +45,22 @@ class JointTrainer(Trainer):
         self.model.load_state_dict(state)
 
     def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Those of the text model, and one for the tower; the projector belongs to the text model's."""
+        """Those of the text model, and two for the tower; the projector belongs to the text model's."""
         of_tower = {n: p for n, p in self.named.items() if "vision_tower" in n}
         everything, self.named = self.named, {n: p for n, p in self.named.items() if n not in of_tower}
         optimizers = super().make_optimizers()
         self.named = everything
-        return optimizers | {"tower": torch.optim.AdamW(of_tower.values(), betas=(0.9, 0.98), weight_decay=0.01)}
+        inner, outer = tower.parts(of_tower.items())
+        optimizers["tower muon"] = torch.optim.Muon(
+            inner, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+        )
+        optimizers["tower adamw"] = torch.optim.AdamW(outer, betas=(0.9, 0.98), weight_decay=0.01)
+        return optimizers
 
     def rate(self, optimizer: str) -> float:
-        if optimizer != "tower":
+        if not optimizer.startswith("tower"):
             return super().rate(optimizer)
-        return 0.0 if self.state.step < FROZEN else super().rate("adamw") * TOWER_RATE
+        return 0.0 if self.state.step < FROZEN else super().rate(optimizer.removeprefix("tower ")) * TOWER_RATE
 
     def draw(self) -> Drawn:
         random = Random(train_text.SEED * 1_000_033 + self.state.step)
@@ -108,7 +113,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Trains text model and tower together.")
     parser.add_argument("--export", type=Path, help="write what was trained so far into this folder, and stop")
     parser.add_argument("--from", type=Path, dest="source", help="begin with the weights of this exported checkpoint")
-    options = train_text.arguments(parser, tokens=29_000_000, batch=2048, rate=1.5e-3)
+    options = train_text.arguments(parser, tokens=42_000_000, batch=1536, rate=1.5e-3)
     if options.export:
         export(options.folder, options.export)
     else:
