@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--peer", action="append", default=[], help="NAME=COMMAND of a llama-bench; repeatable")
     parser.add_argument("--pp", type=int, default=512)
     parser.add_argument("--tg", type=int, default=32)
-    parser.add_argument("--depth", type=int, default=0, help="ms4: after so many tokens of context (peers: their -d)")
+    parser.add_argument("--depth", type=int, default=0, help="ms4: tokens of context (peers: their -d N or -gp N,TG)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--load", default="copy")
     parser.add_argument("-r", "--repeat", type=int, default=3)
