@@ -17,8 +17,8 @@ from ms4.models.training.table import DEMO, Examiner, Marks, score_reading, scor
 DATA = Path(__file__).parent / "data"
 MOST_BYTES = 60_000_000  # of model and tower together
 N = 4  # cases of each skill, always the same ones
-# How many of them every kernel table must get right: floors under what it does now, not its bars (see the card).
-FEWEST = {"reads": 3, "reasons": 4, "follows": 4, "calls tools": 3, "refers back": 3, "says it cannot": 3}
+# How many of them every kernel table must get right: what it does now, not its bars (see the card).
+FEWEST = dict.fromkeys(("reads", "reasons", "follows", "calls tools", "refers back", "says it cannot"), N)
 FEWEST_LINES = 18  # of 20 that other code drew
 ASKED = {  # what people type first
     "Reverse the word planet.": "tenalp",
