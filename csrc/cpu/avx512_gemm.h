@@ -63,13 +63,17 @@ static inline __attribute__((always_inline)) void tile_sums_of(struct tile_sums 
     if (l.has_min && l.scaling == SCALED_BLOCKS) _mm_storeu_si128((void *)s->pair, _mm256_cvtepi32_epi16(blocks));
 }
 
+static inline void prefetch_lines(const uint8_t *w, size_t n) {
+    for (size_t i = 0; i < n; i += 64) _mm_prefetch((const char *)w + i, _MM_HINT_T1);
+}
 /* Rows read side by side make memory several times slower than rows read in order, so their lines are prefetched in
  * order: the next rows, while these are multiplied, and a share with each part of a tile, because a burst of
  * prefetches holds up the loads behind it. */
-struct ahead { const char *at, *end; size_t share; };
+struct ahead { const uint8_t *at, *end; size_t share; };
 static inline __attribute__((always_inline)) void prefetch_share(struct ahead *a) {
-    const char *stop = a->at + a->share < a->end ? a->at + a->share : a->end;
-    for (; a->at < stop; a->at += 64) _mm_prefetch(a->at, _MM_HINT_T1);
+    const size_t left = (size_t)(a->end - a->at), n = a->share < left ? a->share : left;
+    prefetch_lines(a->at, n);
+    a->at += n;
 }
 
 #define FOR_EACH(k, m) for (int k = 0; k < n; k++) for (int m = 0; m < PANELS; m++)
@@ -98,19 +102,16 @@ static inline __attribute__((always_inline)) void tile_add(const struct panel *p
             dot[k][m] = l.scaling == SCALED_BYTES ? total[k][m] : l.has_offset ? _mm512_set1_epi32(s[k].start[b]) : _mm512_setzero_si512();
             odd[k][m] = _mm512_setzero_si512();
         }
-#pragma GCC unroll 4
-        for (int j = 64 / parts * b; j < 64 / parts * (b + 1); j += 2)
-            for (int h = 0; h < 2; h++) {
-                __m512i w[PANELS];
-                for (int m = 0; m < PANELS; m++) w[m] = p[m].q[j + h];
-                for (int k = 0; k < n; k++) {
-                    const __m512i v = broadcast_dword(x[k]->qs + 4 * (j + h));
-                    for (int m = 0; m < PANELS; m++) {
-                        if (h && n < 3) odd[k][m] = dot_add(odd[k][m], w[m], v);
-                        else dot[k][m] = dot_add(dot[k][m], w[m], v);
-                    }
-                }
+#pragma GCC unroll 8
+        for (int j = 64 / parts * b; j < 64 / parts * (b + 1); j++) {
+            __m512i w[PANELS];
+            for (int m = 0; m < PANELS; m++) w[m] = p[m].q[j];
+            for (int k = 0; k < n; k++) {
+                const __m512i v = broadcast_dword(x[k]->qs + 4 * j);
+                __m512i *sums = j % 2 && n < 3 ? odd[k] : dot[k];
+                for (int m = 0; m < PANELS; m++) sums[m] = dot_add(sums[m], w[m], v);
             }
+        }
         FOR_EACH(k, m) {
             const __m512i sum = n < 3 ? _mm512_add_epi32(dot[k][m], odd[k][m]) : dot[k][m];
             if (l.scaling == SCALED_BYTES) total[k][m] = sum;
@@ -172,9 +173,6 @@ typedef void fill_fn(struct panel *p, const uint8_t *const *rows, int blocks);
 static inline const block_q8 *x_row(const struct ms4_mul *m, int t) {
     return (const void *)((const char *)m->x + (size_t)(m->x_rows ? m->x_rows[t] : t) * m->x_stride);
 }
-static inline void prefetch_lines(const uint8_t *w, size_t n) {
-    for (size_t i = 0; i < n; i += 64) _mm_prefetch((const char *)w + i, _MM_HINT_T1);
-}
 /* bytes: of a superblock of weights; pack_grid: NULL for types without a grid */
 static void gemm(const struct ms4_mul *m, fill_fn *fill, tiles_fn *tiles, int offset, size_t bytes, pack_grid_fn *pack_grid) {
     enum { ROWS = PANELS * PANEL_ROWS };
@@ -191,8 +189,8 @@ static void gemm(const struct ms4_mul *m, fill_fn *fill, tiles_fn *tiles, int of
         for (int t = 0; t < n_tokens; t++) x[t] = x_row(m, t0 + t);
         for (int r0 = 0; r0 < m->n_rows; r0 += ROWS) {
             const int n_rows = m->n_rows - r0 < ROWS ? m->n_rows - r0 : ROWS;
-            const char *ahead = (const char *)m->w + (size_t)(r0 + ROWS) * m->row_bytes;
-            if (r0 + 2 * ROWS > m->n_rows) ahead = t0 + CHUNK < m->n_tokens ? NULL : (const char *)m->next;
+            const uint8_t *ahead = m->w + (size_t)(r0 + ROWS) * m->row_bytes;
+            if (r0 + 2 * ROWS > m->n_rows) ahead = t0 + CHUNK < m->n_tokens ? NULL : m->next;
             const uint8_t *rows[ROWS];
             for (int r = 0; r < ROWS; r++) rows[r] = m->w + (size_t)(r0 + (r < n_rows ? r : n_rows - 1)) * m->row_bytes;
             memset(y, 0, (size_t)n_tokens * ROWS * sizeof *y);
