@@ -223,38 +223,42 @@ class Settings:
     adamw: float = 2e-3
 
 
-def parts(named: Iterable[tuple[str, nn.Parameter]]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The matrices inside the network, and everything else."""
+def optimizers(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch.optim.Optimizer]:
+    """Muon for the matrices inside the network, AdamW for its ends, the norms and the two extra layers.
+
+    Whoever steps them sets their learning rates.
+    """
     named = list(named)
     inner = {name for name, p in named if p.dim() == 2 and not name.startswith(("spell", "count"))}
-    return [p for name, p in named if name in inner], [p for name, p in named if name not in inner]
+    matrices = [p for name, p in named if name in inner]
+    others = [p for name, p in named if name not in inner]
+    return {
+        "muon": torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        "adamw": torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01),
+    }
 
 
 class Optimizers:
-    """Muon for the matrices inside the network, AdamW for its ends, the norms and the two extra layers."""
+    """The optimizers of a run, with their learning rates."""
 
     def __init__(self, reader: Reader, settings: Settings) -> None:
         self.settings = settings
-        inner, outer = parts(reader.named_parameters())
-        self.muon = torch.optim.Muon(
-            inner, lr=settings.muon, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
-        )
-        self.adamw = torch.optim.AdamW(outer, lr=settings.adamw, betas=(0.9, 0.98), weight_decay=0.01)
+        self.named = optimizers(reader.named_parameters())
 
     def step(self, step: int) -> None:
         rate = min(1.0, (step + 1) / 100, 0.02 + 1.25 * (1 - step / self.settings.steps))
-        for optimizer, base in ((self.muon, self.settings.muon), (self.adamw, self.settings.adamw)):
+        for name, optimizer in self.named.items():
             for group in optimizer.param_groups:
-                group["lr"] = base * rate
+                group["lr"] = vars(self.settings)[name] * rate
             optimizer.step()
             optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+        return {name: optimizer.state_dict() for name, optimizer in self.named.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.muon.load_state_dict(state["muon"])
-        self.adamw.load_state_dict(state["adamw"])
+        for name, optimizer in self.named.items():
+            optimizer.load_state_dict(state[name])
 
 
 def train(folder: Path, settings: Settings) -> None:

@@ -50,12 +50,7 @@ class JointTrainer(Trainer):
         everything, self.named = self.named, {n: p for n, p in self.named.items() if n not in of_tower}
         optimizers = super().make_optimizers()
         self.named = everything
-        inner, outer = tower.parts(of_tower.items())
-        optimizers["tower muon"] = torch.optim.Muon(
-            inner, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
-        )
-        optimizers["tower adamw"] = torch.optim.AdamW(outer, betas=(0.9, 0.98), weight_decay=0.01)
-        return optimizers
+        return optimizers | {f"tower {name}": one for name, one in tower.optimizers(of_tower.items()).items()}
 
     def rate(self, optimizer: str) -> float:
         if not optimizer.startswith("tower"):
