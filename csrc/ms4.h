@@ -33,7 +33,7 @@ typedef enum {
 const char *ms4_error(void);                      /* text of this thread's last failure */
 
 typedef struct {
-    const char *isa;             /* kernel table in use: "avx512", "avx2", "neon" or "ref" */
+    const char *isa;             /* kernel table in use: "avx512", "avxvnni", "avx2", "neon" or "ref" */
     int32_t n_threads;           /* default number of threads: affinity and cgroup quota allow so many */
 } ms4_machine;
 int ms4_probe(ms4_machine *out);

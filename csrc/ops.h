@@ -77,6 +77,7 @@ struct ms4_ops {
 extern const struct ms4_ops ops_ref;
 extern const struct ms4_ops ops_neon;      /* AArch64 only: dotprod */
 extern const struct ms4_ops ops_avx2;      /* x86-64 only: AVX2 FMA F16C */
+extern const struct ms4_ops ops_avxvnni;   /* x86-64 only: AVX2 FMA F16C AVX-VNNI */
 extern const struct ms4_ops ops_avx512;    /* x86-64 only: F BW DQ VL VNNI */
 
 struct ms4_type_info { const char *name; int32_t id, weights, bytes, quantised; };

@@ -523,7 +523,7 @@ static void check_table(void) {
     run_check("peaks", check_peaks, time_peaks);
 }
 int main(int argc, char **argv) {
-    static const char *const isas[] = { "avx2", "avx512", "neon" };
+    static const char *const isas[] = { "avx2", "avxvnni", "avx512", "neon" };
     struct timespec t;
     clock_gettime(CLOCK_REALTIME, &t);
     seed = getenv("MS4_TEST_SEED") ? strtoull(getenv("MS4_TEST_SEED"), NULL, 10) : (uint64_t)t.tv_nsec;

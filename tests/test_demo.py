@@ -30,7 +30,7 @@ ASKED = {  # what people type first
 }
 
 
-@pytest.fixture(params=["ref", "avx2", "avx512", "neon"])
+@pytest.fixture(params=["ref", "avx2", "avxvnni", "avx512", "neon"])
 def examiner(request, monkeypatch):
     """The open checkpoint, computed by one kernel table."""
     monkeypatch.setenv("MS4_ISA", request.param)

@@ -188,24 +188,29 @@ static void product_avx2(float *c, size_t c_stride, const float *a, size_t a_str
     }
 }
 
+/* The two tables differ in the products with quantised weights only. */
+#define FLOAT_PRODUCTS [MS4_TYPE_f32] = avx2_mul_f32, [MS4_TYPE_f16] = avx2_mul_f16, [MS4_TYPE_bf16] = avx2_mul_bf16
+#define ALL_BUT_PRODUCTS \
+    .dequantize = DEQUANTIZE_TABLE, \
+    .quantize = quantize_plain, \
+    .rms_norm = rms_norm_plain, \
+    .silu_mul = silu_mul_plain, \
+    .add_scaled = add_scaled_plain, \
+    .attend = attend_avx2, \
+    .from_half = from_half_avx2, \
+    .to_half = to_half_avx2, \
+    .transpose_keys = transpose_keys_avx2, \
+    .product = product_avx2, \
+    .float_peak = float_peak
+
+#define X(type, family) [MS4_TYPE_##type] = avx2_mul_##type,
 const struct ms4_ops ops_avx2 = {
-    .isa = "avx2",
-    .mul = {
-#define X(name, id, weights, bytes, quantised) [MS4_TYPE_##name] = avx2_mul_##name,
-        MS4_TYPES(X)
-#undef X
-    },
-    .dequantize = DEQUANTIZE_TABLE,
-    .quantize = quantize_plain,
-    .rms_norm = rms_norm_plain,
-    .silu_mul = silu_mul_plain,
-    .add_scaled = add_scaled_plain,
-    .attend = attend_avx2,
-    .from_half = from_half_avx2,
-    .to_half = to_half_avx2,
-    .transpose_keys = transpose_keys_avx2,
-    .product = product_avx2,
-    .int8_peak = int8_peak,
-    .float_peak = float_peak,
+    .isa = "avx2", .mul = { UNPACK_TYPES(X) FLOAT_PRODUCTS }, .int8_peak = int8_peak, ALL_BUT_PRODUCTS
 };
+#undef X
+#define X(type, family) [MS4_TYPE_##type] = avxvnni_mul_##type,
+const struct ms4_ops ops_avxvnni = {
+    .isa = "avxvnni", .mul = { UNPACK_TYPES(X) FLOAT_PRODUCTS }, .int8_peak = avxvnni_int8_peak, ALL_BUT_PRODUCTS
+};
+#undef X
 #endif

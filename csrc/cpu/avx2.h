@@ -7,10 +7,14 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* avx2_mul.c; avx2_gemv.c: one token, n_cols a multiple of 256 */
-#define X(type, family) void avx2_mul_##type(const struct ms4_mul *m); void avx2_gemv_##type(const struct ms4_mul *m);
+/* avx2_mul.c; avxvnni_mul.c; avx2_gemv.c: one token, n_cols a multiple of 256 */
+#define X(type, family) \
+    void avx2_mul_##type(const struct ms4_mul *m); \
+    void avxvnni_mul_##type(const struct ms4_mul *m); \
+    void avx2_gemv_##type(const struct ms4_mul *m);
 UNPACK_TYPES(X)
 #undef X
+uint64_t avxvnni_int8_peak(uint64_t rounds);
 
 /* v[r] lane c becomes v[c] lane r. */
 INLINE void transpose_8(__m256i *v) {

@@ -9,7 +9,7 @@
 
 static const struct ms4_ops *const tables[] = {     /* best first; ref always runs */
 #if defined(__x86_64__)
-    &ops_avx512, &ops_avx2,
+    &ops_avx512, &ops_avxvnni, &ops_avx2,
 #elif defined(__aarch64__)
     &ops_neon,
 #endif
@@ -21,7 +21,9 @@ static int cpu_can_run(const struct ms4_ops *t) {
     if (t == &ops_avx512)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
             && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-    if (t == &ops_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (t == &ops_avxvnni) return avx2 && __builtin_cpu_supports("avxvnni");
+    if (t == &ops_avx2) return avx2;
 #elif defined(__aarch64__)
     if (t == &ops_neon) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #endif

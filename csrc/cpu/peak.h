@@ -28,6 +28,18 @@ static uint64_t float_peak(uint64_t rounds) {
     (void)keep;
     return rounds * PEAK_CHAINS * 16;
 }
+#elif defined(__AVXVNNI__)
+#include <immintrin.h>
+static uint64_t int8_peak(uint64_t rounds) {
+    __m256i sum[PEAK_CHAINS], a = _mm256_set1_epi8((char)rounds), b = _mm256_set1_epi8(3);
+    for (int j = 0; j < PEAK_CHAINS; j++) sum[j] = _mm256_set1_epi32(j);
+    for (uint64_t i = 0; i < rounds; i++)
+        for (int j = 0; j < PEAK_CHAINS; j++) sum[j] = _mm256_dpbusd_avx_epi32(sum[j], a, b);
+    for (int j = 1; j < PEAK_CHAINS; j++) sum[0] = _mm256_add_epi32(sum[0], sum[j]);
+    volatile int keep = _mm256_extract_epi32(sum[0], 0);
+    (void)keep;
+    return rounds * PEAK_CHAINS * 32;
+}
 #elif defined(__AVX2__)
 #include <immintrin.h>
 static uint64_t int8_peak(uint64_t rounds) {
