@@ -27,7 +27,7 @@ TOWER_RATE = 0.5  # afterwards its learning rate, as a multiple of the text mode
 
 class JointTrainer(Trainer):
     file = "joint.pt"
-    decay = 1.0
+    decay = 0.4
 
     def is_trained(self, name: str) -> bool:
         return True
@@ -108,7 +108,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Trains text model and tower together.")
     parser.add_argument("--export", type=Path, help="write what was trained so far into this folder, and stop")
     parser.add_argument("--from", type=Path, dest="source", help="begin with the weights of this exported checkpoint")
-    options = train_text.arguments(parser, tokens=42_000_000, batch=1536, rate=1.5e-3)
+    options = train_text.arguments(parser, tokens=42_000_000, batch=1536, rate=1.2e-3)
     if options.export:
         export(options.folder, options.export)
     else:
