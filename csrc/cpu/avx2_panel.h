@@ -11,7 +11,8 @@
 #define ROWS 8              /* rows of a panel, and rows computed together for one token: the lanes of a register */
 
 /* What a type's quants are like.  span: how many products of pairs, each at most 127 * (2 * the largest quant), fit 16
- * bits when added up; 0: the quants are signed.  scales: of 32 weights.  Those with a bias have it in their panel too. */
+ * bits when added up; 0: the quants are signed.  scales: of 32 weights, one or two.  Those with a bias have it in their
+ * panel too. */
 struct form { enum family family; int span, scales, biased; };
 /* X(form, family, span, scales, biased) */
 #define FORMS(X) \

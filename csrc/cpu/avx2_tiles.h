@@ -1,8 +1,8 @@
 /* avx2_tiles.h -- products with many tokens on AVX2: of a panel, of all panels, and the table of them.
  *
  * The including file defines MUL(type), the name of a type's product; TILE, the tokens whose sums are held in registers
- * together; and tile_chunk(dots, p, x, n, c, f), which multiplies chunk c (32 weights) of n tokens: it adds the products
- * times their scales to dots, or, for 32-blocks, sets dots to them, of 16-blocks the second one at TILE.
+ * together; and tile_chunk(dots, p, x, n, c, f), which multiplies chunk c (32 weights) of n tokens: it adds the
+ * products times their scales to dots, or, for 32-blocks, sets dots to them, of 16-blocks the second one at TILE.
  */
 #ifndef MS4_AVX2_TILES_H
 #define MS4_AVX2_TILES_H

@@ -1,5 +1,5 @@
-/* avxvnni_mul.c -- products with many tokens on AVX2 with AVX-VNNI, one instruction for four products of bytes and their
- * sum: consumer processors of Intel since 2021, which have no AVX-512.
+/* avxvnni_mul.c -- products with many tokens on AVX2 with AVX-VNNI: one instruction for four products of bytes and
+ * their sum.  For the consumer processors of Intel since 2021, which have no AVX-512.
  *
  * The sums are the same integers as in avx2_mul.c, so the results are the same bits.
  */
@@ -22,8 +22,9 @@ INLINE void tile_chunk(__m256i *dots, const struct panel *p, const block_q8 *con
             for (int t = 0; t < n; t++)
                 part[t] = _mm256_dpbusd_avx_epi32(part[t], p->q[c * 8 + j], broadcast4(x[t]->qs + c * 32 + j * 4));
         for (int t = 0; t < n; t++) {
-            if (is_blocks(f.family)) dots[s ? TILE + t : t] = part[t];
-            else dots[t] = _mm256_add_epi32(dots[t], narrow ? _mm256_madd_epi16(part[t], scale) : _mm256_mullo_epi32(part[t], scale));
+            if (is_blocks(f.family)) { dots[s ? TILE + t : t] = part[t]; continue; }
+            part[t] = narrow ? _mm256_madd_epi16(part[t], scale) : _mm256_mullo_epi32(part[t], scale);
+            dots[t] = _mm256_add_epi32(dots[t], part[t]);
         }
     }
 }
