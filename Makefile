@@ -14,6 +14,8 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 TRAIN = build/demo-train
+# What a step of the training frees, the next one asks for again: kept in huge pages it comes without page faults.
+KEEP = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 MALLOC_ARENA_MAX=1 THP_MEM_ALLOC_ENABLE=1
 KERNELS = tests/checkkernels.c csrc/types.c build/glue/grids.c $(wildcard csrc/cpu/*.c)
 CHECK = -std=gnu11 -ffp-contract=off -fno-math-errno -Wall -Wextra -Icsrc $(KERNELS) -lm -pthread
 
@@ -36,7 +38,7 @@ skills: all
 train-demo: all .venv/train
 	@mkdir -p $(TRAIN)
 	OMP_NUM_THREADS=1 $(PY) -m ms4.models.training.tower $(TRAIN) & tower=$$!; OMP_NUM_THREADS=1 $(PY) -m ms4.models.training.train_text $(TRAIN) && wait $$tower
-	$(PY) -m ms4.models.training.train_joint $(TRAIN)
+	$(KEEP) $(PY) -m ms4.models.training.train_joint $(TRAIN)
 	$(PY) -m ms4.models.training.train_joint $(TRAIN) --export $(TRAIN)/hf
 	$(PY) -m ms4.models.convert $(TRAIN)/hf $(TRAIN)/ms4-demo.gguf --type Q4_K_M --mmproj $(TRAIN)/ms4-demo-mmproj.gguf --name "ms4 demo"
 test: all
