@@ -22,6 +22,7 @@ from ms4.models.training.train_text import Drawn, Trainer
 
 N_PICTURES = 64  # in a step
 FROZEN = 100  # steps in which the tower stands still
+TOKENS = [42_000_000, 46_000_000, 50_000_000]  # the rate falls to zero at each, and begins once more in between
 TOWER_RATE = 0.5  # afterwards its learning rate, as a multiple of the text model's
 
 
@@ -108,7 +109,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Trains text model and tower together.")
     parser.add_argument("--export", type=Path, help="write what was trained so far into this folder, and stop")
     parser.add_argument("--from", type=Path, dest="source", help="begin with the weights of this exported checkpoint")
-    options = train_text.arguments(parser, tokens=42_000_000, batch=1536, rate=1.2e-3)
+    options = train_text.arguments(parser, tokens=TOKENS, batch=1536, rate=1.2e-3)
     if options.export:
         export(options.folder, options.export)
     else:

@@ -121,7 +121,8 @@ class Trainer:
 
     def rate(self, optimizer: str) -> float:
         """The learning rate of an optimizer at this step."""
-        left = max(0.0, 1 - self.state.tokens / self.options.tokens)
+        end = next((end for end in self.options.tokens if self.state.tokens < end), self.state.tokens)
+        left = 1 - self.state.tokens / end
         rate = self.options.rate * min(1.0, (self.state.step + 1) / WARM_UP, left / self.decay if self.decay else 1.0)
         return rate * MUON if optimizer == "muon" else rate
 
@@ -181,14 +182,14 @@ class Trainer:
     def run(self) -> None:
         begun = saved = measured = reported = time.monotonic()
         first, average = self.state.tokens, 0.0
-        while self.state.tokens < self.options.tokens and not self.stopped:
+        while self.state.tokens < self.options.tokens[-1] and not self.stopped:
             loss, uneven = self.step()
             average = loss if not average else average + 0.05 * (loss - average)
             now = time.monotonic()
             if now - reported > REPORT_EVERY:
                 reported = now
                 speed = (self.state.tokens - first) / (now - begun)
-                eta = (self.options.tokens - self.state.tokens) / speed / 60
+                eta = (self.options.tokens[-1] - self.state.tokens) / speed / 60
                 marks = " ".join(f"{kind} {mark:.2f}" for kind, mark in self.state.marks.items())
                 print(
                     f"step {self.state.step} tokens {self.state.tokens / 1e6:.2f}M loss {average:.4f} "
@@ -218,10 +219,10 @@ def start(trainer: Trainer) -> None:
         sys.exit("stopped; the same command goes on from here")
 
 
-def arguments(parser: argparse.ArgumentParser, tokens: int, batch: int, rate: float) -> argparse.Namespace:
+def arguments(parser: argparse.ArgumentParser, tokens: list[int], batch: int, rate: float) -> argparse.Namespace:
     """What the command line says; `parser` knows the options that only one of the two trainings has."""
     parser.add_argument("folder", type=Path, nargs="?", default=Path("build/demo-train"))
-    parser.add_argument("--tokens", type=int, default=tokens, help="how many to train on")
+    parser.add_argument("--tokens", type=int, nargs="+", default=tokens, help="after how many the rate has fallen")
     parser.add_argument("--batch", type=int, default=batch, help="tokens of text in a step")
     parser.add_argument("--rate", type=float, default=rate, help="learning rate")
     options = parser.parse_args()
@@ -231,5 +232,5 @@ def arguments(parser: argparse.ArgumentParser, tokens: int, batch: int, rate: fl
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Trains the text model of the demonstration checkpoint.")
-    options = arguments(parser, tokens=7_500_000, batch=3072, rate=1.5e-3)
+    options = arguments(parser, tokens=[7_500_000], batch=3072, rate=1.5e-3)
     start(Trainer(options.folder, options))
