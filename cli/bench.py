@@ -1,7 +1,7 @@
 """`ms4 bench`: how fast the model reads (prefill) and writes (decode), and which limit of the machine that is near to.
 
-The limits are measured in the same run, because on shared machines they drift: bytes per second read from memory, and
-8-bit multiply-adds per second in registers.  The tokens are random, so no tokenizer is needed and
+The limits are measured in the same run, because on shared machines they drift: bytes per second when the weights are
+just read in order, and 8-bit multiply-adds per second in registers.  The tokens are random, so no tokenizer is needed and
 the experts are spread as evenly as the router allows.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import ms4
-from ms4.cli import errors, host, loading, render, streams
+from ms4.cli import errors, loading, render, streams
 from ms4.cli.errors import UsageError
 from ms4.cli.options import EngineOptions
 
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from ms4.models.model import Model
 
 SEED = 4
-MOST_MEASURED = 1 << 30  # bytes read to measure the bandwidth: more than a cache holds (a server's has 480 MB)
-LEAST_MEASURED = 1 << 26
-N_MEASURED = 2  # times, before and after the phases; the best counts
+MOST_MEASURED = 1 << 33  # bytes of the weights read to measure the bandwidth
 NEAR = 0.25  # below this share of both limits, neither of them is what holds the phase back
 N_BATCH = 2048  # tokens computed together: every so many, the weights are read once more
 
@@ -64,23 +62,16 @@ def bench(plan: Plan, engine: EngineOptions, form: str) -> int:
         n_ctx = max(plan.depths) + plan.n_read + plan.n_written
         if n_ctx > shape.n_ctx_train:
             raise UsageError(f"depth, --pp and --tg need {n_ctx} positions; the model has {shape.n_ctx_train}")
-        before = measure(model)
+        before = model.engine.measure(MOST_MEASURED)
         rows: list[Row] = []
         with model.session(n_ctx) as session, interruptible(session):
             for depth in plan.depths:
                 status.show(f"depth {depth}")
                 rows += measure_depth(plan, depth, model, session)
-        limits = best([before, measure(model)])
+        limits = best([before, model.engine.measure(MOST_MEASURED)])
         status.clear()
         show(model, [against(row, limits) for row in rows], limits, engine.require(), form)
     return errors.OK
-
-
-def measure(model: "Model") -> ms4.Limits:
-    available = host.available_memory() or LEAST_MEASURED
-    n_bytes = max(min(MOST_MEASURED, available // 8), LEAST_MEASURED)
-    threads = model.engine.stats().n_threads
-    return best([ms4.measure(threads, n_bytes) for _ in range(N_MEASURED)])
 
 
 def best(found: list[ms4.Limits]) -> ms4.Limits:

@@ -173,13 +173,6 @@ def probe() -> Machine:
     return Machine(ffi.string(out.isa).decode(), out.n_threads)
 
 
-def measure(n_threads: int, n_bytes: int) -> Limits:
-    """The limits of this machine with so many threads; n_bytes are read to find the bandwidth."""
-    out = ffi.new("ms4_limits *")
-    check(lib.ms4_measure(n_threads, n_bytes, out))
-    return Limits(out.read_bytes_per_s, out.int8_macs_per_s, out.float_macs_per_s)
-
-
 def tensor_table(tensors: Sequence[Tensor], roles: dict[str, int]) -> tuple[Any, list[Any]]:
     """The C table of the tensors, and what must stay alive while it is used."""
     import numpy as np
@@ -236,6 +229,12 @@ class Engine:
         out = ffi.new("ms4_engine **")
         check(lib.ms4_engine_open(c_shape, table, len(tensors), ffi.new("char *[]", names), len(names), options, out))
         return cls(out[0], shape)
+
+    def measure(self, most: int) -> Limits:
+        """The limits of this machine for this engine; at most so many bytes of its weights are read."""
+        out = ffi.new("ms4_limits *")
+        check(lib.ms4_measure(self._live(), most, out))
+        return Limits(out.read_bytes_per_s, out.int8_macs_per_s, out.float_macs_per_s)
 
     def session(self, n_ctx: int) -> Session:
         """A new, empty line of at most n_ctx tokens."""

@@ -27,11 +27,16 @@ typedef struct {
     size_t d_latent;           /* kv_rank + d_rope */
 } attend_job;
 
-/* Dequantised rows [first, first + n_rows) of one head of k_b or v_b. */
+/* Dequantised rows [first, first + n_rows) of one head of k_b or v_b.  Decode reads each head's once: with every row it
+ * asks for the same one of the next head. */
 static void load_rows(const ms4_engine *e, const matrix *m, int32_t head, int32_t first, int32_t n_rows, float *out) {
     matrix s = matrix_rows(m, head, first, n_rows);
-    size_t n = (size_t)s.n_cols;
-    for (int32_t r = 0; r < s.n_rows; r++) e->ops->dequantize[s.type](out + (size_t)r * n, s.data + (size_t)r * s.row_bytes, n);
+    size_t n = (size_t)s.n_cols, ahead = head + 1 < m->n_slices ? s.slice_bytes : 0;
+    for (int32_t r = 0; r < s.n_rows; r++) {
+        const uint8_t *row = s.data + (size_t)r * s.row_bytes;
+        e->ops->dequantize[s.type](out + (size_t)r * n, row, n);
+        for (size_t i = 0; ahead && i < s.row_bytes; i += 64) __builtin_prefetch(row + ahead + i, 0, 2);
+    }
     if (s.scales)
         for (size_t i = 0; i < (size_t)s.n_rows * n; i++) out[i] *= s.scales[0];
 }
@@ -59,12 +64,6 @@ static void mul_float(const ms4_engine *e, const float *w, int32_t rows, int32_t
                            .y_stride = y_stride };
     e->ops->mul[MS4_TYPE_f32](&mul);
 }
-/* Decode reads each head's slice once: asks for the one that comes after this one. */
-static void prefetch_slice(const matrix *m, int32_t head) {
-    if (head + 1 >= m->n_slices) return;
-    const uint8_t *at = m->data + (size_t)(head + 1) * m->slice_bytes;
-    for (size_t i = 0; i < (size_t)m->n_rows * m->row_bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
-}
 /* y = one head of m times n rows x.  Few tokens take a few rows of m at a time, which then stay in the L1 cache. */
 static void mul_slice(const ms4_engine *e, const matrix *m, int32_t head, const float *x, size_t x_stride, int32_t n, float *y,
                       size_t y_stride, float *scratch) {
@@ -87,7 +86,6 @@ static void absorb_item(void *context, int32_t item, int32_t thread) {
     float *w = e->ws.scratch[thread];
     const float *q = e->ws.q + (size_t)first * q_stride + (size_t)head * d_head;
     float *a = e->ws.absorbed + (size_t)first * a_stride + (size_t)head * job->d_latent;
-    prefetch_slice(&job->w->k_b, head);
     if (job->w->k_b_transposed) {
         load_k_b(job, head, 1, w, w + (size_t)s->kv_rank * (size_t)s->d_nope);
         mul_float(e, w, s->kv_rank, s->d_nope, q, q_stride, n, a, a_stride);
@@ -201,7 +199,6 @@ static void collect_item(void *context, int32_t item, int32_t thread) {
         }
         for (size_t i = 0; i < rank; i++) x[(size_t)t * rank + i] = from[2 + i] / from[1];
     }
-    prefetch_slice(&job->w->v_b, head);
     mul_slice(e, &job->w->v_b, head, x, rank, n, e->ws.o + (size_t)first * d_o + (size_t)head * (size_t)s->d_value, d_o, w);
 }
 static int attend_absorbed(attend_job *job) {

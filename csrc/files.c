@@ -215,6 +215,7 @@ void files_close(files *f) {
     memory_give(f->file);
     memory_give(f);
 }
+uint64_t files_bytes(const files *f, int32_t index) { return index >= 0 && (size_t)index < f->n ? f->file[index].bytes : 0; }
 const uint8_t *files_at(const files *f, int32_t index, uint64_t offset, uint64_t bytes) {
     if (index < 0 || (size_t)index >= f->n) return NULL;
     const one_file *file = &f->file[index];

@@ -1,11 +1,8 @@
 /* machine.c -- what this machine can do: kernel table, threads, read bandwidth, int8 rate. */
 #include "clock.h"
-#include "error.h"
 #include "memory.h"
-#include "ops.h"
-#include "pool.h"
+#include "model.h"
 #include <stdlib.h>
-#include <string.h>
 
 int ms4_probe(ms4_machine *out) {
     const char *isa = getenv("MS4_ISA");
@@ -15,15 +12,29 @@ int ms4_probe(ms4_machine *out) {
     return MS4_OK;
 }
 
-#define PIECE ((size_t)1 << 20)
+#define PIECE ((uint64_t)1 << 20)
 #define PEAK_ROUNDS 200000
-typedef struct { const struct ms4_ops *ops; const uint64_t *words; uint64_t sums[512]; } probe_job;
+typedef struct { const struct ms4_ops *ops; const files *files; uint64_t sums[512]; } probe_job;
 
+/* A piece of the files, counted through all of them; 0 bytes: there are not so many. */
+static const uint64_t *piece_at(const files *f, int32_t item, uint64_t *bytes) {
+    uint64_t at = (uint64_t)item * PIECE, of_file;
+    for (int32_t i = 0; (of_file = files_bytes(f, i)); i++) {
+        uint64_t pieces = (of_file + PIECE - 1) / PIECE * PIECE;
+        if (at < pieces) {
+            *bytes = of_file - at < PIECE ? of_file - at : PIECE;
+            return (const uint64_t *)files_at(f, i, at, *bytes);
+        }
+        at -= pieces;
+    }
+    *bytes = 0;
+    return NULL;
+}
 static void read_item(void *context, int32_t item, int32_t thread) {
     probe_job *job = context;
-    const uint64_t *w = job->words + (size_t)item * (PIECE / sizeof *w);
-    uint64_t sum[8] = { 0 };
-    for (size_t i = 0; i < PIECE / sizeof *w; i += 8)
+    uint64_t sum[8] = { 0 }, bytes;
+    const uint64_t *w = piece_at(job->files, item, &bytes);
+    for (size_t i = 0; i + 8 <= bytes / sizeof *w; i += 8)
         for (int j = 0; j < 8; j++) sum[j] += w[i + (size_t)j];
     for (int j = 0; j < 8; j++) job->sums[thread] += sum[j];
 }
@@ -37,40 +48,30 @@ static void float_item(void *context, int32_t item, int32_t thread) {
     (void)item;
     job->sums[thread] = job->ops->float_peak(PEAK_ROUNDS);
 }
-/* Best rate of five runs of n_items items that do `work` each. */
+/* Best rate of five runs of n_items items that do `work` together. */
 static double best_of(pool *p, pool_fn *fn, probe_job *job, int32_t n_items, double work) {
     double best = 0;
     for (int pass = 0; pass < 5; pass++) {
         int64_t start = now_ns();
         pool_run(p, fn, job, n_items, NULL);
-        double rate = (double)n_items * work / (1e-9 * (double)(now_ns() - start));
+        double rate = work / (1e-9 * (double)(now_ns() - start));
         if (rate > best) best = rate;
     }
     return best;
 }
-static int measure(pool *p, probe_job *job, uint64_t bytes, ms4_limits *out) {
-    int32_t pieces = (int32_t)(bytes / PIECE), items = 4 * pool_size(p);
-    uint8_t *pages = memory_take_pages((size_t)pieces * PIECE, 1);
-    FAIL_IF(!pages, MS4_ENOMEM, "no memory to measure the read bandwidth");
-    memset(pages, 1, (size_t)pieces * PIECE);
-    job->words = (const uint64_t *)pages;
-    out->read_bytes_per_s = best_of(p, read_item, job, pieces, (double)PIECE);
-    memory_give_pages(pages, (size_t)pieces * PIECE);
-    out->int8_macs_per_s = best_of(p, int8_item, job, items, (double)job->ops->int8_peak(PEAK_ROUNDS));
-    out->float_macs_per_s = best_of(p, float_item, job, items, (double)job->ops->float_peak(PEAK_ROUNDS));
-    return MS4_OK;
-}
-int ms4_measure(int32_t n_threads, uint64_t bytes, ms4_limits *out) {
-    const char *isa = getenv("MS4_ISA");
-    FAIL_IF(bytes < 16 * PIECE || bytes / PIECE > INT32_MAX, MS4_EARG, "measure: at least 16 MiB");
+int ms4_measure(ms4_engine *e, uint64_t most, ms4_limits *out) {
     probe_job *job = memory_take(1, sizeof *job);
     FAIL_IF(!job, MS4_ENOMEM, "no memory to measure");
-    pool *p = NULL;
-    job->ops = ms4_ops_for(isa && *isa ? isa : NULL);
-    int status = job->ops ? pool_open(n_threads ? n_threads : pool_default_threads(), &p)
-                          : error_set(MS4_EARG, "MS4_ISA=%.40s: no such kernel table here", isa);
-    if (!status) status = measure(p, job, bytes, out);
-    pool_close(p);
+    job->ops = e->ops;
+    job->files = e->files;
+    int32_t n = 0, items = 4 * pool_size(e->pool);
+    uint64_t read = 0, bytes;
+    for (; read < most && piece_at(e->files, n, &bytes); n++) read += bytes;
+    pthread_mutex_lock(&e->turn);
+    out->read_bytes_per_s = best_of(e->pool, read_item, job, n, (double)read);
+    out->int8_macs_per_s = best_of(e->pool, int8_item, job, items, items * (double)e->ops->int8_peak(PEAK_ROUNDS));
+    out->float_macs_per_s = best_of(e->pool, float_item, job, items, items * (double)e->ops->float_peak(PEAK_ROUNDS));
+    pthread_mutex_unlock(&e->turn);
     memory_give(job);
-    return status;
+    return files_check(e->files);
 }

@@ -38,11 +38,6 @@ typedef struct {
 } ms4_machine;
 int ms4_probe(ms4_machine *out);
 
-/* The machine's limits with n_threads threads: bytes per second read from memory (best of a few passes over `bytes`
- * bytes), and multiply-adds per second of the kernel table's ISA in registers, 8-bit and float. */
-typedef struct { double read_bytes_per_s, int8_macs_per_s, float_macs_per_s; } ms4_limits;
-int ms4_measure(int32_t n_threads, uint64_t bytes, ms4_limits *out);
-
 /* --- the model ---------------------------------------------------------------------------- */
 typedef struct {                 /* hyperparameters; names and meaning as in SPEC 1.2, 1.3 and 4.3 */
     int32_t n_layer, n_dense_layer, n_vocab, n_ctx_train;
@@ -110,6 +105,12 @@ typedef struct {
     const char *isa;
 } ms4_stats;
 void ms4_engine_stats(ms4_engine *engine, ms4_stats *out);
+
+/* The limits of this machine for this engine and its threads, best of a few passes each: bytes per second, reading the
+ * first `most` bytes of its weights in order (caches hold less than a large model, so nothing else would do), and
+ * multiply-adds per second of the kernel table's ISA in registers, 8-bit and float. */
+typedef struct { double read_bytes_per_s, int8_macs_per_s, float_macs_per_s; } ms4_limits;
+int ms4_measure(ms4_engine *engine, uint64_t most, ms4_limits *out);
 
 /* --- a line of tokens --------------------------------------------------------------------- */
 int ms4_session_open(ms4_engine *engine, int32_t n_ctx, ms4_session **out);

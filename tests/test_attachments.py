@@ -195,8 +195,6 @@ def test_logits_count_the_places_of_images(ms4, tmp_path):
 
 
 def test_bench_measures_an_image(ms4, monkeypatch):
-    monkeypatch.setattr(bench, "N_MEASURED", 1)
-    monkeypatch.setattr(bench, "MOST_MEASURED", bench.LEAST_MEASURED)
     code, out, _ = ms4("bench", "-m", MODEL, "--mmproj", MMPROJ, "--image", "200x100", "--format", "json")
     found = json.loads(out)
     assert code == 0 and (found["width"], found["height"], found["n_tokens"], found["n_patches"]) == (140, 84, 18, 60)

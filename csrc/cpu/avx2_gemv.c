@@ -9,11 +9,11 @@
 #include "avx2.h"
 #include "avx2_rows.h"
 #include "plain.h"
+#include "prefetch.h"
 
 #define ROWS 8
 #define STEP 8                  /* superblocks */
 #define GEMV_SUPERBLOCKS 16     /* of a row in one pass */
-#define GEMV_AHEAD 45056        /* bytes to prefetch ahead, into L2: L1 has too few outstanding misses for memory's speed */
 #define LARGEST_BYTES SUPERBLOCK_BYTES(q8_0)
 
 /* How a type's activations are laid out: as they are, with the sums of even groups before those of odd ones; or for two
@@ -31,13 +31,6 @@ struct gemv_x {
 };
 typedef __m256 dot_fn(const uint8_t *w, const struct gemv_x *x, int at, const uint8_t *ahead);
 struct gemv_type { enum x_order order; int bias, narrow; size_t bytes; };
-
-/* Part i of n of a step's prefetches, which are spread out: a burst of them holds up the loads behind it.  Prefetching
- * goes on past the last row, to m->next or what follows: a prefetch cannot fault. */
-INLINE void prefetch_part(const uint8_t *ahead, int i, int n, size_t bytes) {
-    const size_t part = STEP * bytes / (size_t)n;
-    for (size_t at = 0; at < part; at += 64) _mm_prefetch((const char *)ahead + (size_t)i * part + at, _MM_HINT_T1);
-}
 
 /* --- activations ------------------------------------------------------------------------------------ */
 static void order_x(struct x_superblock *s, const block_q8 *x, enum x_order order) {
@@ -134,14 +127,15 @@ typedef void row_fn(struct row *o, const uint8_t *w, int n_blocks);
 INLINE void dot_rows(__m256i *dots, __m256i *mins, const uint8_t *w, const struct x_superblock *x, const uint8_t *ahead,
                      row_fn *open, size_t bytes, int bias, int is_signed, int has_min) {
 #pragma GCC unroll 1
-    for (int s = 0; s < STEP; s++) {
+    for (int s = 0; s < STEP; s++, w += bytes, ahead += bytes) {
         struct row o;
         __m256i dot = _mm256_setzero_si256();
-        prefetch_part(ahead, s, STEP, bytes);
-        open(&o, w + (size_t)s * bytes, 8);
+        open(&o, w, 8);
 #pragma GCC unroll 8
-        for (int c = 0; c < 8; c++)
+        for (int c = 0; c < 8; c++) {
             dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs(o.q[c], x[s].v[c], is_signed), scale_of_chunk(o.scale, c)));
+            prefetch_after(dot, ahead, c, 8, bytes);
+        }
         if (bias) {
             __m256i low = _mm256_mullo_epi16(o.scale, _mm256_set1_epi16((short)bias));
             dot = _mm256_sub_epi32(dot, _mm256_madd_epi16(low, x[s].sums));
@@ -230,7 +224,8 @@ INLINE __m256i spread_bytes(int a, int b) {
     return _mm256_set_m128i(_mm_set1_epi16((short)(0x8000 | b)), _mm_set1_epi16((short)(0x8000 | a)));
 }
 /* One superblock.  A block's products fit 16 bits, so its two halves are added up before they meet the scale. */
-INLINE __m256i dot_k_one(const uint8_t *qs, const uint8_t *qh, uint64_t scales, const __m256i *x, int has_high) {
+INLINE __m256i dot_k_one(const uint8_t *qs, const uint8_t *qh, uint64_t scales, const __m256i *x, const uint8_t *ahead, size_t bytes,
+                         int has_high) {
     const __m256i four = _mm256_set1_epi8(15), bit = _mm256_set1_epi8(16), scale = _mm256_set1_epi64x((long long)scales);
     __m256i dot = _mm256_setzero_si256();
     for (int h = 0; h < 2; h++) {
@@ -253,6 +248,8 @@ INLINE __m256i dot_k_one(const uint8_t *qs, const uint8_t *qh, uint64_t scales, 
             high = half ? _mm256_add_epi16(high, p1) : p1;
         }
         const __m256i here = h ? _mm256_srli_epi64(scale, 32) : scale;
+        prefetch_after(low, ahead, 2 * h, 4, bytes);
+        prefetch_after(high, ahead, 2 * h + 1, 4, bytes);
         low = _mm256_madd_epi16(low, _mm256_shuffle_epi8(here, spread_bytes(0, 2)));
         high = _mm256_madd_epi16(high, _mm256_shuffle_epi8(here, spread_bytes(1, 3)));
         dot = _mm256_add_epi32(h ? _mm256_add_epi32(dot, low) : low, high);
@@ -265,9 +262,9 @@ INLINE __m256 dot_k(const uint8_t *w, const struct gemv_x *x, int at, const uint
 #pragma GCC unroll 1
     for (int s = 0; s < STEP; s += 2) {
         const uint8_t *one = w + (size_t)s * bytes, *two = one + bytes;
-        prefetch_part(ahead, s / 2, STEP / 2, bytes);
-        dots[s] = dot_k_one(one + qs, one + 16, k_scales(one + 4), x->superblock[at + s].v, has_high);
-        dots[s + 1] = dot_k_one(two + qs, two + 16, k_scales(two + 4), x->superblock[at + s + 1].v, has_high);
+        const uint8_t *lines = ahead + (size_t)s * bytes;
+        dots[s] = dot_k_one(one + qs, one + 16, k_scales(one + 4), x->superblock[at + s].v, lines, bytes, has_high);
+        dots[s + 1] = dot_k_one(two + qs, two + 16, k_scales(two + 4), x->superblock[at + s + 1].v, lines + bytes, bytes, has_high);
     }
     const struct k_header k = load_k_header(w, bytes);
     const __m256 v = _mm256_mul_ps(k.d, to_floats(sum_each(dots)));
@@ -286,10 +283,11 @@ INLINE __m256 dot_blocks(const uint8_t *w, const struct gemv_x *x, int at, const
 #pragma GCC unroll 1
     for (int b = 0; b < 8; b++) {
         __m256i p[STEP];
-        prefetch_part(ahead, b, STEP, bytes);
 #pragma GCC unroll 8
-        for (int s = 0; s < STEP; s++)
+        for (int s = 0; s < STEP; s++) {
             p[s] = _mm256_madd_epi16(pairs(chunk(w + (size_t)s * bytes, b), x->superblock[at + s].v[b], is_signed), _mm256_set1_epi16(1));
+            prefetch_after(p[s], ahead + (size_t)b * bytes, s, STEP, bytes);
+        }
         if (narrow) {
             __m256i even, odd;
             sum_halves(&even, &odd, p);

@@ -34,7 +34,7 @@
 #define dot_nvfp4 NULL
 #define X(type, layout, offset, order, sums, row_offset, pack_grid) \
     static void mul_##type##_avx512(const struct ms4_mul *m) { \
-        static const struct gemv_type t = { dot_##type, order, sums, row_offset, MS4_TYPE_##type == MS4_TYPE_q8_0, SUPERBLOCK_BYTES(type), pack_grid }; \
+        static const struct gemv_type t = { dot_##type, order, sums, row_offset, SUPERBLOCK_BYTES(type), pack_grid }; \
         if (t.dot && m->n_tokens == 1 && m->n_cols % SUPERBLOCK == 0) gemv(m, &t); \
         else gemm(m, fill_##type, tiles_##layout, offset, SUPERBLOCK_BYTES(type), pack_grid); \
     }

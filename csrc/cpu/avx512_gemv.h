@@ -8,16 +8,9 @@
 #define MS4_AVX512_GEMV_H
 #include "avx512_float.h"
 #include "avx512_panel.h"
+#include "prefetch.h"
 
 #define GEMV_SUPERBLOCKS 16     /* of a row in one pass, and of one step */
-/* Memory gives most to a core in one of two ways.  Where very few instructions go to a byte (Q8_0) and superblocks are
- * read front to back, the prefetchers of the hardware do as well alone, and software only has to begin each new stretch.
- * The other types prefetch every line themselves, far ahead and into L2: L1 has too few outstanding misses. */
-#define GEMV_AHEAD 45056        /* bytes */
-#ifndef GEMV_BEGIN
-#define GEMV_BEGIN 8192         /* bytes of the next stretch */
-#endif
-
 /* The order of activations that a type's unpacking gives: of 16-byte chunks, or (QUAD_ORDER) byte i of vector j is
  * activation 4i + j. */
 enum chunk_order {
@@ -47,12 +40,6 @@ struct gemv_x {
  * ahead: where the lines to prefetch meanwhile begin, as many bytes as these 16 superblocks have */
 typedef __m512 dot_fn(const uint8_t *w, const struct gemv_x *x, const uint8_t *ahead);
 
-/* A quarter of a step's prefetches: they are spread out, because a burst of them holds up the loads behind it. */
-static inline __attribute__((always_inline)) void prefetch_quarter(const uint8_t *ahead, int quarter, size_t bytes) {
-    const char *p = (const char *)ahead + (size_t)quarter * 4 * bytes;
-    for (size_t i = 0; i < 4 * bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
-}
-
 /* For what is used more than once: the compiler would rather load it again, but a load across lines takes the time of two. */
 static inline __m512i load_once(const void *p) {
     __m512i v = load_512(p);
@@ -61,7 +48,7 @@ static inline __m512i load_once(const void *p) {
 }
 
 /* What a product of one type needs; bytes: of a superblock; factor: of the sums. */
-struct gemv_type { dot_fn *dot; enum chunk_order order; enum x_sums sums; int factor, in_order; size_t bytes; pack_grid_fn *pack_grid; };
+struct gemv_type { dot_fn *dot; enum chunk_order order; enum x_sums sums; int factor; size_t bytes; pack_grid_fn *pack_grid; };
 
 /* out[k]: lanes k of a[0..3] */
 static inline void transpose_lanes(__m512i *out, const __m512i *a) {
@@ -170,7 +157,6 @@ static void gemv_pass(const struct ms4_mul *m, const struct gemv_type *t, const 
             const uint8_t *w = m->w + (size_t)(r0 + r) * m->row_bytes + (size_t)first * bytes, *ahead = w + GEMV_AHEAD;
             uint8_t copy[GEMV_SUPERBLOCKS * SUPERBLOCK_BYTES(q8_0)];
             if (m->next && ahead >= end) ahead = m->next + (ahead - end);
-            if (t->in_order && m->next && GEMV_BEGIN && end - w <= GEMV_BEGIN) prefetch_lines(m->next + (GEMV_BEGIN - (end - w)), GEMV_SUPERBLOCKS * bytes);
             if (m->row_bytes != part || (size_t)(end - w) < GEMV_SUPERBLOCKS * bytes) {
                 copy_superblocks(copy, w, m->row_bytes, n_rows - r < step ? n_rows - r : step, part, bytes);
                 w = copy;
@@ -244,25 +230,31 @@ static inline __m512i k_scales(__m512i header) {
 }
 /* The products of the 8 blocks of four superblocks: even blocks in the lanes of even[r], odd ones in those of odd[r].
  * The four go side by side through each step, so that neighbouring instructions do not wait for each other. */
-static inline __attribute__((always_inline)) void dot_k_four(__m512i *even, __m512i *odd, const uint8_t *w, const __m512i (*x)[4], const int has_high) {
-    const size_t at = has_high ? offsetof(block_q5_k, qs) : offsetof(block_q4_k, qs), bytes = has_high ? sizeof(block_q5_k) : sizeof(block_q4_k);
+static inline __attribute__((always_inline)) void dot_k_four(__m512i *even, __m512i *odd, const uint8_t *w, const __m512i (*x)[4], const uint8_t *ahead, const int has_high) {
+    const size_t n = has_high ? 11 : 9, at = has_high ? offsetof(block_q5_k, qs) : offsetof(block_q4_k, qs), bytes = has_high ? sizeof(block_q5_k) : sizeof(block_q4_k);
     __m512i v[2][4];
     for (int r = 0; r < 4; r++) {
         const __m512i w0 = load_once(w + (size_t)r * bytes + at), w1 = load_once(w + (size_t)r * bytes + at + 64);
         v[0][r] = even_chunks(w0, w1);
         v[1][r] = odd_chunks(w0, w1);
+        prefetch_after(v[1][r], ahead, (size_t)r, n, 4 * bytes);
     }
-    for (int h = 0; h < 2; h++) {
+#pragma GCC unroll 2
+    for (size_t h = 0; h < 2; h++) {
         __m512i low[4], high[4];
         for (int r = 0; r < 4; r++) low[r] = low_nibbles(v[h][r]);
         for (int r = 0; r < 4; r++) high[r] = high_nibbles(v[h][r]);
+        if (has_high) prefetch_after(low[3], ahead, 9 + h, n, 4 * bytes);
+        if (h) prefetch_after(high[3], ahead, 5, n, 4 * bytes);
         for (int r = 0; r < 4 && has_high; r++) {
             const __m512i bits = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)(w + (size_t)r * bytes + offsetof(block_q5_k, qh) + 16 * h)));
             low[r] = _mm512_mask_add_epi8(low[r], _mm512_test_epi8_mask(bits, lane_bytes(1, 4, 16, 64)), low[r], _mm512_set1_epi8(16));
             high[r] = _mm512_mask_add_epi8(high[r], _mm512_test_epi8_mask(bits, lane_bytes(2, 8, 32, 128)), high[r], _mm512_set1_epi8(16));
         }
         for (int r = 0; r < 4; r++) even[r] = _mm512_dpbusd_epi32(h ? even[r] : _mm512_setzero_si512(), low[r], x[r][h]);
+        if (!h) prefetch_after(even[3], ahead, 4, n, 4 * bytes);
         for (int r = 0; r < 4; r++) odd[r] = _mm512_dpbusd_epi32(h ? odd[r] : _mm512_setzero_si512(), high[r], x[r][2 + h]);
+        if (h) prefetch_after(odd[3], ahead, 6, n, 4 * bytes);
     }
 }
 /* Dwords hold at most 8 * 31 * 127, so those of two superblocks fit 16 bits, and one instruction scales and adds both.
@@ -272,23 +264,24 @@ static inline __m512i scale_k_two(const __m512i *even, const __m512i *odd, __m51
     return _mm512_dpwssd_epi32(acc, _mm512_packs_epi32(odd[0], odd[1]), _mm512_shuffle_epi8(scales, _mm512_add_epi16(spread, _mm512_set1_epi16(1))));
 }
 static inline __attribute__((always_inline)) __m512 dot_k(const uint8_t *w, const struct gemv_x *x, const uint8_t *ahead, const int has_high) {
-    const size_t bytes = has_high ? sizeof(block_q5_k) : sizeof(block_q4_k);
+    const size_t bytes = has_high ? sizeof(block_q5_k) : sizeof(block_q4_k), n = has_high ? 11 : 9;
     /* lane l: byte 2l of the first superblock's scales in four words, then of the second's */
     const __m512i spread = _mm512_add_epi16(_mm512_broadcast_i32x4(_mm_setr_epi16(-32768, -32768, -32768, -32768, -32760, -32760, -32760, -32760)),
                                             _mm512_and_si512(lane_bytes(0, 2, 4, 6), _mm512_set1_epi16(255)));
     const __m512i first = _mm512_setr_epi64(0, 2, 0, 2, 0, 2, 0, 2), odd_fours = _mm512_setr_epi64(1, 3, 5, 7, 1, 3, 5, 7);
     __m512i sums[4], mins[4], header[4];
 #pragma GCC unroll 1
-    for (int l = 0; l < 4; l++, w += 4 * bytes) {
+    for (int l = 0; l < 4; l++, w += 4 * bytes, ahead += 4 * bytes) {
         __m512i even[4], odd[4];
-        prefetch_quarter(ahead, l, bytes);
-        dot_k_four(even, odd, w, x->v + 4 * l, has_high);
+        dot_k_four(even, odd, w, x->v + 4 * l, ahead, has_high);
         __asm__ volatile("" ::: "memory");
         header[l] = load_four(w, bytes);
-        const __m512i scales = k_scales(header[l]);
+        __m512i scales = k_scales(header[l]);
+        prefetch_after(scales, ahead, 7, n, 4 * bytes);
         const __m512i min_words = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(_mm512_permutexvar_epi64(odd_fours, scales)));
         mins[l] = _mm512_madd_epi16(min_words, load_512(x->blocks[4 * l]));
-        const __m512i a = scale_k_two(even, odd, _mm512_permutexvar_epi64(first, scales), spread);
+        __m512i a = scale_k_two(even, odd, _mm512_permutexvar_epi64(first, scales), spread);
+        prefetch_after(a, ahead, 8, n, 4 * bytes);
         const __m512i b = scale_k_two(even + 2, odd + 2, _mm512_permutexvar_epi64(_mm512_add_epi64(first, _mm512_set1_epi64(4)), scales), spread);
         sums[l] = add_pairs(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b));
     }

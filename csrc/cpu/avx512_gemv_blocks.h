@@ -53,14 +53,17 @@ static inline __attribute__((always_inline)) __m512 dot_blocks(const uint8_t *w,
 #pragma GCC unroll 1
     for (int l = 0; l < 4; l++) {
         __m512i out[2][4], d_of[4];
-        prefetch_quarter(ahead, l, 8 * size);
-        for (int r = 0; r < 4; r++) {
-            const uint8_t *p = w + (size_t)(4 * l + r) * 8 * size;
-            const __m512i *s = x->v[4 * l + r];
+#pragma GCC unroll 4
+        for (size_t r = 0; r < 4; r++) {
+            const size_t at = ((size_t)(4 * l) + r) * 8 * size;
+            const uint8_t *p = w + at;
+            const __m512i *s = x->v[(size_t)(4 * l) + r];
             __m512i dots[2], parts[3];
             if (kind == NIBBLE_BLOCKS) split_nibble_blocks(parts, p);
             else split_exponent_blocks(parts, p);
+            prefetch_after(parts[0], ahead + (size_t)(32 * l) * size, 2 * r, 8, 32 * size);
             dot_nibbles(dots, parts[0], parts[1], table, s, _mm512_setzero_si512(), _mm512_setzero_si512());
+            prefetch_after(dots[0], ahead + (size_t)(32 * l) * size, 2 * r + 1, 8, 32 * size);
             d_of[r] = parts[2];
             out[0][r] = dots[0];
             out[1][r] = dots[1];
@@ -103,14 +106,15 @@ static __attribute__((noinline)) __m512 dot_q8_0(const uint8_t *w, const struct 
     __m128i rows[2][16] __attribute__((aligned(64)));       /* the products of blocks 0..3 and 4..7 */
     __m512i blocks[8];
 #pragma GCC unroll 1
-    for (size_t r = 0; r < 16; r++, w += 8 * sizeof(block_q8_0)) {
+    for (size_t r = 0; r < 16; r++, w += 8 * sizeof(block_q8_0), ahead += 8 * sizeof(block_q8_0)) {
         const __m256i *v = (const void *)x->v[r];
         __m256i dot[8];
-        (void)ahead;
+#pragma GCC unroll 8
         for (size_t b = 0; b < 8; b++) {
             const uint8_t *p = w + b * sizeof(block_q8_0);
             memcpy(&d[b][r], p, sizeof **d);
             dot[b] = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_xor_si256(load_256(p + offsetof(block_q8_0, qs)), top), v[b]);
+            prefetch_after(dot[b], ahead, b, 8, 8 * sizeof(block_q8_0));
         }
         const __m256i first = add_dwords_256(dot), second = add_dwords_256(dot + 4);
         const __m256i sums = _mm256_add_epi32(_mm256_permute2x128_si256(first, second, 0x20), _mm256_permute2x128_si256(first, second, 0x31));
@@ -150,16 +154,19 @@ static __attribute__((noinline)) __m512 dot_iq4_xs(const uint8_t *w, const struc
     iq4_xs_scales(pairs, h[0], h[1]);
 #pragma GCC unroll 1
     for (int l = 0; l < 4; l++) {
+        const uint8_t *lines = ahead + (size_t)(4 * l) * sizeof(block_iq4_xs);
         __m512i acc[4];
-        prefetch_quarter(ahead, l, sizeof(block_iq4_xs));
+#pragma GCC unroll 4
         for (int r = 0; r < 4; r++) {
             const uint8_t *q = w + (size_t)(4 * l + r) * sizeof(block_iq4_xs) + offsetof(block_iq4_xs, qs);
             const __m128i bytes = _mm_loadl_epi64((const void *)((const char *)&pairs[r / 2] + 16 * l + r % 2 * 8));
             const __m512i scales = _mm512_castsi256_si512(_mm256_cvtepi8_epi32(bytes));
             __m512i dots[2];
             dot_nibbles(dots, load_once(q), load_once(q + 64), table, x->v[4 * l + r], x->start[4 * l + r][0], x->start[4 * l + r][2]);
+            prefetch_after(dots[0], lines, 2 * (size_t)r, 8, 4 * sizeof(block_iq4_xs));
             acc[r] = _mm512_add_epi32(_mm512_mullo_epi32(dots[0], _mm512_permutexvar_epi32(first, scales)),
                                       _mm512_mullo_epi32(dots[1], _mm512_permutexvar_epi32(_mm512_add_epi32(first, _mm512_set1_epi32(4)), scales)));
+            prefetch_after(acc[r], lines, 2 * (size_t)r + 1, 8, 4 * sizeof(block_iq4_xs));
         }
         sums[l] = add_dwords(acc);
     }

@@ -29,7 +29,7 @@ static inline __m512i group_factors(int a, int b, int c, int d) {
 }
 /* --- Q2_K ------------------------------------------------------------------------------------ */
 /* Four times the sum of two superblocks: the upper two bits of each nibble stay where they are. */
-static inline __attribute__((always_inline)) __m512i dot_q2_k_two(__m512i *mins, const uint8_t *w, const __m512i (*x)[4], const int16_t (*sums)[16]) {
+static inline __attribute__((always_inline)) __m512i dot_q2_k_two(__m512i *mins, const uint8_t *w, const __m512i (*x)[4], const int16_t (*sums)[16], const uint8_t *ahead) {
     const size_t size = sizeof(block_q2_k);
     const __m512i low = _mm512_set1_epi8(3), high = _mm512_set1_epi8(12), zero = _mm512_setzero_si512();
     const __m512i words = _mm512_cvtepu8_epi16(pair_bytes(w + offsetof(block_q2_k, scales), w + size + offsetof(block_q2_k, scales)));
@@ -38,10 +38,12 @@ static inline __attribute__((always_inline)) __m512i dot_q2_k_two(__m512i *mins,
         const __m512i v = load_once(w + r * size + offsetof(block_q2_k, qs)), upper = _mm512_srli_epi16(v, 4);
         dot[0][r] = _mm512_dpbusd_epi32(zero, _mm512_and_si512(v, low), x[r][0]);
         dot[1][r] = _mm512_dpbusd_epi32(zero, _mm512_and_si512(v, high), x[r][1]);
+        prefetch_after(dot[1][r], ahead, r, 3, 2 * size);
         dot[2][r] = _mm512_dpbusd_epi32(zero, _mm512_and_si512(upper, low), x[r][2]);
         dot[3][r] = _mm512_dpbusd_epi32(zero, _mm512_and_si512(upper, high), x[r][3]);
     }
     *mins = _mm512_madd_epi16(_mm512_srli_epi16(words, 4), load_512(sums));
+    prefetch_after(*mins, ahead, 2, 3, 2 * size);
     return scale_groups_two(zero, dot, _mm512_mullo_epi16(_mm512_and_si512(words, _mm512_set1_epi16(15)), group_factors(4, 1, 4, 1)));
 }
 static __attribute__((noinline)) __m512 dot_q2_k(const uint8_t *w, const struct gemv_x *x, const uint8_t *ahead) {
@@ -49,11 +51,10 @@ static __attribute__((noinline)) __m512 dot_q2_k(const uint8_t *w, const struct 
     __m512i sums[4], mins[4];
     uint32_t d[16];
 #pragma GCC unroll 1
-    for (int l = 0; l < 4; l++, w += 4 * size) {
+    for (int l = 0; l < 4; l++, w += 4 * size, ahead += 4 * size) {
         __m512i m[2];
-        prefetch_quarter(ahead, l, size);
-        const __m512i a = dot_q2_k_two(m, w, x->v + 4 * l, x->group + 4 * l);
-        const __m512i b = dot_q2_k_two(m + 1, w + 2 * size, x->v + 4 * l + 2, x->group + 4 * l + 2);
+        const __m512i a = dot_q2_k_two(m, w, x->v + 4 * l, x->group + 4 * l, ahead);
+        const __m512i b = dot_q2_k_two(m + 1, w + 2 * size, x->v + 4 * l + 2, x->group + 4 * l + 2, ahead + 2 * size);
         for (int r = 0; r < 4; r++) memcpy(d + 4 * l + r, w + (size_t)r * size + offsetof(block_q2_k, d), sizeof *d);
         sums[l] = add_pairs(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b));
         mins[l] = add_pairs(_mm512_castsi512_ps(m[0]), _mm512_castsi512_ps(m[1]));
@@ -74,32 +75,36 @@ static inline __m512i q3_k_scales(const uint8_t *w) {
 }
 /* Eight times the sum of two superblocks: the quants of vector j come 2^j times, so that their high bits need not be
  * moved one by one.  sums: -16 times those of the activations. */
-static inline __attribute__((always_inline)) __m512i dot_q3_k_two(const uint8_t *w, const __m512i (*x)[4], const int16_t (*sums)[16]) {
+static inline __attribute__((always_inline)) __m512i dot_q3_k_two(const uint8_t *w, const __m512i (*x)[4], const int16_t (*sums)[16], const uint8_t *ahead) {
     const size_t size = sizeof(block_q3_k);
     const __m512i scales = q3_k_scales(w);
     __m512i dot[4][2];
     for (size_t r = 0; r < 2; r++) {
         /* bits 0..3 of the first half, 4..7 of the second go to 2..5; what comes from other bytes is masked out */
         const __m512i h = _mm512_rolv_epi64(_mm512_broadcast_i64x4(load_256(w + r * size + offsetof(block_q3_k, hmask))), _mm512_setr_epi64(2, 2, 2, 2, 62, 62, 62, 62));
-        const __m512i v = load_once(w + r * size + offsetof(block_q3_k, qs));
+        __m512i v = load_once(w + r * size + offsetof(block_q3_k, qs));
+        prefetch_after(v, ahead, 2 * r, 4, 2 * size);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
             const __m512i q = _mm512_and_si512(j ? _mm512_srli_epi16(v, (unsigned)j) : v, _mm512_set1_epi8((char)(3 << j)));
             dot[j][r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_ternarylogic_epi32(q, h, _mm512_set1_epi8((char)(4 << j)), 0xf8), x[r][j]);   /* q | (h & four) */
         }
+        prefetch_after(dot[3][r], ahead, 2 * r + 1, 4, 2 * size);
     }
     const __m512i acc = _mm512_dpwssd_epi32(_mm512_madd_epi16(scales, load_512(sums)), scales, load_512(sums));
     return scale_groups_two(acc, dot, _mm512_mullo_epi16(scales, group_factors(8, 4, 2, 1)));
 }
 /* --- Q6_K ------------------------------------------------------------------------------------ */
 /* Two superblocks; sums: -16 times those of the activations. */
-static inline __attribute__((always_inline)) __m512i dot_q6_k_two(const uint8_t *w, const __m512i (*x)[4], const int16_t (*sums)[16]) {
+static inline __attribute__((always_inline)) __m512i dot_q6_k_two(const uint8_t *w, const __m512i (*x)[4], const int16_t (*sums)[16], const uint8_t *ahead) {
     const size_t size = sizeof(block_q6_k), at = offsetof(block_q6_k, scales);
     const __m512i top = _mm512_set1_epi8(48), scales = _mm512_cvtepi8_epi16(pair_bytes(w + at, w + size + at)), zero = _mm512_setzero_si512();
     __m512i dot[4][2];
     for (size_t r = 0; r < 2; r++) {
         const block_q6_k *b = (const void *)(w + r * size);
-        const __m512i first = load_once(b->ql), second = load_once(b->ql + 64), h = load_once(b->qh);
+        const __m512i first = load_once(b->ql), second = load_once(b->ql + 64);
+        __m512i h = load_once(b->qh);
+        prefetch_after(h, ahead, 3 * r, 7, 2 * size);
         const __m512i p0 = _mm512_shuffle_i64x2(first, second, 0x44), p1 = _mm512_shuffle_i64x2(first, second, 0xee);
         /* 0xf8: a | (b & c) */
         const __m512i q[4] = { _mm512_ternarylogic_epi32(low_nibbles(p0), _mm512_slli_epi16(h, 4), top, 0xf8),
@@ -107,8 +112,11 @@ static inline __attribute__((always_inline)) __m512i dot_q6_k_two(const uint8_t 
                                _mm512_ternarylogic_epi32(high_nibbles(p0), h, top, 0xf8),
                                _mm512_ternarylogic_epi32(high_nibbles(p1), _mm512_srli_epi16(h, 2), top, 0xf8) };
         for (int j = 0; j < 4; j++) dot[j][r] = _mm512_dpbusd_epi32(zero, q[j], x[r][j]);
+        prefetch_after(dot[0][r], ahead, 3 * r + 1, 7, 2 * size);
+        prefetch_after(dot[3][r], ahead, 3 * r + 2, 7, 2 * size);
     }
-    const __m512i acc = _mm512_dpwssd_epi32(_mm512_madd_epi16(scales, load_512(sums)), scales, load_512(sums));
+    __m512i acc = _mm512_dpwssd_epi32(_mm512_madd_epi16(scales, load_512(sums)), scales, load_512(sums));
+    prefetch_after(acc, ahead, 6, 7, 2 * size);
     return scale_groups_two(acc, dot, scales);
 }
 /* Two types without mins; shift: what their sums have too much. */
@@ -118,10 +126,9 @@ static inline __attribute__((always_inline)) __m512i dot_q6_k_two(const uint8_t 
         __m512i sums[4]; \
         uint16_t d[16]; \
         _Pragma("GCC unroll 1") \
-        for (int l = 0; l < 4; l++, w += 4 * size) { \
-            prefetch_quarter(ahead, l, size); \
-            const __m512i a = dot_##type##_two(w, x->v + 4 * l, x->group + 4 * l); \
-            const __m512i b = dot_##type##_two(w + 2 * size, x->v + 4 * l + 2, x->group + 4 * l + 2); \
+        for (int l = 0; l < 4; l++, w += 4 * size, ahead += 4 * size) { \
+            const __m512i a = dot_##type##_two(w, x->v + 4 * l, x->group + 4 * l, ahead); \
+            const __m512i b = dot_##type##_two(w + 2 * size, x->v + 4 * l + 2, x->group + 4 * l + 2, ahead + 2 * size); \
             for (int r = 0; r < 4; r++) memcpy(d + 4 * l + r, w + (size_t)r * size + offsetof(block_##type, d), sizeof *d); \
             sums[l] = add_pairs(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)); \
         } \

@@ -355,7 +355,6 @@ static inline __attribute__((always_inline)) __m512 dot_grid(const uint8_t *w, c
 #pragma GCC unroll 1
     for (int l = 0; l < 4; l++) {
         __m512i acc[4];
-        prefetch_quarter(ahead, l, bytes);
         for (int r = 0; r < 4; r += 2) {
             const uint8_t *two[2] = { w + (size_t)(4 * l + r) * bytes, w + (size_t)(4 * l + r + 1) * bytes };
             struct grid_row g[2];
@@ -365,6 +364,7 @@ static inline __attribute__((always_inline)) __m512 dot_grid(const uint8_t *w, c
                 const __m128i scales = scales_of(two[k]);
                 acc[r + k] = order == QUAD_ORDER ? scale_quads(&g[k], s, scales) : order == BLOCK_ORDER ? scale_halves(&g[k], s, scales)
                                                                                                            : scale_groups(&g[k], s, x->start[4 * l + r + k], scales);
+                prefetch_after(acc[r + k], ahead + (size_t)(4 * l) * bytes, (size_t)(r + k), 4, 4 * bytes);
             }
         }
         sums[l] = add_dwords(acc);
