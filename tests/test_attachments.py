@@ -18,7 +18,7 @@ from bad_images import samples
 from make_mmproj import write_mmproj
 from PIL import Image as Pillow
 
-from ms4.cli import attachments, bench, history, loading, repl, sight, start
+from ms4.cli import attachments, history, loading, repl, sight, start
 from ms4.cli.render import StatusLine
 from ms4.models import pixtral
 from ms4.models.control import Control
