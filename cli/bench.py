@@ -1,8 +1,8 @@
 """`ms4 bench`: how fast the model reads (prefill) and writes (decode), and which limit of the machine that is near to.
 
 The limits are measured in the same run, because on shared machines they drift: bytes per second when the weights are
-just read in order, and 8-bit multiply-adds per second in registers.  The tokens are random, so no tokenizer is needed
-and the experts are spread as evenly as the router allows.
+just read in order, and 8-bit multiply-adds per second in registers.  The tokens are random, so no tokenizer is
+needed and the experts are spread as evenly as the router allows.
 """
 
 import json
