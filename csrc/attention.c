@@ -22,7 +22,8 @@ typedef struct {
     const layer_weights *w;
     int32_t layer, n_segments;
     int32_t per_item;          /* tokens of an item */
-    int32_t split;             /* 1: an item is one token and one segment, merged later */
+    int32_t split;             /* 1: an item is one token, one segment and some of the heads, merged later */
+    int32_t n_parts;           /* split: of the heads */
     int32_t n_groups;          /* expanded: groups of queries per head */
     size_t d_latent;           /* kv_rank + d_rope */
 } attend_job;
@@ -111,23 +112,27 @@ static int32_t seen(int32_t position, int32_t key) {          /* keys of the til
     int32_t n = position + 1 - key;
     return n < 0 ? 0 : n > ATTEND_KEYS ? ATTEND_KEYS : n;
 }
-/* One segment for tokens [first, first + n): out[(t * n_head + h)] = { m, l, o[kv_rank] }, started afresh. */
-static void attend_segment(const attend_job *job, int32_t first, int32_t n, int32_t segment, float *out, float *buffer) {
+static void start_row(float *row, size_t d) {
+    memset(row, 0, (d + 2) * sizeof *row);
+    row[0] = -INFINITY;
+}
+/* One segment for tokens [first, first + n) and heads [head, last_head): out[(t * n_head + h)] = { m, l, o[kv_rank] },
+ * started afresh. */
+static void attend_segment(const attend_job *job, int32_t first, int32_t n, int32_t segment, int32_t head, int32_t last_head,
+                           float *out, float *buffer) {
     ms4_engine *e = job->st->e;
     const ms4_shape *s = &e->shape;
     size_t width = job->d_latent, row = (size_t)s->kv_rank + 2;
     float *k = buffer, *kt = k + ATTEND_KEYS * width, m[ATTEND_ROWS], l[ATTEND_ROWS];
     int32_t n_keys[ATTEND_ROWS], last = job->st->pos + first + n - 1;
-    for (size_t i = 0; i < (size_t)n * (size_t)s->n_head; i++) {
-        memset(out + i * row, 0, row * sizeof *out);
-        out[i * row] = -INFINITY;
-    }
+    for (int32_t t = 0; t < n; t++)
+        for (int32_t h = head; h < last_head; h++) start_row(out + ((size_t)t * (size_t)s->n_head + (size_t)h) * row, row - 2);
     for (int32_t key = segment * SEGMENT; key < segment * SEGMENT + SEGMENT && key <= last; key += ATTEND_KEYS) {
         load_keys(job, key, seen(last, key), k, kt);
         for (int32_t t = 0; t < n; t++) {
             int32_t sees = seen(job->st->pos + first + t, key);
-            for (int32_t h = 0; sees && h < s->n_head; h += ATTEND_ROWS) {
-                int32_t n_q = int_min(ATTEND_ROWS, s->n_head - h);
+            for (int32_t h = head; sees && h < last_head; h += ATTEND_ROWS) {
+                int32_t n_q = int_min(ATTEND_ROWS, last_head - h);
                 float *at = out + ((size_t)t * (size_t)s->n_head + (size_t)h) * row;
                 for (int32_t i = 0; i < n_q; i++) {
                     m[i] = at[(size_t)i * row];
@@ -138,7 +143,7 @@ static void attend_segment(const attend_job *job, int32_t first, int32_t n, int3
                     .q = e->ws.absorbed + ((size_t)(first + t) * (size_t)s->n_head + (size_t)h) * width, .q_stride = width,
                     .kt = kt, .v = k, .v_stride = width, .o = at + 2, .o_stride = row, .m = m, .l = l, .n_keys = n_keys,
                     .n_q = n_q, .d_k = (int32_t)width, .d_v = s->kv_rank };
-                if (!h && !t) prefetch_keys(&a, job, key, last);
+                if (h == head && !t) prefetch_keys(&a, job, key, last);
                 e->ops->attend(&a);
                 for (int32_t i = 0; i < n_q; i++) {
                     at[(size_t)i * row] = m[i];
@@ -159,25 +164,23 @@ static void merge(const ms4_engine *e, float *into, const float *from, size_t d)
     e->ops->add_scaled(into + 2, from + 2, new, d);
     into[0] = m;
 }
-static void start_row(float *row, size_t d) {
-    memset(row, 0, (d + 2) * sizeof *row);
-    row[0] = -INFINITY;
-}
 static void attend_item(void *context, int32_t item, int32_t thread) {
     const attend_job *job = context;
     ms4_engine *e = job->st->e;
     size_t row = (size_t)e->shape.kv_rank + 2, heads = (size_t)e->shape.n_head;
     float *scratch = e->ws.scratch[thread], *result = scratch + 2 * ATTEND_KEYS * job->d_latent;
     if (job->split) {
-        attend_segment(job, item / job->n_segments, 1, item % job->n_segments,
-                       e->ws.partial + (size_t)item * heads * row, scratch);
+        int32_t part = item % job->n_parts, n_head = e->shape.n_head;
+        item /= job->n_parts;
+        attend_segment(job, item / job->n_segments, 1, item % job->n_segments, part * n_head / job->n_parts,
+                       (part + 1) * n_head / job->n_parts, e->ws.partial + (size_t)item * heads * row, scratch);
         return;
     }
     int32_t first = item * job->per_item, n = int_min(job->per_item, job->st->n - first);
     float *all = e->ws.partial + (size_t)first * heads * row;
     for (size_t i = 0; i < (size_t)n * heads; i++) start_row(all + i * row, row - 2);
     for (int32_t g = 0; g * SEGMENT < job->st->pos + first + n; g++) {
-        attend_segment(job, first, n, g, result, scratch);
+        attend_segment(job, first, n, g, 0, e->shape.n_head, result, scratch);
         for (size_t i = 0; i < (size_t)n * heads; i++) merge(e, all + i * row, result + i * row, row - 2);
     }
 }
@@ -208,11 +211,12 @@ static int attend_absorbed(attend_job *job) {
     int32_t tiles = (st->n + TOKEN_TILE - 1) / TOKEN_TILE * e->shape.n_head;
     job->n_segments = (st->pos + st->n + SEGMENT - 1) / SEGMENT;
     job->split = st->n < 8;
+    job->n_parts = int_min((pool_size(e->pool) - 1) / (job->n_segments * st->n) + 1, (e->shape.n_head + ATTEND_ROWS - 1) / ATTEND_ROWS);
     job->per_item = job->split ? 1 : ROW_TOKENS;
     TRY(workspace_room(&e->ws.absorbed, &e->ws.absorbed_floats, n * heads * job->d_latent));
     TRY(workspace_room(&e->ws.partial, &e->ws.partial_floats, n * heads * row * (job->split ? (size_t)job->n_segments : 1)));
     pool_run(e->pool, absorb_item, job, tiles, &st->s->stop);
-    int32_t items = job->split ? st->n * job->n_segments : (st->n + job->per_item - 1) / job->per_item;
+    int32_t items = job->split ? st->n * job->n_segments * job->n_parts : (st->n + job->per_item - 1) / job->per_item;
     pool_run(e->pool, attend_item, job, items, &st->s->stop);
     pool_run(e->pool, collect_item, job, tiles, &st->s->stop);
     return MS4_OK;
