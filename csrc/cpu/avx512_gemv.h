@@ -136,9 +136,12 @@ static inline __attribute__((always_inline)) void gemv_add_columns(float *y, con
 static void gemv_add(float *y, const float *d, const float *value, int n) {
     if (n == 16) gemv_add_columns(y, d, value, 16);
     else if (n == 8) gemv_add_columns(y, d, value, 8);
-    else
-        for (int r = 0; r < PANEL_ROWS; r++)
-            for (int i = 0; i < n; i++) y[r] = __builtin_fmaf(d[i], value[r * n + i], y[r]);
+    else {
+        const __m512i rows = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(n));
+        __m512 sum = _mm512_loadu_ps(y);
+        for (int i = 0; i < n; i++) sum = _mm512_fmadd_ps(_mm512_set1_ps(d[i]), _mm512_i32gather_ps(rows, value + i, 4), sum);
+        _mm512_storeu_ps(y, sum);
+    }
 }
 /* The 16 superblocks of a step where they do not follow each other: those of up to 16 / n rows, and zeros. */
 static __attribute__((noinline)) void copy_superblocks(uint8_t *out, const uint8_t *rows, size_t row_bytes, int n_rows, size_t part_bytes, size_t bytes) {
