@@ -30,7 +30,10 @@ all: .venv/ready
 	@touch $@
 demo: all
 	@$(PY) tests/demo.py
-skills: all
+.venv/fonts: .venv/ready
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps matplotlib sphinx-rtd-theme
+	@touch $@
+skills: all .venv/fonts
 	@$(PY) -m ms4.models.training.table -n 200
 .venv/train: .venv/ready
 	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[train]"
