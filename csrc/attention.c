@@ -211,7 +211,7 @@ static int attend_absorbed(attend_job *job) {
     int32_t tiles = (st->n + TOKEN_TILE - 1) / TOKEN_TILE * e->shape.n_head;
     job->n_segments = (st->pos + st->n + SEGMENT - 1) / SEGMENT;
     job->split = st->n < 8;
-    job->n_parts = int_min((pool_size(e->pool) - 1) / (job->n_segments * st->n) + 1, (e->shape.n_head + ATTEND_ROWS - 1) / ATTEND_ROWS);
+    job->n_parts = int_min((pool_size(e->pool) - 1) / (job->n_segments * st->n) + 1, e->shape.n_head);
     job->per_item = job->split ? 1 : ROW_TOKENS;
     TRY(workspace_room(&e->ws.absorbed, &e->ws.absorbed_floats, n * heads * job->d_latent));
     TRY(workspace_room(&e->ws.partial, &e->ws.partial_floats, n * heads * row * (job->split ? (size_t)job->n_segments : 1)));

@@ -194,7 +194,7 @@ def test_logits_count_the_places_of_images(ms4, tmp_path):
     assert code == 7 and "id -1 at position 16" in err
 
 
-def test_bench_measures_an_image(ms4, monkeypatch):
+def test_bench_measures_an_image(ms4):
     code, out, _ = ms4("bench", "-m", MODEL, "--mmproj", MMPROJ, "--image", "200x100", "--format", "json")
     found = json.loads(out)
     assert code == 0 and (found["width"], found["height"], found["n_tokens"], found["n_patches"]) == (140, 84, 18, 60)

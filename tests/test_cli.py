@@ -438,7 +438,7 @@ def test_doctor(ms4, monkeypatch):
     assert ms4("doctor").code == 1
 
 
-def test_bench_counts_against_the_limits(ms4, monkeypatch):
+def test_bench_counts_against_the_limits(ms4):
     value = json.loads(ms4("bench", "-m", MODEL, "--pp", "32", "--tg", "4", "-r", "2", "--format", "json").out)
     prefill, decode = value["rows"]
     assert [prefill["phase"], decode["phase"]] == ["prefill", "decode"]

@@ -47,3 +47,4 @@ def test_any_batch_and_any_number_of_threads_give_the_same_bits(name):
         assert np.array_equal(logits(name, "mscale2", n_batch=n_batch), want)
     for threads in (1, 3, 5):
         assert np.array_equal(logits(name, "mscale2", threads=threads), want)
+        assert np.array_equal(logits(name, "mscale2", threads=threads, n_batch=1), want)

@@ -52,18 +52,18 @@ static inline __attribute__((always_inline)) __m512 dot_blocks(const uint8_t *w,
     __m512i four[2][4], blocks[8], scales[4];
 #pragma GCC unroll 1
     for (int l = 0; l < 4; l++) {
+        const uint8_t *lines = ahead + (size_t)(32 * l) * size;
         __m512i out[2][4], d_of[4];
 #pragma GCC unroll 4
         for (size_t r = 0; r < 4; r++) {
-            const size_t at = ((size_t)(4 * l) + r) * 8 * size;
-            const uint8_t *p = w + at;
+            const uint8_t *p = w + ((size_t)(4 * l) + r) * 8 * size;
             const __m512i *s = x->v[(size_t)(4 * l) + r];
             __m512i dots[2], parts[3];
             if (kind == NIBBLE_BLOCKS) split_nibble_blocks(parts, p);
             else split_exponent_blocks(parts, p);
-            prefetch_after(parts[0], ahead + (size_t)(32 * l) * size, 2 * r, 8, 32 * size);
+            prefetch_after(parts[0], lines, 2 * r, 8, 32 * size);
             dot_nibbles(dots, parts[0], parts[1], table, s, _mm512_setzero_si512(), _mm512_setzero_si512());
-            prefetch_after(dots[0], ahead + (size_t)(32 * l) * size, 2 * r + 1, 8, 32 * size);
+            prefetch_after(dots[0], lines, 2 * r + 1, 8, 32 * size);
             d_of[r] = parts[2];
             out[0][r] = dots[0];
             out[1][r] = dots[1];
