@@ -63,17 +63,20 @@ static inline __attribute__((always_inline)) void tile_sums_of(struct tile_sums 
     if (l.has_min && l.scaling == SCALED_BLOCKS) _mm_storeu_si128((void *)s->pair, _mm256_cvtepi32_epi16(blocks));
 }
 
-static inline void prefetch_lines(const uint8_t *w, size_t n) {
-    for (size_t i = 0; i < n; i += 64) _mm_prefetch((const char *)w + i, _MM_HINT_T1);
+/* Rows read side by side make memory several times slower than rows read in order, so they are prefetched in order:
+ * the next rows while these are multiplied, one prefetch for each column of a panel, as those in a row hold up the loads
+ * behind them.  step: bytes from one to the next; where it is less than a line, some ask for the same. */
+struct ahead { const uint8_t *at; size_t step; };
+/* Volatile, because GCC deletes what only prefetches; tied to a sum, so that it stays between the products. */
+static inline __attribute__((always_inline)) void prefetch_step(struct ahead *a, __m512i *sum) {
+    __asm__ volatile("prefetcht1 (%1)" : "+v"(*sum) : "r"(a->at));
+    a->at += a->step;
 }
-/* Rows read side by side make memory several times slower than rows read in order, so their lines are prefetched in
- * order: the next rows, while these are multiplied, and a share with each part of a tile, because a burst of
- * prefetches holds up the loads behind it. */
-struct ahead { const uint8_t *at, *end; size_t share; };
-static inline __attribute__((always_inline)) void prefetch_share(struct ahead *a) {
-    const size_t left = (size_t)(a->end - a->at), n = a->share < left ? a->share : left;
-    prefetch_lines(a->at, n);
-    a->at += n;
+/* The rows that come after the ones at row r0 of chunk t0; the last rows are followed by themselves for other tokens. */
+static inline const uint8_t *rows_ahead(const struct ms4_mul *m, int t0, int r0) {
+    if (r0 < m->n_rows) return m->w + (size_t)r0 * m->row_bytes;
+    if (t0 < m->n_tokens) return m->w;
+    return m->next ? m->next : m->w + (size_t)m->n_rows * m->row_bytes;
 }
 
 #define FOR_EACH(k, m) for (int k = 0; k < n; k++) for (int m = 0; m < PANELS; m++)
@@ -96,7 +99,6 @@ static inline __attribute__((always_inline)) void tile_add(const struct panel *p
     }
 #pragma GCC unroll 1
     for (int b = 0; b < parts; b++) {
-        prefetch_share(next);
         /* few tokens: two sums each, as one alone would wait for its own last addition */
         FOR_EACH(k, m) {
             dot[k][m] = l.scaling == SCALED_BYTES ? total[k][m] : l.has_offset ? _mm512_set1_epi32(s[k].start[b]) : _mm512_setzero_si512();
@@ -109,7 +111,10 @@ static inline __attribute__((always_inline)) void tile_add(const struct panel *p
             for (int k = 0; k < n; k++) {
                 const __m512i v = broadcast_dword(x[k]->qs + 4 * j);
                 __m512i *sums = j % 2 && n < 3 ? odd[k] : dot[k];
-                for (int m = 0; m < PANELS; m++) sums[m] = dot_add(sums[m], w[m], v);
+                for (int m = 0; m < PANELS; m++) {
+                    sums[m] = dot_add(sums[m], w[m], v);
+                    if (k == m * (n / PANELS)) prefetch_step(next, sums + m);
+                }
             }
         }
         FOR_EACH(k, m) {
@@ -139,7 +144,7 @@ static inline __attribute__((always_inline)) void tile_add(const struct panel *p
     static void tiles_##name(const struct panel *p, const block_q8 *const *x, size_t i, float *y, int n_tokens, int offset, struct ahead next) { \
         const struct layout l = { scaling, has_min, has_offset }; \
         int tiles = (n_tokens + TILE - 1) / TILE; \
-        next.share = ((size_t)(next.end - next.at) / (size_t)(tiles * parts_of(scaling)) + 63) / 64 * 64; \
+        next.step /= (size_t)(PANELS * 64 * tiles); \
         for (; tiles > 0; tiles--) { \
             const int n = n_tokens / tiles; \
             switch (n) { \
@@ -183,22 +188,20 @@ static void gemm(const struct ms4_mul *m, fill_fn *fill, tiles_fn *tiles, int of
     const block_q8 *x[CHUNK];
     if (pack_grid) pack_grid(grid);
     for (int k = 0; k < PANELS; k++) p[k].grid = grid;
-    prefetch_lines(m->w, m->row_bytes * (size_t)(m->n_rows < ROWS ? m->n_rows : ROWS));
     for (int t0 = 0; t0 < m->n_tokens; t0 += CHUNK) {
         const int n_tokens = m->n_tokens - t0 < CHUNK ? m->n_tokens - t0 : CHUNK;
         for (int t = 0; t < n_tokens; t++) x[t] = x_row(m, t0 + t);
         for (int r0 = 0; r0 < m->n_rows; r0 += ROWS) {
             const int n_rows = m->n_rows - r0 < ROWS ? m->n_rows - r0 : ROWS;
-            const uint8_t *ahead = m->w + (size_t)(r0 + ROWS) * m->row_bytes;
-            if (r0 + 2 * ROWS > m->n_rows) ahead = t0 + CHUNK < m->n_tokens ? NULL : m->next;
+            const uint8_t *ahead = rows_ahead(m, t0 + CHUNK, r0 + ROWS);
             const uint8_t *rows[ROWS];
             for (int r = 0; r < ROWS; r++) rows[r] = m->w + (size_t)(r0 + (r < n_rows ? r : n_rows - 1)) * m->row_bytes;
             memset(y, 0, (size_t)n_tokens * ROWS * sizeof *y);
             for (int i = 0; i < n_superblocks; i++) {
                 const int blocks = (m->n_cols - i * SUPERBLOCK) / 32;
                 for (int k = 0; k < PANELS; k++) fill(p + k, rows + k * PANEL_ROWS, blocks < 8 ? blocks : 8);
-                tiles(p, x, (size_t)i, y, n_tokens, offset, (struct ahead){ ahead, ahead ? ahead + bytes * ROWS : NULL, 0 });
-                if (ahead) ahead += bytes * ROWS;
+                tiles(p, x, (size_t)i, y, n_tokens, offset, (struct ahead){ ahead, bytes * ROWS });
+                ahead += bytes * ROWS;
                 for (int r = 0; r < ROWS; r++) rows[r] += bytes;
             }
             for (int t = 0; t < n_tokens; t++)
