@@ -1,14 +1,16 @@
 """`ms4 bench`: how fast the model reads (prefill) and writes (decode), and which limit of the machine that is near to.
 
-The limits are measured in the same run, because on shared machines they drift: bytes per second when the weights are
-just read in order, and 8-bit multiply-adds per second in registers.  The tokens are random, so no tokenizer is
-needed and the experts are spread as evenly as the router allows.
+The limits are bytes per second when the weights are just read in order, and 8-bit multiply-adds per second in registers.
+On shared machines they change by the second, so they are measured before and after every repetition of a phase, and its
+shares are of their mean.  The tokens are random, so no tokenizer is needed and the experts are spread as evenly as the
+router allows.
 """
 
 import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -38,7 +40,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Row:
-    """One phase at one depth.  The shares are of the two limits; `bottleneck` names the nearer one, if one is near."""
+    """One phase at one depth.  The shares of the limits are those of the median repetition; `bottleneck` names the nearer
+    limit, if one is near."""
 
     phase: str
     depth: int
@@ -62,72 +65,81 @@ def bench(plan: Plan, engine: EngineOptions, form: str) -> int:
         n_ctx = max(plan.depths) + plan.n_read + plan.n_written
         if n_ctx > shape.n_ctx_train:
             raise UsageError(f"depth, --pp and --tg need {n_ctx} positions; the model has {shape.n_ctx_train}")
-        before = model.engine.measure(MOST_MEASURED)
         rows: list[Row] = []
+        limits: list[ms4.Limits] = []
         with model.session(n_ctx) as session, interruptible(session):
             for depth in plan.depths:
                 status.show(f"depth {depth}")
-                rows += measure_depth(plan, depth, model, session)
-        limits = best([before, model.engine.measure(MOST_MEASURED)])
+                rows += measure_depth(plan, depth, model, session, limits)
         status.clear()
-        show(model, [against(row, limits) for row in rows], limits, engine.require(), form)
+        show(model, rows, between(limits, statistics.median), engine.require(), form)
     return errors.OK
 
 
-def best(found: list[ms4.Limits]) -> ms4.Limits:
-    return ms4.Limits(*(max(getattr(f, name) for f in found) for name in found[0].__dict__))
+def between(limits: list[ms4.Limits], middle: Callable[[list[float]], float]) -> ms4.Limits:
+    return ms4.Limits(*(middle([getattr(each, name) for each in limits]) for name in asdict(limits[0])))
 
 
-def measure_depth(plan: Plan, depth: int, model: "Model", session: ms4.Session) -> list[Row]:
-    """Both phases after `depth` positions: one uncounted round to warm up, then `repeat` counted ones."""
+@dataclass(frozen=True)
+class Timing:
+    """One repetition of a phase, and the limits of the machine around it."""
+
+    seconds: float
+    n_bytes: int  # of weights that decode read
+    limits: ms4.Limits
+
+
+def measure_depth(
+    plan: Plan, depth: int, model: "Model", session: ms4.Session, limits: list[ms4.Limits]
+) -> list[Row]:
+    """Both phases after `depth` positions: one uncounted round to warm up, then `repeat` counted ones.
+
+    The limits that it measured are added to `limits`.
+    """
     random = np.random.default_rng(SEED)
+    shape = model.engine.shape
 
     def ids(n: int) -> np.ndarray:
-        return random.integers(0, model.engine.shape.n_vocab, n, np.int32)
+        return random.integers(0, shape.n_vocab, n, np.int32)
+
+    def timed(work: Callable[[], None]) -> Timing:
+        session.rewind(depth)
+        bytes_before = model.engine.stats().bytes_decode
+        begun = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - begun
+        limits.append(model.engine.measure(MOST_MEASURED))
+        n_bytes = model.engine.stats().bytes_decode - bytes_before
+        return Timing(seconds, n_bytes, between(limits[-2:], statistics.mean))
+
+    def write() -> None:
+        for id in ids(plan.n_written):
+            session.feed([id])
 
     session.rewind(0)
     if depth:
         session.feed(ids(depth))
-    reading: list[float] = []
-    writing: list[float] = []
-    read_bytes = 0
-    for round in range(plan.repeat + 1):
-        session.rewind(depth)
-        begun = time.perf_counter()
-        session.feed(ids(plan.n_read))
-        read = time.perf_counter()
-        session.rewind(depth)
-        bytes_before = model.engine.stats().bytes_decode
-        write = time.perf_counter()
-        for id in ids(plan.n_written):
-            session.feed([id])
-        if round:
-            reading.append(read - begun)
-            writing.append(time.perf_counter() - write)
-            read_bytes += model.engine.stats().bytes_decode - bytes_before
-    stats = model.engine.stats()
+    limits.append(model.engine.measure(MOST_MEASURED))
+    rounds = [(timed(lambda: session.feed(ids(plan.n_read))), timed(write)) for _ in range(plan.repeat + 1)]
+    reading, writing = zip(*rounds[1:], strict=True)
     passes = -(-plan.n_read // N_BATCH)
-    macs = macs_per_token(model.engine.shape)
-    prompt_macs = macs_per_token(model.engine.shape, 1 - 1 / plan.n_read)
-    head = model.engine.shape.n_vocab * model.engine.shape.d_model
+    written = statistics.mean(t.n_bytes for t in writing) / plan.n_written
+    read = model.engine.stats().bytes_weights * passes / plan.n_read
+    head = shape.n_vocab * shape.d_model
     return [
-        phase_row("prefill", depth, plan.n_read, reading, stats.bytes_weights * passes / plan.n_read, prompt_macs),
-        phase_row("decode", depth, plan.n_written, writing, read_bytes / (plan.repeat * plan.n_written), macs + head),
+        phase_row("prefill", depth, plan.n_read, reading, read, macs_per_token(shape, 1 - 1 / plan.n_read)),
+        phase_row("decode", depth, plan.n_written, writing, written, macs_per_token(shape) + head),
     ]
 
 
-def phase_row(phase: str, depth: int, n: int, seconds: list[float], n_bytes: float, macs: float) -> Row:
-    return Row(phase, depth, n, n / min(seconds), n / statistics.median(seconds), n_bytes, macs, 0.0, 0.0, "")
-
-
-def against(row: Row, limits: ms4.Limits) -> Row:
-    """The row with its shares of the limits."""
-    read = row.best_tokens_per_s * row.bytes_per_token / limits.read_bytes_per_s
-    macs = row.best_tokens_per_s * row.macs_per_token / limits.int8_macs_per_s
-    name = "memory bandwidth" if read > macs else "int8 arithmetic"
-    if max(read, macs) < NEAR:
+def phase_row(phase: str, depth: int, n: int, timings: tuple[Timing, ...], n_bytes: float, macs: float) -> Row:
+    rates = [n / t.seconds for t in timings]
+    read = statistics.median(n * n_bytes / t.seconds / t.limits.read_bytes_per_s for t in timings)
+    int8 = statistics.median(n * macs / t.seconds / t.limits.int8_macs_per_s for t in timings)
+    name = "memory bandwidth" if read > int8 else "int8 arithmetic"
+    if max(read, int8) < NEAR:
         name = "attention or overhead"
-    return Row(**{**asdict(row), "share_of_read_bandwidth": read, "share_of_int8_peak": macs, "bottleneck": name})
+    return Row(phase, depth, n, max(rates), statistics.median(rates), n_bytes, macs, read, int8, name)
 
 
 def macs_per_token(s: ms4.Shape, skipped: float = 0) -> float:
@@ -170,7 +182,7 @@ def table(about: dict[str, object], rows: list[Row], limits: ms4.Limits) -> str:
     """A Markdown table, with the machine above it."""
     lines = [
         "{model}: ms4 {version}, {isa}, {threads} threads, weights: {load}".format(**about),
-        f"limits: {limits.read_bytes_per_s / 1e9:.1f} GB/s read, {limits.int8_macs_per_s / 1e9:.0f} G int8 MAC/s",
+        f"limits: {limits.read_bytes_per_s / 1e9:.1f} GB/s read, {limits.int8_macs_per_s / 1e9:.0f} G int8 MAC/s (median)",
         "",
         "| phase | depth | tokens | best tok/s | median tok/s | MB/token | of bandwidth | of int8 | nearest limit |",
         "|---|--:|--:|--:|--:|--:|--:|--:|---|",

@@ -28,15 +28,17 @@ typedef struct {
     size_t d_latent;           /* kv_rank + d_rope */
 } attend_job;
 
-/* Dequantised rows [first, first + n_rows) of one head of k_b or v_b.  Decode reads each head's once: with every row it
- * asks for the same one of the next head. */
+#define ROWS_AT_ONCE 4         /* dequantised by one call */
+/* Dequantised rows [first, first + n_rows) of one head of k_b or v_b.  Decode reads each head's once: with every few rows
+ * it asks for the same ones of the next head. */
 static void load_rows(const ms4_engine *e, const matrix *m, int32_t head, int32_t first, int32_t n_rows, float *out) {
     matrix s = matrix_rows(m, head, first, n_rows);
     size_t n = (size_t)s.n_cols, ahead = head + 1 < m->n_slices ? s.slice_bytes : 0;
-    for (int32_t r = 0; r < s.n_rows; r++) {
+    for (int32_t r = 0; r < s.n_rows; r += ROWS_AT_ONCE) {
         const uint8_t *row = s.data + (size_t)r * s.row_bytes;
-        e->ops->dequantize[s.type](out + (size_t)r * n, row, n);
-        for (size_t i = 0; ahead && i < s.row_bytes; i += 64) __builtin_prefetch(row + ahead + i, 0, 2);
+        size_t rows = (size_t)int_min(ROWS_AT_ONCE, s.n_rows - r);
+        e->ops->dequantize[s.type](out + (size_t)r * n, row, rows * n);
+        for (size_t i = 0; ahead && i < rows * s.row_bytes; i += 64) __builtin_prefetch(row + ahead + i, 0, 2);
     }
     if (s.scales)
         for (size_t i = 0; i < (size_t)s.n_rows * n; i++) out[i] *= s.scales[0];

@@ -48,10 +48,11 @@ static void float_item(void *context, int32_t item, int32_t thread) {
     (void)item;
     job->sums[thread] = job->ops->float_peak(PEAK_ROUNDS);
 }
-/* Best rate of five runs of n_items items that do `work` together. */
-static double best_of(pool *p, pool_fn *fn, probe_job *job, int32_t n_items, double work) {
+#define PASSES 5
+/* Best rate of n_passes runs of n_items items that do `work` together. */
+static double best_of(int n_passes, pool *p, pool_fn *fn, probe_job *job, int32_t n_items, double work) {
     double best = 0;
-    for (int pass = 0; pass < 5; pass++) {
+    for (int pass = 0; pass < n_passes; pass++) {
         int64_t start = now_ns();
         pool_run(p, fn, job, n_items, NULL);
         double rate = work / (1e-9 * (double)(now_ns() - start));
@@ -68,9 +69,10 @@ int ms4_measure(ms4_engine *e, uint64_t most, ms4_limits *out) {
     uint64_t read = 0, bytes;
     for (; read < most && piece_at(e->files, n, &bytes); n++) read += bytes;
     pthread_mutex_lock(&e->turn);
-    out->read_bytes_per_s = best_of(e->pool, read_item, job, n, (double)read);
-    out->int8_macs_per_s = best_of(e->pool, int8_item, job, items, items * (double)e->ops->int8_peak(PEAK_ROUNDS));
-    out->float_macs_per_s = best_of(e->pool, float_item, job, items, items * (double)e->ops->float_peak(PEAK_ROUNDS));
+    int reads = read && most / read < PASSES ? (int)(most / read) : PASSES;
+    out->read_bytes_per_s = best_of(reads < 1 ? 1 : reads, e->pool, read_item, job, n, (double)read);
+    out->int8_macs_per_s = best_of(PASSES, e->pool, int8_item, job, items, items * (double)e->ops->int8_peak(PEAK_ROUNDS));
+    out->float_macs_per_s = best_of(PASSES, e->pool, float_item, job, items, items * (double)e->ops->float_peak(PEAK_ROUNDS));
     pthread_mutex_unlock(&e->turn);
     memory_give(job);
     return files_check(e->files);

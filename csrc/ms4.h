@@ -106,9 +106,10 @@ typedef struct {
 } ms4_stats;
 void ms4_engine_stats(ms4_engine *engine, ms4_stats *out);
 
-/* The limits of this machine for this engine and its threads, best of a few passes each: bytes per second, reading the
- * first `most` bytes of its weights in order (caches hold less than a large model, so nothing else would do), and
- * multiply-adds per second of the kernel table's ISA in registers, 8-bit and float. */
+/* The limits of this machine for this engine and its threads, as they are now: bytes per second, reading the first `most`
+ * bytes of its weights once in order (caches hold less than a large model, so nothing else would do; fewer bytes are read
+ * up to five times), and multiply-adds per second of the kernel table's ISA in registers, 8-bit and float.  On a shared
+ * machine they change by the second: measure close to what is compared with them. */
 typedef struct { double read_bytes_per_s, int8_macs_per_s, float_macs_per_s; } ms4_limits;
 int ms4_measure(ms4_engine *engine, uint64_t most, ms4_limits *out);
 

@@ -83,7 +83,7 @@ INLINE void gemv_pass(const struct ms4_mul *m, const struct gemv_type *t, const 
         const uint8_t *rows = m->w + (size_t)r0 * m->row_bytes + (size_t)first * t->bytes;
         for (int i = 0, at = 0; i < total; i += STEP, at = (at + STEP) % n) {
             const uint8_t *w = rows + (size_t)(i / n) * m->row_bytes + (size_t)at * t->bytes;
-            const uint8_t *ahead = w + GEMV_AHEAD;
+            const uint8_t *ahead = w + gemv_ahead;
             uint8_t copy[STEP * LARGEST_BYTES];
             if (m->next && ahead >= end) ahead = m->next + (ahead - end);
             if (i + STEP > total || !(together || at + STEP <= n)) {

@@ -157,7 +157,7 @@ static void gemv_pass(const struct ms4_mul *m, const struct gemv_type *t, const 
         const int n_rows = m->n_rows - r0 < PANEL_ROWS ? m->n_rows - r0 : PANEL_ROWS;
         float value[(PANEL_ROWS + 1) * GEMV_SUPERBLOCKS] __attribute__((aligned(64))), y[PANEL_ROWS];
         for (int r = 0; r < n_rows; r += step) {
-            const uint8_t *w = m->w + (size_t)(r0 + r) * m->row_bytes + (size_t)first * bytes, *ahead = w + GEMV_AHEAD;
+            const uint8_t *w = m->w + (size_t)(r0 + r) * m->row_bytes + (size_t)first * bytes, *ahead = w + gemv_ahead;
             uint8_t copy[GEMV_SUPERBLOCKS * SUPERBLOCK_BYTES(q8_0)];
             if (m->next && ahead >= end) ahead = m->next + (ahead - end);
             if (m->row_bytes != part || (size_t)(end - w) < GEMV_SUPERBLOCKS * bytes) {

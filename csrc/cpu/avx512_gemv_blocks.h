@@ -150,6 +150,7 @@ static __attribute__((noinline)) __m512 dot_iq4_xs(const uint8_t *w, const struc
     const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), table = kv_table();
     __m512i h[4], pairs[2], sums[4];
     rows_of(rows, w, sizeof(block_iq4_xs));
+    ahead += 16384;             /* as all headers are read first: on Zen 4 8 kB ahead give 0.75 of the bandwidth, 24 kB 0.88 */
     load_transposed(h, rows, 0);
     iq4_xs_scales(pairs, h[0], h[1]);
 #pragma GCC unroll 1

@@ -1,6 +1,7 @@
 /* dispatch.c -- picks the best kernel table this CPU (and its OS) can run. */
 #include "ms4.h"
 #include "ops.h"
+#include "prefetch.h"
 #include <string.h>
 #if defined(__aarch64__)
 #include <asm/hwcap.h>
@@ -29,6 +30,14 @@ static int cpu_can_run(const struct ms4_ops *t) {
 #endif
     return t == &ops_ref;
 }
+/* On Zen 4 8 kB give 0.96 of the read bandwidth and 45 kB 0.90; on an Intel server 45 kB are as good as 16 to 90. */
+size_t gemv_ahead = 45056;
+#if defined(__x86_64__)
+__attribute__((constructor)) static void set_gemv_ahead(void) {
+    __builtin_cpu_init();
+    if (__builtin_cpu_is("amd")) gemv_ahead = 8192;
+}
+#endif
 /* The table named isa, or the best one if isa is NULL.  NULL if there is none that runs here. */
 const struct ms4_ops *ms4_ops_for(const char *isa) {
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++)
