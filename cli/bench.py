@@ -1,9 +1,9 @@
 """`ms4 bench`: how fast the model reads (prefill) and writes (decode), and which limit of the machine that is near to.
 
-The limits are bytes per second when the weights are just read in order, and 8-bit multiply-adds per second in registers.
-On shared machines they change by the second, so they are measured before and after every repetition of a phase, and its
-shares are of their mean.  The tokens are random, so no tokenizer is needed and the experts are spread as evenly as the
-router allows.
+The limits are bytes per second when the weights are just read in order, and 8-bit multiply-adds per second in
+registers.  On shared machines they change by the second, so they are measured before and after every repetition of a
+phase, and its shares are of their mean.  The tokens are random, so no tokenizer is needed and the experts are spread
+as evenly as the router allows.
 """
 
 import json
@@ -40,7 +40,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Row:
-    """One phase at one depth.  The shares of the limits are those of the median repetition; `bottleneck` names the nearer
+    """One phase at one depth.  The shares of the limits are medians of the repetitions; `bottleneck` names the nearer
     limit, if one is near."""
 
     phase: str
@@ -89,9 +89,7 @@ class Timing:
     limits: ms4.Limits
 
 
-def measure_depth(
-    plan: Plan, depth: int, model: "Model", session: ms4.Session, limits: list[ms4.Limits]
-) -> list[Row]:
+def measure_depth(plan: Plan, depth: int, model: "Model", session: ms4.Session, limits: list[ms4.Limits]) -> list[Row]:
     """Both phases after `depth` positions: one uncounted round to warm up, then `repeat` counted ones.
 
     The limits that it measured are added to `limits`.
@@ -182,7 +180,7 @@ def table(about: dict[str, object], rows: list[Row], limits: ms4.Limits) -> str:
     """A Markdown table, with the machine above it."""
     lines = [
         "{model}: ms4 {version}, {isa}, {threads} threads, weights: {load}".format(**about),
-        f"limits: {limits.read_bytes_per_s / 1e9:.1f} GB/s read, {limits.int8_macs_per_s / 1e9:.0f} G int8 MAC/s (median)",
+        f"limits: {limits.read_bytes_per_s / 1e9:.1f} GB/s read, {limits.int8_macs_per_s / 1e9:.0f} G int8 MAC/s",
         "",
         "| phase | depth | tokens | best tok/s | median tok/s | MB/token | of bandwidth | of int8 | nearest limit |",
         "|---|--:|--:|--:|--:|--:|--:|--:|---|",
