@@ -100,7 +100,7 @@ def measure_depth(plan: Plan, depth: int, model: "Model", session: ms4.Session, 
     def ids(n: int) -> np.ndarray:
         return random.integers(0, shape.n_vocab, n, np.int32)
 
-    def timed(work: Callable[[], None]) -> Timing:
+    def timed(work: Callable[[], object]) -> Timing:
         session.rewind(depth)
         bytes_before = model.engine.stats().bytes_decode
         begun = time.perf_counter()
