@@ -12,6 +12,11 @@
  * both are on one CPU and would stay there, while the neighbour has the other for itself: so a worker that last ran
  * where the caller runs now is sent elsewhere before the next run.
  *
+ * Where a worker shares its CPU with a busy neighbour, the system takes the CPU away from it for milliseconds, and in
+ * the middle of an item the caller would wait for all of them.  So a worker gives way by itself, TURN_NS after it last
+ * did, between two items and outside the gate: the others do what is in its range.  Beside one busy process on two CPUs
+ * decode keeps 0.82 of its quiet rate this way, and 0.67 without; where nobody waits for the CPU it costs nothing.
+ *
  * ORDER.  The fields of a run are written before the gate opens (release) and read after a worker has come in
  * (acquire); what items wrote is visible after the last worker has left (release) and the caller has seen it
  * (acquire).
@@ -33,6 +38,9 @@
 #define OPEN 0x40000000u
 #define QUIT 0x80000000u
 #define SPIN_NS 50000
+#ifndef TURN_NS                 /* tests make it 0 */
+#define TURN_NS 1500000
+#endif
 #define MAX_THREADS 512
 
 typedef struct {
@@ -40,6 +48,7 @@ typedef struct {
     pthread_t thread;
     int32_t index;
     atomic_int tid, cpu;                       /* cpu: where it last finished an item, or -1 */
+    int64_t since;                             /* when it last gave way to others on its CPU */
 } worker;
 /* Items first .. end - 1, both halves in one word so that front and back can be taken without a lock. */
 typedef struct { _Alignas(64) _Atomic uint64_t items; } range;
@@ -106,13 +115,17 @@ static int steal(range *own, range *other) {
         return 1;
     }
 }
-static void take_items(pool *p, int32_t thread) {
+/* Works until no item is left: 1.  A worker that has had the CPU for a while leaves the rest to the others: 0. */
+static int take_items(pool *p, int32_t thread) {
     range *own = &p->ranges[thread];
     for (int32_t i = 0; i < p->n_threads; i++) {
         if (i && !steal(own, &p->ranges[(thread + i) % p->n_threads])) continue;
-        for (int32_t item; (item = take(own)) >= 0; i = 0)
+        for (int32_t item; (item = take(own)) >= 0; i = 0) {
             if (!p->stop || !atomic_load_explicit(p->stop, memory_order_relaxed)) p->fn(p->context, item, thread);
+            if (thread && now_ns() - p->workers[thread].since > TURN_NS) return 0;
+        }
     }
+    return 1;
 }
 static int come_in(pool *p) {
     unsigned g = atomic_load(&p->gate);
@@ -133,10 +146,13 @@ static void *work(void *arg) {
         wait_change(&p->epoch, seen, &p->n_asleep);
         seen = atomic_load(&p->epoch);
         if (atomic_load(&p->gate) & QUIT) return NULL;
-        if (come_in(p)) {
-            take_items(p, w->index);
+        while (come_in(p)) {
+            int done = take_items(p, w->index);
             atomic_store_explicit(&w->cpu, sched_getcpu(), memory_order_relaxed);
             go_out(p);
+            if (done) break;
+            sched_yield();
+            w->since = now_ns();
         }
     }
 }
@@ -176,6 +192,7 @@ void pool_run(pool *p, pool_fn *fn, void *context, int32_t n_items, const atomic
     for (unsigned g = atomic_fetch_and(&p->gate, ~OPEN) & ~OPEN; g; g = atomic_load(&p->gate))
         wait_change(&p->gate, g, &p->caller_asleep);
     atomic_thread_fence(memory_order_acquire);
+    take_items(p, 0);                          /* what a worker took over unseen, before it gave way */
 }
 int32_t pool_size(const pool *p) { return p->n_threads; }
 
