@@ -2,7 +2,8 @@
 
     python tests/alternate.py FILE.gguf --peer 'a=PATH/llama-bench -mmp 0' --peer 'b=PATH/llama-bench -mmp 0 -rtr 1'
 
-Machines drift, so every round runs every engine once, in turn, and what is compared is the best round of each.  A peer
+Machines drift, so every round runs every engine once, in turn, and what is compared is the best round of each; the
+median of the rounds' own ratios stands beside it, as on some machines the memory is twice as fast for a minute.  A peer
 is a name and the command line of a llama-bench (llama.cpp or a fork of it); -m, -p, -n, -t, -r and -o json are added.
 With --busy N every engine runs a second time in every round, beside N processes that never rest.
 """
@@ -17,6 +18,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import product
+from statistics import median
 
 START = "from ms4.cli.start import main; main()"
 Rates = dict[str, float]  # "prefill", "decode": tokens per second; of ms4 also the shares of the machine's limits
@@ -68,10 +70,19 @@ def report(seen: dict[str, dict[str, list[float]]]) -> None:
     for phase, by_name in seen.items():
         ours = max(by_name["ms4"])
         if phase in SHARES.values():
-            print(f"{phase}: at most {100 * ours:.0f} %, at least {100 * min(by_name['ms4']):.0f} %")
+            low, middle = min(by_name["ms4"]), median(by_name["ms4"])
+            print(f"{phase}: median {100 * middle:.0f} %, {100 * low:.0f} to {100 * ours:.0f} %")
             continue
-        others = (f"| {n} {max(v):.2f}: {ours / max(v):.2f}x" for n, v in by_name.items() if n != "ms4")
+        others = (
+            f"| {name} {max(rates):.2f}: {ours / max(rates):.2f}x, median {median_ratio(by_name['ms4'], rates):.2f}x"
+            for name, rates in by_name.items()
+            if name != "ms4"
+        )
         print(f"{phase:8} ms4 {ours:.2f} tok/s", *others)
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    return median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def main() -> None:
@@ -101,7 +112,8 @@ def main() -> None:
         print(f"beside {a.busy} busy processes:")
         report(seen[a.busy])
         for name, rates_ in seen[0]["decode"].items():
-            print(f"{name} decodes at {100 * max(seen[a.busy]['decode'][name]) / max(rates_):.0f} % of its quiet rate")
+            share = median_ratio(seen[a.busy]["decode"][name], rates_)
+            print(f"{name} decodes at {100 * share:.0f} % of its quiet rate (median round)")
 
 
 if __name__ == "__main__":
