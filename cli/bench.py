@@ -72,12 +72,12 @@ def bench(plan: Plan, engine: EngineOptions, form: str) -> int:
                 status.show(f"depth {depth}")
                 rows += measure_depth(plan, depth, model, session, limits)
         status.clear()
-        show(model, rows, between(limits, statistics.median), engine.require(), form)
+        show(model, rows, combined(limits, statistics.median), engine.require(), form)
     return errors.OK
 
 
-def between(limits: list[ms4.Limits], middle: Callable[[list[float]], float]) -> ms4.Limits:
-    return ms4.Limits(*(middle([getattr(each, name) for each in limits]) for name in asdict(limits[0])))
+def combined(limits: list[ms4.Limits], how: Callable[[list[float]], float]) -> ms4.Limits:
+    return ms4.Limits(*(how([getattr(each, name) for each in limits]) for name in asdict(limits[0])))
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def measure_depth(plan: Plan, depth: int, model: "Model", session: ms4.Session, 
         seconds = time.perf_counter() - begun
         limits.append(model.engine.measure(MOST_MEASURED))
         n_bytes = model.engine.stats().bytes_decode - bytes_before
-        return Timing(seconds, n_bytes, between(limits[-2:], statistics.mean))
+        return Timing(seconds, n_bytes, combined(limits[-2:], statistics.mean))
 
     def write() -> None:
         for id in ids(plan.n_written):

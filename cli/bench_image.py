@@ -77,7 +77,7 @@ def bench(size: tuple[int, int], repeat: int, mmproj: str | None, engine: Engine
         eyes = Eyes(model.engine, tower)
         before = model.engine.measure(text_bench.MOST_MEASURED)
         found = measure(eyes, tower, size, repeat, status)
-        limits = text_bench.between([before, model.engine.measure(text_bench.MOST_MEASURED)], max)
+        limits = text_bench.combined([before, model.engine.measure(text_bench.MOST_MEASURED)], max)
         peak = 2 * limits.float_macs_per_s / 1e9
         result = Result(**{**asdict(found), "share_of_float_peak": found.gflop_per_s / peak})
         stats = model.engine.stats()

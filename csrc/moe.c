@@ -141,7 +141,7 @@ static void run_ffns(const step *st, ffn_job *jobs, int32_t n_jobs) {
         jobs[i].first_item = items;
         items += gate_up_items(&jobs[i]);
     }
-    ffn_run run = { st, jobs, n_jobs, rows_per_item(e->pool, e->shape.d_model, st->n) / 2 };
+    ffn_run run = { st, jobs, n_jobs, rows_per_item(e->pool, e->shape.d_model, st->n) };
     pool_run(e->pool, gate_up_item, &run, items, &st->s->stop);
     pool_run(e->pool, down_item, &run, (e->shape.d_model + run.rows - 1) / run.rows, &st->s->stop);
 }
