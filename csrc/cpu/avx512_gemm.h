@@ -10,7 +10,6 @@
 #include <immintrin.h>
 #include <string.h>
 #include "ops.h"
-#include "prefetch.h"
 
 #define PANEL_ROWS 16
 #define PANELS 2                /* multiplied side by side: what is loaded of the activations serves 32 rows */
@@ -68,8 +67,9 @@ static inline __attribute__((always_inline)) void tile_sums_of(struct tile_sums 
  * the next rows while these are multiplied, one prefetch for each column of a panel, as those in a row hold up the loads
  * behind them.  step: bytes from one to the next; where it is less than a line, some ask for the same. */
 struct ahead { const uint8_t *at; size_t step; };
+/* As prefetch_after, but of an address: naming the memory itself makes the tiles 3 % slower. */
 static inline __attribute__((always_inline)) void prefetch_step(struct ahead *a, __m512i *sum) {
-    prefetch_after(*sum, a->at, 0, 1, 64);
+    __asm__ volatile("prefetcht1 (%1)" : "+v"(*sum) : "r"(a->at));
     a->at += a->step;
 }
 /* The rows that come after the ones at row r0 of chunk t0; the last rows are followed by themselves for other tokens. */
