@@ -118,8 +118,8 @@ def types(c: "TensorClass") -> str:
 
 
 def latent_bytes(d: "Description", n_tokens: int = 32768) -> int:
-    """Bytes of the kv cache for so many tokens: a latent and a rope key of 16-bit numbers in each layer."""
-    return 2 * (d.shape.kv_rank + d.shape.d_rope) * d.shape.n_layer * n_tokens
+    """Bytes of the kv cache for so many tokens: latents and rope keys, of 16-bit numbers, and their scales."""
+    return (2 * (d.shape.kv_rank + d.shape.d_rope) + 8) * d.shape.n_layer * n_tokens
 
 
 def count(n: int) -> str:

@@ -44,13 +44,16 @@ static void latent_item(void *context, int32_t item, int32_t thread) {
     const token_job *job = context;
     ms4_engine *e = job->st->e;
     const ms4_shape *s = &e->shape;
-    size_t d_kv = (size_t)(s->kv_rank + s->d_rope);
+    size_t rank = (size_t)s->kv_rank, d_kv = rank + (size_t)s->d_rope;
     (void)thread;
     for (int32_t t = item * job->per_item; t < last_token(job, item); t++) {
         float *kv = e->ws.kv_a + (size_t)t * d_kv;
-        e->ops->rms_norm(kv, kv, job->w->kv_a_norm, (size_t)s->kv_rank, s->norm_eps);
-        rotate(kv + s->kv_rank, e->ws.rope + (size_t)t * (size_t)s->d_rope, s->d_rope);
-        e->ops->to_half(kv_cache_at(&job->st->s->kv, job->layer, job->st->pos + t), kv, d_kv);
+        int16_t *to = kv_cache_at(&job->st->s->kv, job->layer, job->st->pos + t);
+        float *d = kv_scales_at(&job->st->s->kv, job->layer, job->st->pos + t);
+        e->ops->rms_norm(kv, kv, job->w->kv_a_norm, rank, s->norm_eps);
+        rotate(kv + rank, e->ws.rope + (size_t)t * (size_t)s->d_rope, s->d_rope);
+        d[0] = e->ops->quantize_16(to, kv, rank);
+        d[1] = e->ops->quantize_16(to + rank, kv + rank, (size_t)s->d_rope);
     }
 }
 /* q_a -> normalised, q_a_q */

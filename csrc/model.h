@@ -40,8 +40,9 @@ typedef struct {
     block_q8 *hidden_q, *shared_q;
     ffn_job *jobs;
     expert_view *views;
-    float *absorbed, *partial;                     /* attention.c */
-    size_t absorbed_floats, partial_floats;
+    int16_t *absorbed;                                        /* attention.c: queries, their scales, results by segment */
+    float *absorbed_d, *partial;
+    size_t absorbed_bytes, absorbed_d_bytes, partial_bytes;
     float **scratch;                                          /* per thread */
     size_t scratch_floats;
 } workspace;
@@ -65,13 +66,18 @@ struct ms4_engine {
     pthread_mutex_t counting;
 };
 
-/* Latents and rotated rope keys, as halves: position t of a layer is kv_rank + d_rope values (SPEC 2.3). */
+/* Latents and rotated rope keys (SPEC 2.3): position t of a layer is kv_rank + d_rope 16-bit integers and two scales, as
+ * ops->quantize_16 makes them of either part. */
 typedef struct {
-    uint16_t *data;
-    size_t bytes, width, layer_stride;                        /* strides in halves */
+    int16_t *data;
+    float *scales;                                            /* behind the data */
+    size_t bytes, width, n_ctx;                               /* of both together; numbers of a position; positions of a layer */
 } kv_cache;
-static inline uint16_t *kv_cache_at(const kv_cache *kv, int32_t layer, int32_t pos) {
-    return kv->data + (size_t)layer * kv->layer_stride + (size_t)pos * kv->width;
+static inline int16_t *kv_cache_at(const kv_cache *kv, int32_t layer, int32_t pos) {
+    return kv->data + ((size_t)layer * kv->n_ctx + (size_t)pos) * kv->width;
+}
+static inline float *kv_scales_at(const kv_cache *kv, int32_t layer, int32_t pos) {
+    return kv->scales + ((size_t)layer * kv->n_ctx + (size_t)pos) * 2;
 }
 
 struct ms4_session {
@@ -87,7 +93,6 @@ typedef struct {
     ms4_engine *e;
     ms4_session *s;
     int32_t n, pos;
-    int32_t expand;                                           /* attention in expanded form */
 } step;
 
 static inline size_t size_max(size_t a, size_t b) { return a > b ? a : b; }
@@ -95,12 +100,11 @@ static inline int32_t int_min(int32_t a, int32_t b) { return a < b ? a : b; }
 
 int matrix_bind(const files *f, const ms4_tensor *t, matrix *out);   /* engine.c: checks a tensor and finds its bytes */
 int workspace_grow(ms4_engine *e, int32_t n_tokens);          /* workspace.c */
-int workspace_room(float **buffer, size_t *has, size_t needs);
+int workspace_room(void *buffer, size_t *has, size_t needs);  /* buffer: of a pointer; bytes */
 void workspace_close(ms4_engine *e);
 /* layer.c: adds one layer to ws.h.  Only the last `keep` tokens come out, and become the step; the others leave their
  * latents in the kv cache. */
 int layer_forward(step *st, int32_t layer, int32_t keep);
-int attention_expands(const ms4_shape *s, int32_t pos, size_t n);   /* attention.c: is that form cheaper? */
 int attention_prepare(const step *st);                        /* attention.c: scratch for the step */
 int attention_forward(const step *st, int32_t layer);         /* q, kv cache -> o */
 int moe_forward(const step *st, int32_t layer);               /* moe.c: x -> added to h */

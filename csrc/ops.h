@@ -33,7 +33,8 @@ struct ms4_mul {
 };
 typedef void mul_fn(const struct ms4_mul *m);
 
-/* Attention of n_q query rows over one tile of at most ATTEND_KEYS keys, with running softmax (SPEC 2.2, 2.3):
+/* Attention in floats, as the vision tower wants it: n_q query rows over one tile of at most ATTEND_KEYS keys, with running
+ * softmax (SPEC 2.2):
  *   s = q . k;  m' = max(m, max s);  o = o * exp(m - m') + sum exp(s - m') v;  l likewise.
  * Scales are already folded into q.  Tiles begin at multiples of ATTEND_KEYS, so a row's numbers depend on its own
  * position only.  A row with n_keys[i] == 0 is left untouched. */
@@ -48,6 +49,37 @@ struct ms4_attend {
     const int32_t *n_keys;     /* per row: how many keys of this tile it sees, from the first */
     size_t q_stride, v_stride, o_stride;
     int32_t n_q, d_k, d_v;     /* d_k and d_v: multiples of 8 */
+};
+
+/* --- attention over the kv cache, in 16-bit integers ---
+ * A row of the cache, and a query folded into its space (SPEC 2.3), has two parts, latents and rope key, and each part
+ * is integers times one scale.  Lengths (Euclidean) of at most LENGTH_16 keep every sum of products of two parts below
+ * 2^31, by Cauchy-Schwarz, so the sums are exact in any order; the rounding is finer than that of halves. */
+#define LENGTH_16 44000
+#define SEGMENT_KEYS 128       /* keys attended to by one call; segments begin at multiples of it */
+#define SEGMENT_BLOCK 32       /* keys, or columns of values, side by side */
+/* A segment as the kernels want it; open_segment fills it, for one thread. */
+struct ms4_segment {
+    int32_t rank, d_rope;      /* of a row: latents, then rope key; multiples of 8 */
+    int32_t n_keys;
+    int16_t *keys;             /* blocks of 32 keys: (rank + d_rope) / 2 rows of 32 pairs: numbers 2i, 2i + 1 of each key */
+    int16_t *values;           /* blocks of 32 latents: SEGMENT_KEYS / 2 rows of 32 pairs: of the keys 2j, 2j + 1 */
+    float *d;                  /* SEGMENT_KEYS scales of the latents, of the rope keys; largest magnitudes of the latents */
+};                             /* numbers of absent keys and columns, as far as a block is begun, are zero */
+static inline size_t segment_keys_size(int32_t rank, int32_t d_rope) { return (size_t)(rank + d_rope) * SEGMENT_KEYS; }
+static inline size_t segment_values_size(int32_t rank) {
+    return (size_t)((rank + SEGMENT_BLOCK - 1) / SEGMENT_BLOCK) * SEGMENT_BLOCK * SEGMENT_KEYS;
+}
+/* Attention of n_q query rows over one segment: out[row] = { m, l, o[rank] } with m = max s, l = sum exp(s - m),
+ * o = sum exp(s - m) v over the keys that they see, the first n_keys of the segment, one or more.  Scales are folded into
+ * q_d.  The weights of the values, exp(s - m) d, are rounded to 16 bits of their largest, or less where the sum would not
+ * fit. */
+struct ms4_attend_segment {
+    const struct ms4_segment *segment;
+    const int16_t *q;          /* n_q rows of rank + d_rope numbers, one after the other */
+    const float *q_d;          /* n_q times two scales */
+    float *out;                /* n_q rows of 2 + rank floats */
+    int32_t n_keys, n_q;
     const uint8_t *next;       /* next_lines lines of 64 bytes to prefetch meanwhile: a hint, as ms4_mul.next */
     int32_t next_lines;
 };
@@ -61,14 +93,15 @@ struct ms4_ops {
     void (*silu_mul)(float *out, const float *gate, const float *up, size_t n);  /* silu(gate) * up */
     void (*add_scaled)(float *y, const float *x, float scale, size_t n);         /* y = fma(scale, x, y) */
     void (*attend)(const struct ms4_attend *a);
-    void (*from_half)(float *out, const uint16_t *x, size_t n);
-    void (*to_half)(uint16_t *out, const float *x, size_t n);                    /* round to nearest even */
+    /* x = d out, to the nearest integers of length LENGTH_16 or less; returns d: 0 for what is as good as zero, NaN for
+     * what is not finite, out being zero then */
+    float (*quantize_16)(int16_t *out, const float *x, size_t n);
+    void (*dequantize_16)(float *out, const int16_t *x, float d, size_t n);
+    /* n_keys rows and their two scales each */
+    void (*open_segment)(struct ms4_segment *s, const int16_t *rows, const float *d, int32_t n_keys);
+    void (*attend_segment)(const struct ms4_attend_segment *a);
     /* kt[i * ATTEND_KEYS + j] = k[j * k_stride + i], i < d, j < n_keys <= ATTEND_KEYS; zero for other j */
     void (*transpose_keys)(float *kt, const float *k, size_t k_stride, int32_t n_keys, int32_t d);
-    /* c[i][j] = sum over k of a[i][k] * b[k][j], i < m, j < n, in ascending k; strides in floats; n a multiple of 8.
-     * For a small b that many rows of a meet. */
-    void (*product)(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride, int32_t m,
-                    int32_t n, int32_t k);
     /* Loops in registers (peak.h): multiply-adds that the rounds were, 8-bit and float. */
     uint64_t (*int8_peak)(uint64_t rounds);
     uint64_t (*float_peak)(uint64_t rounds);

@@ -9,13 +9,15 @@ int ms4_session_open(ms4_engine *e, int32_t n_ctx, ms4_session **out) {
     FAIL_IF(!s, MS4_ENOMEM, "no memory for a session");
     kv_cache *kv = &s->kv;
     kv->width = (size_t)(e->shape.kv_rank + e->shape.d_rope);
-    kv->layer_stride = kv->width * (size_t)n_ctx;
-    kv->bytes = kv->layer_stride * (size_t)e->shape.n_layer * sizeof *kv->data;
+    kv->n_ctx = (size_t)n_ctx;
+    size_t rows = kv->n_ctx * (size_t)e->shape.n_layer;
+    kv->bytes = rows * (kv->width * sizeof *kv->data + 2 * sizeof *kv->scales);
     kv->data = memory_take_pages(kv->bytes, 0);               /* untouched pages cost nothing */
     if (!kv->data) {
         memory_give(s);
         return error_set(MS4_ENOMEM, "no memory for a context of %d tokens; use a smaller one", n_ctx);
     }
+    kv->scales = (float *)(kv->data + rows * kv->width);
     s->engine = e;
     s->n_ctx = n_ctx;
     pthread_mutex_lock(&e->turn);
@@ -99,9 +101,8 @@ static int run_step(step *st, const int32_t *tokens, const float **rows, int32_t
 }
 static int run_steps(ms4_session *s, const int32_t *tokens, int32_t n, const float *rows, float *logits, int32_t all) {
     ms4_engine *e = s->engine;
-    int32_t expand = attention_expands(&e->shape, s->length, (size_t)n);
     for (int32_t at = 0; at < n; at += e->n_batch) {
-        step st = { e, s, int_min(e->n_batch, n - at), s->length + at, expand };
+        step st = { e, s, int_min(e->n_batch, n - at), s->length + at };
         int32_t n_out = !logits ? 0 : all ? st.n : at + st.n == n;
         TRY(run_step(&st, tokens + at, &rows, n_out, all && logits ? logits + (size_t)at * (size_t)e->shape.n_vocab : logits));
     }

@@ -10,10 +10,10 @@ static int renew(void *p, size_t n, size_t size) {
     FAIL_IF(!*at, MS4_ENOMEM, "no memory for the buffers of a step (%zu bytes); use a smaller batch", n * size);
     return MS4_OK;
 }
-int workspace_room(float **buffer, size_t *has, size_t needs) {
+int workspace_room(void *buffer, size_t *has, size_t needs) {
     if (needs <= *has) return MS4_OK;
     *has = 0;
-    TRY(renew(buffer, needs, sizeof(float)));
+    TRY(renew(buffer, needs, 1));
     *has = needs;
     return MS4_OK;
 }
@@ -66,7 +66,7 @@ void workspace_close(ms4_engine *e) {
     workspace *w = &e->ws;
     void *all[] = { w->h, w->x, w->q_a, w->q, w->kv_a, w->o, w->rope, w->x_q, w->q_a_q, w->o_q, w->router,
                     w->chosen_weight, w->pair_weight, w->hidden_f, w->shared_f, w->chosen, w->pair_token, w->expert_first, w->expert_ids,
-                    w->hidden_q, w->shared_q, w->jobs, w->views, w->absorbed, w->partial };
+                    w->hidden_q, w->shared_q, w->jobs, w->views, w->absorbed, w->absorbed_d, w->partial };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) memory_give(all[i]);
     for (int32_t i = 0; w->scratch && i < pool_size(e->pool); i++) memory_give(w->scratch[i]);
     memory_give(w->scratch);

@@ -13,6 +13,10 @@
 static int mul_type;
 static uint64_t mul_hash[MS4_N_TYPES], mul_hash_before[MS4_N_TYPES];
 static const char *isa_before;
+static uint64_t hash_floats(uint64_t hash, const float *y, size_t n) {
+    for (size_t j = 0; j < n * sizeof *y; j++) hash = (hash ^ ((const uint8_t *)y)[j]) * 1099511628211u;
+    return hash;
+}
 
 struct product { struct ms4_mul m; size_t n_y; int extreme; };
 
@@ -140,7 +144,7 @@ static void check_mul(void) {
         const float *y = run_mul(&p);
         compare_product(&p, y);
         compare_splits(&p, y);
-        for (size_t j = 0; j < p.n_y * sizeof *y; j++) hash = (hash ^ ((const uint8_t *)y)[j]) * 1099511628211u;
+        hash = hash_floats(hash, y, p.n_y);
         release_all();
     }
     check_nan();
@@ -277,33 +281,31 @@ static void check_add_scaled(void) {
         release_all();
     }
 }
-static void check_half(void) {
-    for (uint32_t start = 0; start < 65536; start += 1024 + 37) {
-        size_t n = start + 1061 <= 65536 ? 1061 : 65536 - start;
-        uint16_t *halves = guarded(n * 2), *got = guarded(n * 2), *want = guarded(n * 2);
-        float *numbers = guarded_floats(n), *exact = guarded_floats(n);
-        for (size_t i = 0; i < n; i++) halves[i] = (uint16_t)(start + i);
-        fast->from_half(numbers, halves, n);
-        ref->from_half(exact, halves, n);
-        expect(same_bits(numbers, exact, n), "wrong float");
-        /* between neighbours: halfway, and a little to either side; and any bits at all */
-        for (int kind = 0; kind < 4; kind++) {
-            for (size_t i = 0; i < n; i++) {
-                uint32_t bits;
-                memcpy(&bits, exact + i, 4);
-                bits = kind == 3 ? rnd() : bits + 0x1000 + (uint32_t)kind - 1;
-                memcpy(numbers + i, &bits, 4);
-            }
-            fast->to_half(got, numbers, n);
-            ref->to_half(want, numbers, n);
-            for (size_t i = 0; i < n; i++)
-                expect(got[i] == want[i] || (isnan(numbers[i]) && (got[i] & 0x7fff) > 0x7c00), "wrong half");
+static void check_16(void) {
+    for (int i = 0; i < 200; i++) {
+        size_t n = 8 * (size_t)between(1, 60);
+        float *x = guarded_floats(n), *got_x = guarded_floats(n), *want_x = guarded_floats(n);
+        int16_t *got = guarded(n * sizeof *got), *want = guarded(n * sizeof *want);
+        fill_floats(x, n, i % 8);
+        if (i % 3 == 0) x[between(0, (int)n - 1)] *= 300;       /* the largest number decides, not the length */
+        float d = fast->quantize_16(got, x, n), want_d = ref->quantize_16(want, x, n);
+        double squares = 0;
+        expect(isnan(want_d) ? isnan(d) : fabsf(d - want_d) <= 1e-6f * want_d, "wrong d");
+        for (size_t j = 0; j < n; j++) {
+            double exact = want_d > 0 ? (double)x[j] / want_d : 0;
+            expect(fabs(got[j] - exact) <= 0.5 + 0.04, "not the nearest integer");     /* 32767 * 1e-6 */
+            squares += (double)got[j] * got[j];
         }
+        expect(sqrt(squares) <= LENGTH_16 + 0.5 * sqrt((double)n) + 1, "too long");
+        fast->dequantize_16(got_x, got, 0.37f, n);
+        ref->dequantize_16(want_x, got, 0.37f, n);
+        expect(same_bits(got_x, want_x, n), "wrong float");
         release_all();
     }
 }
 
 /* --- attention ------------------------------------------------------------------------------------- */
+static uint64_t segment_hash, segment_hash_before;
 #define TILES 3
 struct attention { struct ms4_attend a; size_t n_o; };
 
@@ -387,29 +389,108 @@ static void check_attend(void) {
         release_all();
     }
 }
-/* c = a b: also the same bits for any one row and any eight columns on their own. */
-static void check_product(void) {
-    for (int i = 0; i < 60; i++) {
-        int m = between(1, 40), n = 8 * between(1, 12), k = between(1, 300);
-        size_t a_stride = (size_t)(k + between(0, 9)), b_stride = (size_t)(n + between(0, 9)), c_stride = (size_t)(n + between(0, 9));
-        size_t n_a = (size_t)(m - 1) * a_stride + (size_t)k, n_b = (size_t)(k - 1) * b_stride + (size_t)n;
-        size_t n_c = (size_t)(m - 1) * c_stride + (size_t)n, row = (size_t)between(0, m - 1), column = 8 * (size_t)between(0, n / 8 - 1);
-        float *a = guarded_floats(n_a), *b = guarded_floats(n_b), *got = guarded_floats(n_c), *want = guarded_floats(n_c), part[8];
-        fill_floats(a, n_a, 0);
-        fill_floats(b, n_b, 0);
-        for (size_t j = 0; j < n_c; j++) got[j] = want[j] = MARK;
-        fast->product(got, c_stride, a, a_stride, b, b_stride, m, n, k);
-        ref->product(want, c_stride, a, a_stride, b, b_stride, m, n, k);
-        for (size_t j = 0; j < n_c; j++) {
-            double magnitude = 0;
-            for (size_t p = 0; p < (size_t)k && j % c_stride < (size_t)n; p++)
-                magnitude += fabs((double)a[j / c_stride * a_stride + p] * b[p * b_stride + j % c_stride]);
-            expect(fabs((double)got[j] - want[j]) <= 4e-7 * magnitude, "wrong product");
+/* Rows of 16-bit numbers: as long as they may be, at random or with most of the length in one number. */
+static void fill_rows(int16_t *rows, float *d, size_t n_rows, size_t rank, size_t d_rope, int kind) {
+    for (size_t r = 0; r < n_rows; r++, rows += rank + d_rope)
+        for (size_t part = 0; part < 2; part++) {
+            size_t n = part ? d_rope : rank;
+            float x[512];
+            for (size_t i = 0; i < n; i++) x[i] = kind == 1 ? 1 : uniform();
+            if (kind == 2) x[between(0, (int)n - 1)] = rnd() & 1 ? 100 : -100;
+            d[2 * r + part] = ref->quantize_16(rows + part * rank, x, n) * (kind == 3 ? 4 : 1);
         }
-        fast->product(part, 8, a + row * a_stride, a_stride, b + column, b_stride, 1, 8, k);
-        expect(same_bits(part, got + row * c_stride + column, 8), "a part alone gives other bits");
+}
+static struct ms4_segment make_segment(int32_t rank, int32_t d_rope) {
+    size_t n_keys = segment_keys_size(rank, d_rope), n_values = segment_values_size(rank);
+    struct ms4_segment s = { .rank = rank, .d_rope = d_rope, .keys = guarded(n_keys * 2), .values = guarded(n_values * 2),
+                             .d = guarded_floats(3 * SEGMENT_KEYS) };
+    memset(s.keys, 1, n_keys * 2);
+    memset(s.values, 1, n_values * 2);
+    return s;
+}
+static int same_segment(const struct ms4_segment *a, const struct ms4_segment *b) {
+    size_t block = (size_t)SEGMENT_BLOCK * 2, width = (size_t)(a->rank + a->d_rope);
+    size_t n = ((size_t)a->n_keys + SEGMENT_BLOCK - 1) / SEGMENT_BLOCK;
+    if (a->n_keys != b->n_keys || !same_bits(a->d, b->d, 3 * SEGMENT_KEYS)) return 0;
+    if (memcmp(a->keys, b->keys, n * width * SEGMENT_BLOCK * 2)) return 0;
+    for (size_t i = 0; i < segment_values_size(a->rank); i += block * SEGMENT_KEYS / 2)
+        if (memcmp(a->values + i, b->values + i, n * SEGMENT_BLOCK / 2 * block * 2)) return 0;
+    return 1;
+}
+/* Against sums in double; the weights' rounding shows by at most half a unit for each key. */
+static void compare_segment(const struct ms4_attend_segment *a, const float *want) {
+    const struct ms4_segment *s = a->segment;
+    size_t row = (size_t)s->rank + 2;
+    for (size_t r = 0; r < (size_t)a->n_q; r++) {
+        const float *got = a->out + r * row, *exact = want + r * row;
+        /* a score is a sum of two parts of at most d d LENGTH_16^2 each, rounded a few times */
+        double most = 0, slack = 2e-6, sum = 0, weighted = 0, tops = 0;
+        for (int j = 0; j < a->n_keys; j++) {
+            double size = fabs((double)a->q_d[2 * r] * s->d[j]) + fabs((double)a->q_d[2 * r + 1] * s->d[SEGMENT_KEYS + j]);
+            most = size > most ? size : most;
+            sum += s->d[j];
+            weighted += s->d[j] * s->d[2 * SEGMENT_KEYS + j];
+            tops += s->d[2 * SEGMENT_KEYS + j];
+        }
+        slack += 2e-7 * most * LENGTH_16 * (double)LENGTH_16;
+        expect(exact[0] == got[0] || fabs((double)exact[0] - got[0]) <= slack, "wrong maximum");
+        expect(fabs((double)exact[1] - got[1]) <= 3 * slack * exact[1], "wrong sum of weights");
+        double unit = fmax(sum / 32767, weighted / 0x1.fp+30);         /* of the weights: the real one is smaller */
+        for (size_t i = 2; i < row; i++)
+            expect(fabs((double)exact[i] - got[i]) <= 3 * slack * weighted + 0.51 * unit * tops, "wrong output");
+    }
+}
+static void check_segment(void) {
+    for (int i = 0; i < 80; i++) {
+        int32_t rank = 8 * between(1, 40), d_rope = 8 * between(1, 12), n_keys = i % 4 ? between(1, SEGMENT_KEYS) : SEGMENT_KEYS, n_q = between(1, 34);
+        size_t width = (size_t)(rank + d_rope), row = (size_t)rank + 2, n_out = (size_t)n_q * row;
+        int16_t *rows = guarded((size_t)n_keys * width * 2), *q = guarded((size_t)n_q * width * 2);
+        float *d = guarded_floats((size_t)n_keys * 2), *q_d = guarded_floats((size_t)n_q * 2);
+        fill_rows(rows, d, (size_t)n_keys, (size_t)rank, (size_t)d_rope, i % 4);
+        fill_rows(q, q_d, (size_t)n_q, (size_t)rank, (size_t)d_rope, i % 5);
+        struct ms4_segment got = make_segment(rank, d_rope), want = make_segment(rank, d_rope);
+        fast->open_segment(&got, rows, d, n_keys);
+        ref->open_segment(&want, rows, d, n_keys);
+        expect(same_segment(&got, &want), "opened in another way");
+        struct ms4_attend_segment a = { &got, q, q_d, guarded_floats(n_out), rnd() & 1 ? n_keys : between(1, n_keys), n_q, NULL, 0 }, b = a, one = a;
+        b.out = guarded_floats(n_out);
+        fast->attend_segment(&a);
+        ref->attend_segment(&b);
+        compare_segment(&a, b.out);
+        one.n_q = 1;
+        for (int r = 0; r < n_q; r++, one.q += width, one.q_d += 2, one.out = b.out + (size_t)r * row) {
+            one.out = b.out + (size_t)r * row;
+            fast->attend_segment(&one);
+        }
+        expect(same_bits(a.out, b.out, n_out), "one row at a time gives other bits");
+        segment_hash = hash_floats(segment_hash, a.out, n_out);
         release_all();
     }
+    if (isa_before) expect(segment_hash == segment_hash_before, "not the bits of the other fast kernels");
+}
+/* What is not a number in a query, or in a key that a row sees, comes out as NaN. */
+static void check_segment_nan(void) {
+    for (int i = 0; i < 20; i++) {
+        int16_t rows[40 * 48], q[3 * 48];
+        float d[80], q_d[6], out[3 * 42];
+        fill_rows(rows, d, 40, 40, 8, 0);
+        fill_rows(q, q_d, 3, 40, 8, 0);
+        if (i < 10) d[2 * 30 + i % 2] = NAN;
+        else q_d[2 * 1 + i % 2] = NAN;
+        struct ms4_segment s = make_segment(40, 8);
+        fast->open_segment(&s, rows, d, 40);
+        for (int n_keys = 20; n_keys <= 40; n_keys += 20) {
+            struct ms4_attend_segment a = { &s, q, q_d, out, n_keys, 3, NULL, 0 };
+            fast->attend_segment(&a);
+            for (int r = 0; r < 3; r++) expect((isnan(out[r * 42 + 1]) != 0) == (i < 10 ? n_keys == 40 : r == 1), "NaN went astray");
+        }
+        release_all();
+    }
+}
+static void check_segments(void) {
+    segment_hash = 14695981039346656037u;
+    check_segment();
+    check_segment_nan();
 }
 /* Only that they run and count: what they measure is speed. */
 static void check_peaks(void) {
@@ -434,7 +515,7 @@ static void check_transpose_keys(void) {
 #define N_TIMED 4096
 static float *t_x, *t_y, *t_z;
 static block_q8 *t_blocks;
-static uint16_t *t_halves;
+static int16_t *t_16;
 static struct ms4_attend t_attend;
 static int32_t t_keys[ATTEND_ROWS];
 
@@ -442,14 +523,11 @@ static void run_quantize(const struct ms4_ops *o) { for (int i = 0; i < 50; i++)
 static void run_rms_norm(const struct ms4_ops *o) { for (int i = 0; i < 50; i++) o->rms_norm(t_y, t_x, t_z, N_TIMED, 1e-6f); }
 static void run_silu_mul(const struct ms4_ops *o) { for (int i = 0; i < 50; i++) o->silu_mul(t_y, t_x, t_z, N_TIMED); }
 static void run_add_scaled(const struct ms4_ops *o) { for (int i = 0; i < 50; i++) o->add_scaled(t_y, t_x, 0.5f, N_TIMED); }
-static void run_half(const struct ms4_ops *o) {
-    for (int i = 0; i < 50; i++) { o->to_half(t_halves, t_x, N_TIMED); o->from_half(t_y, t_halves, N_TIMED); }
+static void run_16(const struct ms4_ops *o) {
+    for (int i = 0; i < 50; i++) o->dequantize_16(t_y, t_16, o->quantize_16(t_16, t_x, N_TIMED), N_TIMED);
 }
 static void run_transpose_keys(const struct ms4_ops *o) {
     for (int i = 0; i < 50; i++) o->transpose_keys(t_y, t_x, 128, ATTEND_KEYS, 128);
-}
-static void run_product(const struct ms4_ops *o) {
-    for (int i = 0; i < 50; i++) o->product(t_y, 32, t_x, 64, t_z, 32, 32, 32, 64);
 }
 static void run_attend(const struct ms4_ops *o) { for (int i = 0; i < 50; i++) o->attend(&t_attend); }
 
@@ -457,7 +535,7 @@ static void make_timed(void) {
     t_x = guarded_floats(N_TIMED * 4);
     t_y = guarded_floats(N_TIMED * 4);
     t_z = guarded_floats(N_TIMED * 4);
-    t_halves = guarded(N_TIMED * 2);
+    t_16 = guarded(N_TIMED * 2);
     t_blocks = guarded(N_TIMED / SUPERBLOCK * sizeof *t_blocks);
     for (int i = 0; i < N_TIMED * 4; i++) { t_x[i] = uniform(); t_z[i] = uniform(); t_y[i] = 0; }
 }
@@ -470,27 +548,40 @@ static void time_quantize(void) { time_floats(run_quantize); }
 static void time_rms_norm(void) { time_floats(run_rms_norm); }
 static void time_silu_mul(void) { time_floats(run_silu_mul); }
 static void time_add_scaled(void) { time_floats(run_add_scaled); }
-static void time_half(void) { time_floats(run_half); }
+static void time_16(void) { time_floats(run_16); }
 static void time_transpose_keys(void) { time_floats(run_transpose_keys); }
-/* d_k and d_v as in the model's two forms: direct 128 and 128, absorbed 320 and 256. */
+/* As wide as the heads of the vision tower. */
 static void time_attend(void) {
-    static const int widths[2][2] = { { 128, 128 }, { 320, 256 } };
-    for (int k = 0; k < 2; k++) {
-        int d_k = widths[k][0], d_v = widths[k][1];
-        make_timed();
-        static float m[ATTEND_ROWS], l[ATTEND_ROWS];
-        for (int i = 0; i < ATTEND_ROWS; i++) { t_keys[i] = ATTEND_KEYS; m[i] = 0; l[i] = 1; }
-        t_attend = (struct ms4_attend){ t_x, t_x + 4000, t_z, t_y, m, l, t_keys, (size_t)d_k, (size_t)d_v, (size_t)d_v, ATTEND_ROWS, d_k, d_v, NULL, 0 };
-        double t = best_time(run_attend, fast), slow = best_time(run_attend, ref);
-        printf("  %d/%d: %5.1f GFLOP/s (%4.1fx ref)", d_k, d_v, 50 * 2.0 * ATTEND_ROWS * ATTEND_KEYS * (d_k + d_v) / t * 1e-9, slow / t);
-    }
+    enum { D = 64 };
+    static float m[ATTEND_ROWS], l[ATTEND_ROWS];
+    make_timed();
+    for (int i = 0; i < ATTEND_ROWS; i++) { t_keys[i] = ATTEND_KEYS; m[i] = 0; l[i] = 1; }
+    t_attend = (struct ms4_attend){ t_x, t_x + 4000, t_z, t_y, m, l, t_keys, D, D, D, ATTEND_ROWS, D, D };
+    double t = best_time(run_attend, fast), slow = best_time(run_attend, ref);
+    printf("  %5.1f GFLOP/s (%4.1fx ref)", 50 * 2.0 * ATTEND_ROWS * ATTEND_KEYS * 2 * D / t * 1e-9, slow / t);
+}
+/* All heads of the model over a segment of its cache: opening it, attending to it. */
+static struct ms4_segment t_segment;
+static struct ms4_attend_segment t_attend_segment;
+static int16_t *t_rows;
+static float *t_d;
+static void run_open_segment(const struct ms4_ops *o) { o->open_segment(&t_segment, t_rows, t_d, SEGMENT_KEYS); }
+static void run_attend_segment(const struct ms4_ops *o) { o->attend_segment(&t_attend_segment); }
+static void time_segment(void) {
+    enum { RANK = 256, ROPE = 64, HEADS = 32 };
+    int16_t *q = guarded(HEADS * (RANK + ROPE) * 2);
+    float *q_d = guarded_floats(HEADS * 2);
+    t_rows = guarded(SEGMENT_KEYS * (RANK + ROPE) * 2);
+    t_d = guarded_floats(SEGMENT_KEYS * 2);
+    t_segment = make_segment(RANK, ROPE);
+    fill_rows(t_rows, t_d, SEGMENT_KEYS, RANK, ROPE, 0);
+    fill_rows(q, q_d, HEADS, RANK, ROPE, 0);
+    t_attend_segment = (struct ms4_attend_segment){ &t_segment, q, q_d, guarded_floats(HEADS * (RANK + 2)), SEGMENT_KEYS, HEADS, NULL, 0 };
+    double open = best_time(run_open_segment, fast), t = best_time(run_attend_segment, fast), slow = best_time(run_attend_segment, ref);
+    printf("  %5.1f GMAC/s (%4.1fx ref), opening %4.1f %% of the time", HEADS * (double)SEGMENT_KEYS * (2 * RANK + ROPE) / t * 1e-9, slow / t,
+           100 * open / (t + open));
 }
 
-static void time_product(void) {
-    make_timed();
-    double t = best_time(run_product, fast), slow = best_time(run_product, ref);
-    printf("  %5.1f GFLOP/s (%4.1fx ref)", 50 * 2.0 * 32 * 32 * 64 / t * 1e-9, slow / t);
-}
 static uint64_t n_macs;
 static void run_int8_peak(const struct ms4_ops *o) { n_macs = o->int8_peak(20000); }
 static void run_float_peak(const struct ms4_ops *o) { n_macs = o->float_peak(20000); }
@@ -516,10 +607,10 @@ static void check_table(void) {
     run_check("rms_norm", check_rms_norm, time_rms_norm);
     run_check("silu_mul", check_silu_mul, time_silu_mul);
     run_check("add_scaled", check_add_scaled, time_add_scaled);
-    run_check("half", check_half, time_half);
+    run_check("16", check_16, time_16);
+    run_check("segment", check_segments, time_segment);
     run_check("attend", check_attend, time_attend);
     run_check("transpose_keys", check_transpose_keys, time_transpose_keys);
-    run_check("product", check_product, time_product);
     run_check("peaks", check_peaks, time_peaks);
 }
 int main(int argc, char **argv) {
@@ -546,6 +637,7 @@ int main(int argc, char **argv) {
         if (!(fast = ms4_ops_for(isas[i]))) { printf("%-23s skipped: not on this CPU\n", isas[i]); continue; }
         check_table();
         memcpy(mul_hash_before, mul_hash, sizeof mul_hash);
+        segment_hash_before = segment_hash;
         isa_before = fast->isa;
     }
     printf("%d passed, %d failed\n", passed, failed);

@@ -1,7 +1,8 @@
 /* avx2.c -- the kernel table for x86-64 with AVX2, FMA and F16C, and all of it but the quantised products. */
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
-#include "avx2.h"
+#define ADD_PAIRS(sum, a, b) _mm256_add_epi32(sum, _mm256_madd_epi16(a, b))
+#include "avx2_segment.h"
 #include "dequantize.h"
 #include "peak.h"
 #include "plain.h"
@@ -94,19 +95,6 @@ static void avx2_mul_f32(const struct ms4_mul *m) { mul_floats_avx2(m, 4, load_f
 static void avx2_mul_f16(const struct ms4_mul *m) { mul_floats_avx2(m, 2, load_f16); }
 static void avx2_mul_bf16(const struct ms4_mul *m) { mul_floats_avx2(m, 2, load_bf16); }
 
-/* --- halves ------------------------------------------------------------------------------------------- */
-static void from_half_avx2(float *out, const uint16_t *x, size_t n) {
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, load_f16((const uint8_t *)x, i));
-    from_half_plain(out + i, x + i, n - i);
-}
-static void to_half_avx2(uint16_t *out, const float *x, size_t n) {
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8)
-        _mm_storeu_si128((void *)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
-    to_half_plain(out + i, x + i, n - i);
-}
-
 /* --- attention ------------------------------------------------------------------------------------------ */
 #define ATTEND_TILE 4       /* rows whose sums are held in registers together, 16 columns each */
 
@@ -166,29 +154,42 @@ static void transpose_keys_avx2(float *kt, const float *k, size_t k_stride, int3
         }
 }
 
-/* Four rows of c, 8 * width columns; beyond n_rows the last row is taken again and dropped. */
-INLINE void product_rows(float *c, size_t c_stride, const float *const *a, const float *b, size_t b_stride, int n_rows, size_t k, int width) {
-    __m256 sum[ATTEND_TILE][2];
-    for (int r = 0; r < ATTEND_TILE; r++) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
-    tile_product(sum, a, b, b_stride, k, ATTEND_TILE, width);
-    for (int r = 0; r < n_rows; r++)
-        for (int h = 0; h < width; h++) _mm256_storeu_ps(c + (size_t)r * c_stride + (size_t)h * 8, sum[r][h]);
+
+/* --- attention over the kv cache ------------------------------------------------------------------------ */
+/* Eight pairs, of which n are there: 4 or more. */
+INLINE __m256i load_pairs(const int16_t *x, size_t n) {
+    __m128i low = _mm_loadu_si128((const void *)x), high = n >= 8 ? _mm_loadu_si128((const void *)(x + 8)) : _mm_setzero_si128();
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
 }
-static void product_avx2(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride, int32_t m,
-                         int32_t n, int32_t k) {
-    for (int32_t i = 0; i < m; i += ATTEND_TILE) {
-        const float *rows[ATTEND_TILE];
-        int n_rows = m - i < ATTEND_TILE ? m - i : ATTEND_TILE;
-        for (int r = 0; r < ATTEND_TILE; r++) rows[r] = a + (size_t)(i + (r < n_rows ? r : n_rows - 1)) * a_stride;
-        for (int32_t j = 0; j < n; j += 16) {
-            float *to = c + (size_t)i * c_stride + (size_t)j;
-            if (n - j >= 16) product_rows(to, c_stride, rows, b + j, b_stride, n_rows, (size_t)k, 2);
-            else product_rows(to, c_stride, rows, b + j, b_stride, n_rows, (size_t)k, 1);
+static void attend_segment_avx2(const struct ms4_attend_segment *a) { attend_segment_16(a, SEGMENT_ROWS, block_product_avx2, segment_weights_plain); }
+static void open_segment_avx2(struct ms4_segment *s, const int16_t *rows, const float *d, int32_t n_keys) {
+    size_t width = (size_t)(s->rank + s->d_rope), pairs = width / 2;
+    int n = blocks_of_keys(n_keys) * SEGMENT_BLOCK;
+    open_scales(s, rows, d, n_keys);
+    for (int key = 0; key < n; key += 8)
+        for (size_t i = 0; i < pairs; i += 8) {
+            __m256i v[8];
+            for (int j = 0; j < 8; j++) v[j] = key + j < n_keys ? load_pairs(rows + (size_t)(key + j) * width + 2 * i, pairs - i) : _mm256_setzero_si256();
+            transpose_8(v);
+            int16_t *to = s->keys + ((size_t)(key / SEGMENT_BLOCK) * pairs + i) * 2 * SEGMENT_BLOCK + key % SEGMENT_BLOCK * 2;
+            for (size_t j = 0; j < 8 && i + j < pairs; j++) _mm256_storeu_si256((void *)(to + j * 2 * SEGMENT_BLOCK), v[j]);
         }
-    }
+    size_t columns = segment_values_size(s->rank) / SEGMENT_KEYS;
+    for (size_t i = 0; i < columns; i += 16)
+        for (int j = 0; j < n; j += 2) {
+            size_t there = i < (size_t)s->rank ? ((size_t)s->rank - i) / 2 : 0;
+            const int16_t *row = rows + (size_t)j * width + i;
+            __m256i even = there && j < n_keys ? load_pairs(row, there) : _mm256_setzero_si256();
+            __m256i odd = there && j + 1 < n_keys ? load_pairs(row + width, there) : _mm256_setzero_si256();
+            even = _mm256_permute4x64_epi64(even, 0xd8);        /* so that the lanes of unpacked pairs come in order */
+            odd = _mm256_permute4x64_epi64(odd, 0xd8);
+            int16_t *to = s->values + (i / SEGMENT_BLOCK * SEGMENT_KEYS + (size_t)j) * SEGMENT_BLOCK + i % SEGMENT_BLOCK * 2;
+            _mm256_storeu_si256((void *)to, _mm256_unpacklo_epi16(even, odd));
+            _mm256_storeu_si256((void *)(to + 16), _mm256_unpackhi_epi16(even, odd));
+        }
 }
 
-/* The two tables differ in the products with quantised weights only. */
+/* The two tables differ in products of integers only. */
 #define FLOAT_PRODUCTS [MS4_TYPE_f32] = avx2_mul_f32, [MS4_TYPE_f16] = avx2_mul_f16, [MS4_TYPE_bf16] = avx2_mul_bf16
 #define ALL_BUT_PRODUCTS \
     .dequantize = DEQUANTIZE_TABLE, \
@@ -197,20 +198,22 @@ static void product_avx2(float *c, size_t c_stride, const float *a, size_t a_str
     .silu_mul = silu_mul_plain, \
     .add_scaled = add_scaled_plain, \
     .attend = attend_avx2, \
-    .from_half = from_half_avx2, \
-    .to_half = to_half_avx2, \
+    .quantize_16 = quantize_16_plain, \
+    .dequantize_16 = dequantize_16_plain, \
+    .open_segment = open_segment_avx2, \
     .transpose_keys = transpose_keys_avx2, \
-    .product = product_avx2, \
     .float_peak = float_peak
 
 #define X(type, family) [MS4_TYPE_##type] = avx2_mul_##type,
 const struct ms4_ops ops_avx2 = {
-    .isa = "avx2", .mul = { UNPACK_TYPES(X) FLOAT_PRODUCTS }, .int8_peak = int8_peak, ALL_BUT_PRODUCTS
+    .isa = "avx2", .mul = { UNPACK_TYPES(X) FLOAT_PRODUCTS }, .int8_peak = int8_peak,
+    .attend_segment = attend_segment_avx2, ALL_BUT_PRODUCTS
 };
 #undef X
 #define X(type, family) [MS4_TYPE_##type] = avxvnni_mul_##type,
 const struct ms4_ops ops_avxvnni = {
-    .isa = "avxvnni", .mul = { UNPACK_TYPES(X) FLOAT_PRODUCTS }, .int8_peak = avxvnni_int8_peak, ALL_BUT_PRODUCTS
+    .isa = "avxvnni", .mul = { UNPACK_TYPES(X) FLOAT_PRODUCTS }, .int8_peak = avxvnni_int8_peak,
+    .attend_segment = avxvnni_attend_segment, ALL_BUT_PRODUCTS
 };
 #undef X
 #endif

@@ -15,6 +15,7 @@
 UNPACK_TYPES(X)
 #undef X
 uint64_t avxvnni_int8_peak(uint64_t rounds);
+void avxvnni_attend_segment(const struct ms4_attend_segment *a);
 
 /* v[r] lane c becomes v[c] lane r. */
 INLINE void transpose_8(__m256i *v) {

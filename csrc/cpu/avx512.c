@@ -9,6 +9,7 @@
 #include "avx512_gemv_crumbs.h"
 #include "avx512_grids.h"
 #include "avx512_panel.h"
+#include "avx512_segment.h"
 #include "dequantize.h"
 #include "peak.h"
 #include "plain.h"
@@ -58,10 +59,11 @@ const struct ms4_ops ops_avx512 = {
     .silu_mul = silu_mul_plain,
     .add_scaled = add_scaled_plain,
     .attend = attend_avx512,
-    .from_half = from_half_avx512,
-    .to_half = to_half_avx512,
+    .quantize_16 = quantize_16_plain,
+    .dequantize_16 = dequantize_16_plain,
+    .open_segment = open_segment_avx512,
+    .attend_segment = attend_segment_avx512,
     .transpose_keys = transpose_keys_avx512,
-    .product = product_avx512,
     .int8_peak = int8_peak,
     .float_peak = float_peak,
 };

@@ -61,7 +61,6 @@ static inline __attribute__((always_inline)) void attend_rows(const struct ms4_a
     const float *q = a->q + (size_t)row * a->q_stride;
     for (int r = 0; r < n_rows; r++) s[r][0] = s[r][1] = _mm512_setzero_ps();
     for (int i = 0; i < a->d_k; i++) {
-        if (row == 0 && i < a->next_lines) _mm_prefetch((const char *)a->next + (size_t)i * 64, _MM_HINT_T1);
         const __m512 k0 = _mm512_loadu_ps(a->kt + (size_t)i * ATTEND_KEYS), k1 = _mm512_loadu_ps(a->kt + (size_t)i * ATTEND_KEYS + 16);
         for (int r = 0; r < n_rows; r++) {
             const __m512 x = _mm512_set1_ps(q[(size_t)r * a->q_stride + (size_t)i]);

@@ -1,4 +1,4 @@
-/* avx512_float.h -- AVX-512 kernels on floats: float weights, small products, halves.
+/* avx512_float.h -- AVX-512 kernels on floats: float weights, transposition.
  * Included by avx512.c only.  The order of arithmetic is the one of ops.h. */
 #ifndef MS4_AVX512_FLOAT_H
 #define MS4_AVX512_FLOAT_H
@@ -89,57 +89,7 @@ static inline __attribute__((always_inline)) void mul_floats_512(const struct ms
     for (; t < m->n_tokens; t++)
         for (int r = 0; r < m->n_rows; r += 16) float_rows_512(m, load, r, t);
 }
-/* --- small products ----------------------------------------------------------------------- */
-/* c[8 rows][2 vectors]: rows beyond n take the last one again, with the same result.  Loops over acc are unrolled, here
- * and in product_avx512: otherwise the compiler keeps acc in memory, at a third of the speed. */
-static inline __attribute__((always_inline)) void product_tile_512(const float *const *a, const float *b, size_t b_stride, int k,
-                                                                   __mmask16 l0, __mmask16 l1, __m512 *acc) {
-    for (int p = 0; p < k; p++, b += b_stride) {
-        __m512 b0 = _mm512_maskz_loadu_ps(l0, b), b1 = _mm512_maskz_loadu_ps(l1, b + 16);
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) {
-            __m512 s = _mm512_set1_ps(a[i][p]);
-            acc[2 * i] = _mm512_fmadd_ps(s, b0, acc[2 * i]);
-            acc[2 * i + 1] = _mm512_fmadd_ps(s, b1, acc[2 * i + 1]);
-        }
-    }
-}
-static void product_avx512(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride, int32_t m,
-                           int32_t n, int32_t k) {
-    for (int32_t i = 0; i < m; i += 8) {
-        const float *rows[8];
-        int32_t left = m - i < 8 ? m - i : 8;
-        for (int r = 0; r < 8; r++) rows[r] = a + (size_t)(i + (r < left ? r : left - 1)) * a_stride;
-        for (int32_t j = 0; j < n; j += 32) {
-            __mmask16 l0 = lanes_512(n - j), l1 = lanes_512(n - j - 16);
-            __m512 acc[16];
-#pragma GCC unroll 16
-            for (int r = 0; r < 16; r++) acc[r] = _mm512_setzero_ps();
-            product_tile_512(rows, b + j, b_stride, k, l0, l1, acc);
-#pragma GCC unroll 8
-            for (int r = 0; r < 8; r++) {
-                if (r >= left) break;
-                float *to = c + (size_t)(i + r) * c_stride + (size_t)j;
-                _mm512_mask_storeu_ps(to, l0, acc[2 * r]);
-                _mm512_mask_storeu_ps(to + 16, l1, acc[2 * r + 1]);
-            }
-        }
-    }
-}
-/* --- halves, transposition ---------------------------------------------------------------- */
-static void from_half_avx512(float *out, const uint16_t *x, size_t n) {
-    for (size_t i = 0; i < n; i += 16) {
-        __mmask16 lanes = lanes_512(n - i > 16 ? 16 : (int)(n - i));
-        _mm512_mask_storeu_ps(out + i, lanes, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, x + i)));
-    }
-}
-static void to_half_avx512(uint16_t *out, const float *x, size_t n) {
-    for (size_t i = 0; i < n; i += 16) {
-        __mmask16 lanes = lanes_512(n - i > 16 ? 16 : (int)(n - i));
-        __m512 v = _mm512_maskz_loadu_ps(lanes, x + i);
-        _mm256_mask_storeu_epi16(out + i, lanes, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    }
-}
+/* --- transposition ------------------------------------------------------------------------ */
 /* 16 vectors of 16 floats: element j of vector i <-> element i of vector j */
 static inline void transpose_16_512(__m512 *v) {
     __m512 a[16], b[16];

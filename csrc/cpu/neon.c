@@ -8,6 +8,7 @@
 #include "dequantize.h"
 #include "peak.h"
 #include "plain.h"
+#include "segment.h"
 #include <arm_neon.h>
 
 #define INLINE static inline __attribute__((always_inline))
@@ -190,17 +191,6 @@ static void mul_f32_neon(const struct ms4_mul *m) { mul_floats_neon(m, 4, load_f
 static void mul_f16_neon(const struct ms4_mul *m) { mul_floats_neon(m, 2, load_f16); }
 static void mul_bf16_neon(const struct ms4_mul *m) { mul_floats_neon(m, 2, load_bf16); }
 
-static void from_half_neon(float *out, const uint16_t *x, size_t n) {
-    size_t i = 0;
-    for (; i + 4 <= n; i += 4) vst1q_f32(out + i, load_f16((const uint8_t *)x, i));
-    from_half_plain(out + i, x + i, n - i);
-}
-static void to_half_neon(uint16_t *out, const float *x, size_t n) {
-    size_t i = 0;
-    for (; i + 4 <= n; i += 4) vst1_u16(out + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(x + i))));
-    to_half_plain(out + i, x + i, n - i);
-}
-
 /* --- attention: four rows by 16 columns in registers ------------------------------------------------------ */
 /* c[r] += a[r] times b: n_rows rows of n numbers, and n rows of 4 * width numbers, in ascending order. */
 INLINE void tile_product(float32x4_t (*c)[4], const float *const *a, const float *b, size_t b_stride, size_t n, int n_rows, int width) {
@@ -245,27 +235,34 @@ static void attend_neon(const struct ms4_attend *a) {
     for (; i + TILE <= n; i += TILE) attend_rows(a, rows + i, TILE);
     for (; i < n; i++) attend_rows(a, rows + i, 1);
 }
-/* n_rows rows of a with 4 * width columns of b; rows beyond the last one repeat it and are not stored. */
-INLINE void product_rows(float *c, size_t c_stride, const float *const *a, const float *b, size_t b_stride, int n_rows, size_t k, int width) {
-    float32x4_t sum[TILE][4];
-    for (int i = 0; i < TILE * width; i++) sum[i / width][i % width] = vdupq_n_f32(0);
-    tile_product(sum, a, b, b_stride, k, TILE, width);
-    for (int r = 0; r < n_rows; r++)
-        for (int h = 0; h < width; h++) vst1q_f32(c + (size_t)r * c_stride + (size_t)h * 4, sum[r][h]);
-}
-static void product_neon(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride, int32_t m,
-                         int32_t n, int32_t k) {
-    for (int32_t i = 0; i < m; i += TILE) {
-        const float *rows[TILE];
-        int n_rows = m - i < TILE ? m - i : TILE;
-        for (int r = 0; r < TILE; r++) rows[r] = a + (size_t)(i + (r < n_rows ? r : n_rows - 1)) * a_stride;
-        for (int32_t j = 0; j < n; j += 16) {
-            float *to = c + (size_t)i * c_stride + (size_t)j;
-            if (n - j >= 16) product_rows(to, c_stride, rows, b + j, b_stride, n_rows, (size_t)k, 4);
-            else product_rows(to, c_stride, rows, b + j, b_stride, n_rows, (size_t)k, 2);
+/* --- attention over the kv cache: four rows by 16 columns again, two pairs of numbers at a time ------------- */
+INLINE void half_block_neon(int32_t *c, size_t c_stride, const int16_t *const *a, const int16_t *b, int n_pairs, int n, const uint8_t *next,
+                            int n_lines) {
+    int32x4_t sum[TILE][4];
+    for (int i = 0; i < n * 4; i++) sum[i / 4][i % 4] = vdupq_n_s32(0);
+    for (int i = 0; i < n_pairs; i++, b += 2 * SEGMENT_BLOCK) {
+        if (i < n_lines) __builtin_prefetch(next + (size_t)i * 64, 0, 2);
+        for (int h = 0; h < 2; h++) {
+            int16x8x2_t v = vld2q_s16(b + h * 16);      /* the first numbers of eight pairs, the second ones */
+            for (int r = 0; r < n; r++) {
+                int16_t x = a[r][2 * i], y = a[r][2 * i + 1];
+                int32x4_t low = vmlal_n_s16(sum[r][2 * h], vget_low_s16(v.val[0]), x), high = vmlal_high_n_s16(sum[r][2 * h + 1], v.val[0], x);
+                sum[r][2 * h] = vmlal_n_s16(low, vget_low_s16(v.val[1]), y);
+                sum[r][2 * h + 1] = vmlal_high_n_s16(high, v.val[1], y);
+            }
         }
     }
+    for (int r = 0; r < n; r++)
+        for (int h = 0; h < 4; h++) vst1q_s32(c + (size_t)r * c_stride + h * 4, sum[r][h]);
 }
+static inline void block_product_neon(int32_t *c, size_t c_stride, const int16_t *const *a, const int16_t *b, int n_pairs, int n_rows,
+                                      const uint8_t *next, int n_lines) {
+    for (int half = 0; half < SEGMENT_BLOCK; half += 16, b += 32, c += 16, n_lines = 0) {
+        if (n_rows == TILE) half_block_neon(c, c_stride, a, b, n_pairs, TILE, next, n_lines);
+        else for (int r = 0; r < n_rows; r++) half_block_neon(c + (size_t)r * c_stride, c_stride, a + r, b, n_pairs, 1, next, n_lines);
+    }
+}
+static void attend_segment_neon(const struct ms4_attend_segment *a) { attend_segment_16(a, TILE, block_product_neon, segment_weights_plain); }
 
 const struct ms4_ops ops_neon = {
     .isa = "neon",
@@ -280,10 +277,11 @@ const struct ms4_ops ops_neon = {
     .silu_mul = silu_mul_plain,
     .add_scaled = add_scaled_plain,
     .attend = attend_neon,
-    .from_half = from_half_neon,
-    .to_half = to_half_neon,
+    .quantize_16 = quantize_16_plain,
+    .dequantize_16 = dequantize_16_plain,
+    .open_segment = open_segment_plain,
+    .attend_segment = attend_segment_neon,
     .transpose_keys = transpose_keys_plain,
-    .product = product_neon,
     .int8_peak = int8_peak,
     .float_peak = float_peak,
 };

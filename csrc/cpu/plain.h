@@ -90,23 +90,6 @@ static inline void silu_mul_plain(float *out, const float *gate, const float *up
 static inline void add_scaled_plain(float *y, const float *x, float scale, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = __builtin_fmaf(scale, x[i], y[i]);
 }
-static inline void from_half_plain(float *out, const uint16_t *x, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] = half_to_float(x[i]);
-}
-static inline uint16_t half_from_float_plain(float x) {
-    plain_bits v = { .f = x };
-    uint32_t sign = v.u >> 16 & 0x8000;
-    v.u &= 0x7fffffffu;
-    if (v.u > 0x7f800000u) return (uint16_t)(sign | 0x7e00);
-    if (v.u >= 0x477ff000u) return (uint16_t)(sign | 0x7c00);      /* 65520 and more */
-    /* below 2^-14: adding 1/2 leaves the subnormal's integer, rounded, in the lowest bits */
-    if (v.u < 0x38800000u) { v.f += 0.5f; return (uint16_t)(sign | (v.u - 0x3f000000u)); }
-    v.u += 0xfff + (v.u >> 13 & 1);
-    return (uint16_t)(sign | (v.u - 0x38000000u) >> 13);
-}
-static inline void to_half_plain(uint16_t *out, const float *x, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] = half_from_float_plain(x[i]);
-}
 
 /* --- attention ---------------------------------------------------------------------------- */
 static inline void transpose_keys_plain(float *kt, const float *k, size_t k_stride, int32_t n_keys, int32_t d) {

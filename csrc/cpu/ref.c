@@ -2,7 +2,7 @@
  * The block formats are in dequantize.c. */
 #include "dequantize.h"
 #include "peak.h"
-#include "ops.h"
+#include "segment.h"
 #include <math.h>
 #include <string.h>
 
@@ -94,22 +94,56 @@ static void attend_ref(const struct ms4_attend *a) {
         if (a->n_keys[row] > 0) attend_row_ref(a, (size_t)row);
 }
 
-static void from_half_ref(float *out, const uint16_t *x, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] = half_to_float(x[i]);
+/* Lengths of at most LENGTH_16, numbers of at most 2^15 - 1. */
+static float quantize_16_ref(int16_t *out, const float *x, size_t n) {
+    double largest = 0, squares = 0;
+    int finite = 1;
+    memset(out, 0, n * sizeof *out);
+    for (size_t i = 0; i < n; i++) {
+        if (!isfinite(x[i])) finite = 0;
+        if (fabs((double)x[i]) > largest) largest = fabs((double)x[i]);
+        squares += (double)x[i] * x[i];
+    }
+    if (!finite) return NAN;
+    if (largest < 0x1p-100) return 0;
+    double factor = fmin(32767 / largest, LENGTH_16 / sqrt(squares));
+    for (size_t i = 0; i < n; i++) out[i] = (int16_t)rint(x[i] * factor);
+    return (float)(1 / factor);
 }
-/* To the nearest of the two halves around x, or to the even one: their distance is 2^-10 of x's power of two. */
-static uint16_t half_from_float(float x) {
-    uint16_t sign = signbit(x) ? 0x8000 : 0;
-    double size = fabs((double)x);
-    int e;
-    if (isnan(x)) return sign | 0x7e00;
-    if (size >= 65520) return sign | 0x7c00;
-    if (size < 0x1p-14) return sign | (uint16_t)rint(size * 0x1p24);
-    frexp(size, &e);        /* size in [2^(e-1), 2^e) */
-    return sign | (uint16_t)(((e + 14) << 10) + (int)rint(ldexp(size, 11 - e)) - 1024);
+static void dequantize_16_ref(float *out, const int16_t *x, float d, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = (float)x[i] * d;
 }
-static void to_half_ref(uint16_t *out, const float *x, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] = half_from_float(x[i]);
+/* Number i of key j of an opened segment, as a key and as a value. */
+static double segment_key(const struct ms4_segment *s, size_t j, size_t i) {
+    size_t width = (size_t)(s->rank + s->d_rope);
+    float d = s->d[i < (size_t)s->rank ? j : SEGMENT_KEYS + j];
+    return (double)d * s->keys[((j / SEGMENT_BLOCK * width + i / 2 * 2) * SEGMENT_BLOCK) + j % SEGMENT_BLOCK * 2 + i % 2];
+}
+static double segment_value(const struct ms4_segment *s, size_t j, size_t i) {
+    return (double)s->d[j] * s->values[(i / SEGMENT_BLOCK * SEGMENT_KEYS + j / 2 * 2) * SEGMENT_BLOCK + i % SEGMENT_BLOCK * 2 + j % 2];
+}
+static void attend_segment_row_ref(const struct ms4_attend_segment *a, size_t row) {
+    const struct ms4_segment *seg = a->segment;
+    size_t rank = (size_t)seg->rank, width = rank + (size_t)seg->d_rope, n_keys = (size_t)a->n_keys;
+    const int16_t *q = a->q + row * width;
+    float *out = a->out + row * (rank + 2);
+    double s[SEGMENT_KEYS], largest = -INFINITY, sum = 0;
+    for (size_t j = 0; j < n_keys; j++) {
+        s[j] = 0;
+        for (size_t i = 0; i < width; i++) s[j] += (double)a->q_d[2 * row + (i >= rank)] * q[i] * segment_key(seg, j, i);
+        if (s[j] > largest) largest = s[j];
+    }
+    for (size_t j = 0; j < n_keys; j++) sum += s[j] = exp(s[j] - largest);
+    for (size_t i = 0; i < rank; i++) {
+        double o = 0;
+        for (size_t j = 0; j < n_keys; j++) o += s[j] * segment_value(seg, j, i);
+        out[2 + i] = (float)o;
+    }
+    out[0] = (float)largest;
+    out[1] = (float)sum;
+}
+static void attend_segment_ref(const struct ms4_attend_segment *a) {
+    for (int row = 0; row < a->n_q; row++) attend_segment_row_ref(a, (size_t)row);
 }
 static void transpose_keys_ref(float *kt, const float *k, size_t k_stride, int32_t n_keys, int32_t d) {
     for (size_t i = 0; i < (size_t)d; i++)
@@ -117,15 +151,6 @@ static void transpose_keys_ref(float *kt, const float *k, size_t k_stride, int32
             kt[i * ATTEND_KEYS + j] = j < (size_t)n_keys ? k[j * k_stride + i] : 0;
 }
 
-static void product_ref(float *c, size_t c_stride, const float *a, size_t a_stride, const float *b, size_t b_stride, int32_t m,
-                        int32_t n, int32_t k) {
-    for (int32_t i = 0; i < m; i++)
-        for (int32_t j = 0; j < n; j++) {
-            double sum = 0;
-            for (int32_t p = 0; p < k; p++) sum += (double)a[(size_t)i * a_stride + (size_t)p] * b[(size_t)p * b_stride + (size_t)j];
-            c[(size_t)i * c_stride + (size_t)j] = (float)sum;
-        }
-}
 const struct ms4_ops ops_ref = {
     .isa = "ref",
     .mul = {
@@ -139,10 +164,11 @@ const struct ms4_ops ops_ref = {
     .silu_mul = silu_mul_ref,
     .add_scaled = add_scaled_ref,
     .attend = attend_ref,
-    .from_half = from_half_ref,
-    .to_half = to_half_ref,
+    .quantize_16 = quantize_16_ref,
+    .dequantize_16 = dequantize_16_ref,
+    .open_segment = open_segment_plain,
+    .attend_segment = attend_segment_ref,
     .transpose_keys = transpose_keys_ref,
-    .product = product_ref,
     .int8_peak = int8_peak,
     .float_peak = float_peak,
 };
