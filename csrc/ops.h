@@ -96,7 +96,6 @@ struct ms4_ops {
     /* x = d out, to the nearest integers of length LENGTH_16 or less; returns d: 0 for what is as good as zero, NaN for
      * what is not finite, out being zero then */
     float (*quantize_16)(int16_t *out, const float *x, size_t n);
-    void (*dequantize_16)(float *out, const int16_t *x, float d, size_t n);
     /* n_keys rows and their two scales each */
     void (*open_segment)(struct ms4_segment *s, const int16_t *rows, const float *d, int32_t n_keys);
     void (*attend_segment)(const struct ms4_attend_segment *a);

@@ -199,7 +199,6 @@ static void open_segment_avx2(struct ms4_segment *s, const int16_t *rows, const 
     .add_scaled = add_scaled_plain, \
     .attend = attend_avx2, \
     .quantize_16 = quantize_16_plain, \
-    .dequantize_16 = dequantize_16_plain, \
     .open_segment = open_segment_avx2, \
     .transpose_keys = transpose_keys_avx2, \
     .float_peak = float_peak

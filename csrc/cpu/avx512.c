@@ -60,7 +60,6 @@ const struct ms4_ops ops_avx512 = {
     .add_scaled = add_scaled_plain,
     .attend = attend_avx512,
     .quantize_16 = quantize_16_plain,
-    .dequantize_16 = dequantize_16_plain,
     .open_segment = open_segment_avx512,
     .attend_segment = attend_segment_avx512,
     .transpose_keys = transpose_keys_avx512,

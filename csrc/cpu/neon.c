@@ -278,7 +278,6 @@ const struct ms4_ops ops_neon = {
     .add_scaled = add_scaled_plain,
     .attend = attend_neon,
     .quantize_16 = quantize_16_plain,
-    .dequantize_16 = dequantize_16_plain,
     .open_segment = open_segment_plain,
     .attend_segment = attend_segment_neon,
     .transpose_keys = transpose_keys_plain,

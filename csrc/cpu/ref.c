@@ -110,9 +110,6 @@ static float quantize_16_ref(int16_t *out, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] = (int16_t)rint(x[i] * factor);
     return (float)(1 / factor);
 }
-static void dequantize_16_ref(float *out, const int16_t *x, float d, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] = (float)x[i] * d;
-}
 /* Number i of key j of an opened segment, as a key and as a value. */
 static double segment_key(const struct ms4_segment *s, size_t j, size_t i) {
     size_t width = (size_t)(s->rank + s->d_rope);
@@ -165,7 +162,6 @@ const struct ms4_ops ops_ref = {
     .add_scaled = add_scaled_ref,
     .attend = attend_ref,
     .quantize_16 = quantize_16_ref,
-    .dequantize_16 = dequantize_16_ref,
     .open_segment = open_segment_plain,
     .attend_segment = attend_segment_ref,
     .transpose_keys = transpose_keys_ref,

@@ -26,9 +26,6 @@ static inline float quantize_16_plain(int16_t *out, const float *x, size_t n) {
     }
     return largest.f / top;
 }
-static inline void dequantize_16_plain(float *out, const int16_t *x, float d, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] = (float)x[i] * d;
-}
 
 /* --- opening ------------------------------------------------------------------------------ */
 /* Scales, and the largest magnitude of each key's latents. */
@@ -116,15 +113,15 @@ typedef void segment_weights_fn(int16_t *weights, const int32_t *latent, const i
 typedef void block_product_fn(int32_t *c, size_t c_stride, const int16_t *const *a, const int16_t *b, int n_pairs, int n_rows,
                               const uint8_t *next, int n_lines);
 
-/* `most` rows at most; the functions are constants. */
+/* `most` rows at most, no more than ATTEND_ROWS; the functions are constants. */
 static inline __attribute__((always_inline)) void attend_rows_16(const struct ms4_attend_segment *a, int row, int n_rows, const int most,
                                                                  block_product_fn *product, segment_weights_fn *to_weights) {
     const struct ms4_segment *s = a->segment;
     size_t width = (size_t)(s->rank + s->d_rope), rank = (size_t)s->rank, block = width * SEGMENT_BLOCK;
-    int32_t latent[most][SEGMENT_KEYS], rope[most][SEGMENT_KEYS], c[most][SEGMENT_BLOCK];
-    int16_t weights[most][SEGMENT_KEYS];
-    const int16_t *q[most], *q_rope[most], *w[most];
-    float unit[most];
+    int32_t latent[ATTEND_ROWS][SEGMENT_KEYS], rope[ATTEND_ROWS][SEGMENT_KEYS], c[ATTEND_ROWS][SEGMENT_BLOCK];
+    int16_t weights[ATTEND_ROWS][SEGMENT_KEYS];
+    const int16_t *q[ATTEND_ROWS], *q_rope[ATTEND_ROWS], *w[ATTEND_ROWS];
+    float unit[ATTEND_ROWS];
     for (int r = 0; r < n_rows; r++) {
         q[r] = a->q + (size_t)(row + r) * width;
         q_rope[r] = q[r] + rank;
