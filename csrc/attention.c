@@ -11,7 +11,7 @@
 #include "model.h"
 #include <string.h>
 
-#define ROW_TOKENS 4           /* tokens of one absorbed item in prefill */
+#define ROW_TOKENS 4           /* tokens of one item in prefill */
 
 typedef struct {
     const step *st;
@@ -168,9 +168,8 @@ static void collect_item(void *context, int32_t item, int32_t thread) {
     }
     mul_slice(e, &job->w->v_b, head, x, rank, n, e->ws.o + (size_t)first * d_o + (size_t)head * (size_t)s->d_value, d_o, w);
 }
-/* Floats of scratch that one thread needs for a step of n tokens. */
-static size_t scratch_floats(const attend_job *job) {
-    const ms4_shape *s = &job->st->e->shape;
+/* Floats of scratch that one thread needs, whatever the step. */
+static size_t scratch_floats(const ms4_shape *s) {
     size_t rank = (size_t)s->kv_rank, nope = (size_t)s->d_nope, d_v = (size_t)s->d_value;
     size_t absorb = TOKEN_TILE * rank + 2 * rank * nope, collect = d_v * rank + TOKEN_TILE * rank + rank + 2;
     size_t attend = segment_floats(s) + ROW_TOKENS * (size_t)s->n_head * (rank + 2);
@@ -179,8 +178,7 @@ static size_t scratch_floats(const attend_job *job) {
 }
 int attention_prepare(const step *st) {
     ms4_engine *e = st->e;
-    attend_job job = { .st = st, .d_latent = (size_t)(e->shape.kv_rank + e->shape.d_rope) };
-    size_t needs = scratch_floats(&job);
+    size_t needs = scratch_floats(&e->shape);
     int32_t n = pool_size(e->pool);
     if (!e->ws.scratch) {
         e->ws.scratch = memory_take((size_t)n, sizeof *e->ws.scratch);

@@ -154,7 +154,6 @@ static void transpose_keys_avx2(float *kt, const float *k, size_t k_stride, int3
         }
 }
 
-
 /* --- attention over the kv cache ------------------------------------------------------------------------ */
 /* Eight pairs, of which n are there: 4 or more. */
 INLINE __m256i load_pairs(const int16_t *x, size_t n) {
