@@ -2,7 +2,6 @@
 
 import os
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -142,6 +141,7 @@ def test_wrong_calls_are_refused_and_change_nothing(tiny):
         session.feed([1])
 
 
+@pytest.mark.timeout(60)  # the whole feed takes minutes
 def test_cancel_ends_a_feed_and_the_session_is_as_before(tmp_path):
     big = Tiny(n_layer=6, d_model=512, d_expert=512, n_context=65536, n_original=4096)
     path = write_tiny(tmp_path / "t.gguf", big)[0]
@@ -149,10 +149,8 @@ def test_cancel_ends_a_feed_and_the_session_is_as_before(tmp_path):
         session.feed([1, 2, 3])
         timer = threading.Timer(0.05, session.cancel)
         timer.start()
-        start = time.monotonic()
         with pytest.raises(ms4.Canceled):
             session.feed([7] * 50000)
-        assert time.monotonic() - start < 20  # the whole feed takes minutes
         timer.join()
         assert session.length == 3
         session.feed([4])

@@ -221,16 +221,15 @@ def interrupt_after(seconds):
     threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
 
 
+@pytest.mark.timeout(60)
 def test_ctrl_c_ends_a_running_feed_and_keeps_the_answer():
     before = signal.getsignal(signal.SIGINT)
-    session = ScriptedSession(script("a"), slow=30.0)
+    session = ScriptedSession(script("a"), slow=600.0)
     line = Line(session)
-    start = time.monotonic()
     with interruptible(line) as interrupt:
         interrupt_after(0.05)
         got = events(line)
         assert interrupt.hit
-    assert time.monotonic() - start < 1
     assert [type(event) for event in got] == [Reading, Done] and got[-1].reason == "interrupted"
     assert signal.getsignal(signal.SIGINT) is before
     assert signal.set_wakeup_fd(-1) == -1
@@ -278,8 +277,6 @@ def test_ctrl_c_reaches_a_call_into_c():
     process = subprocess.Popen([sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
     time.sleep(0.1)
-    start = time.monotonic()
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 42
-    assert time.monotonic() - start < 1
+    assert process.wait(60) == 42
     process.stdout.close()

@@ -4,7 +4,6 @@ import json
 import random
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import SEED
@@ -94,19 +93,12 @@ LONG_INPUTS = {name: unit * (10**6 // len(unit.encode())) for name, unit in UNIT
 }
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", LONG_INPUTS)
-def test_a_million_of_anything_takes_at_most_two_seconds(name):
+def test_a_million_of_anything_is_encoded(name):
+    """In about a second; a time that grows with the square of the length would be hours."""
     text = LONG_INPUTS[name]
-    tekken()
-    # A busy neighbour on the same core may spoil one try.
-    for _ in range(2):
-        start = time.process_time()
-        ids = tekken().encode(text)
-        seconds = time.process_time() - start
-        if seconds < 2:
-            break
-    assert seconds < 2
-    assert tekken().decode(ids) == text.encode()
+    assert tekken().decode(tekken().encode(text)) == text.encode()
 
 
 def test_long_runs_of_blanks_are_cut_where_no_id_changes(monkeypatch):
