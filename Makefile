@@ -9,17 +9,18 @@
 # make san       the same kernels under AddressSanitizer and UBSan
 # make san-engine, make tsan   the engine's tests under those, and under ThreadSanitizer
 # make arch      the same kernels as other CPUs would run them (qemu): old x86, AVX2-only, ARM
-# make lint      ruff and mypy
+# make lint      ruff, mypy, and the warnings of the C compiler
 # make ci        what CI runs
 PYTHON ?= python3
 PY = .venv/bin/python
 TRAIN = build/demo-train
 # What a step of the training frees, the next one asks for again: kept in huge pages it comes without page faults.
 KEEP = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 MALLOC_ARENA_MAX=1 THP_MEM_ALLOC_ENABLE=1
-KERNELS = tests/checkkernels.c csrc/types.c build/glue/grids.c $(wildcard csrc/cpu/*.c)
-CHECK = -std=gnu11 -ffp-contract=off -fno-math-errno -Wall -Wextra -Icsrc $(KERNELS) -lm -pthread
+KERNELS = csrc/types.c build/glue/grids.c $(wildcard csrc/cpu/*.c)
+CHECK = -std=gnu11 -ffp-contract=off -fno-math-errno -Icsrc tests/checkkernels.c
+SAN = -O1 -g -w -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: all demo skills train-demo test bench kernels san san-engine tsan arch lint ci clean
+.PHONY: all demo skills train-demo test bench kernels san san-engine tsan arch lint ci clean FORCE
 all: .venv/ready
 	@$(PY) csrc/build_core.py
 .venv/ready: pyproject.toml
@@ -52,23 +53,25 @@ bench: all
 	@mkdir -p build
 	@[ -f build/shape.gguf ] || $(PY) tests/make_shape.py build/shape.gguf --layers 2
 	.venv/bin/ms4 bench -m build/shape.gguf --pp 512 --tg 32
-kernels: build/glue/grids.c
-	$(CC) -O3 -Werror -o build/checkkernels $(CHECK) && build/checkkernels --bench
-san: build/glue/grids.c
-	$(CC) -O1 -g -w -fsanitize=address,undefined -fno-sanitize-recover=all -o build/checksan $(CHECK) && ASAN_OPTIONS=handle_segv=0 build/checksan
+kernels: all
+	$(CC) -O3 -Wall -Wextra -Werror -o build/checkkernels $(CHECK) $(KERNELS:%.c=build/obj/%.o) -lm -pthread && build/checkkernels --bench
+build/asan: .venv/ready FORCE
+	CFLAGS="$(SAN)" LDFLAGS="-fsanitize=address,undefined" $(PY) csrc/build_core.py $@
+san: build/asan
+	$(CC) $(SAN) -o build/checksan $(CHECK) $(KERNELS:%.c=build/asan/obj/%.o) -lm -pthread && ASAN_OPTIONS=handle_segv=0 build/checksan
 arch: build/glue/grids.c
-	$(CC) -O3 -static -o build/checkstatic $(CHECK)
+	$(CC) -O3 -static -o build/checkstatic $(CHECK) $(KERNELS) -lm -pthread
 	for cpu in Nehalem Haswell; do echo "== $$cpu"; qemu-x86_64 -cpu $$cpu build/checkstatic --slack=16 2>/dev/null || exit 1; done
-	aarch64-linux-gnu-gcc -O3 -static -o build/checkarm $(CHECK)
+	aarch64-linux-gnu-gcc -O3 -static -o build/checkarm $(CHECK) $(KERNELS) -lm -pthread
 	for cpu in cortex-a53 max; do echo "== $$cpu"; qemu-aarch64 -cpu $$cpu build/checkarm || exit 1; done
-san-engine: .venv/ready
-	CFLAGS="-O1 -g -w -fsanitize=address,undefined -fno-sanitize-recover=undefined" LDFLAGS="-fsanitize=address,undefined" $(PY) csrc/build_core.py build/asan
+san-engine: build/asan
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" PYTHONMALLOC=malloc PYTHONPATH=build/asan ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0:allocator_may_return_null=1 $(PY) -m pytest -q -p no:cacheprovider tests/test_engine.py tests/test_vision.py
 tsan: .venv/ready
 	CFLAGS="-O1 -g -w -fsanitize=thread" LDFLAGS="-fsanitize=thread" $(PY) csrc/build_core.py build/tsan
 	LD_PRELOAD="$$($(CC) -print-file-name=libtsan.so)" PYTHONPATH=build/tsan TSAN_OPTIONS="halt_on_error=1 exitcode=66" $(PY) -m pytest -q -p no:cacheprovider tests/test_engine.py -k "many_threads or cancel or same_bits"
 lint: all
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	$(CC) -fsyntax-only -std=gnu11 -Wall -Wextra -Werror -Icsrc $(wildcard csrc/*.c csrc/cpu/*.c)
 	$(PY) -c "import sys; sys.path.insert(0, 'csrc'); import build_core, pathlib; build_core.link_package(pathlib.Path('build/types'))"
 	MYPYPATH=build/types $(PY) -m mypy -p ms4
 ci: lint test kernels san

@@ -1,7 +1,7 @@
 """Build backend: setuptools plus our one C extension.
 
 pip calls the PEP 517 hooks at the bottom; `python csrc/build_core.py` builds in place (what `make` does), and
-`python csrc/build_core.py glue` only writes the generated C (what `make kernels` needs).  A C compiler and the
+`python csrc/build_core.py glue` only writes the generated C (what `make arch` needs).  A C compiler and the
 Python headers are enough.  Environment: CC, CFLAGS.
 """
 
@@ -17,7 +17,8 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 GLUE = Path("build", "glue")
-SOURCES = sorted(str(p) for folder in (CSRC, CSRC / "cpu") for p in folder.glob("*.c"))
+# The kernels first: they take longest to compile, and so they are not left for one core.
+SOURCES = [str(p) for folder in (CSRC / "cpu", CSRC) for p in sorted(folder.glob("*.c"))]
 HEADERS = sorted(str(p) for suffix in ("h", "cdef") for p in CSRC.rglob(f"*.{suffix}"))
 CFLAGS = ["-std=gnu11", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off"]
 CFLAGS += ["-Wall", "-Wextra", "-MMD"]
@@ -98,7 +99,7 @@ def run_setup(**kwargs):
         list(SOURCES),
         depends=HEADERS,
         include_dirs=["csrc"],
-        extra_compile_args=CFLAGS,
+        extra_compile_args=CFLAGS + os.environ.get("CFLAGS", "").split(),  # last, so that they win
         extra_link_args=["-pthread"],
         define_macros=[("Py_LIMITED_API", "0x030a0000")],
         py_limited_api=True,
