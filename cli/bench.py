@@ -85,7 +85,7 @@ class Timing:
     """One repetition of a phase, and the limits of the machine around it."""
 
     seconds: float
-    n_bytes: int  # of weights that decode read
+    n_bytes: int  # of weights that it read
     limits: ms4.Limits
 
 
@@ -102,13 +102,12 @@ def measure_depth(plan: Plan, depth: int, model: "Model", session: ms4.Session, 
 
     def timed(work: Callable[[], object]) -> Timing:
         session.rewind(depth)
-        bytes_before = model.engine.stats().bytes_decode
+        before = bytes_read(model)
         begun = time.perf_counter()
         work()
         seconds = time.perf_counter() - begun
         limits.append(model.engine.measure(MOST_MEASURED))
-        n_bytes = model.engine.stats().bytes_decode - bytes_before
-        return Timing(seconds, n_bytes, combined(limits[-2:], statistics.mean))
+        return Timing(seconds, bytes_read(model) - before, combined(limits[-2:], statistics.mean))
 
     def write() -> None:
         for id in ids(plan.n_written):
@@ -120,19 +119,22 @@ def measure_depth(plan: Plan, depth: int, model: "Model", session: ms4.Session, 
     limits.append(model.engine.measure(MOST_MEASURED))
     rounds = [(timed(lambda: session.feed(ids(plan.n_read))), timed(write)) for _ in range(plan.repeat + 1)]
     reading, writing = zip(*rounds[1:], strict=True)
-    passes = -(-plan.n_read // N_BATCH)
-    written = statistics.mean(t.n_bytes for t in writing) / plan.n_written
-    read = model.engine.stats().bytes_weights * passes / plan.n_read
     head = shape.n_vocab * shape.d_model
     return [
-        phase_row("prefill", depth, plan.n_read, reading, read, macs_per_token(shape, 1 - 1 / plan.n_read)),
-        phase_row("decode", depth, plan.n_written, writing, written, macs_per_token(shape) + head),
+        phase_row("prefill", depth, plan.n_read, reading, macs_per_token(shape, 1 - 1 / plan.n_read)),
+        phase_row("decode", depth, plan.n_written, writing, macs_per_token(shape) + head),
     ]
 
 
-def phase_row(phase: str, depth: int, n: int, timings: tuple[Timing, ...], n_bytes: float, macs: float) -> Row:
+def bytes_read(model: "Model") -> int:
+    stats = model.engine.stats()
+    return stats.bytes_prefill + stats.bytes_decode
+
+
+def phase_row(phase: str, depth: int, n: int, timings: tuple[Timing, ...], macs: float) -> Row:
     rates = [n / t.seconds for t in timings]
-    read = statistics.median(n * n_bytes / t.seconds / t.limits.read_bytes_per_s for t in timings)
+    n_bytes = statistics.mean(t.n_bytes for t in timings) / n
+    read = statistics.median(t.n_bytes / t.seconds / t.limits.read_bytes_per_s for t in timings)
     int8 = statistics.median(n * macs / t.seconds / t.limits.int8_macs_per_s for t in timings)
     name = "memory bandwidth" if read > int8 else "int8 arithmetic"
     if max(read, int8) < NEAR:

@@ -145,6 +145,7 @@ class Stats:
     tokens_decode: int
     ns_prefill: int
     ns_decode: int
+    bytes_prefill: int
     bytes_decode: int
     experts_used: int
     bytes_weights: int

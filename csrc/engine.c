@@ -122,10 +122,10 @@ static uint64_t slice_bytes(const matrix *m) { return m->data ? (uint64_t)m->n_r
 static uint64_t view_bytes(const expert_view *v) { return slice_bytes(&v->gate) + slice_bytes(&v->up) + slice_bytes(&v->down); }
 static void count_bytes(const ms4_engine *e, layer_weights *w, const expert_view *experts) {
     uint64_t heads = (uint64_t)e->shape.n_head;
-    w->bytes_per_token = slice_bytes(&w->q_a) + slice_bytes(&w->q_b) + slice_bytes(&w->kv_a) + slice_bytes(&w->output)
-                       + heads * (slice_bytes(&w->k_b) + slice_bytes(&w->v_b)) + slice_bytes(&w->router)
-                       + view_bytes(&w->shared) + view_bytes(&w->dense);
-    w->bytes_per_expert = w->is_dense ? 0 : view_bytes(experts);
+    w->bytes_of_all = slice_bytes(&w->q_a) + slice_bytes(&w->q_b) + slice_bytes(&w->kv_a) + slice_bytes(&w->output)
+                    + heads * (slice_bytes(&w->k_b) + slice_bytes(&w->v_b)) + slice_bytes(&w->router)
+                    + view_bytes(&w->shared) + view_bytes(&w->dense);
+    w->bytes_of_one = w->is_dense ? 0 : view_bytes(experts);
 }
 /* --- the whole ---------------------------------------------------------------------------- */
 static int bind_all(ms4_engine *e, const ms4_tensor *tensors, size_t n_tensors, matrix *roles, expert_view *experts) {

@@ -18,7 +18,7 @@ typedef struct {
     int32_t is_dense;
     matrix router;
     expert_view shared, dense;                                /* shared.gate.data == NULL: no shared expert */
-    uint64_t bytes_per_token, bytes_per_expert;               /* what decode reads: besides experts; of one expert */
+    uint64_t bytes_of_all, bytes_of_one;                      /* what every step reads; what one expert has */
 } layer_weights;
 
 /* One FFN and the tokens that go through it in this step; routed, shared and dense ones look the same. */
@@ -86,6 +86,7 @@ struct ms4_session {
     int32_t n_ctx, length;
     atomic_int stop;
     _Atomic uint64_t done, total;
+    uint64_t experts_used, bytes_read;                        /* of the running feed, as in ms4_stats */
 };
 
 /* A step: n tokens at positions pos .. pos + n - 1 of a session. */

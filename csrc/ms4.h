@@ -98,7 +98,7 @@ void ms4_engine_close(ms4_engine *engine);
 
 typedef struct {
     uint64_t tokens_prefill, tokens_decode, ns_prefill, ns_decode;   /* a call with one token is a decode */
-    uint64_t bytes_decode;       /* bytes of weights read by all decode calls together */
+    uint64_t bytes_prefill, bytes_decode;   /* of the weights that these calls needed, each once in a step of n_batch tokens */
     uint64_t experts_used;       /* (token, expert) pairs computed */
     uint64_t bytes_weights;      /* bytes of the tensors in the table */
     int32_t n_threads, load;     /* as chosen */

@@ -66,7 +66,10 @@ static void embed(const step *st, const int32_t *tokens, const float **rows) {
         if (tokens[t] == MS4_ROW) {
             memcpy(h, *rows, d * sizeof *h);
             *rows += d;
-        } else e->ops->dequantize[m->type](h, m->data + (size_t)tokens[t] * m->row_bytes, d);
+        } else {
+            e->ops->dequantize[m->type](h, m->data + (size_t)tokens[t] * m->row_bytes, d);
+            st->s->bytes_read += m->row_bytes;
+        }
     }
 }
 /* Final norm and output matrix for the tokens of the step. */
@@ -78,6 +81,7 @@ static void output_logits(const step *st, float *logits) {
         e->ops->rms_norm(x, e->ws.h + t * d, e->output_norm, d, e->shape.norm_eps);
         if (matrix_quantised(&e->output)) e->ops->quantize(e->ws.x_q + t * blocks_of(d), x, d);
     }
+    st->s->bytes_read += (uint64_t)e->output.n_rows * e->output.row_bytes;
     product last = { &e->output, { e->ws.x, e->ws.x_q, d, blocks_of(d) }, logits, (size_t)e->shape.n_vocab, 0 };
     matmul(e->pool, e->ops, &last, 1, st->n, &st->s->stop);
 }
@@ -108,22 +112,19 @@ static int run_steps(ms4_session *s, const int32_t *tokens, int32_t n, const flo
     }
     return MS4_OK;
 }
-static void count(ms4_engine *e, int32_t n, int64_t ns) {
+static void count(const ms4_session *s, int32_t n, int64_t ns) {
+    ms4_engine *e = s->engine;
     pthread_mutex_lock(&e->counting);
     ms4_stats *c = &e->stats;
-    uint64_t experts = 0, bytes = 0;
-    for (int32_t i = 0; i < e->shape.n_layer; i++) {
-        if (!e->layers[i].is_dense) experts += (uint64_t)e->shape.n_expert_used;
-        bytes += e->layers[i].bytes_per_token + (uint64_t)e->shape.n_expert_used * e->layers[i].bytes_per_expert;
-    }
-    c->experts_used += experts * (uint64_t)n;
+    c->experts_used += s->experts_used;
     if (n == 1) {
         c->tokens_decode++;
         c->ns_decode += (uint64_t)ns;
-        c->bytes_decode += bytes + (uint64_t)e->output.n_rows * e->output.row_bytes + e->token_embd.row_bytes;
+        c->bytes_decode += s->bytes_read;
     } else {
         c->tokens_prefill += (uint64_t)n;
         c->ns_prefill += (uint64_t)ns;
+        c->bytes_prefill += s->bytes_read;
     }
     pthread_mutex_unlock(&e->counting);
 }
@@ -145,10 +146,11 @@ int ms4_session_feed(ms4_session *s, const int32_t *tokens, size_t n, const floa
     atomic_store(&s->stop, 0);
     atomic_store(&s->done, 0);
     atomic_store(&s->total, (uint64_t)n * (uint64_t)e->shape.n_layer);
+    s->experts_used = s->bytes_read = 0;
     int status = run_steps(s, tokens, (int32_t)n, rows, logits, all);
     if (!status) {
         s->length += (int32_t)n;
-        count(e, (int32_t)n, now_ns() - start);
+        count(s, (int32_t)n, now_ns() - start);
     }
     pthread_mutex_unlock(&e->turn);
     return status;
