@@ -7,6 +7,7 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
 #include "avx2.h"
+#include "avx2_grids.h"
 #include "avx2_rows.h"
 #include "plain.h"
 #include "prefetch.h"
@@ -152,9 +153,7 @@ INLINE __m256 halves_every(const uint8_t *w, size_t bytes) {
 }
 /* X(type, offset of d, factor, bias, signed) */
 #define ROW_TYPES(X) \
-    X(q3_k, 108, 1, 4, 0) X(q6_k, 208, 1, 32, 0) X(iq4_xs, 0, 1, 0, 1) X(iq2_xxs, 0, 0.125f, 43, 0) \
-    X(iq2_xs, 0, 0.125f, 43, 0) X(iq2_s, 0, 0.125f, 43, 0) X(iq3_xxs, 0, 0.25f, 62, 0) X(iq3_s, 0, 1, 15, 0) \
-    X(iq1_s, 0, 0.125f, 9, 0)
+    X(q3_k, 108, 1, 4, 0) X(q6_k, 208, 1, 32, 0) X(iq4_xs, 0, 1, 0, 1) X(iq1_s, 0, 0.125f, 9, 0)
 #define X(type, d_at, factor, bias, is_signed) \
     INLINE __m256 dot_##type(const uint8_t *w, const struct gemv_x *x, int at, const uint8_t *ahead) { \
         __m256i dots[STEP]; \
@@ -177,6 +176,38 @@ INLINE __m256 dot_q2_k(const uint8_t *w, const struct gemv_x *x, int at, const u
     __m256 v = _mm256_mul_ps(halves_every(w + offsetof(block_q2_k, d), sizeof(block_q2_k)), to_floats(sum_each(dots)));
     return _mm256_fnmadd_ps(halves_every(w + offsetof(block_q2_k, dmin), sizeof(block_q2_k)), to_floats(sum_each(mins)), v);
 }
+
+/* --- IQ2, IQ3 ------------------------------------------------------------------------------------------- */
+typedef void find_fn(struct grid_row *o, const uint8_t *w);
+typedef __m256i magnitudes_fn(const struct grid_row *g, int c);
+/* The activations get the signs, and the magnitudes are multiplied as they are. */
+INLINE void dot_grid(__m256i *dots, const uint8_t *w, const struct x_superblock *x, const uint8_t *ahead, find_fn *find,
+                     magnitudes_fn *magnitudes, size_t bytes) {
+#pragma GCC unroll 1
+    for (int s = 0; s < STEP; s++, w += bytes, ahead += bytes) {
+        struct grid_row g;
+        __m256i dot = _mm256_setzero_si256();
+        find(&g, w);
+        leave_in_memory(&g);
+#pragma GCC unroll 8
+        for (int c = 0; c < 8; c++) {
+            const __m256i sign = _mm256_or_si256(bit_mask(g.negative[c]), _mm256_set1_epi8(1));
+            const __m256i p = _mm256_maddubs_epi16(magnitudes(&g, c), _mm256_sign_epi8(x[s].v[c], sign));
+            dot = _mm256_add_epi32(dot, _mm256_madd_epi16(p, scale_of_chunk(g.scale, c)));
+            prefetch_after(dot, ahead, c, 8, bytes);
+        }
+        dots[s] = dot;
+    }
+}
+#define X(type, grid, width, factor, bias) \
+    INLINE __m256 dot_##type(const uint8_t *w, const struct gemv_x *x, int at, const uint8_t *ahead) { \
+        __m256i dots[STEP]; \
+        dot_grid(dots, w, x->superblock + at, ahead, find_##type, magnitudes_##type, sizeof(block_##type)); \
+        const __m256 d = _mm256_mul_ps(halves_every(w, sizeof(block_##type)), _mm256_set1_ps(factor)); \
+        return _mm256_mul_ps(d, to_floats(sum_each(dots))); \
+    }
+GRID_TYPES(X)
+#undef X
 
 /* --- Q4_K, Q5_K ------------------------------------------------------------------------------------------- */
 /* out[j], lane s: dword j of the 16 bytes at w + s * bytes */
@@ -337,6 +368,9 @@ BLOCK_TYPES(X)
 #undef X
 #define X(type, d_at, factor, bias, is_signed) GEMV(type, NATURAL, 0, 0)
 ROW_TYPES(X)
+#undef X
+#define X(type, grid, width, factor, bias) GEMV(type, NATURAL, 0, 0)
+GRID_TYPES(X)
 #undef X
 GEMV(q2_k, NATURAL, 0, 0) GEMV(q4_k, K_ORDER, 0, 0) GEMV(q5_k, K_ORDER, 0, 0) GEMV(iq1_m, NATURAL, 0, 0)
 #endif

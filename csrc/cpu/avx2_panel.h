@@ -5,6 +5,7 @@
 #ifndef MS4_AVX2_PANEL_H
 #define MS4_AVX2_PANEL_H
 #include "avx2.h"
+#include "avx2_grids.h"
 #include "avx2_rows.h"
 #include "plain.h"
 

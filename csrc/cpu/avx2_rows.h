@@ -7,7 +7,6 @@
 #ifndef MS4_AVX2_ROWS_H
 #define MS4_AVX2_ROWS_H
 #include "avx2.h"
-#include "grids.h"
 #include "quant.h"
 #include "unpack.h"
 #include <string.h>
@@ -44,10 +43,6 @@ INLINE __m256i bit_mask(uint32_t bits) {
     const __m256i each = _mm256_set1_epi64x((long long)0x8040201008040201);
     __m256i v = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), spread);
     return _mm256_cmpeq_epi8(_mm256_and_si256(v, each), each);
-}
-INLINE __m256i negate_where(__m256i v, uint32_t signs) {
-    __m256i mask = bit_mask(signs);
-    return _mm256_sub_epi8(_mm256_xor_si256(v, mask), mask);
 }
 /* 16 scales in order, as bytes or as 16 bits: even groups low, odd groups high. */
 INLINE __m128i even_odd_bytes(__m128i v) {
@@ -179,128 +174,5 @@ INLINE void row_iq4_xs(struct row *o, const uint8_t *w, int n) {
     top = _mm_slli_epi16(_mm_srli_epi16(top, 14), 4);
     o->scale = twice(_mm_sub_epi16(_mm_or_si128(_mm_cvtepu8_epi16(nibble), top), _mm_set1_epi16(32)));
     for (int s = 0; s < 8; s++) o->q[s] = from_table(unpack_kv, 0, nibbles(p->qs + s * 16));
-}
-
-/* Four groups of seven sign bits, the first lowest, to four bytes of eight: the eighth makes their number even. */
-INLINE uint32_t signs7(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    uint32_t s = (a & 127) | (b & 127) << 8 | (c & 127) << 16 | d << 24, parity = s ^ s >> 4;
-    parity ^= parity >> 2;
-    parity ^= parity >> 1;
-    return s | (parity & 0x01010101) << 7;
-}
-/* The four (or eight) grid rows of 32 weights, their signs, and the bias. */
-INLINE __m256i grid_8(const int8_t (*grid)[8], uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    return _mm256_set_epi64x(load64(grid[d]), load64(grid[c]), load64(grid[b]), load64(grid[a]));
-}
-INLINE __m256i grid_4(const int8_t (*grid)[4], const uint8_t *qs, uint32_t high) {
-    long long v[4];
-    for (int j = 0; j < 4; j++) {
-        uint32_t first = qs[2 * j] | (high >> (2 * j) & 1) << 8, second = qs[2 * j + 1] | (high >> (2 * j + 1) & 1) << 8;
-        v[j] = (long long)((uint64_t)load32(grid[second]) << 32 | load32(grid[first]));
-    }
-    return _mm256_set_epi64x(v[3], v[2], v[1], v[0]);
-}
-INLINE __m256i signed_grid(__m256i v, uint32_t signs, int bias) {
-    return _mm256_add_epi8(negate_where(v, signs), _mm256_set1_epi8((char)bias));
-}
-/* 1 + 2 * nibble for 16 nibbles in order. */
-INLINE __m256i nibble_scales(const uint8_t *scales) {
-    __m128i v = _mm_cvtsi64_si128(load64(scales)), mask = _mm_set1_epi8(15);
-    __m128i even = _mm_and_si128(v, mask), odd = _mm_and_si128(_mm_srli_epi16(v, 4), mask);
-    __m256i nibble = _mm256_cvtepu8_epi16(_mm_unpacklo_epi64(even, odd));
-    return _mm256_add_epi16(_mm256_add_epi16(nibble, nibble), _mm256_set1_epi16(1));
-}
-INLINE void row_iq2_xxs(struct row *o, const uint8_t *w, int n) {
-    const block_iq2_xxs *p = (const block_iq2_xxs *)w;
-    int16_t scale[8];
-    (void)n;
-    for (int k = 0; k < 8; k++) {
-        const uint8_t *at = (const uint8_t *)(p->qs + k * 4);
-        uint32_t s = load32(at + 4);
-        scale[k] = (int16_t)(1 + 2 * (s >> 28));
-        o->q[k] = signed_grid(grid_8(grid_iq2xxs, at[0], at[1], at[2], at[3]), signs7(s, s >> 7, s >> 14, s >> 21 & 127), 43);
-    }
-    o->scale = twice(load128(scale));
-}
-INLINE void row_iq2_xs(struct row *o, const uint8_t *w, int n) {
-    const block_iq2_xs *p = (const block_iq2_xs *)w;
-    (void)n;
-    o->scale = nibble_scales(p->scales);
-    for (int k = 0; k < 8; k++) {
-        const uint16_t *v = p->qs + k * 4;
-        __m256i q = grid_8(grid_iq2xs, v[0] & 511, v[1] & 511, v[2] & 511, v[3] & 511);
-        o->q[k] = signed_grid(q, signs7(v[0] >> 9, v[1] >> 9, v[2] >> 9, v[3] >> 9), 43);
-    }
-}
-INLINE void row_iq2_s(struct row *o, const uint8_t *w, int n) {
-    const block_iq2_s *p = (const block_iq2_s *)w;
-    (void)n;
-    o->scale = nibble_scales(p->scales);
-    for (int k = 0; k < 8; k++) {
-        const uint8_t *at = p->qs + k * 4;
-        uint32_t h = p->qh[k];
-        __m256i q = grid_8(grid_iq2s, at[0] | (h << 8 & 0x300), at[1] | (h << 6 & 0x300), at[2] | (h << 4 & 0x300),
-                           at[3] | (h << 2 & 0x300));
-        o->q[k] = signed_grid(q, load32(p->signs + k * 4), 43);
-    }
-}
-INLINE void row_iq3_xxs(struct row *o, const uint8_t *w, int n) {
-    const block_iq3_xxs *p = (const block_iq3_xxs *)w;
-    int16_t scale[8];
-    (void)n;
-    for (int k = 0; k < 8; k++) {
-        uint32_t s = load32(p->w + k * 4);
-        scale[k] = (int16_t)(1 + 2 * (s >> 28));
-        o->q[k] = signed_grid(grid_4(grid_iq3xxs, p->qs + k * 8, 0), signs7(s, s >> 7, s >> 14, s >> 21 & 127), 62);
-    }
-    o->scale = twice(load128(scale));
-}
-INLINE void row_iq3_s(struct row *o, const uint8_t *w, int n) {
-    const block_iq3_s *p = (const block_iq3_s *)w;
-    (void)n;
-    __m128i v = _mm_cvtsi32_si128((int)load32(p->scales)), mask = _mm_set1_epi8(15);
-    __m128i nibble = _mm_cvtepu8_epi16(_mm_and_si128(_mm_unpacklo_epi8(v, _mm_srli_epi16(v, 4)), mask));
-    o->scale = twice(_mm_add_epi16(_mm_add_epi16(nibble, nibble), _mm_set1_epi16(1)));
-    for (int k = 0; k < 8; k++)
-        o->q[k] = signed_grid(grid_4(grid_iq3s, p->qs + k * 8, p->qh[k]), load32(p->signs + k * 4), 15);
-}
-/* 8 * grid + delta + 9 = 8 * (grid + 1) + (delta + 1) */
-INLINE __m256i shifted_grid(__m256i v, __m256i delta_1) {
-    return _mm256_add_epi8(_mm256_slli_epi16(_mm256_add_epi8(v, _mm256_set1_epi8(1)), 3), delta_1);
-}
-INLINE void row_iq1_s(struct row *o, const uint8_t *w, int n) {
-    const block_iq1_s *p = (const block_iq1_s *)w;
-    (void)n;
-    __m128i h8 = load128(p->qh), scale = _mm_and_si128(_mm_srli_epi16(h8, 11), _mm_set1_epi16(14));
-    o->scale = twice(_mm_add_epi16(scale, _mm_set1_epi16(1)));
-    for (int k = 0; k < 8; k++) {
-        uint32_t h = p->qh[k];
-        const uint8_t *at = p->qs + k * 4;
-        __m256i q = grid_8(grid_iq1, at[0] | (h << 8 & 0x700), at[1] | (h << 5 & 0x700), at[2] | (h << 2 & 0x700),
-                           at[3] | (h >> 1 & 0x700));
-        o->q[k] = shifted_grid(q, _mm256_set1_epi8(h & 0x8000 ? 0 : 2));
-    }
-}
-INLINE uint16_t d_of_iq1_m(const uint8_t *w) {
-    const uint8_t *s = ((const block_iq1_m *)w)->scales;
-    return (uint16_t)(s[1] >> 4 | (s[3] & 0xf0) | (s[5] & 0xf0) << 4 | (s[7] & 0xf0) << 8);
-}
-INLINE void row_iq1_m(struct row *o, const uint8_t *w, int n) {
-    const block_iq1_m *p = (const block_iq1_m *)w;
-    const long long twos = 0x0202020202020202;
-    /* group g has bits 3 j to 3 j + 2 of word g / 4, j = g % 4: to the top, and from there to bit 1 */
-    const __m128i word = _mm_set_epi8(7, 6, 7, 6, 5, 4, 5, 4, 3, 2, 3, 2, 1, 0, 1, 0);
-    const __m256i shift = _mm256_set_m128i(_mm_set1_epi32(1024 | 16 << 16), _mm_set1_epi32(8192 | 128 << 16));
-    (void)n;
-    __m256i scale = twice(_mm_shuffle_epi8(_mm_cvtsi64_si128(load64(p->scales)), word));
-    scale = _mm256_slli_epi16(_mm256_srli_epi16(_mm256_mullo_epi16(scale, shift), 13), 1);
-    o->scale = _mm256_add_epi16(scale, _mm256_set1_epi16(1));
-    for (int k = 0; k < 8; k++) {
-        uint32_t h = unpack_u16(p->qh + k * 2);
-        const uint8_t *at = p->qs + k * 4;
-        __m256i q = grid_8(grid_iq1, at[0] | (h << 8 & 0x700), at[1] | (h << 4 & 0x700), at[2] | (h & 0x700),
-                           at[3] | (h >> 4 & 0x700));
-        o->q[k] = shifted_grid(q, _mm256_set_epi64x(h & 0x8000 ? 0 : twos, h & 0x800 ? 0 : twos, h & 0x80 ? 0 : twos, h & 8 ? 0 : twos));
-    }
 }
 #endif
