@@ -67,8 +67,11 @@ static float *run_mul(const struct product *p) {
     memcpy(y, p->m.y, p->n_y * sizeof *y);
     return y;
 }
+/* A term is rounded at most twelve times in its superblock (eight additions of blocks, three factors, the reference's own
+ * result), and once for each superblock whose value is added. */
 static void compare_product(const struct product *p, const float *y) {
     const struct ms4_mul *m = &p->m;
+    const int roundings = 12 + (m->n_cols + SUPERBLOCK - 1) / SUPERBLOCK;
     float *x = guarded_floats((size_t)m->n_cols), want;
     for (int t = 0; t < m->n_tokens; t++) {
         for (int k = 0; k < m->n_cols; k++) {
@@ -84,7 +87,7 @@ static void compare_product(const struct product *p, const float *y) {
             one.n_rows = one.n_tokens = 1;
             ref->mul[mul_type](&one);
             double magnitude = magnitude_of(mul_type, one.w, (size_t)m->n_cols, x);
-            expect(fabs((double)y[(size_t)t * m->y_stride + (size_t)r] - want) <= 4e-7 * magnitude, "wrong product");
+            expect(fabs((double)y[(size_t)t * m->y_stride + (size_t)r] - want) <= roundings * 0x1p-24 * magnitude, "wrong product");
         }
         for (size_t i = (size_t)m->n_rows; i < m->y_stride && t + 1 < m->n_tokens; i++)
             expect(y[(size_t)t * m->y_stride + i] == MARK, "wrote between rows of y");

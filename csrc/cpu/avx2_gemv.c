@@ -183,17 +183,18 @@ typedef __m256i magnitudes_fn(const struct grid_row *g, int c);
 /* The activations get the signs, and the magnitudes are multiplied as they are. */
 INLINE void dot_grid(__m256i *dots, const uint8_t *w, const struct x_superblock *x, const uint8_t *ahead, find_fn *find,
                      magnitudes_fn *magnitudes, size_t bytes) {
+    struct grid_row g[STEP];
 #pragma GCC unroll 1
-    for (int s = 0; s < STEP; s++, w += bytes, ahead += bytes) {
-        struct grid_row g;
+    for (size_t s = 0; s < STEP; s++) find(&g[s], w + s * bytes);
+#pragma GCC unroll 1
+    for (int s = 0; s < STEP; s++, ahead += bytes) {
         __m256i dot = _mm256_setzero_si256();
-        find(&g, w);
-        leave_in_memory(&g);
+        leave_in_memory(&g[s]);
 #pragma GCC unroll 8
         for (int c = 0; c < 8; c++) {
-            const __m256i sign = _mm256_or_si256(bit_mask(g.negative[c]), _mm256_set1_epi8(1));
-            const __m256i p = _mm256_maddubs_epi16(magnitudes(&g, c), _mm256_sign_epi8(x[s].v[c], sign));
-            dot = _mm256_add_epi32(dot, _mm256_madd_epi16(p, scale_of_chunk(g.scale, c)));
+            const __m256i sign = _mm256_or_si256(bit_mask(g[s].negative[c]), _mm256_set1_epi8(1));
+            const __m256i p = _mm256_maddubs_epi16(magnitudes(&g[s], c), _mm256_sign_epi8(x[s].v[c], sign));
+            dot = _mm256_add_epi32(dot, _mm256_madd_epi16(p, scale_of_chunk(g[s].scale, c)));
             prefetch_after(dot, ahead, c, 8, bytes);
         }
         dots[s] = dot;
