@@ -1,6 +1,7 @@
 /* avx512.c -- the kernel table for x86-64 with AVX-512 F, BW, DQ, VL and VNNI. */
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")
+#include "avx2.h"
 #include "avx512_attend.h"
 #include "avx512_float.h"
 #include "avx512_gemm.h"
@@ -16,8 +17,6 @@
 
 /* X(type, layout of the panel, its offset; for one token: order of x, its sums, offset of the weights; pack_grid) */
 #define QUANTISED_TYPES(X) \
-    X(q4_1, float_blocks_min, 0, NATURAL, NO_SUMS, 0, NULL) X(q5_0, float_blocks, 16, NATURAL, NO_SUMS, 0, NULL) X(q5_1, float_blocks_min, 0, NATURAL, NO_SUMS, 0, NULL) \
-    X(nvfp4, float_groups, 12, NATURAL, NO_SUMS, 0, NULL) \
     X(q2_k, bytes_min, 0, CRUMB_ORDER, GROUP_SUMS, 1, NULL) X(q3_k, bytes, 124, CRUMB_ORDER, GROUP_SUMS, -16, NULL) \
     X(q4_k, blocks_min, 0, K_ORDER, MIN_SUMS, 0, NULL) X(q5_k, blocks_min, 0, K_ORDER, MIN_SUMS, 0, NULL) \
     X(q6_k, groups, 32, CRUMB_ORDER, GROUP_SUMS, -16, NULL) \
@@ -26,20 +25,25 @@
     X(iq4_xs, blocks, 128, BLOCK_ORDER, START_SUMS, -128, NULL) \
     X(iq2_xxs, groups, 128, QUAD_ORDER, NO_SUMS, 0, pack_iq2_xxs) X(iq2_xs, groups, 128, QUAD_ORDER, NO_SUMS, 0, pack_iq2_xs) \
     X(iq2_s, groups, 128, QUAD_ORDER, NO_SUMS, 0, pack_iq2_s) X(iq3_xxs, groups, 128, BLOCK_ORDER, NO_SUMS, 0, pack_iq3_xxs) \
-    X(iq3_s, groups, 128, BLOCK_ORDER, NO_SUMS, 0, pack_iq3_s) X(iq1_s, groups, IQ1_OFFSET, NATURAL, START_SUMS, -IQ1_OFFSET, NULL) \
-    X(iq1_m, groups, IQ1_OFFSET, NATURAL, START_SUMS, -IQ1_OFFSET, NULL)
-/* Types whose single tokens are a panel of one, too. */
-#define dot_q4_1 NULL
-#define dot_q5_0 NULL
-#define dot_q5_1 NULL
-#define dot_nvfp4 NULL
+    X(iq3_s, groups, 128, BLOCK_ORDER, NO_SUMS, 0, pack_iq3_s)
+/* Those whose single tokens AVX2 multiplies faster than anything tried here: X(type, layout of the panel, its offset) */
+#define AVX2_TOKEN_TYPES(X) \
+    X(q4_1, float_blocks_min, 0) X(q5_0, float_blocks, 16) X(q5_1, float_blocks_min, 0) X(nvfp4, float_groups, 12) \
+    X(iq1_s, groups, IQ1_OFFSET) X(iq1_m, groups, IQ1_OFFSET)
 #define X(type, layout, offset, order, sums, row_offset, pack_grid) \
     static void mul_##type##_avx512(const struct ms4_mul *m) { \
         static const struct gemv_type t = { dot_##type, order, sums, row_offset, SUPERBLOCK_BYTES(type), pack_grid }; \
-        if (t.dot && m->n_tokens == 1 && m->n_cols % SUPERBLOCK == 0) gemv(m, &t); \
+        if (m->n_tokens == 1 && m->n_cols % SUPERBLOCK == 0) gemv(m, &t); \
         else gemm(m, fill_##type, tiles_##layout, offset, SUPERBLOCK_BYTES(type), pack_grid); \
     }
 QUANTISED_TYPES(X)
+#undef X
+#define X(type, layout, offset) \
+    static void mul_##type##_avx512(const struct ms4_mul *m) { \
+        if (m->n_tokens == 1 && m->n_cols % SUPERBLOCK == 0) avx2_gemv_##type(m); \
+        else gemm(m, fill_##type, tiles_##layout, offset, SUPERBLOCK_BYTES(type), NULL); \
+    }
+AVX2_TOKEN_TYPES(X)
 #undef X
 static void mul_f32_avx512(const struct ms4_mul *m) { mul_floats_512(m, weights_f32_512); }
 static void mul_f16_avx512(const struct ms4_mul *m) { mul_floats_512(m, weights_f16_512); }

@@ -98,7 +98,7 @@ static inline void set_x_sums(struct gemv_x *x, __m128i (*rows)[GEMV_SUPERBLOCKS
     else if (t->sums == START_SUMS)
         for (int k = 0; k < 4; k++) {
             const __m512i o = _mm512_set1_epi8((char)-t->factor), zero = _mm512_setzero_si512();
-            const __m512i sum = t->order == BLOCK_ORDER ? _mm512_dpbusd_epi32(zero, o, x->v[i][k ^ 1]) : zero;
+            const __m512i sum = _mm512_dpbusd_epi32(zero, o, x->v[i][k ^ 1]);
             x->start[i][k] = _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(sum, o, x->v[i][k]));
         }
 }

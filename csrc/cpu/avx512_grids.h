@@ -339,16 +339,6 @@ static inline __m512i scale_halves(const struct grid_row *g, const __m512i *x, _
     return _mm512_add_epi32(_mm512_mullo_epi32(dot[0], _mm512_permutexvar_epi32(first, s)),
                             _mm512_mullo_epi32(dot[1], _mm512_permutexvar_epi32(_mm512_add_epi32(first, _mm512_set1_epi32(8)), s)));
 }
-/* In order, with an offset: dwords hold at most 4 * (IQ1_OFFSET + 9) * 127, so those of two vectors fit 16 bits. */
-static inline __m512i scale_groups(const struct grid_row *g, const __m512i *x, const __m512i *start, __m128i scales) {
-    const __m512i s = _mm512_castsi256_si512(_mm256_cvtepi8_epi16(scales));
-    __m512i dot[4];
-    for (int i = 0; i < 4; i++) dot[i] = _mm512_dpbusd_epi32(start[i], g->q[i], x[i]);
-    const __m512i first = _mm512_setr_epi32(0, 0, 0x00040004, 0x00040004, 0x00010001, 0x00010001, 0x00050005, 0x00050005,
-                                            0x00020002, 0x00020002, 0x00060006, 0x00060006, 0x00030003, 0x00030003, 0x00070007, 0x00070007);
-    const __m512i acc = _mm512_madd_epi16(_mm512_packs_epi32(dot[0], dot[1]), _mm512_permutexvar_epi16(first, s));
-    return _mm512_dpwssd_epi32(acc, _mm512_packs_epi32(dot[2], dot[3]), _mm512_permutexvar_epi16(_mm512_add_epi16(first, _mm512_set1_epi16(8)), s));
-}
 static inline __attribute__((always_inline)) __m512 dot_grid(const uint8_t *w, const struct gemv_x *x, const uint8_t *ahead, size_t bytes,
                                                              grid_rows_fn *open, grid_scales_fn *scales_of, const enum chunk_order order, __m512 d) {
     __m512i sums[4];
@@ -362,8 +352,7 @@ static inline __attribute__((always_inline)) __m512 dot_grid(const uint8_t *w, c
             for (int k = 0; k < 2; k++) {
                 const __m512i *s = x->v[4 * l + r + k];
                 const __m128i scales = scales_of(two[k]);
-                acc[r + k] = order == QUAD_ORDER ? scale_quads(&g[k], s, scales) : order == BLOCK_ORDER ? scale_halves(&g[k], s, scales)
-                                                                                                           : scale_groups(&g[k], s, x->start[4 * l + r + k], scales);
+                acc[r + k] = order == QUAD_ORDER ? scale_quads(&g[k], s, scales) : scale_halves(&g[k], s, scales);
                 prefetch_after(acc[r + k], ahead + (size_t)(4 * l) * bytes, (size_t)(r + k), 4, 4 * bytes);
             }
         }
@@ -374,14 +363,15 @@ static inline __attribute__((always_inline)) __m512 dot_grid(const uint8_t *w, c
 /* X(type, order, d of 16 rows) */
 #define GRID_TYPES(X) \
     X(iq2_xxs, QUAD_ORDER, grid_d(w, 0.125f)) X(iq2_xs, QUAD_ORDER, grid_d(w, 0.125f)) X(iq2_s, QUAD_ORDER, grid_d(w, 0.125f)) \
-    X(iq3_xxs, BLOCK_ORDER, grid_d(w, 0.25f)) X(iq3_s, BLOCK_ORDER, grid_d(w, 1.0f)) \
-    X(iq1_s, NATURAL, grid_d(w, 0.125f)) X(iq1_m, NATURAL, grid_d_iq1_m(w))
-#define X(type, order, d_of_rows) \
+    X(iq3_xxs, BLOCK_ORDER, grid_d(w, 0.25f)) X(iq3_s, BLOCK_ORDER, grid_d(w, 1.0f))
+#define GRID_PANEL(type, order, d_of_rows) \
     static void fill_##type(struct panel *p, panel_rows w, int blocks) { \
         (void)blocks; \
         p->d = d_of_rows; \
         fill_grid(p, w, rows_##type, scales_##type, order); \
-    } \
+    }
+GRID_TYPES(GRID_PANEL) GRID_PANEL(iq1_s, NATURAL, grid_d(w, 0.125f)) GRID_PANEL(iq1_m, NATURAL, grid_d_iq1_m(w))
+#define X(type, order, d_of_rows) \
     static __attribute__((noinline)) __m512 dot_##type(const uint8_t *first, const struct gemv_x *x, const uint8_t *ahead) { \
         const uint8_t *w[16]; \
         rows_of(w, first, sizeof(block_##type)); \
