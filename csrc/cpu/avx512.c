@@ -45,9 +45,9 @@ QUANTISED_TYPES(X)
     }
 AVX2_TOKEN_TYPES(X)
 #undef X
-static void mul_f32_avx512(const struct ms4_mul *m) { mul_floats_512(m, weights_f32_512); }
-static void mul_f16_avx512(const struct ms4_mul *m) { mul_floats_512(m, weights_f16_512); }
-static void mul_bf16_avx512(const struct ms4_mul *m) { mul_floats_512(m, weights_bf16_512); }
+static void mul_f32_avx512(const struct ms4_mul *m) { mul_floats_512(m, weights_f32_512, 4); }
+static void mul_f16_avx512(const struct ms4_mul *m) { mul_floats_512(m, weights_f16_512, 2); }
+static void mul_bf16_avx512(const struct ms4_mul *m) { mul_floats_512(m, weights_bf16_512, 2); }
 
 #define dequantize_q8_0 dequantize_q8_0_avx512       /* attention waits for this one: W_uk and W_uv are often Q8_0 */
 const struct ms4_ops ops_avx512 = {

@@ -3,6 +3,7 @@
 #ifndef MS4_AVX512_FLOAT_H
 #define MS4_AVX512_FLOAT_H
 #include "plain.h"
+#include "prefetch.h"
 #include <immintrin.h>
 
 static inline __mmask16 lanes_512(int n) { return n >= 16 ? (__mmask16)0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
@@ -57,37 +58,41 @@ static inline __attribute__((always_inline)) void float_tile_512(const struct ms
     for (int j = 0; j < n_tokens; j++)
         for (int i = 0; i < n_rows; i++) m->y[(size_t)(t + j) * m->y_stride + (size_t)(r + i)] = sums[j * rows + i];
 }
+/* The products of four rows with the columns `lanes` from k on; of the rows from `ahead` on, as many bytes are asked for. */
+static inline __attribute__((always_inline)) void float_step_512(__m512 *sum, const uint8_t *const *w, const uint8_t *ahead, const float *x,
+                                                                 int k, __mmask16 lanes, load_weights_512 *load, size_t size) {
+    ahead += (size_t)k * 4 * size;
+    const __m512 xs = _mm512_maskz_loadu_ps(lanes, x + k);
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; i++) {
+        sum[i] = _mm512_fmadd_ps(load(w[i], k, lanes), xs, sum[i]);
+        prefetch_after(sum[i], ahead, i, 4, 64 * size);
+    }
+}
 /* 16 rows times one token, 4 rows at a time: more streams side by side make memory slower, not faster. */
-static inline __attribute__((always_inline)) void float_rows_512(const struct ms4_mul *m, load_weights_512 *load, int r, int t) {
-    int n_rows = m->n_rows - r < 16 ? m->n_rows - r : 16;
+static inline __attribute__((always_inline)) void float_rows_512(const struct ms4_mul *m, load_weights_512 *load, size_t size, int r, int t) {
+    int n_rows = m->n_rows - r < 16 ? m->n_rows - r : 16, k;
     const float *x = mul_floats(m, t);
     __m512 acc[16];
     for (int g = 0; g < 16; g += 4) {
         const uint8_t *w[4];
         __m512 sum[4] = { _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps() };
         for (int i = 0; i < 4; i++) w[i] = m->w + (size_t)(r + (g + i < n_rows ? g + i : n_rows - 1)) * m->row_bytes;
-        for (int k = 0; k < m->n_cols; k += 16) {
-            __mmask16 lanes = lanes_512(m->n_cols - k);
-            __m512 xs = _mm512_maskz_loadu_ps(lanes, x + k);
-            const char *ahead = (const char *)w[3] + m->row_bytes + (size_t)k / 16 * 256;   /* the next four rows, in order */
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) {
-                _mm_prefetch(ahead + 64 * i, _MM_HINT_T1);
-                sum[i] = _mm512_fmadd_ps(load(w[i], k, lanes), xs, sum[i]);
-            }
-        }
+        const uint8_t *ahead = w[3] + m->row_bytes;
+        for (k = 0; k + 16 <= m->n_cols; k += 16) float_step_512(sum, w, ahead, x, k, 0xffff, load, size);
+        if (k < m->n_cols) float_step_512(sum, w, ahead, x, k, lanes_512(m->n_cols - k), load, size);
         for (int i = 0; i < 4; i++) acc[g + i] = sum[i];
     }
     float sums[16];
     _mm512_storeu_ps(sums, sum_16_512(acc));
     for (int i = 0; i < n_rows; i++) m->y[(size_t)t * m->y_stride + (size_t)(r + i)] = sums[i];
 }
-static inline __attribute__((always_inline)) void mul_floats_512(const struct ms4_mul *m, load_weights_512 *load) {
+static inline __attribute__((always_inline)) void mul_floats_512(const struct ms4_mul *m, load_weights_512 *load, size_t size) {
     int t = 0;
     for (; m->n_tokens - t >= 3; t += 4)
         for (int r = 0; r < m->n_rows; r += 4) float_tile_512(m, load, r, t, 4, 4);
     for (; t < m->n_tokens; t++)
-        for (int r = 0; r < m->n_rows; r += 16) float_rows_512(m, load, r, t);
+        for (int r = 0; r < m->n_rows; r += 16) float_rows_512(m, load, size, r, t);
 }
 /* --- transposition ------------------------------------------------------------------------ */
 /* 16 vectors of 16 floats: element j of vector i <-> element i of vector j */
