@@ -65,10 +65,10 @@ arch: build/glue/grids.c
 	aarch64-linux-gnu-gcc -O3 -static -o build/checkarm $(CHECK) $(KERNELS) -lm -pthread
 	for cpu in cortex-a53 max; do echo "== $$cpu"; qemu-aarch64 -cpu $$cpu build/checkarm || exit 1; done
 san-engine: build/asan
-	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" PYTHONMALLOC=malloc PYTHONPATH=build/asan ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0:allocator_may_return_null=1 $(PY) -m pytest -q -p no:cacheprovider tests/test_engine.py tests/test_vision.py
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" PYTHONMALLOC=malloc PYTHONPATH=build/asan ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0:allocator_may_return_null=1 $(PY) -m pytest -q -s -p no:cacheprovider tests/test_engine.py tests/test_vision.py
 tsan: .venv/ready
 	CFLAGS="-O1 -g -w -fsanitize=thread" LDFLAGS="-fsanitize=thread" $(PY) csrc/build_core.py build/tsan
-	LD_PRELOAD="$$($(CC) -print-file-name=libtsan.so)" PYTHONPATH=build/tsan TSAN_OPTIONS="halt_on_error=1 exitcode=66" $(PY) -m pytest -q -p no:cacheprovider tests/test_engine.py -k "many_threads or cancel or same_bits"
+	OPENBLAS_NUM_THREADS=1 LD_PRELOAD="$$($(CC) -print-file-name=libtsan.so)" PYTHONPATH=build/tsan TSAN_OPTIONS="halt_on_error=1 exitcode=66" $(PY) -m pytest -q -s -p no:cacheprovider tests/test_engine.py -k "many_threads or cancel or same_bits"
 lint: all
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	$(CC) -fsyntax-only -std=gnu11 -Wall -Wextra -Werror -Icsrc $(wildcard csrc/*.c csrc/cpu/*.c)
