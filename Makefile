@@ -74,6 +74,7 @@ lint: all
 	$(CC) -fsyntax-only -std=gnu11 -Wall -Wextra -Werror -Icsrc $(wildcard csrc/*.c csrc/cpu/*.c)
 	$(PY) -c "import sys; sys.path.insert(0, 'csrc'); import build_core, pathlib; build_core.link_package(pathlib.Path('build/types'))"
 	MYPYPATH=build/types $(PY) -m mypy -p ms4
-ci: lint test kernels san
+ci:
+	.ci/run
 clean:
 	rm -rf build csrc/_core*.so

@@ -127,6 +127,7 @@ def measure_depth(plan: Plan, depth: int, model: "Model", session: ms4.Session, 
 
 
 def bytes_read(model: "Model") -> int:
+    """Of the weights, since the model was opened."""
     stats = model.engine.stats()
     return stats.bytes_prefill + stats.bytes_decode
 

@@ -118,14 +118,13 @@ static int bind_ffn(ms4_engine *e, const matrix *r, int32_t layer, expert_view *
     e->float_down |= !matrix_quantised(&w->shared.down);
     return MS4_OK;
 }
-static uint64_t slice_bytes(const matrix *m) { return m->data ? (uint64_t)m->n_rows * m->row_bytes : 0; }
-static uint64_t view_bytes(const expert_view *v) { return slice_bytes(&v->gate) + slice_bytes(&v->up) + slice_bytes(&v->down); }
+static uint64_t view_bytes(const expert_view *v) { return matrix_bytes(&v->gate) + matrix_bytes(&v->up) + matrix_bytes(&v->down); }
 static void count_bytes(const ms4_engine *e, layer_weights *w, const expert_view *experts) {
     uint64_t heads = (uint64_t)e->shape.n_head;
-    w->bytes_of_all = slice_bytes(&w->q_a) + slice_bytes(&w->q_b) + slice_bytes(&w->kv_a) + slice_bytes(&w->output)
-                    + heads * (slice_bytes(&w->k_b) + slice_bytes(&w->v_b)) + slice_bytes(&w->router)
-                    + view_bytes(&w->shared) + view_bytes(&w->dense);
-    w->bytes_of_one = w->is_dense ? 0 : view_bytes(experts);
+    w->bytes_per_step = matrix_bytes(&w->q_a) + matrix_bytes(&w->q_b) + matrix_bytes(&w->kv_a) + matrix_bytes(&w->output)
+                      + heads * (matrix_bytes(&w->k_b) + matrix_bytes(&w->v_b)) + matrix_bytes(&w->router)
+                      + view_bytes(&w->shared) + view_bytes(&w->dense);
+    w->bytes_per_expert = w->is_dense ? 0 : view_bytes(experts);
 }
 /* --- the whole ---------------------------------------------------------------------------- */
 static int bind_all(ms4_engine *e, const ms4_tensor *tensors, size_t n_tensors, matrix *roles, expert_view *experts) {

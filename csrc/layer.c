@@ -160,7 +160,7 @@ static int attention_block(step *st, token_job *job, int32_t keep) {
 int layer_forward(step *st, int32_t layer, int32_t keep) {
     token_job job = { .st = st, .w = &st->e->layers[layer], .layer = layer };
     TRY(attention_block(st, &job, keep));
-    st->s->bytes_read += st->n ? job.w->bytes_of_all : (uint64_t)job.w->kv_a.n_rows * job.w->kv_a.row_bytes;
+    st->s->bytes_read += st->n ? job.w->bytes_per_step : matrix_bytes(&job.w->kv_a);
     if (!st->n) return MS4_OK;
     const expert_view *ffn = job.w->is_dense ? &job.w->dense : &job.w->shared;
     job.norm = job.w->ffn_norm;

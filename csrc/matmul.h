@@ -22,6 +22,8 @@ typedef struct {
 
 static inline size_t blocks_of(size_t n) { return (n + SUPERBLOCK - 1) / SUPERBLOCK; }
 static inline int matrix_quantised(const matrix *m) { return ms4_type_infos[m->type].quantised; }
+/* Bytes of one slice; 0 if there is no such matrix.  (slice_bytes is larger where gate and up lie in one tensor.) */
+static inline uint64_t matrix_bytes(const matrix *m) { return m->data ? (uint64_t)m->n_rows * m->row_bytes : 0; }
 /* Rows [first, first + n) of slice s as a matrix of its own. */
 static inline matrix matrix_rows(const matrix *m, int32_t s, int32_t first, int32_t n) {
     matrix part = *m;

@@ -18,7 +18,7 @@ typedef struct {
     int32_t is_dense;
     matrix router;
     expert_view shared, dense;                                /* shared.gate.data == NULL: no shared expert */
-    uint64_t bytes_of_all, bytes_of_one;                      /* what every step reads; what one expert has */
+    uint64_t bytes_per_step, bytes_per_expert;                /* what every step reads; what one expert has */
 } layer_weights;
 
 /* One FFN and the tokens that go through it in this step; routed, shared and dense ones look the same. */

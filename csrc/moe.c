@@ -175,7 +175,7 @@ int moe_forward(const step *st, int32_t layer) {
     pool_run(e->pool, choose_item, (void *)st, (st->n + 15) / 16, NULL);
     int32_t used = group(st);
     st->s->experts_used += (uint64_t)st->n * (uint64_t)e->shape.n_expert_used;
-    st->s->bytes_read += (uint64_t)used * w->bytes_of_one;
+    st->s->bytes_read += (uint64_t)used * w->bytes_per_expert;
     TRY(experts_pin(e->experts, layer, ws->expert_ids, used, ws->views));
     if (w->shared.gate.data) jobs[n_jobs++] = every_token(st, &w->shared);
     for (int32_t i = 0; i < used; i++) {

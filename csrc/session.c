@@ -81,7 +81,7 @@ static void output_logits(const step *st, float *logits) {
         e->ops->rms_norm(x, e->ws.h + t * d, e->output_norm, d, e->shape.norm_eps);
         if (matrix_quantised(&e->output)) e->ops->quantize(e->ws.x_q + t * blocks_of(d), x, d);
     }
-    st->s->bytes_read += (uint64_t)e->output.n_rows * e->output.row_bytes;
+    st->s->bytes_read += matrix_bytes(&e->output);
     product last = { &e->output, { e->ws.x, e->ws.x_q, d, blocks_of(d) }, logits, (size_t)e->shape.n_vocab, 0 };
     matmul(e->pool, e->ops, &last, 1, st->n, &st->s->stop);
 }

@@ -34,11 +34,12 @@ INLINE __m256i biased(__m256i v, uint32_t negative, int bias) {
 /* --- indices ------------------------------------------------------------------------------------------------ */
 INLINE void set_index(struct grid_row *o, int v, __m256i words) { _mm256_store_si256((__m256i *)o->index + v, words); }
 INLINE __m256i bytes_to_words(const uint8_t *p) { return _mm256_cvtepu8_epi16(load128(p)); }
-/* Byte (word) a in the first four words, then b, c and d, out of 16 in either half of v. */
+/* Byte a in the first four words, then b, c and d, out of 16 in either half of v. */
 INLINE __m256i four_bytes(__m256i v, int a, int b, int c, int d) {
     return _mm256_shuffle_epi8(v, _mm256_set_epi64x(0x8000800080008000 | d * 0x0001000100010001, 0x8000800080008000 | c * 0x0001000100010001,
                                                     0x8000800080008000 | b * 0x0001000100010001, 0x8000800080008000 | a * 0x0001000100010001));
 }
+/* The same with words, from the first-th on. */
 INLINE __m256i four_words(__m256i v, int first) {
     const __m256i words = _mm256_set_epi64x(0x0706070607060706, 0x0504050405040504, 0x0302030203020302, 0x0100010001000100);
     return _mm256_shuffle_epi8(v, _mm256_add_epi8(words, _mm256_set1_epi8((char)(2 * first))));
@@ -140,16 +141,16 @@ INLINE __m256i shifted_grid(__m256i v, __m256i minus) {
     const __m256i delta_1 = _mm256_andnot_si256(minus, _mm256_set1_epi8(2));
     return _mm256_add_epi8(_mm256_slli_epi16(_mm256_add_epi8(v, _mm256_set1_epi8(1)), 3), delta_1);
 }
+/* up: words with the three upper bits of an index at bits 8 to 10 */
+INLINE void set_iq1_index(struct grid_row *o, int v, const uint8_t *qs, __m256i up) {
+    set_index(o, v, _mm256_or_si256(bytes_to_words(qs + 16 * v), _mm256_and_si256(up, _mm256_set1_epi16(0x700))));
+}
 INLINE void row_iq1_s(struct row *o, const uint8_t *w, int n) {
     const block_iq1_s *p = (const block_iq1_s *)w;
-    const __m256i high = twice(load128(p->qh)), three = _mm256_set1_epi16(0x700);
+    const __m256i high = twice(load128(p->qh));
     struct grid_row g;
     (void)n;
-    for (int v = 0; v < 2; v++) {
-        const __m256i h = _mm256_permute2x128_si256(four_words(high, 4 * v), four_words(high, 4 * v + 2), 0x20);
-        const __m256i up = _mm256_srli_epi16(times_four(h, 512, 64, 8, 1), 1);
-        set_index(&g, v, _mm256_or_si256(bytes_to_words(p->qs + 16 * v), _mm256_and_si256(up, three)));
-    }
+    for (int v = 0; v < 2; v++) set_iq1_index(&g, v, p->qs, _mm256_srli_epi16(times_four(four_words(high, 4 * v), 512, 64, 8, 1), 1));
     o->scale = twice_plus_1(_mm256_and_si256(_mm256_srli_epi16(high, 12), _mm256_set1_epi16(7)));
     leave_in_memory(&g);
     for (int c = 0; c < 8; c++) o->q[c] = shifted_grid(grid_8(grid_iq1, g.index + 4 * c), _mm256_set1_epi8((char)((int16_t)p->qh[c] >> 15)));
@@ -160,7 +161,7 @@ INLINE uint16_t d_of_iq1_m(const uint8_t *w) {
 }
 INLINE void row_iq1_m(struct row *o, const uint8_t *w, int n) {
     const block_iq1_m *p = (const block_iq1_m *)w;
-    const __m256i high = twice(load128(p->qh)), three = _mm256_set1_epi16(0x700);
+    const __m256i high = twice(load128(p->qh));
     const __m256i bits = _mm256_set_epi64x(0x8000800080008000, 0x0800080008000800, 0x0080008000800080, 0x0008000800080008);
     struct grid_row g;
     /* group g has bits 3 j to 3 j + 2 of word g / 4, j = g % 4: to the top, and from there to bit 1 */
@@ -170,11 +171,7 @@ INLINE void row_iq1_m(struct row *o, const uint8_t *w, int n) {
     __m256i scale = twice(_mm_shuffle_epi8(_mm_cvtsi64_si128(load64(p->scales)), word));
     scale = _mm256_slli_epi16(_mm256_srli_epi16(_mm256_mullo_epi16(scale, shift), 13), 1);
     o->scale = _mm256_add_epi16(scale, _mm256_set1_epi16(1));
-    for (int v = 0; v < 2; v++) {
-        const __m256i h = _mm256_permute2x128_si256(four_words(high, 4 * v), four_words(high, 4 * v + 2), 0x20);
-        const __m256i up = _mm256_srli_epi16(times_four(h, 4096, 256, 16, 1), 4);
-        set_index(&g, v, _mm256_or_si256(bytes_to_words(p->qs + 16 * v), _mm256_and_si256(up, three)));
-    }
+    for (int v = 0; v < 2; v++) set_iq1_index(&g, v, p->qs, _mm256_srli_epi16(times_four(four_words(high, 4 * v), 4096, 256, 16, 1), 4));
     leave_in_memory(&g);
     for (int c = 0; c < 8; c++) {
         const __m256i h = _mm256_set1_epi16((short)unpack_u16(p->qh + 2 * c));
