@@ -16,7 +16,7 @@ PY = .venv/bin/python
 TRAIN = build/demo-train
 # What a step of the training frees, the next one asks for again: kept in huge pages it comes without page faults.
 KEEP = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 MALLOC_ARENA_MAX=1 THP_MEM_ALLOC_ENABLE=1
-KERNELS = csrc/types.c build/glue/grids.c $(wildcard csrc/cpu/*.c)
+KERNELS = csrc/types.c csrc/cpu/dispatch.c build/glue/grids.c $(wildcard csrc/cpu/*/*.c)
 CHECK = -std=gnu11 -ffp-contract=off -fno-math-errno -Icsrc tests/checkkernels.c
 SAN = -O1 -g -w -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
@@ -71,7 +71,7 @@ tsan: .venv/ready
 	OPENBLAS_NUM_THREADS=1 LD_PRELOAD="$$($(CC) -print-file-name=libtsan.so)" PYTHONPATH=build/tsan TSAN_OPTIONS="halt_on_error=1 exitcode=66" $(PY) -m pytest -q -s -p no:cacheprovider tests/test_engine.py -k "many_threads or cancel or same_bits"
 lint: all
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	$(CC) -fsyntax-only -std=gnu11 -Wall -Wextra -Werror -Icsrc $(wildcard csrc/*.c csrc/cpu/*.c)
+	$(CC) -fsyntax-only -std=gnu11 -Wall -Wextra -Werror -Icsrc $(wildcard csrc/*.c csrc/cpu/*.c csrc/cpu/*/*.c)
 	$(PY) -c "import sys; sys.path.insert(0, 'csrc'); import build_core, pathlib; build_core.link_package(pathlib.Path('build/types'))"
 	MYPYPATH=build/types $(PY) -m mypy -p ms4
 ci:

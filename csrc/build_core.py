@@ -18,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path("csrc")
 GLUE = Path("build", "glue")
 # The kernels first: they take longest to compile, and so they are not left for one core.
-SOURCES = [str(p) for folder in (CSRC / "cpu", CSRC) for p in sorted(folder.glob("*.c"))]
+SOURCES = [str(p) for pattern in ("cpu/*/*.c", "cpu/*.c", "*.c") for p in sorted(CSRC.glob(pattern))]
 HEADERS = sorted(str(p) for suffix in ("h", "cdef") for p in CSRC.rglob(f"*.{suffix}"))
 CFLAGS = ["-std=gnu11", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off"]
 CFLAGS += ["-Wall", "-Wextra", "-MMD"]
@@ -60,7 +60,7 @@ class BuildCore(build_ext):
 def write_grids():
     """Writes the code books of the IQ types, from quant/grids.py, as C arrays of int8_t."""
     grids = runpy.run_path(str(Path("quant", "grids.py")))
-    parts = ['#include "cpu/grids.h"\n']
+    parts = ['#include "cpu/plain/grids.h"\n']
     for name, grid in grids["GRIDS"].items():
         values = grids["values"](name)
         rows = [values[i : i + grid.width] for i in range(0, len(values), grid.width)]

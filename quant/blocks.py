@@ -1,7 +1,7 @@
 """The GGUF block types in NumPy: their sizes, and their bytes to float32 (SPEC 4.8).
 
 Every product fits the 24 bits of a float32, so a weight is the exact value of its formula, rounded once where a min
-is subtracted: the same bits as csrc/cpu/dequantize.c.
+is subtracted: the same bits as csrc/cpu/plain/dequantize.c.
 """
 
 from collections.abc import Callable

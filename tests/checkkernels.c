@@ -1,4 +1,4 @@
-/* checkkernels.c -- every fast kernel against csrc/cpu/ref.c on random and extreme input; --bench times them.
+/* checkkernels.c -- every fast kernel against csrc/cpu/plain/ref.c on random and extreme input; --bench times them.
  *
  * Besides the numbers: nothing is read or written outside the operands (guard pages, strides with marked gaps), a
  * product has the same bits however tokens and rows are split into calls, and the same on every fast kernel table.

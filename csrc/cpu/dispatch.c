@@ -1,7 +1,7 @@
 /* dispatch.c -- picks the best kernel table this CPU (and its OS) can run. */
 #include "ms4.h"
 #include "ops.h"
-#include "prefetch.h"
+#include "cpu/plain/prefetch.h"
 #include <string.h>
 #if defined(__aarch64__)
 #include <asm/hwcap.h>

@@ -28,8 +28,9 @@ static uint64_t float_peak(uint64_t rounds) {
     (void)keep;
     return rounds * PEAK_CHAINS * 16;
 }
-#elif defined(__AVXVNNI__)
+#elif defined(__AVX2__)
 #include <immintrin.h>
+#if defined(__AVXVNNI__)
 static uint64_t int8_peak(uint64_t rounds) {
     __m256i sum[PEAK_CHAINS], a = _mm256_set1_epi8((char)rounds), b = _mm256_set1_epi8(3);
     for (int j = 0; j < PEAK_CHAINS; j++) sum[j] = _mm256_set1_epi32(j);
@@ -40,8 +41,7 @@ static uint64_t int8_peak(uint64_t rounds) {
     (void)keep;
     return rounds * PEAK_CHAINS * 32;
 }
-#elif defined(__AVX2__)
-#include <immintrin.h>
+#else
 static uint64_t int8_peak(uint64_t rounds) {
     __m256i sum[PEAK_CHAINS], a = _mm256_set1_epi8((char)(rounds & 7)), b = _mm256_set1_epi8(3);
     for (int j = 0; j < PEAK_CHAINS; j++) sum[j] = _mm256_set1_epi8((char)j);
@@ -53,6 +53,7 @@ static uint64_t int8_peak(uint64_t rounds) {
     (void)keep;
     return rounds * PEAK_CHAINS * 32;
 }
+#endif
 static uint64_t float_peak(uint64_t rounds) {
     __m256 sum[PEAK_CHAINS], a = _mm256_set1_ps((float)rounds * 1e-30f), b = _mm256_set1_ps(1e-3f);
     for (int j = 0; j < PEAK_CHAINS; j++) sum[j] = _mm256_set1_ps((float)j);

@@ -1,14 +1,10 @@
-/* avx512_float.h -- AVX-512 kernels on floats: float weights, transposition.
- * Included by avx512.c only.  The order of arithmetic is the one of ops.h. */
-#ifndef MS4_AVX512_FLOAT_H
-#define MS4_AVX512_FLOAT_H
-#include "plain.h"
-#include "prefetch.h"
-#include <immintrin.h>
+/* float.c -- products with float weights on AVX-512.  The order of arithmetic is the one of ops.h. */
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")
+#include "avx512.h"
+#include "cpu/plain/plain.h"
+#include "cpu/plain/prefetch.h"
 
-static inline __mmask16 lanes_512(int n) { return n >= 16 ? (__mmask16)0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
-
-/* --- float weights ------------------------------------------------------------------------ */
 /* Sums of 16 accumulators as a vector, each by the tree j with j + 8, + 4, + 2, + 1. */
 static inline __m512 sum_16_512(const __m512 *a) {
     __m512 b[8], c[4], d[2];
@@ -94,47 +90,7 @@ static inline __attribute__((always_inline)) void mul_floats_512(const struct ms
     for (; t < m->n_tokens; t++)
         for (int r = 0; r < m->n_rows; r += 16) float_rows_512(m, load, size, r, t);
 }
-/* --- transposition ------------------------------------------------------------------------ */
-/* 16 vectors of 16 floats: element j of vector i <-> element i of vector j */
-static inline void transpose_16_512(__m512 *v) {
-    __m512 a[16], b[16];
-    for (int i = 0; i < 16; i += 2) {
-        a[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
-        a[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            __m512d x = _mm512_castps_pd(a[i + j]), y = _mm512_castps_pd(a[i + j + 2]);
-            b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
-            b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
-        }
-    for (int i = 0; i < 4; i++) {              /* b[4 g + i]: rows 4 g .. 4 g + 3, columns i, 4 + i, 8 + i, 12 + i */
-        __m512 x = _mm512_shuffle_f32x4(b[i], b[4 + i], 0x88), y = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0x88);
-        __m512 z = _mm512_shuffle_f32x4(b[i], b[4 + i], 0xdd), w = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0xdd);
-        v[i] = _mm512_shuffle_f32x4(x, y, 0x88);
-        v[8 + i] = _mm512_shuffle_f32x4(x, y, 0xdd);
-        v[4 + i] = _mm512_shuffle_f32x4(z, w, 0x88);
-        v[12 + i] = _mm512_shuffle_f32x4(z, w, 0xdd);
-    }
-}
-static void transpose_keys_avx512(float *kt, const float *k, size_t k_stride, int32_t n_keys, int32_t d) {
-    for (int32_t i = 0; i < d; i += 16)
-        for (int32_t key = 0; key < ATTEND_KEYS; key += 16) {
-            __m512 v[16];
-            __mmask16 lanes = lanes_512(d - i);
-            for (int j = 0; j < 16; j++)
-                v[j] = key + j < n_keys ? _mm512_maskz_loadu_ps(lanes, k + (size_t)(key + j) * k_stride + (size_t)i) : _mm512_setzero_ps();
-            transpose_16_512(v);
-            for (int j = 0; j < 16 && i + j < d; j++) _mm512_storeu_ps(kt + (size_t)(i + j) * ATTEND_KEYS + (size_t)key, v[j]);
-        }
-}
-/* --- dequantisation that attention waits for ---------------------------------------------- */
-static void dequantize_q8_0_avx512(float *out, const void *w, size_t n) {
-    const block_q8_0 *b = w;
-    for (size_t i = 0; i < n / 32; i++, out += 32) {
-        __m512 d = _mm512_set1_ps(_cvtsh_ss(b[i].d));
-        for (int h = 0; h < 32; h += 16)
-            _mm512_storeu_ps(out + h, _mm512_mul_ps(d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(b[i].qs + h))))));
-    }
-}
+void mul_f32_avx512(const struct ms4_mul *m) { mul_floats_512(m, weights_f32_512, 4); }
+void mul_f16_avx512(const struct ms4_mul *m) { mul_floats_512(m, weights_f16_512, 2); }
+void mul_bf16_avx512(const struct ms4_mul *m) { mul_floats_512(m, weights_bf16_512, 2); }
 #endif

@@ -1,23 +1,9 @@
-/* avx512_attend.h -- attention of up to 8 query rows over a tile of keys: plain.h's arithmetic, bit for bit, with all
- * rows' scores, then all rows' outputs, kept in registers. */
-#ifndef MS4_AVX512_ATTEND_H
-#define MS4_AVX512_ATTEND_H
-#include <immintrin.h>
-#include "plain.h"
+/* attend.c -- attention in floats on AVX-512, for the vision tower: up to 8 query rows over a tile of keys; plain.h's
+ * arithmetic, bit for bit, with all rows' scores, then all rows' outputs, kept in registers. */
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")
+#include "avx512.h"
 
-/* exp_plain for 16 numbers. */
-static inline __m512 exp_512(__m512 x) {
-    const __m512 magic = _mm512_set1_ps(PLAIN_ROUND);
-    x = _mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(_mm512_set1_ps(-104.0f), x));     /* NaN, as the second, stays */
-    const __m512 n = _mm512_sub_ps(_mm512_fmadd_ps(x, _mm512_set1_ps(0x1.715476p+0f), magic), magic);
-    const __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(0x1.05c61p-29f), _mm512_fmadd_ps(n, _mm512_set1_ps(-0x1.62e43p-1f), x));
-    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0x1.6a2432p-10f), r, _mm512_set1_ps(0x1.1239e4p-7f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.5558f2p-5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.555492p-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.fffffcp-2f));
-    p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
-}
 /* Scores become weights p (16 + 16 keys); m and l of the row are brought up to date; returns the factor for its o. */
 static inline float attend_weights(float *p, __m512 s0, __m512 s1, int32_t n_keys, float *m, float *l) {
     const uint32_t seen = n_keys >= 32 ? 0xffffffffu : (1u << n_keys) - 1;
@@ -74,7 +60,7 @@ static inline __attribute__((always_inline)) void attend_rows(const struct ms4_a
     for (; c < a->d_v; c += 16)
         attend_columns(a, row, c, a->d_v - c >= 16 ? 0xffff : 0xff, (const float (*)[ATTEND_KEYS])p, factor, n_rows, 1);
 }
-static void attend_avx512(const struct ms4_attend *a) {
+void attend_avx512(const struct ms4_attend *a) {
     for (int row = 0; row < a->n_q;) {
         int n = 0;
         while (row + n < a->n_q && a->n_keys[row + n] > 0) n++;
@@ -83,5 +69,16 @@ static void attend_avx512(const struct ms4_attend *a) {
         else if (n >= 2) { attend_rows(a, row, 2); row += 2; }
         else { if (n) attend_rows(a, row, 1); row++; }
     }
+}
+void transpose_keys_avx512(float *kt, const float *k, size_t k_stride, int32_t n_keys, int32_t d) {
+    for (int32_t i = 0; i < d; i += 16)
+        for (int32_t key = 0; key < ATTEND_KEYS; key += 16) {
+            __m512 v[16];
+            __mmask16 lanes = lanes_512(d - i);
+            for (int j = 0; j < 16; j++)
+                v[j] = key + j < n_keys ? _mm512_maskz_loadu_ps(lanes, k + (size_t)(key + j) * k_stride + (size_t)i) : _mm512_setzero_ps();
+            transpose_16_512(v);
+            for (int j = 0; j < 16 && i + j < d; j++) _mm512_storeu_ps(kt + (size_t)(i + j) * ATTEND_KEYS + (size_t)key, v[j]);
+        }
 }
 #endif

@@ -1,19 +1,17 @@
-/* avx512.c -- the kernel table for x86-64 with AVX-512 F, BW, DQ, VL and VNNI. */
+/* table.c -- the kernels for x86-64 with AVX-512 F, BW, DQ, VL and VNNI. */
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")
-#include "avx2.h"
-#include "avx512_attend.h"
-#include "avx512_float.h"
-#include "avx512_gemm.h"
-#include "avx512_gemv.h"
-#include "avx512_gemv_blocks.h"
-#include "avx512_gemv_crumbs.h"
-#include "avx512_grids.h"
-#include "avx512_panel.h"
-#include "avx512_segment.h"
-#include "dequantize.h"
-#include "peak.h"
-#include "plain.h"
+#include "avx512.h"
+#include "cpu/avx2/avx2.h"
+#include "many.h"
+#include "one.h"
+#include "one_blocks.h"
+#include "one_crumbs.h"
+#include "grid_rows.h"
+#include "panel.h"
+#include "cpu/plain/dequantize.h"
+#include "cpu/plain/peak.h"
+#include "cpu/plain/segment.h"
 
 /* X(type, layout of the panel, its offset; for one token: order of x, its sums, offset of the weights; pack_grid) */
 #define QUANTISED_TYPES(X) \
@@ -45,9 +43,16 @@ QUANTISED_TYPES(X)
     }
 AVX2_TOKEN_TYPES(X)
 #undef X
-static void mul_f32_avx512(const struct ms4_mul *m) { mul_floats_512(m, weights_f32_512, 4); }
-static void mul_f16_avx512(const struct ms4_mul *m) { mul_floats_512(m, weights_f16_512, 2); }
-static void mul_bf16_avx512(const struct ms4_mul *m) { mul_floats_512(m, weights_bf16_512, 2); }
+
+/* --- dequantisation that attention waits for ---------------------------------------------- */
+static void dequantize_q8_0_avx512(float *out, const void *w, size_t n) {
+    const block_q8_0 *b = w;
+    for (size_t i = 0; i < n / 32; i++, out += 32) {
+        __m512 d = _mm512_set1_ps(_cvtsh_ss(b[i].d));
+        for (int h = 0; h < 32; h += 16)
+            _mm512_storeu_ps(out + h, _mm512_mul_ps(d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(b[i].qs + h))))));
+    }
+}
 
 #define dequantize_q8_0 dequantize_q8_0_avx512       /* attention waits for this one: W_uk and W_uv are often Q8_0 */
 const struct ms4_ops ops_avx512 = {

@@ -1,4 +1,4 @@
-/* avx2_tiles.h -- products with many tokens on AVX2: of a panel, of all panels, and the table of them.
+/* tiles.h -- products with many tokens on AVX2: of a panel, of all panels, and the table of them.
  *
  * The including file defines MUL(type), the name of a type's product; TILE, the tokens whose sums are held in registers
  * together; and tile_chunk(dots, p, x, n, c, f), which multiplies chunk c (32 weights) of n tokens: it adds the
@@ -6,7 +6,7 @@
  */
 #ifndef MS4_AVX2_TILES_H
 #define MS4_AVX2_TILES_H
-#include "avx2_panel.h"
+#include "panel.h"
 
 INLINE void tile_superblock(const struct panel *p, const block_q8 *const *x, __m256 *y, int n, struct form f) {
     __m256i dots[TILE];

@@ -1,4 +1,4 @@
-/* avx512_grids.h -- the types whose weights are rows of a grid (IQ1, IQ2, IQ3), and the panels of NVFP4.
+/* grid_rows.h -- the types whose weights are rows of a grid (IQ1, IQ2, IQ3), and the panels of NVFP4.
  *
  * A row of an IQ2 or IQ3 grid packs into a word, and a grid of words into few vectors: permutations look up 32 rows at once,
  * where a gather takes them one by one.  The packed grid is made anew for each product, which is quickly done.
@@ -6,7 +6,7 @@
  */
 #ifndef MS4_AVX512_GRIDS_H
 #define MS4_AVX512_GRIDS_H
-#include "avx512_gemv.h"
+#include "one.h"
 
 /* 256 weights: unsigned magnitudes, and which are negative; or weight + IQ1_OFFSET (IQ1).
  * IQ2 has them in QUAD_ORDER, IQ3 in BLOCK_ORDER, IQ1 in order. */

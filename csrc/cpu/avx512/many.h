@@ -1,4 +1,4 @@
-/* avx512_gemm.h -- products with many tokens: weights are unpacked once for all tokens.
+/* many.h -- products with many tokens: weights are unpacked once for all tokens.
  *
  * A panel is one superblock of 16 rows, transposed: dword k holds columns 4k..4k+3 of every row side by side, so that
  * vpdpbusd with a broadcast dword of activations adds 4 columns to 16 results.  The bytes are unsigned: weight + offset;

@@ -1,8 +1,8 @@
-/* avx512_gemv_blocks.h -- products with one token for the types with a float scale per block, and for IQ4_XS.
+/* one_blocks.h -- products with one token for the types with a float scale per block, and for IQ4_XS.
  * A superblock's weights come as four vectors in BLOCK_ORDER: both halves of a block add up in one 128-bit lane. */
 #ifndef MS4_AVX512_GEMV_BLOCKS_H
 #define MS4_AVX512_GEMV_BLOCKS_H
-#include "avx512_gemv.h"
+#include "one.h"
 
 /* Blocks 0..3 in the lanes of out[0], 4..7 in those of out[1]; the nibbles of a block go through a table. */
 static inline void dot_nibbles(__m512i *out, __m512i w0, __m512i w1, __m512i table, const __m512i *x, __m512i start0, __m512i start1) {

@@ -1,9 +1,9 @@
-/* avx512_gemv_crumbs.h -- products with one token for Q2_K, Q3_K and Q6_K.  Two bits of the 64 bytes of a superblock are one
+/* one_crumbs.h -- products with one token for Q2_K, Q3_K and Q6_K.  Two bits of the 64 bytes of a superblock are one
  * vector of quants, in CRUMB_ORDER, and each of its 128-bit lanes is a 16-group.  Two superblocks go together: their
  * products fit 16 bits, so they share the vectors that are scaled. */
 #ifndef MS4_AVX512_GEMV_CRUMBS_H
 #define MS4_AVX512_GEMV_CRUMBS_H
-#include "avx512_gemv.h"
+#include "one.h"
 
 static inline __m256i fours_in_turn(void) { return _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); }
 /* 16 bytes of each of two superblocks, four in turn; widened to words they are in the order of gemv_x's groups. */

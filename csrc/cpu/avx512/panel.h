@@ -1,12 +1,12 @@
-/* avx512_panel.h -- how each quantised type fills the panel of avx512_gemm.h.
+/* panel.h -- how each quantised type fills the panel of many.h.
  *
  * Packed bytes are transposed first, 16 bytes of 16 rows at a time, and unpacked after that: fewer bytes to move, and
  * one instruction unpacks the same column of all rows.
  */
 #ifndef MS4_AVX512_PANEL_H
 #define MS4_AVX512_PANEL_H
-#include "avx512_gemm.h"
-#include "unpack.h"
+#include "many.h"
+#include "cpu/plain/unpack.h"
 
 typedef const uint8_t *const *panel_rows;
 

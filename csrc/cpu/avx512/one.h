@@ -1,4 +1,4 @@
-/* avx512_gemv.h -- products with one token: bound by memory, so the weights are read once and in order.
+/* one.h -- products with one token: bound by memory, so the weights are read once and in order.
  *
  * The 16 lanes of a step are 16 superblocks that follow each other in memory: of one row, or of several short ones.
  * dot_<type>(w, x, at) is their values before x->d.  Integer sums stay spread over a vector for each superblock, and are
@@ -6,9 +6,9 @@
  */
 #ifndef MS4_AVX512_GEMV_H
 #define MS4_AVX512_GEMV_H
-#include "avx512_float.h"
-#include "avx512_panel.h"
-#include "prefetch.h"
+#include "avx512.h"
+#include "panel.h"
+#include "cpu/plain/prefetch.h"
 
 #define GEMV_SUPERBLOCKS 16     /* of a row in one pass, and of one step */
 /* The order of activations that a type's unpacking gives: of 16-byte chunks, or (QUAD_ORDER) byte i of vector j is

@@ -1,13 +1,13 @@
-/* avx2_panel.h -- a superblock of eight rows, opened for products with many tokens on AVX2.
+/* panel.h -- a superblock of eight rows, opened for products with many tokens on AVX2.
  *
  * The including file defines ALL_UNSIGNED: whether quants of signed types get a bias of 128 too.
  */
 #ifndef MS4_AVX2_PANEL_H
 #define MS4_AVX2_PANEL_H
 #include "avx2.h"
-#include "avx2_grids.h"
-#include "avx2_rows.h"
-#include "plain.h"
+#include "grid_rows.h"
+#include "rows.h"
+#include "cpu/plain/plain.h"
 
 #define ROWS 8              /* rows of a panel, and rows computed together for one token: the lanes of a register */
 

@@ -1,4 +1,4 @@
-/* avx2_grids.h -- the types whose weights are rows of a grid (IQ1, IQ2, IQ3), in AVX2 registers.
+/* grid_rows.h -- the types whose weights are rows of a grid (IQ1, IQ2, IQ3), in AVX2 registers.
  *
  * Which rows, and which weights are negative, is found for a whole superblock at once, side by side in registers, and
  * waits in memory; the grid's rows are then loaded one by one.  (A gather takes longer, and bits that are moved in general
@@ -6,8 +6,8 @@
  */
 #ifndef MS4_AVX2_GRIDS_H
 #define MS4_AVX2_GRIDS_H
-#include "avx2_rows.h"
-#include "grids.h"
+#include "rows.h"
+#include "cpu/plain/grids.h"
 
 struct grid_row {
     uint16_t index[64] __attribute__((aligned(32)));        /* of the grid's rows */
@@ -121,7 +121,7 @@ INLINE void find_iq3_s(struct grid_row *o, const uint8_t *w) {
 #define GRID_TYPES(X) \
     X(iq2_xxs, grid_iq2xxs, 8, 0.125f, 43) X(iq2_xs, grid_iq2xs, 8, 0.125f, 43) X(iq2_s, grid_iq2s, 8, 0.125f, 43) \
     X(iq3_xxs, grid_iq3xxs, 4, 0.25f, 62) X(iq3_s, grid_iq3s, 4, 1, 15)
-/* magnitudes_<type>: those of weights 32 c to 32 c + 31; row_<type>: as in avx2_rows.h */
+/* magnitudes_<type>: those of weights 32 c to 32 c + 31; row_<type>: as in rows.h */
 #define X(type, grid, width, factor, bias) \
     INLINE __m256i magnitudes_##type(const struct grid_row *g, int c) { return grid_##width(grid, g->index + 32 / width * c); } \
     INLINE void row_##type(struct row *o, const uint8_t *w, int n) { \

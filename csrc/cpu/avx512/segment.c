@@ -1,9 +1,8 @@
-/* avx512_segment.h -- attention over a segment of the kv cache: segment.h's arithmetic, bit for bit. */
-#ifndef MS4_AVX512_SEGMENT_H
-#define MS4_AVX512_SEGMENT_H
-#include "avx512_attend.h"
-#include "avx512_float.h"
-#include "segment.h"
+/* segment.c -- attention over a segment of the kv cache on AVX-512: segment.h's arithmetic, bit for bit. */
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")
+#include "avx512.h"
+#include "cpu/plain/segment.h"
 
 /* n rows: their sums stay in registers. */
 static inline __attribute__((always_inline)) void block_rows_512(int32_t *c, size_t c_stride, const int16_t *const *a, const int16_t *b,
@@ -65,9 +64,9 @@ static inline void segment_weights_512(int16_t *weights, const int32_t *latent, 
     for (int j = 0; j < n; j += 16)
         _mm256_storeu_si256((void *)(weights + j), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(score[j / 16], factor))));
 }
-static void attend_segment_avx512(const struct ms4_attend_segment *a) { attend_segment_16(a, 8, block_product_512, segment_weights_512); }
+void attend_segment_avx512(const struct ms4_attend_segment *a) { attend_segment_16(a, 8, block_product_512, segment_weights_512); }
 
-static void open_segment_avx512(struct ms4_segment *s, const int16_t *rows, const float *d, int32_t n_keys) {
+void open_segment_avx512(struct ms4_segment *s, const int16_t *rows, const float *d, int32_t n_keys) {
     size_t width = (size_t)(s->rank + s->d_rope), pairs = width / 2;
     int n = blocks_of_keys(n_keys) * SEGMENT_BLOCK;
     open_scales(s, rows, d, n_keys);

@@ -1,9 +1,9 @@
-/* avx2_segment.h -- attention over a segment of the kv cache: segment.h's arithmetic, bit for bit.  Included with
+/* segment.h -- attention over a segment of the kv cache: segment.h's arithmetic, bit for bit.  Included with
  * ADD_PAIRS(sum, a, b): sum plus the products of pairs of 16-bit numbers. */
 #ifndef MS4_AVX2_SEGMENT_H
 #define MS4_AVX2_SEGMENT_H
 #include "avx2.h"
-#include "segment.h"
+#include "cpu/plain/segment.h"
 
 #define SEGMENT_ROWS 4      /* whose sums are held in registers together, 16 columns each */
 

@@ -1,6 +1,6 @@
-/* avx2_rows.h -- opens one superblock of one row in AVX2 registers: unsigned quants, integer scales and mins.
+/* rows.h -- opens one superblock of one row in AVX2 registers: unsigned quants, integer scales and mins.
  *
- * q[c] holds weights 32 c to 32 c + 31, with the type's bias added (AVX2_TYPES in avx2_panel.h) so that none is
+ * q[c] holds weights 32 c to 32 c + 31, with the type's bias added (AVX2_TYPES in panel.h) so that none is
  * negative; three types have no bias and stay signed.  Scales and mins are 16 bits wide, one per 16 weights, those of
  * the even groups in the low half of the register and those of the odd groups in the high half.
  */
@@ -8,7 +8,7 @@
 #define MS4_AVX2_ROWS_H
 #include "avx2.h"
 #include "quant.h"
-#include "unpack.h"
+#include "cpu/plain/unpack.h"
 #include <string.h>
 
 struct row { __m256i q[8], scale, min; };

@@ -1,13 +1,13 @@
-/* avx2_mul.c -- products with quantised weights on AVX2: one token at a time, or a panel of rows for many tokens.
+/* many.c -- products with quantised weights on AVX2: one token at a time, or a panel of rows for many tokens.
  *
- * Both open rows with avx2_rows.h, sum integers exactly inside a superblock, and then do the same float operations
+ * Both open rows with rows.h, sum integers exactly inside a superblock, and then do the same float operations
  * with one output row per lane, so they agree bit for bit.
  */
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
 #define MUL(type) avx2_mul_##type
 #define ALL_UNSIGNED 0
-#include "avx2_panel.h"
+#include "panel.h"
 
 #define TILE 4              /* tokens whose sums are held in registers together */
 /* Without this the compiler turns long sums into trees, with more terms alive than there are registers. */
@@ -37,5 +37,5 @@ INLINE void tile_chunk(__m256i *dots, const struct panel *p, const block_q8 *con
         }
     }
 }
-#include "avx2_tiles.h"
+#include "tiles.h"
 #endif

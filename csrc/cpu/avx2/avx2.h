@@ -2,20 +2,27 @@
 #ifndef MS4_AVX2_H
 #define MS4_AVX2_H
 #include "ops.h"
-#include "unpack.h"
+#include "cpu/plain/unpack.h"
 #include <immintrin.h>
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* avx2_mul.c; avxvnni_mul.c; avx2_gemv.c: one token, n_cols a multiple of 256 */
+/* many.c; ../avxvnni/many.c; one.c: one token, n_cols a multiple of 256 */
 #define X(type, family) \
     void avx2_mul_##type(const struct ms4_mul *m); \
     void avxvnni_mul_##type(const struct ms4_mul *m); \
     void avx2_gemv_##type(const struct ms4_mul *m);
 UNPACK_TYPES(X)
 #undef X
-uint64_t avxvnni_int8_peak(uint64_t rounds);
-void avxvnni_attend_segment(const struct ms4_attend_segment *a);
+/* float.c */
+mul_fn mul_f32_avx2, mul_f16_avx2, mul_bf16_avx2;
+/* attend.c */
+void attend_avx2(const struct ms4_attend *a);
+void transpose_keys_avx2(float *kt, const float *k, size_t k_stride, int32_t n_keys, int32_t d);
+/* segment.c; ../avxvnni/segment.c */
+void open_segment_avx2(struct ms4_segment *s, const int16_t *rows, const float *d, int32_t n_keys);
+void attend_segment_avx2(const struct ms4_attend_segment *a);
+void attend_segment_avxvnni(const struct ms4_attend_segment *a);
 
 /* v[r] lane c becomes v[c] lane r. */
 INLINE void transpose_8(__m256i *v) {

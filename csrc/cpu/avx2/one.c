@@ -1,4 +1,4 @@
-/* avx2_gemv.c -- quantised weights times one token on AVX2: bound by memory, so they are read once and in order.
+/* one.c -- quantised weights times one token on AVX2: bound by memory, so they are read once and in order.
  *
  * A step takes eight superblocks that follow each other in memory: of one row, or of several short ones; they are the
  * lanes of its result.  dot_<type>(w, x, at) is their values before x->d.  The values wait in a buffer until eight
@@ -7,10 +7,10 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
 #include "avx2.h"
-#include "avx2_grids.h"
-#include "avx2_rows.h"
-#include "plain.h"
-#include "prefetch.h"
+#include "grid_rows.h"
+#include "rows.h"
+#include "cpu/plain/plain.h"
+#include "cpu/plain/prefetch.h"
 
 #define ROWS 8
 #define STEP 8                  /* superblocks */

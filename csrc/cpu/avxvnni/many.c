@@ -1,14 +1,13 @@
-/* avxvnni_mul.c -- products with many tokens, and attention over the kv cache, on AVX2 with AVX-VNNI: one instruction for
- * four products of bytes, or two of 16-bit numbers, and their sum.  For the consumer processors of Intel since 2021, which have no AVX-512.
+/* many.c -- products with many tokens on AVX2 with AVX-VNNI: one instruction for four products of bytes and their sum.
+ * For the consumer processors of Intel since 2021, which have no AVX-512.
  *
- * The sums are the same integers as in avx2_mul.c, so the results are the same bits.
+ * The sums are the same integers as in avx2/many.c, so the results are the same bits.
  */
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c,avxvnni")
 #define MUL(type) avxvnni_mul_##type
 #define ALL_UNSIGNED 1
-#include "avx2_panel.h"
-#include "peak.h"
+#include "cpu/avx2/panel.h"
 
 #define TILE 6
 /* One 32-bit sum per scale; a product of 16 bits is faster where the sum fits. */
@@ -28,11 +27,5 @@ INLINE void tile_chunk(__m256i *dots, const struct panel *p, const block_q8 *con
         }
     }
 }
-#include "avx2_tiles.h"
-
-#define ADD_PAIRS(sum, a, b) _mm256_dpwssd_avx_epi32(sum, a, b)
-#include "avx2_segment.h"
-void avxvnni_attend_segment(const struct ms4_attend_segment *a) { attend_segment_16(a, SEGMENT_ROWS, block_product_avx2, segment_weights_plain); }
-
-uint64_t avxvnni_int8_peak(uint64_t rounds) { return int8_peak(rounds); }
+#include "cpu/avx2/tiles.h"
 #endif

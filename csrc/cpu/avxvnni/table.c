@@ -1,0 +1,30 @@
+/* table.c -- the kernels for x86-64 with AVX2 and AVX-VNNI: those of AVX2, but for products of integers. */
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c,avxvnni")
+#include "cpu/avx2/avx2.h"
+#include "cpu/plain/dequantize.h"
+#include "cpu/plain/peak.h"
+#include "cpu/plain/segment.h"
+
+const struct ms4_ops ops_avxvnni = {
+    .isa = "avxvnni",
+    .mul = {
+#define X(type, family) [MS4_TYPE_##type] = avxvnni_mul_##type,
+        UNPACK_TYPES(X)
+#undef X
+        [MS4_TYPE_f32] = mul_f32_avx2, [MS4_TYPE_f16] = mul_f16_avx2, [MS4_TYPE_bf16] = mul_bf16_avx2,
+    },
+    .dequantize = DEQUANTIZE_TABLE,
+    .quantize = quantize_plain,
+    .rms_norm = rms_norm_plain,
+    .silu_mul = silu_mul_plain,
+    .add_scaled = add_scaled_plain,
+    .attend = attend_avx2,
+    .quantize_16 = quantize_16_plain,
+    .open_segment = open_segment_avx2,
+    .attend_segment = attend_segment_avxvnni,
+    .transpose_keys = transpose_keys_avx2,
+    .int8_peak = int8_peak,
+    .float_peak = float_peak,
+};
+#endif
