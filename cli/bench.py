@@ -67,10 +67,10 @@ def bench(plan: Plan, engine: EngineOptions, form: str) -> int:
             raise UsageError(f"depth, --pp and --tg need {n_ctx} positions; the model has {shape.n_ctx_train}")
         rows: list[Row] = []
         limits: list[ms4.Limits] = []
-        with model.session(n_ctx) as session, interruptible(session):
+        with model.session(n_ctx) as session, interruptible(stop := ms4.StopFlag()):
             for depth in plan.depths:
                 status.show(f"depth {depth}")
-                rows += measure_depth(plan, depth, model, session, limits)
+                rows += measure_depth(plan, depth, model, session, stop, limits)
         status.clear()
         show(model, rows, combined(limits, statistics.median), engine.require(), form)
     return errors.OK
@@ -89,7 +89,9 @@ class Timing:
     limits: ms4.Limits
 
 
-def measure_depth(plan: Plan, depth: int, model: "Model", session: ms4.Session, limits: list[ms4.Limits]) -> list[Row]:
+def measure_depth(
+    plan: Plan, depth: int, model: "Model", session: ms4.Session, stop: ms4.StopFlag, limits: list[ms4.Limits]
+) -> list[Row]:
     """Both phases after `depth` positions: one uncounted round to warm up, then `repeat` counted ones.
 
     The limits that it measured are added to `limits`.
@@ -111,13 +113,13 @@ def measure_depth(plan: Plan, depth: int, model: "Model", session: ms4.Session, 
 
     def write() -> None:
         for id in ids(plan.n_written):
-            session.feed([id])
+            session.feed([id], stop=stop)
 
     session.rewind(0)
     if depth:
-        session.feed(ids(depth))
+        session.feed(ids(depth), n_logits=0, stop=stop)
     limits.append(model.engine.measure(MOST_MEASURED))
-    rounds = [(timed(lambda: session.feed(ids(plan.n_read))), timed(write)) for _ in range(plan.repeat + 1)]
+    rounds = [(timed(lambda: session.feed(ids(plan.n_read), stop=stop)), timed(write)) for _ in range(plan.repeat + 1)]
     reading, writing = zip(*rounds[1:], strict=True)
     head = shape.n_vocab * shape.d_model
     return [

@@ -98,14 +98,15 @@ def measure(eyes: Eyes, tower: Tower, size: tuple[int, int], repeat: int, status
     columns, rows = grid(*size, None, tower.rule)
     random = np.random.default_rng(text_bench.SEED)
     seconds: list[float] = []
-    with interruptible(eyes.vision):
-        eyes.vision.encode(random.standard_normal((3, cell, cell), np.float32))
+    stop = ms4.StopFlag()
+    with interruptible(stop):
+        eyes.vision.encode(random.standard_normal((3, cell, cell), np.float32), stop)
         with watched_memory() as peak:
             pixels = random.standard_normal((3, rows * cell, columns * cell), np.float32)
             for _ in range(repeat):
                 begun = time.perf_counter()
                 with status.watching(reading(f"{columns * cell}x{rows * cell}", eyes.vision.progress)):
-                    eyes.vision.encode(pixels)
+                    eyes.vision.encode(pixels, stop)
                 seconds.append(time.perf_counter() - begun)
     macs = image_macs(tower, columns * rows)
     return Result(

@@ -42,9 +42,9 @@ def logits(
         seen = sight.rows(places, model.engine)
         if places:
             ids = [ms4.ROW if id == Control.IMG else id for id in ids]
-        with open(output, "wb") as file, model.session(len(ids)) as session, interruptible(session):
+        with open(output, "wb") as file, model.session(len(ids)) as session, interruptible(stop := ms4.StopFlag()):
             with status.watching(render.reading(session.progress, len(ids))):
-                rows = session.feed(ids, seen if places else None, all_logits=True)
+                rows = session.feed(ids, seen if places else None, all_logits=True, stop=stop)
             header = {"descr": "<f4", "fortran_order": False, "shape": (len(ids), shape.n_vocab)}
             np.lib.format.write_array_header_1_0(file, header)
             file.write(np.ascontiguousarray(rows, "<f4").data)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+import ms4
 from ms4.cli import errors, loading, render, streams
 from ms4.cli.errors import UnreadableError, UsageError
 from ms4.cli.options import EngineOptions
@@ -47,25 +48,25 @@ def perplexity(path: str, n_ctx: int, most: int | None, engine: EngineOptions, *
         if n_segments == 0:
             raise UnreadableError(f"{path} has {len(ids)} tokens, less than one segment of {n_ctx}", "a smaller --ctx")
         losses: list[np.ndarray] = []
-        with model.session(n_ctx) as session, interruptible(session):
+        with model.session(n_ctx) as session, interruptible(stop := ms4.StopFlag()):
             for i in range(n_segments):
                 segment = [int(Control.BOS), *ids[i * n_ctx + 1 : (i + 1) * n_ctx]]
-                losses.append(judge(session, segment))
+                losses.append(judge(session, segment, stop))
                 status.show(f"segment {i + 1}/{n_segments}  perplexity {summarize(losses).perplexity:.4f}")
     status.clear()
     print_result(summarize(losses), n_segments, n_ctx, engine.attn_scale, as_json)
     return errors.OK
 
 
-def judge(session: "ms4.Session", segment: list[int]) -> np.ndarray:
+def judge(session: ms4.Session, segment: list[int], stop: ms4.StopFlag) -> np.ndarray:
     """-log p of each token in the second half of the segment."""
     from ms4.models.sampling import surprise
 
     first = max(len(segment) // 2, 1)
     session.rewind(0)
     if first > 1:
-        session.feed(segment[: first - 1])
-    return surprise(session.feed(segment[first - 1 : -1], all_logits=True), segment[first:])
+        session.feed(segment[: first - 1], n_logits=0, stop=stop)
+    return surprise(session.feed(segment[first - 1 : -1], all_logits=True, stop=stop), segment[first:])
 
 
 def summarize(losses: list[np.ndarray]) -> Result:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import ms4
 from ms4.cli import attachments, errors, lines, loading, render, streams
 from ms4.cli.errors import IncompleteError
 from ms4.cli.options import EngineOptions, Sampling
@@ -21,7 +22,6 @@ from ms4.cli.sight import Sight, SightOptions
 if TYPE_CHECKING:
     import numpy as np
 
-    import ms4
     from ms4.cli.history import History
     from ms4.models.document import Part
     from ms4.models.generate import Done, Line, Statistics
@@ -314,7 +314,8 @@ class Talk:
         ids: list[int] = []
         screen = render.Screen(self.output)
         thoughts = self.output.terminal and self.settings.think != "hide"
-        with interruptible(self.line):
+        stop = ms4.StopFlag()
+        with interruptible(stop):
             source = generate(
                 self.line,
                 prompt,
@@ -323,6 +324,7 @@ class Talk:
                 max_tokens=self.settings.max_tokens,
                 logprobs=0,  # for the ids of the tokens
                 image_rows=rows,
+                interrupt=stop,
             )
             event = next(source)
             if isinstance(event, Reading):

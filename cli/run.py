@@ -158,6 +158,7 @@ class Job:
         request, answered = self.request, False
         rows = self.sight.rows(prompt.images, self.model.engine)
         with self.model.session(n_ctx) as session:
+            stop = ms4.StopFlag()
             line = generate.Line(session)
             source = generate.generate(
                 line,
@@ -168,8 +169,9 @@ class Job:
                 stop=request.stop,
                 logprobs=request.logprobs,
                 image_rows=rows,
+                interrupt=stop,
             )
-            with interruptible(line):
+            with interruptible(stop):
                 event = next(source)
                 if isinstance(event, generate.Reading):
                     self.writer.event(event)

@@ -121,12 +121,13 @@ class Sight:
         return np.concatenate(found) if found else np.empty((0, engine.shape.d_model), np.float32)
 
     def encode(self, pixels: np.ndarray, name: str) -> np.ndarray:
+        from ms4 import StopFlag
         from ms4.models.interrupt import interruptible
 
         assert self._eyes is not None
-        vision = self._eyes.vision
-        with self.status.watching(reading(name, vision.progress)), interruptible(vision):
-            return vision.encode(pixels)
+        vision, stop = self._eyes.vision, StopFlag()
+        with self.status.watching(reading(name, vision.progress)), interruptible(stop):
+            return vision.encode(pixels, stop)
 
 
 def reading(name: str, progress: Callable[[], tuple[int, int]]) -> Callable[[], str]:

@@ -11,6 +11,7 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,11 @@ from ._core import ffi, lib
 
 if TYPE_CHECKING:  # at run time only where arrays are made: `ms4 --version` starts without it
     import numpy as np
+    from typing_extensions import Self
 
 __version__ = "0.1.0"
 ROW = -1  # in `Session.feed`: this position takes the next row of `rows`
+NOT_FINITE = "the model gave a logit that is not a finite number; the file is damaged (compare its checksum)"
 LOAD = {"auto": 0, "map": 1, "copy": 2}
 
 # The roles of tensors, by the GGUF name without "blk.N." and ".weight".
@@ -52,7 +55,7 @@ class EngineError(Exception):
 
 
 class Canceled(EngineError):
-    """`Session.cancel` (or a progress callback that answered True) ended the call."""
+    """A stop flag (or a progress callback that answered True) ended the call."""
 
 
 class ContextFull(EngineError):
@@ -147,24 +150,31 @@ class Stats:
     ns_decode: int
     bytes_prefill: int
     bytes_decode: int
+    n_steps: int
     experts_used: int
     bytes_weights: int
+    kv_blocks: int  # of all sessions; what several share counts once
+    kv_bytes: int
     n_threads: int
+    n_batch: int
     load: str
     isa: str
 
 
 def check(status: int) -> None:
     """Raises what the engine's last failure was, unless status is 0."""
-    if status == 0:
-        return
-    message = ffi.string(lib.ms4_error()).decode("utf-8", "replace")
+    if status:
+        raise failure(status, ffi.string(lib.ms4_error()).decode("utf-8", "replace"))
+
+
+def failure(status: int, message: str) -> Exception:
+    """The exception that a status other than 0 stands for."""
     if status == lib.MS4_EARG:
-        raise ValueError(message)
+        return ValueError(message)
     if status == lib.MS4_ENOMEM:
-        raise MemoryError(message)
+        return MemoryError(message)
     kinds = {lib.MS4_ECANCELED: Canceled, lib.MS4_EFULL: ContextFull, lib.MS4_ENUMBER: NotFinite}
-    raise kinds.get(status, EngineError)(message, status)
+    return kinds.get(status, EngineError)(message, status)
 
 
 def probe() -> Machine:
@@ -187,6 +197,37 @@ def tensor_table(tensors: Sequence[Tensor], roles: dict[str, int]) -> tuple[Any,
             keep.append(ffi.from_buffer("float[]", np.ascontiguousarray(t.scales, np.float32)))
             row.scales = keep[-1]
     return table, keep
+
+
+class StopFlag:
+    """Ends what it is given to, once it is set: by any thread, at any time, before or during the call.  Never reset."""
+
+    def __init__(self) -> None:
+        self._flag = ffi.new("int32_t *")
+
+    def set(self) -> None:
+        self._flag[0] = 1
+
+    def is_set(self) -> bool:
+        return bool(self._flag[0])
+
+
+def flag_of(stop: StopFlag | None) -> Any:
+    return ffi.NULL if stop is None else stop._flag
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens to be appended to a session in a step: ids int32 [n]; ROW takes the next row of rows float32 [k, d_model].
+
+    The logits of the last n_logits positions are wanted.
+    """
+
+    session: Session
+    ids: np.ndarray
+    rows: np.ndarray | None = None
+    n_logits: int = 1
+    stop: StopFlag | None = None
 
 
 class Engine:
@@ -237,6 +278,49 @@ class Engine:
         check(lib.ms4_measure(self._live(), most, out))
         return Limits(out.read_bytes_per_s, out.int8_macs_per_s, out.float_macs_per_s)
 
+    @cached_property
+    def n_batch(self) -> int:
+        """The most tokens of a step."""
+        return self.stats().n_batch
+
+    def step(self, spans: Sequence[Span]) -> list[np.ndarray | EngineError]:
+        """Appends the spans, of different sessions, all at once: at most n_batch tokens together.
+
+        For each its logits, float32 [n_logits, n_vocab], or why its session is as it was before: Canceled or NotFinite.
+        Any other failure is raised, and then nothing was appended.  Ctrl-C does not interrupt it; a stop flag does.
+        """
+        import numpy as np
+
+        keep: list[Any] = []
+        table = ffi.new("ms4_span[]", len(spans))
+        n_logits = [span.n_logits for span in spans]
+        out = np.empty((sum(n_logits), self.shape.n_vocab), np.float32)
+        logits = np.split(out, np.cumsum(n_logits)[:-1])
+        for row, span, room in zip(table, spans, logits, strict=True):
+            keep += span_row(row, span, room, self.shape.d_model)
+        status = lib.ms4_step(self._live(), table, len(spans))
+        alone = (lib.MS4_OK, lib.MS4_ECANCELED, lib.MS4_ENUMBER)
+        if any(row.status not in alone for row in table) or status not in alone:
+            check(status)
+        message = ffi.string(lib.ms4_error()).decode("utf-8", "replace") if status else ""
+        said = {lib.MS4_ECANCELED: "canceled", status: message}
+        return [
+            failure(row.status, said.get(row.status, NOT_FINITE)) if row.status else room  # type: ignore[misc]
+            for row, room in zip(table, logits, strict=True)
+        ]
+
+    def place_experts(self, place: np.ndarray | None) -> None:
+        """For the tests: which experts a second CPU device computes, [n_layer, n_expert] of 0 or 1; None: none."""
+        import numpy as np
+
+        if place is None:
+            check(lib.ms4_engine_place(self._live(), ffi.NULL))
+            return
+        place = np.ascontiguousarray(place, np.uint8)
+        if place.shape != (self.shape.n_layer, self.shape.n_expert):
+            raise ValueError(f"places of {place.shape}; expected {(self.shape.n_layer, self.shape.n_expert)}")
+        check(lib.ms4_engine_place(self._live(), ffi.from_buffer("uint8_t[]", place)))
+
     def session(self, n_ctx: int) -> Session:
         """A new, empty line of at most n_ctx tokens."""
         out = ffi.new("ms4_session **")
@@ -282,38 +366,112 @@ class Engine:
         self.close()
 
 
-class Session:
-    """One line of tokens.  Made by `Engine.session`; its calls may not overlap, except `cancel` and `progress`."""
+def span_row(row: Any, span: Span, room: np.ndarray, d_model: int) -> list[Any]:
+    """Fills a row of the C table; what must stay alive while it is used."""
+    import numpy as np
+
+    ids = np.ascontiguousarray(span.ids, np.int32)
+    if ids.ndim != 1 or ids.size == 0:
+        raise ValueError("a span has one or more token ids")
+    row.session, row.stop = span.session._live(), flag_of(span.stop)
+    row.tokens, row.n = ffi.from_buffer("int32_t[]", ids), ids.size
+    keep = [ids, row.tokens]
+    if span.rows is not None:
+        rows = np.ascontiguousarray(span.rows, np.float32)
+        if rows.ndim != 2 or rows.shape[1] != d_model:
+            raise ValueError(f"rows of {rows.shape}; expected (n, {d_model})")
+        row.rows, row.n_rows = ffi.from_buffer("float[]", rows), rows.shape[0]
+        keep += [rows, row.rows]
+    row.n_logits = len(room)
+    if len(room):
+        row.logits = ffi.from_buffer("float[]", room, require_writable=True)
+    return [*keep, row.logits]
+
+
+class _Handle:
+    """What a C object of an engine has: it is used while it lives, and closed once."""
+
+    NAME = ""
+
+    def __init__(self, handle: Any, close: Callable[[Any], None]) -> None:
+        self._handle = handle
+        self._close = close
+
+    def close(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._close(handle)
+
+    def _live(self) -> Any:
+        if self._handle is None:
+            raise ValueError(f"the {self.NAME} is closed")
+        return self._handle
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class Session(_Handle):
+    """One line of tokens.  Made by `Engine.session`; its calls may not overlap, except `progress`."""
+
+    NAME = "session"
 
     def __init__(self, handle: Any, engine: Engine, n_ctx: int) -> None:
-        self._handle = handle
+        super().__init__(handle, lib.ms4_session_close)
         self.engine = engine
         self.n_ctx = n_ctx
+        self._fed = (0, 0)  # of the running feed: layer-tokens in earlier steps, layer-tokens in all
 
     def feed(
-        self, ids: Sequence[int] | np.ndarray, rows: np.ndarray | None = None, *, all_logits: bool = False
+        self,
+        ids: Sequence[int] | np.ndarray,
+        rows: np.ndarray | None = None,
+        *,
+        all_logits: bool = False,
+        n_logits: int = 1,
+        stop: StopFlag | None = None,
     ) -> np.ndarray:
-        """Appends the tokens and returns float32 logits: of the last position [n_vocab], or of all [n, n_vocab].
+        """Appends the tokens, in as many steps as it takes, and returns float32 logits.
 
-        An id of ROW takes the next row of `rows` (float32 [n_rows, d_model]: image features).  Ctrl-C does not
-        interrupt it; `cancel`, from another thread, does.  On failure the session is as it was before the call.
+        [n_vocab]: of the last position; with all_logits [n, n_vocab]; with n_logits == 0 an empty array.  An id of ROW
+        takes the next row of `rows` (float32 [n_rows, d_model]: image features).  On failure the session is as it was
+        before the call.
         """
         import numpy as np
 
         tokens = np.ascontiguousarray(ids, np.int32)
         if tokens.ndim != 1 or tokens.size == 0:
             raise ValueError("feed takes one or more token ids")
-        features, n_rows = ffi.NULL, 0
-        if rows is not None:
-            rows = np.ascontiguousarray(rows, np.float32)
-            if rows.ndim != 2 or rows.shape[1] != self.engine.shape.d_model:
-                raise ValueError(f"rows of {rows.shape}; expected (n, {self.engine.shape.d_model})")
-            features, n_rows = ffi.from_buffer("float[]", rows), rows.shape[0]
-        n_vocab = self.engine.shape.n_vocab
-        out = np.empty((tokens.size, n_vocab) if all_logits else n_vocab, np.float32)
-        c_tokens, c_out = ffi.from_buffer("int32_t[]", tokens), ffi.from_buffer("float[]", out, require_writable=True)
-        check(lib.ms4_session_feed(self._live(), c_tokens, tokens.size, features, n_rows, c_out, all_logits))
-        return out
+        n, n_batch, n_layer, start = tokens.size, self.engine.n_batch, self.engine.shape.n_layer, self.length
+        if n > self.n_ctx - start:
+            message = f"{n} tokens after {start} do not fit into a context of {self.n_ctx}"
+            raise ContextFull(message, lib.MS4_EFULL)
+        wanted = n if all_logits else n_logits
+        taken = np.concatenate([[0], np.cumsum(tokens == ROW)])
+        n_rows = 0 if rows is None else len(rows)
+        if taken[-1] != n_rows:
+            raise ValueError(f"{taken[-1]} positions take a row, but there are {n_rows} rows")
+        found = []
+        try:
+            for at in range(0, n, n_batch):
+                end = min(at + n_batch, n)
+                part = None if rows is None else rows[taken[at] : taken[end]]
+                self._fed = (at * n_layer, n * n_layer)
+                span = Span(self, tokens[at:end], part, max(0, min(end - at, end - n + wanted)), stop)
+                (logits,) = self.engine.step([span])
+                if isinstance(logits, EngineError):
+                    raise logits
+                found.append(logits)
+        except BaseException:
+            if self._handle is not None:
+                self.rewind(start)
+            raise
+        if len(found) > 1:
+            found = [np.concatenate(found)]
+        return found[0][0] if wanted == 1 and not all_logits else found[0]
 
     @property
     def length(self) -> int:
@@ -323,46 +481,44 @@ class Session:
         """Forgets everything after the first `length` positions."""
         check(lib.ms4_session_rewind(self._live(), length))
 
-    def cancel(self) -> None:
-        """Makes a running `feed` raise Canceled.  May be called from any thread at any time."""
-        if self._handle is not None:
-            lib.ms4_session_cancel(self._handle)
+    def share(self, other: Session, length: int) -> None:
+        """Forgets what it holds and becomes the first `length` positions of another session, without copying them."""
+        check(lib.ms4_session_share(self._live(), other._live(), length))
+
+    def save(self, fd: int) -> None:
+        """Writes what the session holds to a file descriptor; names, headers and atomicity are the caller's."""
+        check(lib.ms4_session_save(self._live(), fd))
+
+    def load(self, fd: int) -> int:
+        """Reads what `save` wrote, in place of what the session held; the positions that it now holds.
+
+        EngineError: these bytes are not what `save` wrote with this model.  The session is empty then.
+        """
+        check(lib.ms4_session_load(self._live(), fd))
+        return self.length
 
     def progress(self) -> tuple[int, int]:
         """(done, total) of the running `feed`, in layer-tokens.  May be called from any thread."""
         done, total = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        before, whole = self._fed
         if self._handle is not None:
             lib.ms4_session_progress(self._handle, done, total)
-        return done[0], total[0]
-
-    def close(self) -> None:
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            lib.ms4_session_close(handle)
-
-    def _live(self) -> Any:
-        if self._handle is None:
-            raise ValueError("the session is closed")
-        return self._handle
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+        return min(before + done[0], whole), whole
 
 
-class Vision:
+class Vision(_Handle):
     """A vision tower of an engine.  Made by `Engine.vision`."""
 
+    NAME = "vision tower"
+
     def __init__(self, handle: Any, shape: VisionShape) -> None:
-        self._handle = handle
+        super().__init__(handle, lib.ms4_vision_close)
         self.shape = shape
 
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
+    def encode(self, pixels: np.ndarray, stop: StopFlag | None = None) -> np.ndarray:
         """Normalised pixels, float32 [3, height, width], to features, float32 [rows * columns, d_out], raster order.
 
-        Both sides are multiples of patch_size * merge.  Ctrl-C does not interrupt it; `cancel` does.
+        Both sides are multiples of patch_size * merge.  Ctrl-C does not interrupt it; a stop flag does.
         """
         import numpy as np
 
@@ -373,13 +529,10 @@ class Vision:
         _, height, width = pixels.shape
         out = np.empty((height // side * (width // side), self.shape.d_out), np.float32)
         c_out = ffi.from_buffer("float[]", out, require_writable=True)
-        check(lib.ms4_vision_encode(self._live(), ffi.from_buffer("float[]", pixels), width, height, c_out))
+        check(
+            lib.ms4_vision_encode(self._live(), ffi.from_buffer("float[]", pixels), width, height, c_out, flag_of(stop))
+        )
         return out
-
-    def cancel(self) -> None:
-        """Makes a running `encode` raise Canceled.  May be called from any thread at any time."""
-        if self._handle is not None:
-            lib.ms4_vision_cancel(self._handle)
 
     def progress(self) -> tuple[int, int]:
         """(layers done, layers) of the running `encode`.  May be called from any thread."""
@@ -387,13 +540,3 @@ class Vision:
         if self._handle is not None:
             lib.ms4_vision_progress(self._handle, done, total)
         return done[0], total[0]
-
-    def close(self) -> None:
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            lib.ms4_vision_close(handle)
-
-    def _live(self) -> Any:
-        if self._handle is None:
-            raise ValueError("the vision tower is closed")
-        return self._handle

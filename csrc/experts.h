@@ -1,19 +1,30 @@
-/* experts.h -- the one door to the weights of routed experts.
+/* experts.h -- which expert lies where, and the one door to their weights.
  *
- * Layer code asks for the experts that a step needs, uses them, and gives them back:
- *     experts_pin(store, layer, ids, n, views);  ... kernels read the views ...;  experts_unpin(store, layer, ids, n);
- * Between pin and unpin the views stay valid.  Today every expert lies in host memory with the rest of the file;
- * tiers on disk, in RAM slots and in VRAM come behind this interface, and layer code does not notice.
+ * A layer asks who computes what, has it computed share by share, and gives the experts back:
+ *     experts_take(store, layer, p, shares, &n);  ... experts_ready(store, &shares[i]) ...;  experts_give(store, layer, p);
+ * Between take and give the weights stay where the shares say.  Today every expert lies in host memory with the rest of
+ * the file, and belongs to the home device unless experts_place says otherwise; slots in VRAM and on disk come behind
+ * this door, and the layer does not notice: results are the same to the last bit.
  */
 #ifndef MS4_EXPERTS_H
 #define MS4_EXPERTS_H
-#include "matmul.h"
+#include "device.h"
 typedef struct experts experts;
-typedef struct { matrix gate, up, down; } expert_view;        /* one expert's three matrices */
+#define MAX_SHARES 4
 
-/* gate, up, down: per layer, n_expert slices each; layers without experts have data == NULL.  The arrays are copied. */
-int experts_open(int32_t n_layer, const expert_view *layers, experts **out);
+/* layers: n_layer; the store keeps copies of their `experts`.  home: the device that holds everything else. */
+int experts_open(const ms4_shape *s, const layer_weights *layers, device *home, experts **out);
 void experts_close(experts *store);
-int experts_pin(experts *store, int32_t layer, const int32_t *ids, int32_t n, expert_view *views);
-void experts_unpin(experts *store, int32_t layer, const int32_t *ids, int32_t n);
+
+/* Says who computes the experts of these picks: the home device first, then others, last what is not there yet.  Never
+ * waits.  n_shares is at least 1, and 1 means that the share is whole. */
+int experts_take(experts *store, int32_t layer, const picks *p, ffn_share shares[MAX_SHARES], int32_t *n_shares);
+int experts_ready(experts *store, const ffn_share *share);             /* waits for what a share stands on */
+void experts_give(experts *store, int32_t layer, const picks *p);      /* the store may move them now */
+
+/* Puts experts on devices: place has n_layer x n_expert numbers, 0 home, i > 0 others[i - 1].  NULL: all home. */
+int experts_place(experts *store, const uint8_t *place, device *const *others, int32_t n_others);
+int32_t experts_devices(const experts *store);                         /* 1: home alone */
+/* (token, expert) pairs computed, and bytes of the experts that were needed, each once a step, since the last call. */
+void experts_count(experts *store, uint64_t *pairs, uint64_t *bytes);
 #endif

@@ -1,7 +1,7 @@
 /* files.h -- the bytes of the model files in memory: mapped in place, or copied into huge pages. */
 #ifndef MS4_FILES_H
 #define MS4_FILES_H
-#include "pool.h"
+#include "cpu/pool.h"
 #include <stddef.h>
 typedef struct files files;
 typedef struct {

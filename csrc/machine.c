@@ -1,13 +1,13 @@
 /* machine.c -- what this machine can do: kernel table, threads, read bandwidth, int8 rate. */
 #include "clock.h"
 #include "memory.h"
-#include "model.h"
-#include <stdlib.h>
+#include "cpu/cpu_device.h"
+#include "engine.h"
+#include "error.h"
 
 int ms4_probe(ms4_machine *out) {
-    const char *isa = getenv("MS4_ISA");
-    const struct ms4_ops *ops = ms4_ops_for(isa && *isa ? isa : NULL);
-    FAIL_IF(!ops, MS4_EARG, "MS4_ISA=%.40s: no such kernel table here", isa);
+    const struct ms4_ops *ops;
+    TRY(cpu_ops_here(&ops));
     *out = (ms4_machine){ ops->isa, pool_default_threads() };
     return MS4_OK;
 }
@@ -68,12 +68,12 @@ int ms4_measure(ms4_engine *e, uint64_t most, ms4_limits *out) {
     int32_t n = 0, items = 4 * pool_size(e->pool);
     uint64_t read = 0, bytes;
     for (; read < most && piece_at(e->files, n, &bytes); n++) read += bytes;
-    pthread_mutex_lock(&e->turn);
+    turn_take(&e->turn);
     int reads = read && most / read < PASSES ? (int)(most / read) : PASSES;
     out->read_bytes_per_s = best_of(reads < 1 ? 1 : reads, e->pool, read_item, job, n, (double)read);
     out->int8_macs_per_s = best_of(PASSES, e->pool, int8_item, job, items, items * (double)e->ops->int8_peak(PEAK_ROUNDS));
     out->float_macs_per_s = best_of(PASSES, e->pool, float_item, job, items, items * (double)e->ops->float_peak(PEAK_ROUNDS));
-    pthread_mutex_unlock(&e->turn);
+    turn_give(&e->turn);
     memory_give(job);
     return files_check(e->files);
 }

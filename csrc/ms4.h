@@ -2,13 +2,17 @@
  *
  * Objects:  ms4_engine is one loaded model: weights, expert store, worker threads.
  *           ms4_session is one line of tokens: its kv cache (latents) and its length.
+ *           A step computes tokens of one or more sessions together.
  * Errors:   functions that can fail return MS4_OK or a negative ms4_status; ms4_error() says why.
  *           After a failure the object is as it was before the call.
  * Memory:   _open gives, _close takes; _close(NULL) does nothing.  The engine copies what it keeps of
  *           the caller's data.  Nothing is ever freed on the other side of this line.
- * Threads:  an engine may serve many threads, a session one at a time; sessions of one engine take
- *           turns inside.  Only ms4_session_cancel, ms4_session_progress and ms4_engine_stats may be
- *           called at any time.  Not usable after fork().
+ * Threads:  an engine may serve many threads, a session one at a time.  Steps take turns inside, in the
+ *           order in which they were asked for, and nothing else waits for them.  ms4_session_progress,
+ *           ms4_vision_progress and ms4_engine_stats may be called at any time; so may a stop flag be
+ *           raised.  Not usable after fork().
+ * Stopping: a stop flag is the caller's, an int32_t that is 0 until somebody sets it to another value, once.
+ *           Whoever was given it gives up soon and answers MS4_ECANCELED, also if it was set before.
  */
 #ifndef MS4_H
 #define MS4_H
@@ -25,7 +29,7 @@ typedef enum {
     MS4_EMODEL = -3,     /* the tensor table does not describe a model this engine runs */
     MS4_ENOMEM = -4,     /* not enough memory */
     MS4_EFULL = -6,      /* the session's context is full */
-    MS4_ECANCELED = -7,  /* ms4_session_cancel was called */
+    MS4_ECANCELED = -7,  /* the stop flag was raised */
     MS4_ENUMBER = -8     /* the model gave a number that is not finite */
 } ms4_status;
 
@@ -97,11 +101,13 @@ int ms4_engine_open(const ms4_shape *shape, const ms4_tensor *tensors, size_t n_
 void ms4_engine_close(ms4_engine *engine);
 
 typedef struct {
-    uint64_t tokens_prefill, tokens_decode, ns_prefill, ns_decode;   /* a call with one token is a decode */
-    uint64_t bytes_prefill, bytes_decode;   /* of the weights that these calls needed, each once in a step of n_batch tokens */
+    uint64_t tokens_prefill, tokens_decode, ns_prefill, ns_decode;   /* a span of one token is a decode */
+    uint64_t bytes_prefill, bytes_decode;   /* of the weights that these steps needed, each once a step */
+    uint64_t n_steps;
     uint64_t experts_used;       /* (token, expert) pairs computed */
     uint64_t bytes_weights;      /* bytes of the tensors in the table */
-    int32_t n_threads, load;     /* as chosen */
+    uint64_t kv_blocks, kv_bytes;           /* of all sessions' kv caches; what several share counts once */
+    int32_t n_threads, n_batch, load;       /* as chosen */
     const char *isa;
 } ms4_stats;
 void ms4_engine_stats(ms4_engine *engine, ms4_stats *out);
@@ -116,15 +122,33 @@ int ms4_measure(ms4_engine *engine, uint64_t most, ms4_limits *out);
 /* --- a line of tokens --------------------------------------------------------------------- */
 int ms4_session_open(ms4_engine *engine, int32_t n_ctx, ms4_session **out);
 void ms4_session_close(ms4_session *session);
-/* Appends n >= 1 positions.  tokens[i] >= 0 is a token; MS4_ROW takes the next row of `rows` (d_model floats each:
- * image features).  logits: NULL, or room for n_vocab floats (all == 0: of the last position) or n x n_vocab floats
- * (all == 1).  On failure nothing has been appended. */
-int ms4_session_feed(ms4_session *session, const int32_t *tokens, size_t n, const float *rows, size_t n_rows,
-                     float *logits, int32_t all);
 int32_t ms4_session_length(const ms4_session *session);
 int ms4_session_rewind(ms4_session *session, int32_t length);    /* forget everything after */
-void ms4_session_cancel(ms4_session *session);                   /* makes a running feed return MS4_ECANCELED */
-void ms4_session_progress(const ms4_session *session, uint64_t *done, uint64_t *total);   /* of the running feed */
+/* The session forgets what it holds and becomes the first `length` positions of another, without a copy of them. */
+int ms4_session_share(ms4_session *session, const ms4_session *from, int32_t length);
+/* What the session holds, to a file descriptor at its place; and back, into a session that forgets what it held.  The
+ * caller owns name, header and atomicity.  load: MS4_EMODEL if these bytes are not what save wrote with this model. */
+int ms4_session_save(const ms4_session *session, int fd);
+int ms4_session_load(ms4_session *session, int fd);
+void ms4_session_progress(const ms4_session *session, uint64_t *done, uint64_t *total);   /* layer-tokens of its step */
+
+/* n >= 1 positions to be appended to a session.  tokens[i] >= 0 is a token; MS4_ROW takes the next row of `rows` (d_model
+ * floats each: image features). */
+typedef struct {
+    ms4_session *session;
+    const int32_t *tokens;
+    size_t n;
+    const float *rows;
+    size_t n_rows;
+    float *logits;               /* room for n_logits x n_vocab floats: those after the last n_logits positions */
+    size_t n_logits;             /* 0 to n */
+    const int32_t *stop;         /* or NULL */
+    int32_t status;              /* out: MS4_OK, or why the session is as it was before */
+} ms4_span;
+/* Computes spans of different sessions together, at most n_batch tokens in all (ms4_stats).  Answers MS4_OK if all were
+ * appended, else the first other status of a span.  Only MS4_ECANCELED and MS4_ENUMBER concern a span alone: after any
+ * other failure nothing has been appended.  What a span gets does not depend on the others, to the last bit. */
+int ms4_step(ms4_engine *engine, ms4_span *spans, size_t n_spans);
 
 /* --- images ------------------------------------------------------------------------------- */
 typedef struct ms4_vision ms4_vision;            /* a vision tower with its projector (SPEC 3); belongs to an engine */
@@ -144,18 +168,20 @@ typedef enum {
     MS4_N_VISION_ROLES
 } ms4_vision_role;
 
-/* tensors: as for an engine, with ms4_vision_role.  The vision object uses the engine's threads and takes turns with
- * its sessions; close it before the engine. */
+/* tensors: as for an engine, with ms4_vision_role.  The vision object uses the engine's threads, and takes turns with
+ * steps after every layer; close it before the engine. */
 int ms4_vision_open(ms4_engine *engine, const ms4_vision_shape *shape, const ms4_tensor *tensors, size_t n_tensors,
                     const char *path, ms4_vision **out);
 void ms4_vision_close(ms4_vision *vision);
 /* pixels: 3 x height x width floats, normalised; both sides multiples of patch_size * merge.
  * features: (height / side) x (width / side) rows of d_out floats in raster order, side = patch_size * merge. */
-int ms4_vision_encode(ms4_vision *vision, const float *pixels, int32_t width, int32_t height, float *features);
-void ms4_vision_cancel(ms4_vision *vision);                      /* makes a running encode return MS4_ECANCELED */
+int ms4_vision_encode(ms4_vision *vision, const float *pixels, int32_t width, int32_t height, float *features,
+                      const int32_t *stop);
 void ms4_vision_progress(const ms4_vision *vision, uint64_t *done, uint64_t *total);   /* layers; from any thread */
 
 /* --- for the tests ------------------------------------------------------------------------ */
+/* Which experts a second CPU device computes: n_layer x n_expert numbers, 0 or 1; NULL: none. */
+int ms4_engine_place(ms4_engine *engine, const uint8_t *place);
 struct ms4_ops;
 const struct ms4_ops *ms4_ops_for(const char *isa);              /* NULL: this machine cannot run it */
 /* cffi:end */

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ms4 import ROW, Canceled
+from ms4 import ROW, Canceled, StopFlag
 from ms4.models.prompt import Prompt
 from ms4.models.sampling import Choice, Sampler
 from ms4.models.stream import MAX_TOOL_CALLS, Splitter, Text, Thinking, ToolCall
@@ -35,9 +35,8 @@ class Session(Protocol):
 
     @property
     def length(self) -> int: ...
-    def feed(self, ids: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray: ...
+    def feed(self, ids: np.ndarray, rows: np.ndarray | None = None, *, stop: StopFlag | None = None) -> np.ndarray: ...
     def rewind(self, length: int) -> None: ...
-    def cancel(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -93,17 +92,11 @@ class Line:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.n_ctx = session.n_ctx
-        self.canceled = False
         self._keys: list[int] = []
 
     @property
     def length(self) -> int:
         return len(self._keys)
-
-    def cancel(self) -> None:
-        """Ends the running feed, and with it the generation.  May be called from any thread."""
-        self.canceled = True
-        self.session.cancel()
 
     def clear(self) -> None:
         self._rewind(0)
@@ -114,7 +107,7 @@ class Line:
         differ = np.flatnonzero(prompt.keys[:n] != np.array(self._keys[:n], np.int64))
         return int(differ[0]) if len(differ) else n
 
-    def read(self, prompt: Prompt, image_rows: np.ndarray | None = None) -> np.ndarray:
+    def read(self, prompt: Prompt, image_rows: np.ndarray | None = None, stop: StopFlag | None = None) -> np.ndarray:
         """Makes the session hold the prompt; the logits after its last position.
 
         image_rows: what the projector gave for all images of the prompt, one row per [IMG] token.
@@ -128,13 +121,13 @@ class Line:
         start = self.cached(prompt)
         rows = None if image_rows is None else image_rows[int(np.searchsorted(places, start)) :]
         self._rewind(start)
-        logits = self.session.feed(ids[start:], rows if rows is not None and len(rows) else None)
+        logits = self.session.feed(ids[start:], rows if rows is not None and len(rows) else None, stop=stop)
         self._keys = prompt.keys.tolist()
         return logits
 
-    def step(self, id: int) -> np.ndarray:
+    def step(self, id: int, stop: StopFlag | None = None) -> np.ndarray:
         """Appends one token; the logits after it."""
-        logits = self.session.feed(np.array([id], np.int32))
+        logits = self.session.feed(np.array([id], np.int32), stop=stop)
         self._keys.append(id)
         return logits
 
@@ -172,11 +165,12 @@ def generate(
     logprobs: int | None = None,
     max_tool_calls: int = MAX_TOOL_CALLS,
     image_rows: np.ndarray | None = None,
+    interrupt: StopFlag | None = None,
 ) -> Iterator[Event]:
     """The events of one answer.  A prompt that does not fit raises ContextError before anything is computed.
 
     logprobs: with every token its log-probability and those of so many of the most likely.  What the engine and the
-    sampler raise passes through, but a canceled line ends in Done("interrupted").
+    sampler raise passes through, but once `interrupt` is set it ends in Done("interrupted").
     """
     if max_tokens is not None and max_tokens < 1:
         raise ValueError("max_tokens is at least 1")
@@ -184,7 +178,7 @@ def generate(
     if n_prompt + (max_tokens or 1) > line.n_ctx:
         raise ContextError(n_prompt, line.n_ctx, max_tokens)
     splitter = Splitter(tokenizer, stop=stop, max_tool_calls=max_tool_calls, opens=prompt.opens)
-    return _events(line, prompt, sampler, tokenizer, splitter, max_tokens, logprobs, image_rows)
+    return _events(line, prompt, sampler, tokenizer, splitter, max_tokens, logprobs, image_rows, interrupt)
 
 
 def _events(
@@ -196,14 +190,14 @@ def _events(
     max_tokens: int | None,
     logprobs: int | None,
     image_rows: np.ndarray | None,
+    interrupt: StopFlag | None,
 ) -> Iterator[Event]:
-    line.canceled = False
     n_cached, n_written = line.cached(prompt), 0
     reading, decoding = Clock(), Clock()
     yield Reading(len(prompt.ids), n_cached)
     reason = "interrupted"
     try:
-        logits = _unless_canceled(line, reading, lambda: line.read(prompt, image_rows))
+        logits = reading(lambda: line.read(prompt, image_rows, interrupt))
         while True:
             choice = sampler.pick(logits, logprobs)
             n_written += 1
@@ -213,7 +207,7 @@ def _events(
             if ended := ending(splitter, n_written, max_tokens, line):
                 reason = ended
                 break
-            logits = _unless_canceled(line, decoding, lambda id=choice.id: line.step(id))  # type: ignore[misc]
+            logits = decoding(lambda id=choice.id: line.step(id, interrupt))  # type: ignore[misc]
     except Canceled:
         pass
     yield from splitter.close()
@@ -229,13 +223,6 @@ def _events(
         n_ctx=line.n_ctx,
     )
     yield Done(reason, statistics, splitter.stop_hit)
-
-
-def _unless_canceled(line: Line, clock: Clock, work: Callable[[], np.ndarray]) -> np.ndarray:
-    # A cancel that came between two feeds would be lost: the engine knows only of a running one.
-    if line.canceled:
-        raise Canceled("canceled between two tokens", 0)
-    return clock(work)
 
 
 def ending(splitter: Splitter, n_written: int, max_tokens: int | None, line: Line) -> str | None:

@@ -1,7 +1,7 @@
 """Ctrl-C while the engine computes.
 
-Python runs signal handlers only between its own instructions, and a feed is one long call into C.  So the signal
-itself writes a byte into a socket, and a thread that waits there cancels the feed.
+Python runs signal handlers only between its own instructions, and a step is one long call into C.  So the signal
+itself writes a byte into a socket, and a thread that waits there sets the stop flag.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from types import FrameType
 from typing import Protocol
 
 
-class Cancelable(Protocol):
-    def cancel(self) -> None: ...
+class Flag(Protocol):
+    def set(self) -> None: ...
 
 
 class Interrupt:
@@ -27,8 +27,8 @@ class Interrupt:
 
 
 @contextmanager
-def interruptible(line: Cancelable) -> Iterator[Interrupt]:
-    """Inside, the first SIGINT calls line.cancel(), even during a feed; the second raises KeyboardInterrupt.
+def interruptible(stop: Flag) -> Iterator[Interrupt]:
+    """Inside, the first SIGINT sets the flag, even during a step; the second raises KeyboardInterrupt.
 
     For the main thread only: elsewhere Python cannot handle signals.
     """
@@ -45,10 +45,8 @@ def interruptible(line: Cancelable) -> Iterator[Interrupt]:
     def watch() -> None:
         while not over.is_set():
             numbers = reader.recv(64)
-            while signal.SIGINT in numbers and not over.is_set():
-                # Again and again: a cancel may fall between two feeds, and the engine forgets it there.
-                line.cancel()
-                over.wait(0.05)
+            if signal.SIGINT in numbers:
+                stop.set()
 
     old_handler = signal.signal(signal.SIGINT, on_signal)
     old_wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)

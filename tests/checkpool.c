@@ -6,7 +6,7 @@
 #include <stdatomic.h>
 #undef atomic_store_explicit
 #define atomic_store_explicit(at, value, order) (sched_yield(), (void)atomic_exchange(at, value))
-#include "../csrc/pool.c"
+#include "../csrc/cpu/pool.c"
 
 #define MAX_ITEMS 300
 #define N_RUNS 1000

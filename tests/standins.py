@@ -60,24 +60,22 @@ class ScriptedSession:
         self.fed = []  # one list a call
         self.rows = []
         self.said = 0
-        self.cancel_asked = False
 
     @property
     def length(self):
         return len(self.held)
 
-    def feed(self, ids, rows=None):
+    def feed(self, ids, rows=None, *, stop=None):
         ids = [int(id) for id in ids]
         assert len(self.held) + len(ids) <= self.n_ctx
         assert ids.count(ROW) == (0 if rows is None else len(rows))
-        self.cancel_asked = False
         self.fed.append(ids)
         self.rows.append(rows)
         end = time.monotonic() + self.slow
-        while time.monotonic() < end:
-            if self.cancel_asked:
-                raise Canceled("canceled", -7)
+        while time.monotonic() < end and not (stop and stop.is_set()):
             time.sleep(0.001)
+        if stop and stop.is_set():
+            raise Canceled("canceled", -7)
         self.held += ids
         logits = np.zeros(self.n_vocab, np.float32)
         logits[self.script[min(self.said, len(self.script) - 1)]] = 9
@@ -87,6 +85,3 @@ class ScriptedSession:
     def rewind(self, length):
         assert 0 <= length <= len(self.held)
         del self.held[length:]
-
-    def cancel(self):
-        self.cancel_asked = True

@@ -231,7 +231,7 @@ def test_an_image_goes_with_the_next_message_and_stays_with_it(chat, run, monkey
     first_answer = run("-q", "-i", IMAGE, "Total?")[1]
     n_encoded = []
     encode = pixtral.ms4.Vision.encode
-    monkeypatch.setattr(pixtral.ms4.Vision, "encode", lambda self, pixels: n_encoded.append(1) or encode(self, pixels))
+    monkeypatch.setattr(pixtral.ms4.Vision, "encode", lambda self, *a: n_encoded.append(1) or encode(self, *a))
     code, out, err = chat(f"/image {IMAGE}", "Total?", "/stats", "And?", "/stats", "/effort high", "So?", "/retry")
     assert code == 0 and out.startswith(first_answer)
     assert err.startswith(f"{IMAGE[-80:]} {PRICE}\n") and len(n_encoded) == 1

@@ -391,7 +391,7 @@ class EvenSession:
     def rewind(self, length):
         del self.fed[length:]
 
-    def feed(self, ids, all_logits=False):
+    def feed(self, ids, all_logits=False, n_logits=1, stop=None):
         self.fed += list(ids)
         return np.zeros((len(ids), 8), np.float32)
 
@@ -400,7 +400,7 @@ def test_perplexity_by_hand():
     from ms4.cli.perplexity import judge, summarize
 
     session = EvenSession()
-    losses = judge(session, [1, 5, 6, 7, 5, 4])
+    losses = judge(session, [1, 5, 6, 7, 5, 4], None)
     # Judged are the tokens 7, 5, 4; the last one is never fed.
     assert session.fed == [1, 5, 6, 7, 5]
     assert np.allclose(losses, np.log([8, 8, 8]))

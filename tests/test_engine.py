@@ -147,10 +147,11 @@ def test_cancel_ends_a_feed_and_the_session_is_as_before(tmp_path):
     path = write_tiny(tmp_path / "t.gguf", big)[0]
     with Model.open(path) as model, model.session(60000) as session:
         session.feed([1, 2, 3])
-        timer = threading.Timer(0.05, session.cancel)
+        stop = ms4.StopFlag()
+        timer = threading.Timer(0.05, stop.set)
         timer.start()
         with pytest.raises(ms4.Canceled):
-            session.feed([7] * 50000)
+            session.feed([7] * 50000, stop=stop)
         timer.join()
         assert session.length == 3
         session.feed([4])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from standins import ScriptedSession, tekken
 
-from ms4 import ROW, NotFinite
+from ms4 import ROW, NotFinite, StopFlag
 from ms4.models.control import Control
 from ms4.models.generate import ContextError, Done, Line, Reading, Token, generate
 from ms4.models.interrupt import interruptible
@@ -170,11 +170,11 @@ def test_what_the_engine_raises_passes_through_and_the_line_stays_usable():
     line = Line(session)
     feed, calls = session.feed, []
 
-    def failing(ids, rows=None):
+    def failing(ids, rows=None, **options):
         calls.append(ids)
         if len(calls) == 2:
             raise NotFinite("not finite", -8)
-        return feed(ids, rows)
+        return feed(ids, rows, **options)
 
     session.feed = failing
     with pytest.raises(NotFinite):
@@ -185,7 +185,7 @@ def test_what_the_engine_raises_passes_through_and_the_line_stays_usable():
 
 def test_a_logit_that_is_not_finite_is_never_a_token():
     session = ScriptedSession(script("a"))
-    session.feed = lambda ids, rows=None: np.full(131072, np.nan, np.float32)
+    session.feed = lambda ids, rows=None, **options: np.full(131072, np.nan, np.float32)
     source = generate(Line(session), prompt("Hi"), greedy(), tekken())
     assert isinstance(next(source), Reading)
     with pytest.raises(LogitsError):
@@ -195,12 +195,12 @@ def test_a_logit_that_is_not_finite_is_never_a_token():
 def test_cancel_during_a_feed_keeps_the_partial_answer():
     session = ScriptedSession(script("x" * 100), slow=0.0)
     line = Line(session)
-    got = []
-    for event in generate(line, prompt("Hi"), greedy(), tekken()):
+    got, stop = [], StopFlag()
+    for event in generate(line, prompt("Hi"), greedy(), tekken(), interrupt=stop):
         got.append(event)
         if isinstance(event, Text) and session.slow == 0:
             session.slow = 30.0
-            threading.Timer(0.05, line.cancel).start()
+            threading.Timer(0.05, stop.set).start()
     assert got[-1].reason == "interrupted" and text(got) == tekken().text(session.script[:1])
     assert line.length == session.length == 2
     session.slow = 0.0
@@ -209,11 +209,11 @@ def test_cancel_during_a_feed_keeps_the_partial_answer():
 
 def test_cancel_between_two_feeds_is_not_lost():
     line = Line(ScriptedSession(script("x" * 100)))
-    got = []
-    for event in generate(line, prompt("Hi"), greedy(), tekken()):
+    got, stop = [], StopFlag()
+    for event in generate(line, prompt("Hi"), greedy(), tekken(), interrupt=stop):
         got.append(event)
         if isinstance(event, Text):
-            line.cancel()
+            stop.set()
     assert got[-1].reason == "interrupted" and got[-1].statistics.n_written == 1
 
 
@@ -226,9 +226,10 @@ def test_ctrl_c_ends_a_running_feed_and_keeps_the_answer():
     before = signal.getsignal(signal.SIGINT)
     session = ScriptedSession(script("a"), slow=600.0)
     line = Line(session)
-    with interruptible(line) as interrupt:
+    stop = StopFlag()
+    with interruptible(stop) as interrupt:
         interrupt_after(0.05)
-        got = events(line)
+        got = events(line, interrupt=stop)
         assert interrupt.hit
     assert [type(event) for event in got] == [Reading, Done] and got[-1].reason == "interrupted"
     assert signal.getsignal(signal.SIGINT) is before
@@ -236,7 +237,7 @@ def test_ctrl_c_ends_a_running_feed_and_keeps_the_answer():
 
 
 def test_ctrl_c_twice_leaves():
-    with pytest.raises(KeyboardInterrupt), interruptible(Line(ScriptedSession([2]))):
+    with pytest.raises(KeyboardInterrupt), interruptible(StopFlag()):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
@@ -245,9 +246,10 @@ def test_ctrl_c_twice_leaves():
 
 def test_without_ctrl_c_nothing_is_canceled():
     line = Line(ScriptedSession(script("a", Control.EOS)))
-    with interruptible(line) as interrupt:
-        assert events(line)[-1].reason == "stop"
-    assert not interrupt.hit and not line.canceled
+    stop = StopFlag()
+    with interruptible(stop) as interrupt:
+        assert events(line, interrupt=stop)[-1].reason == "stop"
+    assert not interrupt.hit and not stop.is_set()
     assert threading.active_count() == len([t for t in threading.enumerate() if t.name != "interrupt"])
 
 
@@ -258,14 +260,14 @@ from ms4.models.interrupt import interruptible
 class Line:
     def __init__(self):
         self.read, self.write = __import__("os").pipe()
-    def cancel(self):
+    def set(self):
         __import__("os").write(self.write, b"x")
 
 line = Line()
 libc = ctypes.CDLL(None)
 with interruptible(line) as interrupt:
     print("ready", flush=True)
-    # One call into C that no Python signal handler can end, as a feed is; only cancel() does.
+    # One call into C that no Python signal handler can end, as a feed is; only set() does.
     got = ctypes.create_string_buffer(1)
     while libc.read(line.read, got, 1) != 1:
         pass

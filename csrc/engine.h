@@ -1,0 +1,40 @@
+/* engine.h -- what an engine and a session are made of; for the files behind the public API. */
+#ifndef MS4_ENGINE_H
+#define MS4_ENGINE_H
+#include "cpu/pool.h"
+#include "experts.h"
+#include "numbers.h"
+#include "turn.h"
+
+/* Host arrays of a step, and what the router chose in a layer; they grow to the largest step seen. */
+typedef struct {
+    float *rope, *scale, *logits;
+    int32_t *keep;
+    picks picks;
+    int32_t n_tokens, n_logits;                               /* room for so many; rows of logits */
+} step_room;
+
+struct ms4_engine {
+    ms4_shape shape;
+    const struct ms4_ops *ops;
+    pool *pool;
+    files *files;
+    text_weights weights;
+    device *home, *other;                                     /* other: a second CPU device, for the tests */
+    experts *experts;
+    kv_store *kv;
+    int32_t n_batch;
+    turn turn;                                                /* steps, one at a time: guards devices, experts, room */
+    step_room room;
+    ms4_stats stats;                                          /* guarded by `counting` */
+    pthread_mutex_t counting;
+};
+struct ms4_session {
+    ms4_engine *engine;
+    kv_cache kv;
+    int32_t n_ctx;
+    atomic_int length;
+    _Atomic uint64_t done, total;                             /* layer-tokens of the running step */
+};
+void step_room_close(step_room *room);                        /* step.c */
+#endif
