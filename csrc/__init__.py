@@ -295,7 +295,8 @@ class Engine:
         table = ffi.new("ms4_span[]", len(spans))
         n_logits = [span.n_logits for span in spans]
         out = np.empty((sum(n_logits), self.shape.n_vocab), np.float32)
-        logits = np.split(out, np.cumsum(n_logits)[:-1])
+        ends = np.cumsum(n_logits, dtype=np.int64)
+        logits = [out[end - n : end] for end, n in zip(ends, n_logits, strict=True)]
         for row, span, room in zip(table, spans, logits, strict=True):
             keep += span_row(row, span, room, self.shape.d_model)
         status = lib.ms4_step(self._live(), table, len(spans))
