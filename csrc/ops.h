@@ -93,6 +93,11 @@ struct ms4_ops {
     void (*silu_mul)(float *out, const float *gate, const float *up, size_t n);  /* silu(gate) * up */
     void (*add_scaled)(float *y, const float *x, float scale, size_t n);         /* y = fma(scale, x, y) */
     void (*attend)(const struct ms4_attend *a);
+    /* The router's choice: ids of the k largest of n logits, 1 <= k <= n, ascending; of equal logits the one with the
+     * lower index is larger, and NaN is as -INFINITY.  With e = exp(l - max), max being the largest of all logits, or
+     * NaN if one of them is, weights[j] = scale * e / total; total is the sum of the chosen e, ascending by id, or if
+     * norm == 0 of all, in 16 partial sums. */
+    void (*choose)(const float *logits, int32_t n, int32_t k, float scale, int32_t norm, int32_t *ids, float *weights);
     /* x = d out, to the nearest integers of length LENGTH_16 or less; returns d: 0 for what is as good as zero, NaN for
      * what is not finite, out being zero then */
     float (*quantize_16)(int16_t *out, const float *x, size_t n);

@@ -35,38 +35,13 @@ typedef struct {
 /* --- choosing ------------------------------------------------------------------------------- */
 typedef struct { const cpu_device *d; const ms4_shape *s; picks *p; } choose_run;
 
-/* The n_expert_used largest of n logits, ties to the lowest index, ascending by index; weights as in SPEC 2.4. */
-static void choose(const float *logits, const ms4_shape *s, int32_t *ids, float *weights) {
-    double max = -INFINITY, sum = 0, chosen_sum = 0;
-    int32_t k = s->n_expert_used;
-    for (int32_t i = 0; i < s->n_expert; i++)
-        if (logits[i] > max) max = logits[i];
-    for (int32_t i = 0; i < s->n_expert; i++) sum += exp(logits[i] - max);
-    for (int32_t j = 0; j < k; j++) {
-        int32_t best = -1;
-        for (int32_t i = 0; i < s->n_expert; i++) {
-            int taken = 0;
-            for (int32_t other = 0; other < j; other++) taken |= ids[other] == i;
-            if (!taken && (best < 0 || logits[i] > logits[best])) best = i;
-        }
-        ids[j] = best;
-        chosen_sum += exp(logits[best] - max);
-    }
-    for (int32_t j = 1; j < k; j++)            /* k is small: insertion sort */
-        for (int32_t i = j; i > 0 && ids[i] < ids[i - 1]; i--) {
-            int32_t swap = ids[i];
-            ids[i] = ids[i - 1];
-            ids[i - 1] = swap;
-        }
-    double total = s->router_norm ? chosen_sum : sum;
-    for (int32_t j = 0; j < k; j++) weights[j] = (float)(s->router_scale * exp(logits[ids[j]] - max) / total);
-}
 static void choose_item(void *context, int32_t item, int32_t thread) {
     const choose_run *run = context;
     (void)thread;
     for (int32_t t = item * CHOOSE_TOKENS; t < int_min((item + 1) * CHOOSE_TOKENS, run->p->n); t++) {
         size_t at = (size_t)t * (size_t)run->p->k;
-        choose(cpu_row(run->d, BUF_ROUTER, t), run->s, run->p->expert + at, run->p->weight + at);
+        run->d->ops->choose(cpu_row(run->d, BUF_ROUTER, t), run->s->n_expert, run->p->k, run->s->router_scale, run->s->router_norm,
+                            run->p->expert + at, run->p->weight + at);
     }
 }
 /* By token -> by expert: first, used; row, token and weight of each pair. */

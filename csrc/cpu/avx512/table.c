@@ -67,6 +67,7 @@ const struct ms4_ops ops_avx512 = {
     .rms_norm = rms_norm_plain,
     .silu_mul = silu_mul_plain,
     .add_scaled = add_scaled_plain,
+    .choose = choose_plain,
     .attend = attend_avx512,
     .quantize_16 = quantize_16_plain,
     .open_segment = open_segment_avx512,

@@ -19,6 +19,7 @@ const struct ms4_ops ops_avxvnni = {
     .rms_norm = rms_norm_plain,
     .silu_mul = silu_mul_plain,
     .add_scaled = add_scaled_plain,
+    .choose = choose_plain,
     .attend = attend_avx2,
     .quantize_16 = quantize_16_plain,
     .open_segment = open_segment_avx2,

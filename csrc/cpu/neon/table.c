@@ -18,6 +18,7 @@ const struct ms4_ops ops_neon = {
     .rms_norm = rms_norm_plain,
     .silu_mul = silu_mul_plain,
     .add_scaled = add_scaled_plain,
+    .choose = choose_plain,
     .attend = attend_neon,
     .quantize_16 = quantize_16_plain,
     .open_segment = open_segment_plain,

@@ -91,6 +91,55 @@ static inline void add_scaled_plain(float *y, const float *x, float scale, size_
     for (size_t i = 0; i < n; i++) y[i] = __builtin_fmaf(scale, x[i], y[i]);
 }
 
+/* --- choice of experts -------------------------------------------------------------------- */
+/* Whether logit a comes before logit b: it is larger, or as large and has the lower index.  NaN is as -INFINITY. */
+static inline int before_plain(const float *logits, int32_t a, int32_t b) {
+    float of_a = logits[a] != logits[a] ? -INFINITY : logits[a], of_b = logits[b] != logits[b] ? -INFINITY : logits[b];
+    return of_a > of_b || (of_a == of_b && a < b);
+}
+/* ids is a heap of k, the last of them on top, but for place `at`: id goes there or further down. */
+static inline void sift_plain(const float *logits, int32_t *ids, int32_t k, int32_t at, int32_t id) {
+    for (int32_t child; (child = 2 * at + 1) < k; at = child) {
+        if (child + 1 < k && before_plain(logits, ids[child], ids[child + 1])) child++;
+        if (before_plain(logits, ids[child], id)) break;
+        ids[at] = ids[child];
+    }
+    ids[at] = id;
+}
+static inline void choose_ids_plain(const float *logits, int32_t n, int32_t k, int32_t *ids) {
+    for (int32_t i = 0; i < k; i++) ids[i] = i;
+    for (int32_t i = k / 2 - 1; i >= 0; i--) sift_plain(logits, ids, k, i, ids[i]);
+    for (int32_t i = k; i < n; i++)
+        if (before_plain(logits, i, ids[0])) sift_plain(logits, ids, k, 0, i);
+    int32_t last = ids[0];                     /* the other k - 1 are before it */
+    for (int32_t i = 0; i < n; i++)
+        if (!before_plain(logits, last, i)) *ids++ = i;
+}
+/* The sum of e^(x - max) in 16 partial sums. */
+static inline float sum_exp_plain(const float *x, size_t n, float max) {
+    float part[16] = { 0 };
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (size_t j = 0; j < 16; j++) part[j] += exp_plain(x[i + j] - max);
+    for (size_t j = 0; i + j < n; j++) part[j] += exp_plain(x[i + j] - max);
+    return sum_16_plain(part);
+}
+static inline void choose_plain(const float *logits, int32_t n, int32_t k, float scale, int32_t norm, int32_t *ids,
+                                float *weights) {
+    float max = -INFINITY, total = 0;
+    int nan = 0;
+    for (int32_t i = 0; i < n; i++) {
+        max = logits[i] > max ? logits[i] : max;
+        nan |= logits[i] != logits[i];
+    }
+    if (nan) max = NAN;
+    choose_ids_plain(logits, n, k, ids);
+    for (int32_t j = 0; j < k; j++) weights[j] = exp_plain(logits[ids[j]] - max);
+    if (norm) for (int32_t j = 0; j < k; j++) total += weights[j];
+    else total = sum_exp_plain(logits, (size_t)n, max);
+    for (int32_t j = 0; j < k; j++) weights[j] = scale * weights[j] / total;
+}
+
 /* --- attention ---------------------------------------------------------------------------- */
 static inline void transpose_keys_plain(float *kt, const float *k, size_t k_stride, int32_t n_keys, int32_t d) {
     for (size_t i = 0; i < (size_t)d; i++) {

@@ -69,6 +69,30 @@ static void add_scaled_ref(float *y, const float *x, float scale, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = (float)((double)scale * x[i] + y[i]);
 }
 
+/* Whether logit a comes before logit b. */
+static int before_ref(const float *logits, int32_t a, int32_t b) {
+    double of_a = isnan(logits[a]) ? -INFINITY : logits[a], of_b = isnan(logits[b]) ? -INFINITY : logits[b];
+    return of_a > of_b || (of_a == of_b && a < b);
+}
+static void choose_ref(const float *logits, int32_t n, int32_t k, float scale, int32_t norm, int32_t *ids,
+                       float *weights) {
+    double max = -INFINITY, total = 0;
+    int32_t last = -1;                         /* of those that were found one after the other, the first k */
+    for (int32_t j = 0; j < k; j++) {
+        int32_t next = -1;
+        for (int32_t i = 0; i < n; i++)
+            if ((last < 0 || before_ref(logits, last, i)) && (next < 0 || before_ref(logits, i, next))) next = i;
+        last = next;
+    }
+    for (int32_t i = 0; i < n; i++) max = isnan(logits[i]) || isnan(max) ? NAN : fmax(max, logits[i]);
+    for (int32_t i = 0, j = 0; i < n; i++) {
+        int chosen = !before_ref(logits, last, i);
+        if (chosen) ids[j++] = i;
+        if (chosen || !norm) total += exp(logits[i] - max);
+    }
+    for (int32_t j = 0; j < k; j++) weights[j] = (float)(scale * exp(logits[ids[j]] - max) / total);
+}
+
 static void attend_row_ref(const struct ms4_attend *a, size_t row) {
     double s[ATTEND_KEYS], largest = a->m[row], sum = 0;
     size_t n_keys = (size_t)a->n_keys[row];
@@ -160,6 +184,7 @@ const struct ms4_ops ops_ref = {
     .rms_norm = rms_norm_ref,
     .silu_mul = silu_mul_ref,
     .add_scaled = add_scaled_ref,
+    .choose = choose_ref,
     .attend = attend_ref,
     .quantize_16 = quantize_16_ref,
     .open_segment = open_segment_plain,
