@@ -57,6 +57,7 @@ struct ms4_attend {
  * 2^31, by Cauchy-Schwarz, so the sums are exact in any order; the rounding is finer than that of halves. */
 #define LENGTH_16 44000
 #define SEGMENT_KEYS 128       /* keys attended to by one call; segments begin at multiples of it */
+#define SEGMENT_GROUP 8        /* segments whose results are folded, in order, before the groups are, in order */
 #define SEGMENT_BLOCK 32       /* keys, or columns of values, side by side */
 /* A segment as the kernels want it; open_segment fills it, for one thread. */
 struct ms4_segment {
@@ -104,6 +105,10 @@ struct ms4_ops {
     /* n_keys rows and their two scales each */
     void (*open_segment)(struct ms4_segment *s, const int16_t *rows, const float *d, int32_t n_keys);
     void (*attend_segment)(const struct ms4_attend_segment *a);
+    /* Adds the { m, l, o[n] } of other keys to a running one, which starts as { -INFINITY, 0, zeros }:
+     *   m' = max(m, m2);  l = fma(l2, exp(m2 - m'), l * exp(m - m'));  each o likewise.
+     * From one with l == 0, which saw no key, nothing changes. */
+    void (*fold)(float *into, const float *from, size_t n);
     /* kt[i * ATTEND_KEYS + j] = k[j * k_stride + i], i < d, j < n_keys <= ATTEND_KEYS; zero for other j */
     void (*transpose_keys)(float *kt, const float *k, size_t k_stride, int32_t n_keys, int32_t d);
     /* Loops in registers (peak.h): multiply-adds that the rounds were, 8-bit and float. */

@@ -529,6 +529,34 @@ static void check_segments(void) {
     check_segment();
     check_segment_nan();
 }
+/* Results of segments, of which some saw no key, one after the other; i % 4 == 1: maxima far apart, 2: NaN, 3: inf. */
+static void check_fold(void) {
+    for (int i = 0; i < 200; i++) {
+        size_t n = (size_t)(i < 70 ? i : between(1, 700));
+        float *got = guarded_floats(n + 2), *want = guarded_floats(n + 2), *from = guarded_floats(n + 2);
+        memset(got, 0, (n + 2) * sizeof *got);
+        got[0] = -INFINITY;
+        memcpy(want, got, (n + 2) * sizeof *got);
+        for (int step = 0; step < 6; step++) {
+            double unit = 0;
+            fill_floats(from, n + 2, 0);
+            from[0] = uniform() * (i % 4 == 1 ? 200 : 4);
+            from[1] = 1 + fabsf(from[1]);
+            if (rnd() % 4 == 0) { memset(from, 0, (n + 2) * sizeof *from); from[0] = -INFINITY; }
+            else if (i % 4 == 2 && rnd() % 4 == 0) from[between(0, (int)n + 1)] = NAN;
+            else if (i % 4 == 3 && rnd() % 4 == 0) from[0] = rnd() & 1 ? INFINITY : -INFINITY;
+            for (size_t j = 1; j < n + 2; j++) unit = fmax(unit, fmax(fabs((double)want[j]), fabs((double)from[j])));
+            memcpy(got, want, (n + 2) * sizeof *got);
+            fast->fold(got, from, n);
+            ref->fold(want, from, n);
+            for (size_t j = 0; j < n + 2; j++)
+                expect(isnan(want[j]) ? isnan(got[j])
+                                      : got[j] == want[j] || fabs((double)got[j] - want[j]) <= 6e-6 * unit, "wrong fold");
+            hash_floats(got, n + 2);
+        }
+        release_all();
+    }
+}
 /* Only that they run and count: what they measure is speed. */
 static void check_peaks(void) {
     expect(fast->int8_peak(2000) == 2 * fast->int8_peak(1000) && fast->int8_peak(1) >= 16, "int8 peak miscounts");
@@ -570,6 +598,7 @@ static void run_quantize_16(const struct ms4_ops *o) {
 static void run_transpose_keys(const struct ms4_ops *o) {
     for (int i = 0; i < 50; i++) o->transpose_keys(t_y, t_x, 128, ATTEND_KEYS, 128);
 }
+static void run_fold(const struct ms4_ops *o) { for (int i = 0; i < 50; i++) o->fold(t_y, t_x, N_TIMED); }
 static void run_attend(const struct ms4_ops *o) { for (int i = 0; i < 50; i++) o->attend(&t_attend); }
 
 static void make_timed(void) {
@@ -591,6 +620,7 @@ static void time_silu_mul(void) { time_floats(run_silu_mul); }
 static void time_add_scaled(void) { time_floats(run_add_scaled); }
 static void time_choose(void) { time_floats(run_choose); }
 static void time_quantize_16(void) { time_floats(run_quantize_16); }
+static void time_fold(void) { time_floats(run_fold); }
 static void time_transpose_keys(void) { time_floats(run_transpose_keys); }
 /* As wide as the heads of the vision tower. */
 static void time_attend(void) {
@@ -652,6 +682,7 @@ static void check_table(void) {
     run_check("choose", check_choose, time_choose);
     run_check("quantize_16", check_quantize_16, time_quantize_16);
     run_check("segment", check_segments, time_segment);
+    run_check("fold", check_fold, time_fold);
     run_check("attend", check_attend, time_attend);
     run_check("transpose_keys", check_transpose_keys, time_transpose_keys);
     run_check("peaks", check_peaks, time_peaks);

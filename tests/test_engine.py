@@ -72,6 +72,18 @@ def test_a_prompt_of_several_segments_in_any_steps_gives_the_reference_logits_an
             assert np.array_equal(session.feed(ids, all_logits=True), got)
 
 
+def test_groups_of_segments_give_a_token_the_same_bits_alone_and_in_a_chunk(tiny, rng):
+    ids = rng.integers(0, 1400, 1300)  # a group is 8 segments: the second begins at 1024
+    with Model.open(tiny, threads=2) as model, model.session(1400) as session:
+        want = session.feed(ids, all_logits=True)
+    for threads in (1, 3):
+        with Model.open(tiny, threads=threads) as model, model.session(1400) as session:
+            session.feed(ids[:1020])
+            steps = (1, 1, 1, 1, 1, 3, 9, 250, 2)
+            got = [session.feed(part, all_logits=True) for part in np.split(ids[1020:1289], np.cumsum(steps)[:-1])]
+            assert np.array_equal(np.concatenate(got), want[1020:1289])
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1", "IQ4_NL", "MXFP4"])
 def test_quantised_weights_stay_near_the_reference(kind, tmp_path, rng):
     path = write_tiny(tmp_path / "t.gguf", Tiny(default_type=kind, n_used=6))[0]  # all experts: no router flips

@@ -5,8 +5,9 @@
  * Absorbed form: W_uk is folded into the query, so all heads read the same rows of the cache (kv_rank + d_rope wide),
  * and W_uv is applied to what they collect.  Query and cache are 16-bit integers there (ops.h), at twice the speed of
  * floats, so it is the faster form for long prompts, too.  Keys are cut into segments of SEGMENT_KEYS, one block of the
- * cache each; a query attends to each segment afresh and the results are folded in order.  So decode can hand out
- * segments as items of work, and a token's numbers are the same whether it came alone, in a chunk, or beside others.
+ * cache each; a query attends to each segment afresh and the results are folded in order, in groups of SEGMENT_GROUP.
+ * So decode can hand out segments as items of work, and a token's numbers are the same whether it came alone, in a chunk,
+ * or beside others.
  */
 #include "cpu_device.h"
 #include "error.h"
@@ -105,9 +106,9 @@ static int32_t seen(int32_t position, int32_t key, int32_t most) {       /* keys
 static size_t segment_floats(const ms4_shape *s) {
     return 3 * SEGMENT_KEYS + (segment_keys_size(s->kv_rank, s->d_rope) + segment_values_size(s->kv_rank)) / 2;
 }
-static void start_result(float *row, size_t rank) {
-    memset(row, 0, (rank + 2) * sizeof *row);
-    row[0] = -INFINITY;
+static void start_results(float *out, size_t n, size_t row) {         /* n of them, of no key yet */
+    memset(out, 0, n * row * sizeof *out);
+    for (size_t i = 0; i < n; i++) out[i * row] = -INFINITY;
 }
 /* One segment for tokens [first, first + n) of a span and heads [head, last_head): out[(t * n_head + h)] */
 static void attend_segment(const attend_run *run, const span *sp, int32_t first, int32_t n, int32_t segment, int32_t head,
@@ -130,19 +131,8 @@ static void attend_segment(const attend_run *run, const span *sp, int32_t first,
             a.next_lines = (int32_t)((size_t)seen(last, next, SEGMENT_KEYS) * width * sizeof(int16_t) / 64);
         }
         if (a.n_keys) run->d->ops->attend_segment(&a);
-        else for (int32_t h = 0; h < a.n_q; h++) start_result(a.out + (size_t)h * row, row - 2);
+        else start_results(a.out, (size_t)a.n_q, row);
     }
-}
-/* Adds one segment's { m, l, o } to the running one. */
-static void fold(const struct ms4_ops *ops, float *into, const float *from, size_t rank) {
-    if (from[0] == -INFINITY) return;
-    float m = into[0] > from[0] ? into[0] : from[0];
-    float old = expf(into[0] - m), new = expf(from[0] - m);
-    into[1] = into[1] * old + from[1] * new;
-    if (old != 1)
-        for (size_t i = 0; i < rank; i++) into[2 + i] *= old;
-    ops->add_scaled(into + 2, from + 2, new, rank);
-    into[0] = m;
 }
 static const span_work *work_of(const attend_run *run, int32_t item) {
     const span_work *w = run->spans + run->st->n_spans - 1;
@@ -162,25 +152,34 @@ static void attend_item(void *context, int32_t item, int32_t thread) {
                        (part + 1) * n_head / w->n_parts, run->partial + (w->first_partial + (size_t)item * heads(run)) * row, scratch);
         return;
     }
-    int32_t first = item * w->per_item, n = int_min(w->per_item, w->sp->n - first);
-    float *all = run->partial + (w->first_partial + (size_t)first * heads(run)) * row;
-    for (size_t i = 0; i < (size_t)n * heads(run); i++) start_result(all + i * row, row - 2);
-    for (int32_t g = 0; g * SEGMENT_KEYS < w->sp->pos + first + n; g++) {
-        attend_segment(run, w->sp, first, n, g, 0, run->st->shape->n_head, result, scratch);
-        for (size_t i = 0; i < (size_t)n * heads(run); i++) fold(run->d->ops, all + i * row, result + i * row, row - 2);
+    int32_t first = item * w->per_item, n = int_min(w->per_item, w->sp->n - first), segment = 0;
+    const int32_t last_segment = (w->sp->pos + first + n - 1) / SEGMENT_KEYS;
+    const size_t n_rows = (size_t)n * heads(run);
+    float *all = run->partial + (w->first_partial + (size_t)first * heads(run)) * row, *group = result + ROW_TOKENS * heads(run) * row;
+    start_results(all, n_rows, row);
+    while (segment <= last_segment) {
+        start_results(group, n_rows, row);
+        do {
+            attend_segment(run, w->sp, first, n, segment, 0, run->st->shape->n_head, result, scratch);
+            for (size_t i = 0; i < n_rows; i++) run->d->ops->fold(group + i * row, result + i * row, row - 2);
+        } while (++segment % SEGMENT_GROUP && segment <= last_segment);
+        for (size_t i = 0; i < n_rows; i++) run->d->ops->fold(all + i * row, group + i * row, row - 2);
     }
 }
-/* The folded { m, l, o } of a row and a head; `merged`: where to fold what lies there by segment. */
-static const float *result_of(const attend_run *run, int32_t t, int32_t head, float *merged) {
+/* The folded { m, l, o } of a row and a head; room: for two of them, to fold what lies there by segment. */
+static const float *result_of(const attend_run *run, int32_t t, int32_t head, float *room) {
     const span_work *w = &run->spans[run->row_span[t]];
     const size_t row = result_width(run), at = (size_t)(t - w->sp->first);
     if (!w->split) return run->partial + (w->first_partial + at * heads(run) + (size_t)head) * row;
-    start_result(merged, row - 2);
-    for (size_t g = 0; g < (size_t)w->n_segments; g++) {
-        size_t from = w->first_partial + (at * (size_t)w->n_segments + g) * heads(run) + (size_t)head;
-        fold(run->d->ops, merged, run->partial + from * row, row - 2);
+    const float *from = run->partial + (w->first_partial + at * (size_t)w->n_segments * heads(run) + (size_t)head) * row;
+    float *out = room, *group = room + row;
+    start_results(out, 1, row);
+    for (int32_t segment = 0; segment < w->n_segments; from += heads(run) * row) {
+        if (segment % SEGMENT_GROUP == 0) start_results(group, 1, row);
+        run->d->ops->fold(group, from, row - 2);
+        if (++segment % SEGMENT_GROUP == 0 || segment == w->n_segments) run->d->ops->fold(out, group, row - 2);
     }
-    return merged;
+    return out;
 }
 /* An item is a head and a tile of tokens: o = W_uv (o / l) */
 static void collect_item(void *context, int32_t item, int32_t thread) {
@@ -188,9 +187,9 @@ static void collect_item(void *context, int32_t item, int32_t thread) {
     const ms4_shape *s = run->st->shape;
     size_t rank = (size_t)s->kv_rank, d_o = heads(run) * (size_t)s->d_value;
     int32_t head = item % s->n_head, first = item / s->n_head * TOKEN_TILE, n = int_min(TOKEN_TILE, run->st->n - first);
-    float *w = run->d->scratch[thread], *x = w + (size_t)s->d_value * rank, *merged = x + TOKEN_TILE * rank;
+    float *w = run->d->scratch[thread], *x = w + (size_t)s->d_value * rank, *folded = x + TOKEN_TILE * rank;
     for (int32_t t = 0; t < n; t++) {
-        const float *from = result_of(run, first + t, head, merged);
+        const float *from = result_of(run, first + t, head, folded);
         for (size_t i = 0; i < rank; i++) x[(size_t)t * rank + i] = from[2 + i] / from[1];
     }
     mul_slice(run->d->ops, run->v_b, head, x, rank, n, cpu_row(run->d, BUF_O, first) + (size_t)head * (size_t)s->d_value, d_o, w);
@@ -205,8 +204,8 @@ static void quantize_item(void *context, int32_t item, int32_t thread) {
 /* Floats of scratch that one thread needs, whatever the step. */
 static size_t scratch_floats(const ms4_shape *s) {
     size_t rank = (size_t)s->kv_rank, nope = (size_t)s->d_nope, d_v = (size_t)s->d_value;
-    size_t absorb = TOKEN_TILE * rank + 2 * rank * nope, collect = d_v * rank + TOKEN_TILE * rank + rank + 2;
-    size_t attend = segment_floats(s) + ROW_TOKENS * (size_t)s->n_head * (rank + 2);
+    size_t absorb = TOKEN_TILE * rank + 2 * rank * nope, collect = d_v * rank + TOKEN_TILE * rank + 2 * (rank + 2);
+    size_t attend = segment_floats(s) + 2 * ROW_TOKENS * (size_t)s->n_head * (rank + 2);
     return size_max(size_max(absorb, collect), attend);
 }
 /* Cuts the work of all spans into items; returns how many, and the rows of partial that they need. */

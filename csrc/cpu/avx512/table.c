@@ -72,6 +72,7 @@ const struct ms4_ops ops_avx512 = {
     .quantize_16 = quantize_16_plain,
     .open_segment = open_segment_avx512,
     .attend_segment = attend_segment_avx512,
+    .fold = fold_plain,
     .transpose_keys = transpose_keys_avx512,
     .int8_peak = int8_peak,
     .float_peak = float_peak,

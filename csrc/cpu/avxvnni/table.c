@@ -24,6 +24,7 @@ const struct ms4_ops ops_avxvnni = {
     .quantize_16 = quantize_16_plain,
     .open_segment = open_segment_avx2,
     .attend_segment = attend_segment_avxvnni,
+    .fold = fold_plain,
     .transpose_keys = transpose_keys_avx2,
     .int8_peak = int8_peak,
     .float_peak = float_peak,

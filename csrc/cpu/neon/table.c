@@ -23,6 +23,7 @@ const struct ms4_ops ops_neon = {
     .quantize_16 = quantize_16_plain,
     .open_segment = open_segment_plain,
     .attend_segment = attend_segment_neon,
+    .fold = fold_plain,
     .transpose_keys = transpose_keys_plain,
     .int8_peak = int8_peak,
     .float_peak = float_peak,

@@ -166,6 +166,12 @@ static void attend_segment_row_ref(const struct ms4_attend_segment *a, size_t ro
 static void attend_segment_ref(const struct ms4_attend_segment *a) {
     for (int row = 0; row < a->n_q; row++) attend_segment_row_ref(a, (size_t)row);
 }
+static void fold_ref(float *into, const float *from, size_t n) {
+    if (from[1] == 0) return;
+    double m = into[0] > from[0] ? into[0] : from[0], old = exp(into[0] - m), new = exp(from[0] - m);
+    into[0] = (float)m;
+    for (size_t i = 1; i < n + 2; i++) into[i] = (float)(into[i] * old + from[i] * new);
+}
 static void transpose_keys_ref(float *kt, const float *k, size_t k_stride, int32_t n_keys, int32_t d) {
     for (size_t i = 0; i < (size_t)d; i++)
         for (size_t j = 0; j < ATTEND_KEYS; j++)
@@ -189,6 +195,7 @@ const struct ms4_ops ops_ref = {
     .quantize_16 = quantize_16_ref,
     .open_segment = open_segment_plain,
     .attend_segment = attend_segment_ref,
+    .fold = fold_ref,
     .transpose_keys = transpose_keys_ref,
     .int8_peak = int8_peak,
     .float_peak = float_peak,

@@ -152,4 +152,12 @@ static inline __attribute__((always_inline)) void attend_segment_16(const struct
     for (int row = 0; row < a->n_q; row += most)
         attend_rows_16(a, row, a->n_q - row < most ? a->n_q - row : most, most, product, to_weights);
 }
+
+/* --- folding ------------------------------------------------------------------------------ */
+static inline void fold_plain(float *into, const float *from, size_t n) {
+    if (from[1] == 0) return;
+    float m = into[0] > from[0] ? into[0] : from[0], old = exp_plain(into[0] - m), new = exp_plain(from[0] - m);
+    into[0] = m;
+    for (size_t i = 1; i < n + 2; i++) into[i] = __builtin_fmaf(from[i], new, into[i] * old);
+}
 #endif
