@@ -92,6 +92,8 @@ struct ms4_ops {
     void (*quantize)(block_q8 *out, const float *x, size_t n);                   /* n floats, a multiple of 32 */
     void (*rms_norm)(float *out, const float *x, const float *weight, size_t n, float eps);
     void (*silu_mul)(float *out, const float *gate, const float *up, size_t n);  /* silu(gate) * up */
+    void (*gelu)(float *x, size_t n);                                            /* x (1 + erf(x / sqrt 2)) / 2 */
+    void (*gelu_mul)(float *out, const float *gate, const float *up, size_t n);  /* gelu(gate) * up */
     void (*add_scaled)(float *y, const float *x, float scale, size_t n);         /* y = fma(scale, x, y) */
     void (*attend)(const struct ms4_attend *a);
     /* The router's choice: ids of the k largest of n logits, 1 <= k <= n, ascending; of equal logits the one with the

@@ -264,6 +264,34 @@ static void check_silu_mul(void) {
         release_all();
     }
 }
+/* Everywhere, and where the two polynomials of erf meet.  For negative x, 1 + erf is the difference of like numbers. */
+static void check_gelu(void) {
+    static const float special[] = { 0, -0.0f, 1.3037281f, -1.3037281f, 5.65f, -5.65f, 40, -40, 1e30f, -1e30f, 1e-40f,
+                                     -1e-40f, 3.4e38f, -3.4e38f, NAN, INFINITY };
+    for (int i = 0; i < 150; i++) {
+        size_t n = (size_t)(i < 70 ? i + 1 : between(1, 3000));
+        float *gate = guarded_floats(n), *up = guarded_floats(n), *got = guarded_floats(n), *want = guarded_floats(n);
+        float *alone = guarded_floats(n);
+        fill_floats(up, n, 0);
+        for (size_t j = 0; j < n; j++) {
+            gate[j] = rnd() % 16 ? uniform() * 8 : special[rnd() % 16];
+            if (rnd() % 4 == 0) gate[j] = (1.3037281f + uniform() * 1e-5f) * (rnd() & 1 ? 1 : -1);
+        }
+        memcpy(alone, gate, n * sizeof *alone);
+        fast->gelu(alone, n);
+        fast->gelu_mul(got, gate, up, n);
+        ref->gelu_mul(want, gate, up, n);
+        hash_floats(got, n);
+        for (size_t j = 0; j < n; j++) {
+            double unit = (1.2e-7 + 2e-7 * (gate[j] > 0)) * fabs((double)gate[j]) * fabs((double)up[j]);
+            expect(isnan(want[j]) ? isnan(got[j])
+                                  : got[j] == want[j] || fabs((double)got[j] - want[j]) <= unit, "wrong gelu");
+            alone[j] *= up[j];
+        }
+        expect(same_bits(alone, got, n), "gelu and gelu_mul differ");
+        release_all();
+    }
+}
 static void check_add_scaled(void) {
     for (int i = 0; i < 100; i++) {
         size_t n = (size_t)between(1, i < 70 ? 70 : 3000);
@@ -587,6 +615,7 @@ static int32_t t_keys[ATTEND_ROWS];
 static void run_quantize(const struct ms4_ops *o) { for (int i = 0; i < 50; i++) o->quantize(t_blocks, t_x, N_TIMED); }
 static void run_rms_norm(const struct ms4_ops *o) { for (int i = 0; i < 50; i++) o->rms_norm(t_y, t_x, t_z, N_TIMED, 1e-6f); }
 static void run_silu_mul(const struct ms4_ops *o) { for (int i = 0; i < 50; i++) o->silu_mul(t_y, t_x, t_z, N_TIMED); }
+static void run_gelu_mul(const struct ms4_ops *o) { for (int i = 0; i < 50; i++) o->gelu_mul(t_y, t_x, t_z, N_TIMED); }
 static void run_add_scaled(const struct ms4_ops *o) { for (int i = 0; i < 50; i++) o->add_scaled(t_y, t_x, 0.5f, N_TIMED); }
 static void run_choose(const struct ms4_ops *o) {
     static int32_t ids[4];
@@ -617,6 +646,7 @@ static void time_floats(void (*run)(const struct ms4_ops *)) {
 static void time_quantize(void) { time_floats(run_quantize); }
 static void time_rms_norm(void) { time_floats(run_rms_norm); }
 static void time_silu_mul(void) { time_floats(run_silu_mul); }
+static void time_gelu_mul(void) { time_floats(run_gelu_mul); }
 static void time_add_scaled(void) { time_floats(run_add_scaled); }
 static void time_choose(void) { time_floats(run_choose); }
 static void time_quantize_16(void) { time_floats(run_quantize_16); }
@@ -678,6 +708,7 @@ static void check_table(void) {
     run_check("quantize", check_quantize, time_quantize);
     run_check("rms_norm", check_rms_norm, time_rms_norm);
     run_check("silu_mul", check_silu_mul, time_silu_mul);
+    run_check("gelu", check_gelu, time_gelu_mul);
     run_check("add_scaled", check_add_scaled, time_add_scaled);
     run_check("choose", check_choose, time_choose);
     run_check("quantize_16", check_quantize_16, time_quantize_16);

@@ -8,7 +8,6 @@
  */
 #include "cpu_device.h"
 #include "error.h"
-#include <math.h>
 #include <string.h>
 
 #define HIDDEN_CHUNK SUPERBLOCK                /* hidden columns of one gate/up item: whole blocks of activations */
@@ -78,11 +77,6 @@ static const uint8_t *after_chunk(const ffn_run *run, const ffn_job *job, int32_
     if (column + HIDDEN_CHUNK < gate->n_rows) return gate->data + (size_t)(column + HIDDEN_CHUNK) * gate->row_bytes;
     return job + 1 < run->jobs + run->n_jobs ? job[1].w->gate.data : NULL;
 }
-static void activate(const struct ms4_ops *ops, const ffn_weights *w, float *out, const float *gate, const float *up, size_t n) {
-    if (!w->gelu) ops->silu_mul(out, gate, up, n);
-    else
-        for (size_t i = 0; i < n; i++) out[i] = 0.5f * gate[i] * (1 + erff(gate[i] * 0.70710678f)) * up[i];
-}
 static void gate_up_tile(const ffn_run *run, const ffn_job *job, int32_t column, int32_t first, int32_t n, float *gate) {
     const struct ms4_ops *ops = run->d->ops;
     const int32_t columns = int_min(HIDDEN_CHUNK, job->w->gate.n_rows - column);
@@ -96,7 +90,7 @@ static void gate_up_tile(const ffn_run *run, const ffn_job *job, int32_t column,
         const float *row = gate + (size_t)t * HIDDEN_CHUNK;
         const size_t at = (size_t)(first + t);
         float *hidden = job->hidden_f ? job->hidden_f + at * job->f_stride + (size_t)column : gate + (size_t)t * HIDDEN_CHUNK;
-        activate(ops, job->w, hidden, row, up + (size_t)t * HIDDEN_CHUNK, (size_t)columns);
+        (job->w->gelu ? ops->gelu_mul : ops->silu_mul)(hidden, row, up + (size_t)t * HIDDEN_CHUNK, (size_t)columns);
         if (job->hidden_q)
             ops->quantize(job->hidden_q + at * job->q_stride + (size_t)column / SUPERBLOCK, hidden, (size_t)columns);
     }

@@ -132,7 +132,7 @@ static void bias_item(void *context, int32_t item, int32_t thread) {
     for (int32_t t = item * PATCHES_AT_ONCE; t < last_of(run, item); t++) {
         float *y = cpu_row(run->d, run->b, t);
         for (size_t i = 0; run->bias->data && i < width; i++) y[i] += run->bias->data[i];
-        for (size_t i = 0; run->gelu && i < width; i++) y[i] = 0.5f * y[i] * (1 + erff(y[i] * 0.70710678f));
+        if (run->gelu) run->d->ops->gelu(y, width);
         cpu_quantize_row(run->d, run->b, t);
     }
 }

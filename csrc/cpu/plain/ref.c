@@ -65,6 +65,13 @@ static void rms_norm_ref(float *out, const float *x, const float *weight, size_t
 static void silu_mul_ref(float *out, const float *gate, const float *up, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] = (float)(gate[i] / (1 + exp(-(double)gate[i])) * up[i]);
 }
+static double gelu_one_ref(double x) { return 0.5 * x * (1 + erf(x * sqrt(0.5))); }
+static void gelu_ref(float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] = (float)gelu_one_ref(x[i]);
+}
+static void gelu_mul_ref(float *out, const float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = (float)(gelu_one_ref(gate[i]) * up[i]);
+}
 static void add_scaled_ref(float *y, const float *x, float scale, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = (float)((double)scale * x[i] + y[i]);
 }
@@ -189,6 +196,8 @@ const struct ms4_ops ops_ref = {
     .quantize = quantize_ref,
     .rms_norm = rms_norm_ref,
     .silu_mul = silu_mul_ref,
+    .gelu = gelu_ref,
+    .gelu_mul = gelu_mul_ref,
     .add_scaled = add_scaled_ref,
     .choose = choose_ref,
     .attend = attend_ref,
