@@ -1,7 +1,7 @@
 /* quant.h -- GGUF block layouts and the activation block the integer kernels read (SPEC 4.8).
  *
  * A block is 32 weights, a superblock 256.  Every type is listed once, in MS4_TYPES: the C enum, the table of
- * sizes and the kernel tables are all made from that list.  fp16 fields are raw bits (uint16_t).
+ * sizes and the kernel tables are all made from that list (csrc/cpu/README.md: what a new type needs).  fp16 fields are raw bits (uint16_t).
  */
 #ifndef MS4_QUANT_H
 #define MS4_QUANT_H
@@ -9,23 +9,51 @@
 #include <stdint.h>
 #define SUPERBLOCK 256
 
-/* X(name, GGUF type id, weights per block, bytes per block, takes quantised activations) */
-#define MS4_TYPES(X) \
-    X(f32, 0, 1, 4, 0) X(f16, 1, 1, 2, 0) X(bf16, 30, 1, 2, 0) \
-    X(q4_0, 2, 32, 18, 1) X(q4_1, 3, 32, 20, 1) X(q5_0, 6, 32, 22, 1) X(q5_1, 7, 32, 24, 1) X(q8_0, 8, 32, 34, 1) \
-    X(q2_k, 10, 256, 84, 1) X(q3_k, 11, 256, 110, 1) X(q4_k, 12, 256, 144, 1) X(q5_k, 13, 256, 176, 1) \
-    X(q6_k, 14, 256, 210, 1) \
-    X(iq2_xxs, 16, 256, 66, 1) X(iq2_xs, 17, 256, 74, 1) X(iq3_xxs, 18, 256, 98, 1) X(iq1_s, 19, 256, 50, 1) \
-    X(iq4_nl, 20, 32, 18, 1) X(iq3_s, 21, 256, 110, 1) X(iq2_s, 22, 256, 82, 1) X(iq4_xs, 23, 256, 136, 1) \
-    X(iq1_m, 29, 256, 56, 1) X(mxfp4, 39, 32, 17, 1) X(nvfp4, 40, 64, 36, 1)
+/* How the integer sums of a superblock become a float (ops.h has the order of arithmetic): the kernels of every ISA
+ * choose by it.  scales_16, mins_16: a superblock with an integer scale (and a min) for each 16 weights; _32: for each
+ * 32.  blocks, blocks_min: a float scale (and a min) for each 32 weights; blocks_16: a float scale for each 16. */
+enum ms4_family {
+    FAMILY_floats,
+    FAMILY_scales_16, FAMILY_scales_32, FAMILY_mins_16, FAMILY_mins_32,
+    FAMILY_blocks, FAMILY_blocks_min, FAMILY_blocks_16
+};
+static inline int is_blocks(enum ms4_family f) { return f >= FAMILY_blocks; }
+static inline int has_min(enum ms4_family f) {
+    return f == FAMILY_mins_16 || f == FAMILY_mins_32 || f == FAMILY_blocks_min;
+}
+/* Weights that share a scale. */
+static inline int scale_width(enum ms4_family f) {
+    return f == FAMILY_scales_16 || f == FAMILY_mins_16 || f == FAMILY_blocks_16 ? 16 : 32;
+}
+
+/* X(name, GGUF type id, weights per block, bytes per block, family) */
+#define MS4_FLOAT_TYPES(X) X(f32, 0, 1, 4, floats) X(f16, 1, 1, 2, floats) X(bf16, 30, 1, 2, floats)
+#define MS4_QUANTISED_TYPES(X) \
+    X(q4_0, 2, 32, 18, blocks) X(q4_1, 3, 32, 20, blocks_min) X(q5_0, 6, 32, 22, blocks) \
+    X(q5_1, 7, 32, 24, blocks_min) X(q8_0, 8, 32, 34, blocks) \
+    X(q2_k, 10, 256, 84, mins_16) X(q3_k, 11, 256, 110, scales_16) X(q4_k, 12, 256, 144, mins_32) \
+    X(q5_k, 13, 256, 176, mins_32) X(q6_k, 14, 256, 210, scales_16) \
+    X(iq2_xxs, 16, 256, 66, scales_32) X(iq2_xs, 17, 256, 74, scales_16) X(iq3_xxs, 18, 256, 98, scales_32) \
+    X(iq1_s, 19, 256, 50, scales_32) X(iq4_nl, 20, 32, 18, blocks) X(iq3_s, 21, 256, 110, scales_32) \
+    X(iq2_s, 22, 256, 82, scales_16) X(iq4_xs, 23, 256, 136, scales_32) X(iq1_m, 29, 256, 56, scales_16) \
+    X(mxfp4, 39, 32, 17, blocks) X(nvfp4, 40, 64, 36, blocks_16)
+#define MS4_TYPES(X) MS4_FLOAT_TYPES(X) MS4_QUANTISED_TYPES(X)
 
 enum ms4_type {
-#define X(name, id, weights, bytes, quantised) MS4_TYPE_##name,
+#define X(name, ...) MS4_TYPE_##name,
     MS4_TYPES(X)
 #undef X
     MS4_N_TYPES
 };
+enum {
+#define X(name, id, weights, bytes, family) MS4_FAMILY_##name = FAMILY_##family,
+    MS4_TYPES(X)
+#undef X
+};
+#define FAMILY_OF(name) ((enum ms4_family)MS4_FAMILY_##name)
 
+typedef float block_f32;
+typedef uint16_t block_f16, block_bf16;
 /* y = d * (q - 8) */
 typedef struct { uint16_t d; uint8_t qs[16]; } block_q4_0;
 /* y = d * q + m */
@@ -61,32 +89,7 @@ typedef struct {
     float unused[7];
 } block_q8;
 
-#define X(name, id, weights, bytes, quantised) \
-    _Static_assert(MS4_SIZE_##name == bytes, "GGUF layout of " #name);
-#define MS4_SIZE_f32 sizeof(float)
-#define MS4_SIZE_f16 sizeof(uint16_t)
-#define MS4_SIZE_bf16 sizeof(uint16_t)
-#define MS4_SIZE_q4_0 sizeof(block_q4_0)
-#define MS4_SIZE_q4_1 sizeof(block_q4_1)
-#define MS4_SIZE_q5_0 sizeof(block_q5_0)
-#define MS4_SIZE_q5_1 sizeof(block_q5_1)
-#define MS4_SIZE_q8_0 sizeof(block_q8_0)
-#define MS4_SIZE_q2_k sizeof(block_q2_k)
-#define MS4_SIZE_q3_k sizeof(block_q3_k)
-#define MS4_SIZE_q4_k sizeof(block_q4_k)
-#define MS4_SIZE_q5_k sizeof(block_q5_k)
-#define MS4_SIZE_q6_k sizeof(block_q6_k)
-#define MS4_SIZE_iq2_xxs sizeof(block_iq2_xxs)
-#define MS4_SIZE_iq2_xs sizeof(block_iq2_xs)
-#define MS4_SIZE_iq3_xxs sizeof(block_iq3_xxs)
-#define MS4_SIZE_iq1_s sizeof(block_iq1_s)
-#define MS4_SIZE_iq4_nl sizeof(block_iq4_nl)
-#define MS4_SIZE_iq3_s sizeof(block_iq3_s)
-#define MS4_SIZE_iq2_s sizeof(block_iq2_s)
-#define MS4_SIZE_iq4_xs sizeof(block_iq4_xs)
-#define MS4_SIZE_iq1_m sizeof(block_iq1_m)
-#define MS4_SIZE_mxfp4 sizeof(block_mxfp4)
-#define MS4_SIZE_nvfp4 sizeof(block_nvfp4)
+#define X(name, id, weights, bytes, family) _Static_assert(sizeof(block_##name) == (bytes), "GGUF layout of " #name);
 MS4_TYPES(X)
 #undef X
 _Static_assert(sizeof(block_q8) == 320, "five cache lines");

@@ -31,11 +31,11 @@ static int cpu_can_run(const struct ms4_ops *t) {
     return t == &ops_ref;
 }
 /* On Zen 4 8 kB give 0.96 of the read bandwidth and 45 kB 0.90; on an Intel server 45 kB are as good as 16 to 90. */
-size_t gemv_ahead = 45056;
+size_t prefetch_ahead = 45056;
 #if defined(__x86_64__)
-__attribute__((constructor)) static void set_gemv_ahead(void) {
+__attribute__((constructor)) static void set_prefetch_ahead(void) {
     __builtin_cpu_init();
-    if (__builtin_cpu_is("amd")) gemv_ahead = 8192;
+    if (__builtin_cpu_is("amd")) prefetch_ahead = 8192;
 }
 #endif
 /* The table named isa, or the best one if isa is NULL.  NULL if there is none that runs here. */

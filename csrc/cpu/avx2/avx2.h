@@ -1,18 +1,12 @@
 /* avx2.h -- what the AVX2 files share.  Included after their target pragma. */
 #ifndef MS4_AVX2_H
 #define MS4_AVX2_H
-#include "ops.h"
-#include "cpu/plain/unpack.h"
+#include "cpu/plain/plain.h"
 #include <immintrin.h>
 
-#define INLINE static inline __attribute__((always_inline))
-
-/* many.c; ../avxvnni/many.c; one.c: one token, n_cols a multiple of 256 */
-#define X(type, family) \
-    void avx2_mul_##type(const struct ms4_mul *m); \
-    void avxvnni_mul_##type(const struct ms4_mul *m); \
-    void avx2_gemv_##type(const struct ms4_mul *m);
-UNPACK_TYPES(X)
+/* many.c; one.c: n_cols a multiple of 256 */
+#define X(type, ...) mul_fn mul_##type##_avx2, mul_##type##_avxvnni, mul_one_##type##_avx2;
+MS4_QUANTISED_TYPES(X)
 #undef X
 /* float.c */
 mul_fn mul_f32_avx2, mul_f16_avx2, mul_bf16_avx2;

@@ -19,11 +19,11 @@ INLINE void leave_in_memory(struct grid_row *g) { __asm__("" : "+m"(g->index), "
 
 /* --- 32 weights -------------------------------------------------------------------------------------------- */
 INLINE __m256i grid_8(const int8_t (*grid)[8], const uint16_t *i) {
-    return _mm256_set_epi64x(load64(grid[i[3]]), load64(grid[i[2]]), load64(grid[i[1]]), load64(grid[i[0]]));
+    return _mm256_set_epi64x(load_64(grid[i[3]]), load_64(grid[i[2]]), load_64(grid[i[1]]), load_64(grid[i[0]]));
 }
 INLINE __m256i grid_4(const int8_t (*grid)[4], const uint16_t *i) {
-    return _mm256_set_epi32((int)load32(grid[i[7]]), (int)load32(grid[i[6]]), (int)load32(grid[i[5]]), (int)load32(grid[i[4]]),
-                            (int)load32(grid[i[3]]), (int)load32(grid[i[2]]), (int)load32(grid[i[1]]), (int)load32(grid[i[0]]));
+    return _mm256_set_epi32((int)load_32(grid[i[7]]), (int)load_32(grid[i[6]]), (int)load_32(grid[i[5]]), (int)load_32(grid[i[4]]),
+                            (int)load_32(grid[i[3]]), (int)load_32(grid[i[2]]), (int)load_32(grid[i[1]]), (int)load_32(grid[i[0]]));
 }
 /* v with the signs, plus bias: none is negative */
 INLINE __m256i biased(__m256i v, uint32_t negative, int bias) {
@@ -33,7 +33,7 @@ INLINE __m256i biased(__m256i v, uint32_t negative, int bias) {
 
 /* --- indices ------------------------------------------------------------------------------------------------ */
 INLINE void set_index(struct grid_row *o, int v, __m256i words) { _mm256_store_si256((__m256i *)o->index + v, words); }
-INLINE __m256i bytes_to_words(const uint8_t *p) { return _mm256_cvtepu8_epi16(load128(p)); }
+INLINE __m256i bytes_to_words(const uint8_t *p) { return _mm256_cvtepu8_epi16(load_128(p)); }
 /* Byte a in the first four words, then b, c and d, out of 16 in either half of v. */
 INLINE __m256i four_bytes(__m256i v, int a, int b, int c, int d) {
     return _mm256_shuffle_epi8(v, _mm256_set_epi64x(0x8000800080008000 | d * 0x0001000100010001, 0x8000800080008000 | c * 0x0001000100010001,
@@ -67,7 +67,7 @@ INLINE void set_signs_and_scale(struct grid_row *o, __m256i v) {
 }
 /* 1 + 2 * nibble for 16 nibbles in order. */
 INLINE __m256i nibble_scales(const uint8_t *scales) {
-    __m128i v = _mm_cvtsi64_si128(load64(scales)), mask = _mm_set1_epi8(15);
+    __m128i v = _mm_cvtsi64_si128(load_64(scales)), mask = _mm_set1_epi8(15);
     __m128i even = _mm_and_si128(v, mask), odd = _mm_and_si128(_mm_srli_epi16(v, 4), mask);
     return twice_plus_1(_mm256_cvtepu8_epi16(_mm_unpacklo_epi64(even, odd)));
 }
@@ -75,7 +75,7 @@ INLINE __m256i nibble_scales(const uint8_t *scales) {
 /* --- IQ2, IQ3 --------------------------------------------------------------------------------------------------- */
 INLINE void find_iq2_xxs(struct grid_row *o, const uint8_t *w) {
     const block_iq2_xxs *p = (const block_iq2_xxs *)w;
-    const __m256 a = _mm256_castsi256_ps(load256(p->qs)), b = _mm256_castsi256_ps(load256(p->qs + 16));
+    const __m256 a = _mm256_castsi256_ps(load_256(p->qs)), b = _mm256_castsi256_ps(load_256(p->qs + 16));
     const __m256i index = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)), 0xd8);
     set_index(o, 0, _mm256_cvtepu8_epi16(_mm256_castsi256_si128(index)));
     set_index(o, 1, _mm256_cvtepu8_epi16(_mm256_extracti128_si256(index, 1)));
@@ -83,7 +83,7 @@ INLINE void find_iq2_xxs(struct grid_row *o, const uint8_t *w) {
 }
 INLINE void find_iq2_xs(struct grid_row *o, const uint8_t *w) {
     const block_iq2_xs *p = (const block_iq2_xs *)w;
-    const __m256i a = load256(p->qs), b = load256(p->qs + 16), nine = _mm256_set1_epi16(511);
+    const __m256i a = load_256(p->qs), b = load_256(p->qs + 16), nine = _mm256_set1_epi16(511);
     set_index(o, 0, _mm256_and_si256(a, nine));
     set_index(o, 1, _mm256_and_si256(b, nine));
     set_even_signs(o, _mm256_permute4x64_epi64(_mm256_packus_epi16(_mm256_srli_epi16(a, 9), _mm256_srli_epi16(b, 9)), 0xd8));
@@ -91,38 +91,40 @@ INLINE void find_iq2_xs(struct grid_row *o, const uint8_t *w) {
 }
 INLINE void find_iq2_s(struct grid_row *o, const uint8_t *w) {
     const block_iq2_s *p = (const block_iq2_s *)w;
-    const __m256i high = _mm256_set1_epi64x(load64(p->qh)), two = _mm256_set1_epi16(0x300);
+    const __m256i high = _mm256_set1_epi64x(load_64(p->qh)), two = _mm256_set1_epi16(0x300);
     for (int v = 0; v < 2; v++) {
         const __m256i h = four_bytes(high, 4 * v, 4 * v + 1, 4 * v + 2, 4 * v + 3);
         set_index(o, v, _mm256_or_si256(bytes_to_words(p->qs + 16 * v), _mm256_and_si256(times_four(h, 256, 64, 16, 4), two)));
     }
-    _mm256_store_si256((__m256i *)o->negative, load256(p->signs));
+    _mm256_store_si256((__m256i *)o->negative, load_256(p->signs));
     o->scale = nibble_scales(p->scales);
 }
 INLINE void find_iq3_xxs(struct grid_row *o, const uint8_t *w) {
     const block_iq3_xxs *p = (const block_iq3_xxs *)w;
     for (int v = 0; v < 4; v++) set_index(o, v, bytes_to_words(p->qs + 16 * v));
-    set_signs_and_scale(o, load256(p->w));
+    set_signs_and_scale(o, load_256(p->w));
 }
 INLINE void find_iq3_s(struct grid_row *o, const uint8_t *w) {
     const block_iq3_s *p = (const block_iq3_s *)w;
-    const __m256i high = _mm256_set1_epi64x(load64(p->qh)), one = _mm256_set1_epi16(0x100);
+    const __m256i high = _mm256_set1_epi64x(load_64(p->qh)), one = _mm256_set1_epi16(0x100);
     const __m256i up = _mm256_broadcastsi128_si256(_mm_setr_epi16(256, 128, 64, 32, 16, 8, 4, 2));
     for (int v = 0; v < 4; v++) {
         const __m256i h = four_bytes(high, 2 * v, 2 * v, 2 * v + 1, 2 * v + 1);
         set_index(o, v, _mm256_or_si256(bytes_to_words(p->qs + 16 * v), _mm256_and_si256(_mm256_mullo_epi16(h, up), one)));
     }
-    _mm256_store_si256((__m256i *)o->negative, load256(p->signs));
-    const __m128i s = _mm_cvtsi32_si128((int)load32(p->scales));
+    _mm256_store_si256((__m256i *)o->negative, load_256(p->signs));
+    const __m128i s = _mm_cvtsi32_si128((int)load_32(p->scales));
     const __m128i nibbles = _mm_and_si128(_mm_unpacklo_epi8(s, _mm_srli_epi16(s, 4)), _mm_set1_epi8(15));
     o->scale = twice_plus_1(twice(_mm_cvtepu8_epi16(nibbles)));
 }
-/* X(type, grid, weights of its rows, factor of d, bias) */
+HALVES(iq2_xxs, d, 0.125f, d) HALVES(iq2_xs, d, 0.125f, d) HALVES(iq2_s, d, 0.125f, d) HALVES(iq3_xxs, d, 0.25f, d)
+HALVES(iq3_s, d, 1, d)
+/* X(type, span, bias, grid, weights of its rows) */
 #define GRID_TYPES(X) \
-    X(iq2_xxs, grid_iq2xxs, 8, 0.125f, 43) X(iq2_xs, grid_iq2xs, 8, 0.125f, 43) X(iq2_s, grid_iq2s, 8, 0.125f, 43) \
-    X(iq3_xxs, grid_iq3xxs, 4, 0.25f, 62) X(iq3_s, grid_iq3s, 4, 1, 15)
+    X(iq2_xxs, 1, 43, grid_iq2xxs, 8) X(iq2_xs, 1, 43, grid_iq2xs, 8) X(iq2_s, 1, 43, grid_iq2s, 8) \
+    X(iq3_xxs, 1, 62, grid_iq3xxs, 4) X(iq3_s, 4, 15, grid_iq3s, 4)
 /* magnitudes_<type>: those of weights 32 c to 32 c + 31; row_<type>: as in rows.h */
-#define X(type, grid, width, factor, bias) \
+#define X(type, span, bias, grid, width) \
     INLINE __m256i magnitudes_##type(const struct grid_row *g, int c) { return grid_##width(grid, g->index + 32 / width * c); } \
     INLINE void row_##type(struct row *o, const uint8_t *w, int n) { \
         struct grid_row g; \
@@ -147,7 +149,7 @@ INLINE void set_iq1_index(struct grid_row *o, int v, const uint8_t *qs, __m256i 
 }
 INLINE void row_iq1_s(struct row *o, const uint8_t *w, int n) {
     const block_iq1_s *p = (const block_iq1_s *)w;
-    const __m256i high = twice(load128(p->qh));
+    const __m256i high = twice(load_128(p->qh));
     struct grid_row g;
     (void)n;
     for (int v = 0; v < 2; v++) set_iq1_index(&g, v, p->qs, _mm256_srli_epi16(times_four(four_words(high, 4 * v), 512, 64, 8, 1), 1));
@@ -161,14 +163,14 @@ INLINE uint16_t d_of_iq1_m(const uint8_t *w) {
 }
 INLINE void row_iq1_m(struct row *o, const uint8_t *w, int n) {
     const block_iq1_m *p = (const block_iq1_m *)w;
-    const __m256i high = twice(load128(p->qh));
+    const __m256i high = twice(load_128(p->qh));
     const __m256i bits = _mm256_set_epi64x(0x8000800080008000, 0x0800080008000800, 0x0080008000800080, 0x0008000800080008);
     struct grid_row g;
     /* group g has bits 3 j to 3 j + 2 of word g / 4, j = g % 4: to the top, and from there to bit 1 */
     const __m128i word = _mm_set_epi8(7, 6, 7, 6, 5, 4, 5, 4, 3, 2, 3, 2, 1, 0, 1, 0);
     const __m256i shift = _mm256_set_m128i(_mm_set1_epi32(1024 | 16 << 16), _mm_set1_epi32(8192 | 128 << 16));
     (void)n;
-    __m256i scale = twice(_mm_shuffle_epi8(_mm_cvtsi64_si128(load64(p->scales)), word));
+    __m256i scale = twice(_mm_shuffle_epi8(_mm_cvtsi64_si128(load_64(p->scales)), word));
     scale = _mm256_slli_epi16(_mm256_srli_epi16(_mm256_mullo_epi16(scale, shift), 13), 1);
     o->scale = _mm256_add_epi16(scale, _mm256_set1_epi16(1));
     for (int v = 0; v < 2; v++) set_iq1_index(&g, v, p->qs, _mm256_srli_epi16(times_four(four_words(high, 4 * v), 4096, 256, 16, 1), 4));
@@ -178,4 +180,13 @@ INLINE void row_iq1_m(struct row *o, const uint8_t *w, int n) {
         o->q[c] = shifted_grid(grid_8(grid_iq1, g.index + 4 * c), _mm256_cmpeq_epi16(_mm256_and_si256(h, bits), bits));
     }
 }
+INLINE __m256 d_iq1_m(const uint8_t *const *rows, int b) {
+    uint16_t h[PANEL_ROWS];
+    for (int r = 0; r < PANEL_ROWS; r++) h[r] = d_of_iq1_m(rows[r]);
+    return (void)b, _mm256_mul_ps(from_halves(h), _mm256_set1_ps(0.125f));
+}
+NO_MIN(iq1_m)
+HALVES(iq1_s, d, 0.125f, d)
+#define IQ1_TYPES(X) X(iq1_s, 4, 9) X(iq1_m, 4, 9)
+#define AVX2_TYPES(X) BLOCK_TYPES(X) K_TYPES(X) ROW_TYPES(X) GRID_TYPES(X) IQ1_TYPES(X)
 #endif

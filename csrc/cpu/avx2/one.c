@@ -12,26 +12,25 @@
 #include "cpu/plain/plain.h"
 #include "cpu/plain/prefetch.h"
 
-#define ROWS 8
 #define STEP 8                  /* superblocks */
-#define GEMV_SUPERBLOCKS 16     /* of a row in one pass */
+#define ONE_SUPERBLOCKS 16     /* of a row in one pass */
 #define LARGEST_BYTES SUPERBLOCK_BYTES(q8_0)
 
 /* How a type's activations are laid out: as they are, with the sums of even groups before those of odd ones; or for two
  * blocks that lie 64 weights apart side by side. */
 enum x_order { NATURAL, K_ORDER };
 struct x_superblock { __m256i v[8], sums; };
-#define X_SUPERBLOCKS (GEMV_SUPERBLOCKS + STEP)
-struct gemv_x {
+#define X_SUPERBLOCKS (ONE_SUPERBLOCKS + STEP)
+struct one_x {
     /* These repeat after the row's last superblock, so that a step can begin at any. */
     struct x_superblock superblock[X_SUPERBLOCKS];
     /* Sums of blocks: for K_ORDER 16-bit pairs, 0 and 2, 1 and 3, 4 and 6, 5 and 7; else single ones, of 32 or of 16
      * weights, times -bias (or 1). */
     int32_t sums[16][X_SUPERBLOCKS];
-    float d[GEMV_SUPERBLOCKS];
+    float d[ONE_SUPERBLOCKS];
 };
-typedef __m256 dot_fn(const uint8_t *w, const struct gemv_x *x, int at, const uint8_t *ahead);
-struct gemv_type { enum x_order order; int bias, narrow; size_t bytes; };
+typedef __m256 dot_fn(const uint8_t *w, const struct one_x *x, int at, const uint8_t *ahead);
+struct one_type { enum x_order order; int bias, narrow; size_t bytes; };
 
 /* --- activations ------------------------------------------------------------------------------------ */
 static void order_x(struct x_superblock *s, const block_q8 *x, enum x_order order) {
@@ -39,9 +38,9 @@ static void order_x(struct x_superblock *s, const block_q8 *x, enum x_order orde
     if (order == NATURAL) memcpy(s->v, x->qs, sizeof s->v);
     else
         for (int c = 0; c < 16; c++) memcpy((char *)s->v + 16 * c, x->qs + 16 * k_chunks[c], 16);
-    s->sums = even_odd_words(load256(x->sums));
+    s->sums = even_odd_words(load_256(x->sums));
 }
-static void sum_x(struct gemv_x *x, int i, const block_q8 *from, const struct gemv_type *t) {
+static void sum_x(struct one_x *x, int i, const block_q8 *from, const struct one_type *t) {
     const int factor = t->bias ? -t->bias : 1;
     for (int b = 0; b < 16 && t->narrow; b++) x->sums[b][i] = from->sums[b] * factor;
     for (int b = 0; b < 8 && !t->narrow; b++) x->sums[b][i] = (from->sums[2 * b] + from->sums[2 * b + 1]) * factor;
@@ -51,7 +50,7 @@ static void sum_x(struct gemv_x *x, int i, const block_q8 *from, const struct ge
         x->sums[p][i] = (x->sums[b][i] & 0xffff) | (int32_t)((uint32_t)x->sums[b + 2][i] << 16);
     }
 }
-static void gemv_x_of(struct gemv_x *x, const block_q8 *blocks, int n, const struct gemv_type *t) {
+static void open_x(struct one_x *x, const block_q8 *blocks, int n, const struct one_type *t) {
     for (int i = 0; i < n + (n % STEP ? STEP - 1 : 0); i++) {
         order_x(&x->superblock[i], blocks + i % n, t->order);
         sum_x(x, i, blocks + i % n, t);
@@ -61,30 +60,30 @@ static void gemv_x_of(struct gemv_x *x, const block_q8 *blocks, int n, const str
 
 /* --- all rows ------------------------------------------------------------------------------------------ */
 /* y[r] += d[i] * value[r * n + i], i ascending, for eight rows. */
-static void gemv_add(float *y, const float *d, const float *value, int n) {
+static void add_values(float *y, const float *d, const float *value, int n) {
     __m256 sum = _mm256_loadu_ps(y);
     int i = 0;
     for (; i + 8 <= n; i += 8) {
-        __m256i v[ROWS];
-        for (int r = 0; r < ROWS; r++) v[r] = load256(value + r * n + i);
+        __m256i v[PANEL_ROWS];
+        for (int r = 0; r < PANEL_ROWS; r++) v[r] = load_256(value + r * n + i);
         transpose_8(v);
         for (int j = 0; j < 8; j++) sum = _mm256_fmadd_ps(_mm256_set1_ps(d[i + j]), _mm256_castsi256_ps(v[j]), sum);
     }
     _mm256_storeu_ps(y, sum);
     for (; i < n; i++)
-        for (int r = 0; r < ROWS; r++) y[r] = __builtin_fmaf(d[i], value[r * n + i], y[r]);
+        for (int r = 0; r < PANEL_ROWS; r++) y[r] = __builtin_fmaf(d[i], value[r * n + i], y[r]);
 }
 /* One pass over n superblocks, from the first-th, of all rows. */
-INLINE void gemv_pass(const struct ms4_mul *m, const struct gemv_type *t, const struct gemv_x *x, int first, int n, dot_fn *dot) {
+INLINE void mul_pass(const struct ms4_mul *m, const struct one_type *t, const struct one_x *x, int first, int n, dot_fn *dot) {
     const uint8_t *end = m->w + (size_t)m->n_rows * m->row_bytes;
     const int together = m->row_bytes == (size_t)n * t->bytes;      /* then superblocks follow each other across rows */
-    for (int r0 = 0; r0 < m->n_rows; r0 += ROWS) {
-        const int n_rows = m->n_rows - r0 < ROWS ? m->n_rows - r0 : ROWS, total = n_rows * n;
-        float value[ROWS * GEMV_SUPERBLOCKS] __attribute__((aligned(32))), y[ROWS] = { 0 }, *out = m->y + r0;
+    for (int r0 = 0; r0 < m->n_rows; r0 += PANEL_ROWS) {
+        const int n_rows = m->n_rows - r0 < PANEL_ROWS ? m->n_rows - r0 : PANEL_ROWS, total = n_rows * n;
+        float value[PANEL_ROWS * ONE_SUPERBLOCKS] __attribute__((aligned(32))), y[PANEL_ROWS] = { 0 }, *out = m->y + r0;
         const uint8_t *rows = m->w + (size_t)r0 * m->row_bytes + (size_t)first * t->bytes;
         for (int i = 0, at = 0; i < total; i += STEP, at = (at + STEP) % n) {
             const uint8_t *w = rows + (size_t)(i / n) * m->row_bytes + (size_t)at * t->bytes;
-            const uint8_t *ahead = w + gemv_ahead;
+            const uint8_t *ahead = w + prefetch_ahead;
             uint8_t copy[STEP * LARGEST_BYTES];
             if (m->next && ahead >= end) ahead = m->next + (ahead - end);
             if (i + STEP > total || !(together || at + STEP <= n)) {
@@ -97,17 +96,17 @@ INLINE void gemv_pass(const struct ms4_mul *m, const struct gemv_type *t, const 
             _mm256_store_ps(value + i, dot(w, x, at, ahead));
         }
         if (first) memcpy(y, out, (size_t)n_rows * sizeof *y);
-        gemv_add(y, x->d, value, n);
+        add_values(y, x->d, value, n);
         memcpy(out, y, (size_t)n_rows * sizeof *y);
     }
 }
-INLINE void gemv(const struct ms4_mul *m, const struct gemv_type *t, dot_fn *dot) {
-    struct gemv_x x;
+INLINE void mul_one(const struct ms4_mul *m, const struct one_type *t, dot_fn *dot) {
+    struct one_x x;
     const int n_superblocks = m->n_cols / SUPERBLOCK;
-    for (int first = 0; first < n_superblocks; first += GEMV_SUPERBLOCKS) {
-        const int n = n_superblocks - first < GEMV_SUPERBLOCKS ? n_superblocks - first : GEMV_SUPERBLOCKS;
-        gemv_x_of(&x, mul_blocks(m, 0) + first, n, t);
-        gemv_pass(m, t, &x, first, n, dot);
+    for (int first = 0; first < n_superblocks; first += ONE_SUPERBLOCKS) {
+        const int n = n_superblocks - first < ONE_SUPERBLOCKS ? n_superblocks - first : ONE_SUPERBLOCKS;
+        open_x(&x, mul_blocks(m, 0) + first, n, t);
+        mul_pass(m, t, &x, first, n, dot);
     }
 }
 
@@ -123,7 +122,6 @@ INLINE __m256i scale_of_chunk(__m256i scale, int c) {
     scale = c < 4 ? scale : _mm256_srli_si256(scale, 8);
     return _mm256_shuffle_epi8(scale, _mm256_set1_epi16((short)(c % 4 * 0x202 + 0x100)));
 }
-typedef void row_fn(struct row *o, const uint8_t *w, int n_blocks);
 /* From opened rows: the dots and the sums of mins of a step. */
 INLINE void dot_rows(__m256i *dots, __m256i *mins, const uint8_t *w, const struct x_superblock *x, const uint8_t *ahead,
                      row_fn *open, size_t bytes, int bias, int is_signed, int has_min) {
@@ -145,37 +143,26 @@ INLINE void dot_rows(__m256i *dots, __m256i *mins, const uint8_t *w, const struc
         if (has_min) mins[s] = _mm256_madd_epi16(o.min, x[s].sums);
     }
 }
-INLINE __m256 halves_every(const uint8_t *w, size_t bytes) {
-    uint16_t h[STEP];
-    for (int s = 0; s < STEP; s++) memcpy(h + s, w + (size_t)s * bytes, 2);
-    return _mm256_cvtph_ps(_mm_set_epi16((short)h[7], (short)h[6], (short)h[5], (short)h[4], (short)h[3], (short)h[2],
-                                         (short)h[1], (short)h[0]));
+/* Where the superblocks of a step begin. */
+INLINE void rows_of(const uint8_t **rows, const uint8_t *w, size_t bytes) {
+    for (int s = 0; s < STEP; s++) rows[s] = w + (size_t)s * bytes;
 }
-/* X(type, offset of d, factor, bias, signed) */
-#define ROW_TYPES(X) \
-    X(q3_k, 108, 1, 4, 0) X(q6_k, 208, 1, 32, 0) X(iq4_xs, 0, 1, 0, 1) X(iq1_s, 0, 0.125f, 9, 0)
-#define X(type, d_at, factor, bias, is_signed) \
-    INLINE __m256 dot_##type(const uint8_t *w, const struct gemv_x *x, int at, const uint8_t *ahead) { \
-        __m256i dots[STEP]; \
-        dot_rows(dots, NULL, w, x->superblock + at, ahead, row_##type, sizeof(block_##type), bias, is_signed, 0); \
-        __m256 d = halves_every(w + (d_at), sizeof(block_##type)); \
-        return _mm256_mul_ps(_mm256_mul_ps(d, _mm256_set1_ps(factor)), to_floats(sum_each(dots))); \
-    }
-ROW_TYPES(X)
-#undef X
-INLINE __m256 dot_iq1_m(const uint8_t *w, const struct gemv_x *x, int at, const uint8_t *ahead) {
-    __m256i dots[STEP];
-    uint16_t d[STEP];
-    dot_rows(dots, NULL, w, x->superblock + at, ahead, row_iq1_m, sizeof(block_iq1_m), 9, 0, 0);
-    for (int s = 0; s < STEP; s++) d[s] = d_of_iq1_m(w + (size_t)s * sizeof(block_iq1_m));
-    return _mm256_mul_ps(_mm256_mul_ps(halves_every((const uint8_t *)d, 2), _mm256_set1_ps(0.125f)), to_floats(sum_each(dots)));
-}
-INLINE __m256 dot_q2_k(const uint8_t *w, const struct gemv_x *x, int at, const uint8_t *ahead) {
+INLINE __m256 dot_opened(const uint8_t *w, const struct one_x *x, int at, const uint8_t *ahead, row_fn *open, scale_fn *d,
+                         scale_fn *min, size_t bytes, enum ms4_family family, int span, int bias) {
+    const uint8_t *rows[STEP];
     __m256i dots[STEP], mins[STEP];
-    dot_rows(dots, mins, w, x->superblock + at, ahead, row_q2_k, sizeof(block_q2_k), 0, 0, 1);
-    __m256 v = _mm256_mul_ps(halves_every(w + offsetof(block_q2_k, d), sizeof(block_q2_k)), to_floats(sum_each(dots)));
-    return _mm256_fnmadd_ps(halves_every(w + offsetof(block_q2_k, dmin), sizeof(block_q2_k)), to_floats(sum_each(mins)), v);
+    dot_rows(dots, mins, w, x->superblock + at, ahead, open, bytes, span ? bias : 0, !span, has_min(family));
+    rows_of(rows, w, bytes);
+    const __m256 v = _mm256_mul_ps(d(rows, 0), to_floats(sum_each(dots)));
+    return has_min(family) ? _mm256_fnmadd_ps(min(rows, 0), to_floats(sum_each(mins)), v) : v;
 }
+#define X(type, span, bias) \
+    INLINE __m256 dot_##type(const uint8_t *w, const struct one_x *x, int at, const uint8_t *ahead) { \
+        return dot_opened(w, x, at, ahead, row_##type, d_##type, m_##type, sizeof(block_##type), FAMILY_OF(type), \
+                          span, bias); \
+    }
+ROW_TYPES(X) IQ1_TYPES(X)
+#undef X
 
 /* --- IQ2, IQ3 ------------------------------------------------------------------------------------------- */
 typedef void find_fn(struct grid_row *o, const uint8_t *w);
@@ -200,12 +187,13 @@ INLINE void dot_grid(__m256i *dots, const uint8_t *w, const struct x_superblock 
         dots[s] = dot;
     }
 }
-#define X(type, grid, width, factor, bias) \
-    INLINE __m256 dot_##type(const uint8_t *w, const struct gemv_x *x, int at, const uint8_t *ahead) { \
+#define X(type, ...) \
+    INLINE __m256 dot_##type(const uint8_t *w, const struct one_x *x, int at, const uint8_t *ahead) { \
+        const uint8_t *rows[STEP]; \
         __m256i dots[STEP]; \
         dot_grid(dots, w, x->superblock + at, ahead, find_##type, magnitudes_##type, sizeof(block_##type)); \
-        const __m256 d = _mm256_mul_ps(halves_every(w, sizeof(block_##type)), _mm256_set1_ps(factor)); \
-        return _mm256_mul_ps(d, to_floats(sum_each(dots))); \
+        rows_of(rows, w, sizeof(block_##type)); \
+        return _mm256_mul_ps(d_##type(rows, 0), to_floats(sum_each(dots))); \
     }
 GRID_TYPES(X)
 #undef X
@@ -214,7 +202,7 @@ GRID_TYPES(X)
 /* out[j], lane s: dword j of the 16 bytes at w + s * bytes */
 INLINE void load_transposed(__m256i *out, const uint8_t *w, size_t bytes) {
     __m256i a[4];
-    for (size_t s = 0; s < 4; s++) a[s] = _mm256_inserti128_si256(_mm256_castsi128_si256(load128(w + s * bytes)), load128(w + (s + 4) * bytes), 1);
+    for (size_t s = 0; s < 4; s++) a[s] = _mm256_inserti128_si256(_mm256_castsi128_si256(load_128(w + s * bytes)), load_128(w + (s + 4) * bytes), 1);
     const __m256i t0 = _mm256_unpacklo_epi32(a[0], a[1]), t1 = _mm256_unpackhi_epi32(a[0], a[1]);
     const __m256i t2 = _mm256_unpacklo_epi32(a[2], a[3]), t3 = _mm256_unpackhi_epi32(a[2], a[3]);
     out[0] = _mm256_unpacklo_epi64(t0, t2);
@@ -224,7 +212,7 @@ INLINE void load_transposed(__m256i *out, const uint8_t *w, size_t bytes) {
 }
 /* The 6-bit scales of a superblock, a byte each.  Done in general registers: they are idle here. */
 INLINE uint64_t k_scales(const uint8_t *p) {
-    const uint32_t a = load32(p), c = load32(p + 8);
+    const uint32_t a = load_32(p), c = load_32(p + 8);
     return (a & 0x3f3f3f3f) | (uint64_t)((c & 0x0f0f0f0f) | (a >> 2 & 0x30303030)) << 32;
 }
 /* The factors and the 6-bit mins of eight superblocks, mins of four blocks to a dword. */
@@ -242,12 +230,12 @@ INLINE struct k_header load_k_header(const uint8_t *w, size_t bytes) {
     k.mins[1] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(h[3], 4), four), _mm256_and_si256(_mm256_srli_epi16(h[2], 2), top));
     return k;
 }
-INLINE __m256i sum_k_mins(const __m256i *mins, const struct gemv_x *x, int at) {
+INLINE __m256i sum_k_mins(const __m256i *mins, const struct one_x *x, int at) {
     const __m256i low = _mm256_set1_epi16(255);
     __m256i sum = _mm256_setzero_si256();
     for (int h = 0; h < 2; h++) {
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_and_si256(mins[h], low), load256(x->sums[2 * h] + at)));
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_srli_epi16(mins[h], 8), load256(x->sums[2 * h + 1] + at)));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_and_si256(mins[h], low), load_256(x->sums[2 * h] + at)));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_srli_epi16(mins[h], 8), load_256(x->sums[2 * h + 1] + at)));
     }
     return sum;
 }
@@ -267,7 +255,7 @@ INLINE __m256i dot_k_one(const uint8_t *qs, const uint8_t *qh, uint64_t scales, 
             const __m256i w = half ? _mm256_permute2x128_si256(first, second, 0x31) : _mm256_permute2x128_si256(first, second, 0x20);
             __m256i q0 = _mm256_and_si256(w, four), q1 = _mm256_and_si256(_mm256_srli_epi16(w, 4), four);
             if (has_high) {         /* bits 4 h to 4 h + 3 are those of blocks 0, 1 and, in the high half, 2, 3 */
-                const __m256i b = _mm256_broadcastsi128_si256(load128(qh + half * 16));
+                const __m256i b = _mm256_broadcastsi128_si256(load_128(qh + half * 16));
                 const __m256i b0 = h ? _mm256_srlv_epi32(b, _mm256_set_epi64x(0x200000002, 0x200000002, 0, 0))
                                      : _mm256_sllv_epi32(b, _mm256_set_epi64x(0x200000002, 0x200000002, 0x400000004, 0x400000004));
                 const __m256i b1 = h ? _mm256_srlv_epi32(b, _mm256_set_epi64x(0x300000003, 0x300000003, 0x100000001, 0x100000001))
@@ -288,7 +276,7 @@ INLINE __m256i dot_k_one(const uint8_t *qs, const uint8_t *qh, uint64_t scales, 
     }
     return dot;
 }
-INLINE __m256 dot_k(const uint8_t *w, const struct gemv_x *x, int at, const uint8_t *ahead, int has_high) {
+INLINE __m256 dot_k(const uint8_t *w, const struct one_x *x, int at, const uint8_t *ahead, int has_high) {
     const size_t bytes = has_high ? sizeof(block_q5_k) : sizeof(block_q4_k), qs = bytes - 128;
     __m256i dots[STEP];
 #pragma GCC unroll 1
@@ -302,16 +290,17 @@ INLINE __m256 dot_k(const uint8_t *w, const struct gemv_x *x, int at, const uint
     const __m256 v = _mm256_mul_ps(k.d, to_floats(sum_each(dots)));
     return _mm256_fnmadd_ps(k.dmin, to_floats(sum_k_mins(k.mins, x, at)), v);
 }
-INLINE __m256 dot_q4_k(const uint8_t *w, const struct gemv_x *x, int at, const uint8_t *ahead) { return dot_k(w, x, at, ahead, 0); }
-INLINE __m256 dot_q5_k(const uint8_t *w, const struct gemv_x *x, int at, const uint8_t *ahead) { return dot_k(w, x, at, ahead, 1); }
+INLINE __m256 dot_q4_k(const uint8_t *w, const struct one_x *x, int at, const uint8_t *ahead) { return dot_k(w, x, at, ahead, 0); }
+INLINE __m256 dot_q5_k(const uint8_t *w, const struct one_x *x, int at, const uint8_t *ahead) { return dot_k(w, x, at, ahead, 1); }
 
 /* --- 32-blocks ---------------------------------------------------------------------------------------------- */
 typedef __m256i chunk_fn(const uint8_t *w, int b);
-typedef __m256 factor_fn(const uint8_t *w, int b);
 /* Block b of all eight superblocks, then the next: so that block sums come out side by side. */
-INLINE __m256 dot_blocks(const uint8_t *w, const struct gemv_x *x, int at, const uint8_t *ahead, chunk_fn *chunk, factor_fn *d,
-                         factor_fn *min, size_t bytes, int bias, int is_signed, int narrow) {
+INLINE __m256 dot_blocks(const uint8_t *w, const struct one_x *x, int at, const uint8_t *ahead, chunk_fn *chunk, scale_fn *d,
+                         scale_fn *min, size_t bytes, int bias, int is_signed, int narrow) {
+    const uint8_t *rows[STEP];
     __m256 v = _mm256_setzero_ps();
+    rows_of(rows, w, bytes);
 #pragma GCC unroll 1
     for (int b = 0; b < 8; b++) {
         __m256i p[STEP];
@@ -323,55 +312,39 @@ INLINE __m256 dot_blocks(const uint8_t *w, const struct gemv_x *x, int at, const
         if (narrow) {
             __m256i even, odd;
             sum_halves(&even, &odd, p);
-            even = _mm256_add_epi32(even, load256(x->sums[2 * b] + at));
-            odd = _mm256_add_epi32(odd, load256(x->sums[2 * b + 1] + at));
-            v = _mm256_fmadd_ps(d(w, 2 * b), to_floats(even), v);
-            v = _mm256_fmadd_ps(d(w, 2 * b + 1), to_floats(odd), v);
+            even = _mm256_add_epi32(even, load_256(x->sums[2 * b] + at));
+            odd = _mm256_add_epi32(odd, load_256(x->sums[2 * b + 1] + at));
+            v = _mm256_fmadd_ps(d(rows, 2 * b), to_floats(even), v);
+            v = _mm256_fmadd_ps(d(rows, 2 * b + 1), to_floats(odd), v);
             continue;
         }
         __m256i sum = sum_each(p);
-        if (bias) sum = _mm256_add_epi32(sum, load256(x->sums[b] + at));
-        v = _mm256_fmadd_ps(d(w, b), to_floats(sum), v);
-        if (min) v = _mm256_fmadd_ps(min(w, b), to_floats(load256(x->sums[b] + at)), v);
+        if (bias) sum = _mm256_add_epi32(sum, load_256(x->sums[b] + at));
+        v = _mm256_fmadd_ps(d(rows, b), to_floats(sum), v);
+        if (min) v = _mm256_fmadd_ps(min(rows, b), to_floats(load_256(x->sums[b] + at)), v);
     }
     return v;
 }
-#define HALVES(type) \
-    INLINE __m256 d_##type(const uint8_t *w, int b) { return halves_every(w + (size_t)b * sizeof(block_##type), SUPERBLOCK_BYTES(type)); } \
-    INLINE __m256 m_##type(const uint8_t *w, int b) { return halves_every(w + (size_t)b * sizeof(block_##type) + 2, SUPERBLOCK_BYTES(type)); }
-HALVES(q4_0) HALVES(q4_1) HALVES(q5_0) HALVES(q5_1) HALVES(q8_0) HALVES(iq4_nl)
-INLINE __m256i words_every(const uint8_t *w, size_t bytes) {
-    return _mm256_set_epi32((int)load32(w + 7 * bytes), (int)load32(w + 6 * bytes), (int)load32(w + 5 * bytes), (int)load32(w + 4 * bytes),
-                            (int)load32(w + 3 * bytes), (int)load32(w + 2 * bytes), (int)load32(w + bytes), (int)load32(w));
-}
-INLINE __m256 d_mxfp4(const uint8_t *w, int b) { return floats_e8m0(words_every(w + (size_t)b * sizeof(block_mxfp4), SUPERBLOCK_BYTES(mxfp4))); }
-INLINE __m256 d_nvfp4(const uint8_t *w, int b) {
-    return floats_e4m3(words_every(w + (size_t)(b / 4) * sizeof(block_nvfp4), SUPERBLOCK_BYTES(nvfp4)), b % 4);
-}
-/* X(type, min, bias, signed, 16-blocks) */
-#define BLOCK_TYPES(X) \
-    X(q4_0, NULL, 8, 0, 0) X(q4_1, m_q4_1, 0, 0, 0) X(q5_0, NULL, 16, 0, 0) X(q5_1, m_q5_1, 0, 0, 0) X(q8_0, NULL, 0, 1, 0) \
-    X(iq4_nl, NULL, 0, 1, 0) X(mxfp4, NULL, 12, 0, 0) X(nvfp4, NULL, 12, 0, 1)
-#define X(type, min, bias, is_signed, narrow) \
-    INLINE __m256 dot_##type(const uint8_t *w, const struct gemv_x *x, int at, const uint8_t *ahead) { \
-        return dot_blocks(w, x, at, ahead, chunk_##type, d_##type, min, SUPERBLOCK_BYTES(type), bias, is_signed, narrow); \
+#define X(type, span, bias) \
+    INLINE __m256 dot_##type(const uint8_t *w, const struct one_x *x, int at, const uint8_t *ahead) { \
+        return dot_blocks(w, x, at, ahead, chunk_##type, d_##type, has_min(FAMILY_OF(type)) ? m_##type : NULL, \
+                          SUPERBLOCK_BYTES(type), span ? bias : 0, !span, FAMILY_OF(type) == FAMILY_blocks_16); \
     }
 BLOCK_TYPES(X)
 #undef X
 
-#define GEMV(type, order, bias, narrow) \
-    void avx2_gemv_##type(const struct ms4_mul *m) { \
-        const struct gemv_type t = { order, bias, narrow, SUPERBLOCK_BYTES(type) }; \
-        gemv(m, &t, dot_##type); \
+#define MUL_ONE(type, order, bias) \
+    void mul_one_##type##_avx2(const struct ms4_mul *m) { \
+        const struct one_type t = { order, bias, FAMILY_OF(type) == FAMILY_blocks_16, SUPERBLOCK_BYTES(type) }; \
+        mul_one(m, &t, dot_##type); \
     }
-#define X(type, min, bias, is_signed, narrow) GEMV(type, NATURAL, bias, narrow)
+#define X(type, span, bias) MUL_ONE(type, NATURAL, (span) ? (bias) : 0)
 BLOCK_TYPES(X)
 #undef X
-#define X(type, d_at, factor, bias, is_signed) GEMV(type, NATURAL, 0, 0)
-ROW_TYPES(X)
+#define X(type, ...) MUL_ONE(type, NATURAL, 0)
+ROW_TYPES(X) GRID_TYPES(X) IQ1_TYPES(X)
 #undef X
-#define X(type, grid, width, factor, bias) GEMV(type, NATURAL, 0, 0)
-GRID_TYPES(X)
+#define X(type, ...) MUL_ONE(type, K_ORDER, 0)
+K_TYPES(X)
 #undef X
-GEMV(q2_k, NATURAL, 0, 0) GEMV(q4_k, K_ORDER, 0, 0) GEMV(q5_k, K_ORDER, 0, 0) GEMV(iq1_m, NATURAL, 0, 0)
 #endif

@@ -4,6 +4,12 @@
 #include "cpu/plain/plain.h"
 #include <immintrin.h>
 
+#define PANEL_ROWS 16       /* rows of a panel, and rows added up together for one token: the lanes of a register */
+
+/* many.c; one.c: n_cols a multiple of 256 */
+#define X(type, ...) mul_fn mul_##type##_avx512, mul_one_##type##_avx512;
+MS4_QUANTISED_TYPES(X)
+#undef X
 /* float.c */
 mul_fn mul_f32_avx512, mul_f16_avx512, mul_bf16_avx512;
 /* attend.c */

@@ -1,20 +1,20 @@
-/* grid_rows.h -- the types whose weights are rows of a grid (IQ1, IQ2, IQ3), and the panels of NVFP4.
+/* grid_rows.h -- opens superblocks of the types whose weights are rows of a grid (IQ1, IQ2, IQ3).
  *
- * A row of an IQ2 or IQ3 grid packs into a word, and a grid of words into few vectors: permutations look up 32 rows at once,
- * where a gather takes them one by one.  The packed grid is made anew for each product, which is quickly done.
+ * A row of an IQ2 or IQ3 grid packs into a word, and a grid of words into few vectors: permutations look up 32 rows at
+ * once, where a gather takes them one by one.  The packed grid is made anew for each product, which is quickly done.
  * Both kinds of product take the result: panels transpose it, single tokens multiply it as it is.
  */
-#ifndef MS4_AVX512_GRIDS_H
-#define MS4_AVX512_GRIDS_H
-#include "one.h"
+#ifndef MS4_AVX512_GRID_ROWS_H
+#define MS4_AVX512_GRID_ROWS_H
+#include "rows.h"
 
-/* 256 weights: unsigned magnitudes, and which are negative; or weight + IQ1_OFFSET (IQ1).
+/* 256 weights: unsigned magnitudes, and which are negative; or weight + IQ1_BIAS (IQ1).
  * IQ2 has them in QUAD_ORDER, IQ3 in BLOCK_ORDER, IQ1 in order. */
 struct grid_row {
     __m512i q[4];
     __mmask64 negative[4];
 };
-#define IQ1_OFFSET 16
+#define IQ1_BIAS 16
 /* Opens two superblocks, which share the loads of the packed grid. */
 typedef void grid_rows_fn(struct grid_row *out, panel_rows w, const __m512i *grid);
 /* The scales of a superblock: bytes, one for each 16-group */
@@ -43,7 +43,7 @@ static void pack_iq2_s(__m512i *grid) { pack_pairs(grid, grid_iq2s, 1024); }
 static void pack_iq3_xxs(__m512i *grid) { pack_nibbles(grid, grid_iq3xxs, 256, 3); }
 static void pack_iq3_s(__m512i *grid) { pack_nibbles(grid, grid_iq3s, 512, 0); }
 /* Replaces each word of two vectors of indices (0..n - 1) by that word of the grid. */
-static inline __attribute__((always_inline)) void look_up_words(__m512i *index, const __m512i *grid, const int n) {
+INLINE void look_up_words(__m512i *index, const __m512i *grid, const int n) {
     __m512i t[2][8];
     __mmask32 upper[2][4];
     for (int j = 0; j < 4; j++)
@@ -124,7 +124,7 @@ static inline void set_pairs(struct grid_row *out, __m512i words) {
     out->q[2] = _mm512_shuffle_epi8(lower, odd);
     out->q[3] = _mm512_shuffle_epi8(upper, odd);
 }
-static inline __attribute__((always_inline)) void rows_iq2_xxs(struct grid_row *out, panel_rows w, const __m512i *grid) {
+INLINE void rows_iq2_xxs(struct grid_row *out, panel_rows w, const __m512i *grid) {
     __m512i index[2];
     for (int r = 0; r < 2; r++) {
         const __m512i v = load_512(w[r] + offsetof(block_iq2_xxs, qs));
@@ -134,7 +134,7 @@ static inline __attribute__((always_inline)) void rows_iq2_xxs(struct grid_row *
     look_up_words(index, grid, 256);
     for (int r = 0; r < 2; r++) set_pairs(&out[r], index[r]);
 }
-static inline __attribute__((always_inline)) void rows_iq2_xs(struct grid_row *out, panel_rows w, const __m512i *grid) {
+INLINE void rows_iq2_xs(struct grid_row *out, panel_rows w, const __m512i *grid) {
     const __m512i parity = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 8, 8, 0, 8, 0, 0, 8, 8, 0, 0, 8, 0, 8, 8, 0));
     const __m512i high = _mm512_set1_epi16(0x0f00);
     __m512i index[2];
@@ -166,7 +166,7 @@ static inline __m512i index_with_high(const uint8_t *qs, __m512i words, int step
     const __m512i high = _mm512_and_si512(_mm512_srlv_epi16(words, shifts_of_four(step)), _mm512_set1_epi16((short)mask));
     return _mm512_or_si512(_mm512_cvtepu8_epi16(load_256(qs)), _mm512_slli_epi16(high, 8));
 }
-static inline __attribute__((always_inline)) void rows_iq2_s(struct grid_row *out, panel_rows w, const __m512i *grid) {
+INLINE void rows_iq2_s(struct grid_row *out, panel_rows w, const __m512i *grid) {
     __m512i index[2];
     for (int r = 0; r < 2; r++) {
         const __m128i qh = _mm_cvtepu8_epi16(_mm_loadl_epi64((const void *)(w[r] + offsetof(block_iq2_s, qh))));
@@ -185,7 +185,7 @@ static inline void set_nibbles(__m512i *q, __m512i words) {
     q[0] = _mm512_unpacklo_epi8(even, odd);
     q[1] = _mm512_unpackhi_epi8(even, odd);
 }
-static inline __attribute__((always_inline)) void rows_iq3_xxs(struct grid_row *out, panel_rows w, const __m512i *grid) {
+INLINE void rows_iq3_xxs(struct grid_row *out, panel_rows w, const __m512i *grid) {
     const __m512i values = _mm512_broadcast_i32x4(_mm_setr_epi8(4, 12, 20, 28, 36, 44, 52, 62, 0, 0, 0, 0, 0, 0, 0, 0));
     for (int r = 0; r < 2; r++) {
         const uint8_t *qs = w[r] + offsetof(block_iq3_xxs, qs);
@@ -197,7 +197,7 @@ static inline __attribute__((always_inline)) void rows_iq3_xxs(struct grid_row *
         set_block_signs(&out[r], spread_signs(load_256(w[r] + offsetof(block_iq3_xxs, w))));
     }
 }
-static inline __attribute__((always_inline)) void rows_iq3_s(struct grid_row *out, panel_rows w, const __m512i *grid) {
+INLINE void rows_iq3_s(struct grid_row *out, panel_rows w, const __m512i *grid) {
     const __m512i bit = _mm512_set1_epi16(256);
     for (int r = 0; r < 2; r++) {
         const uint8_t *qs = w[r] + offsetof(block_iq3_s, qs);
@@ -224,11 +224,11 @@ static inline void look_up_eight(struct grid_row *out, const int8_t (*grid)[8], 
         out->q[i] = _mm512_set_epi64(row[7], row[6], row[5], row[4], row[3], row[2], row[1], row[0]);
     }
 }
-/* Weights 8 * G + 1, or - 1 where a bit of minus (one for each 8 weights) is set; + IQ1_OFFSET. */
+/* Weights 8 * G + 1, or - 1 where a bit of minus (one for each 8 weights) is set; + IQ1_BIAS. */
 static inline void finish_iq1(struct grid_row *out, uint32_t minus) {
     for (int i = 0; i < 4; i++) {
         const __m512i eight = _mm512_and_si512(_mm512_slli_epi16(out->q[i], 3), _mm512_set1_epi8(-8));
-        const __m512i delta = _mm512_mask_blend_epi64((__mmask8)(minus >> 8 * i), _mm512_set1_epi8(IQ1_OFFSET + 1), _mm512_set1_epi8(IQ1_OFFSET - 1));
+        const __m512i delta = _mm512_mask_blend_epi64((__mmask8)(minus >> 8 * i), _mm512_set1_epi8(IQ1_BIAS + 1), _mm512_set1_epi8(IQ1_BIAS - 1));
         out->q[i] = _mm512_add_epi8(eight, delta);
         out->negative[i] = 0;
     }
@@ -277,126 +277,9 @@ static inline __m512 grid_d_iq1_m(panel_rows w) {
     }
     return _mm512_mul_ps(_mm512_cvtph_ps(load_256(d)), _mm512_set1_ps(0.125f));
 }
-
-/* --- panels ---------------------------------------------------------------------------------- */
 static inline __m512i signed_bytes(__m512i q, __mmask64 negative) { return _mm512_mask_sub_epi8(q, negative, _mm512_setzero_si512(), q); }
-/* 256 weights in order, as signed bytes, from QUAD_ORDER: 16-byte chunk c is in lane c / 4 of out[c % 4]. */
-static inline void join_quads(__m512i *out, const struct grid_row *g) {
-    __m512i q[4];
-    for (int j = 0; j < 4; j++) q[j] = signed_bytes(g->q[j], g->negative[j]);
-    const __m512i t0 = _mm512_unpacklo_epi8(q[0], q[1]), t1 = _mm512_unpackhi_epi8(q[0], q[1]);
-    const __m512i t2 = _mm512_unpacklo_epi8(q[2], q[3]), t3 = _mm512_unpackhi_epi8(q[2], q[3]);
-    out[0] = _mm512_unpacklo_epi16(t0, t2);
-    out[1] = _mm512_unpackhi_epi16(t0, t2);
-    out[2] = _mm512_unpacklo_epi16(t1, t3);
-    out[3] = _mm512_unpackhi_epi16(t1, t3);
-}
-static inline __attribute__((always_inline)) void fill_grid(struct panel *p, panel_rows rows, grid_rows_fn *open, grid_scales_fn *scales_of,
-                                                            const enum chunk_order order) {
-    __m512i q[PANEL_ROWS][4], scales[4];
-    __m128i row_scales[PANEL_ROWS];
-    const uint8_t *at[PANEL_ROWS], *scales_at[PANEL_ROWS];
-    const __m512i top = _mm512_set1_epi8(order == NATURAL ? 0 : -128);
-#pragma GCC unroll 1
-    for (int r0 = 0; r0 < PANEL_ROWS; r0 += 2) {
-        struct grid_row g[2];
-        open(g, rows + r0, p->grid);
-        for (int k = 0; k < 2; k++) {
-            const int r = r0 + k;
-            if (order == QUAD_ORDER) join_quads(q[r], &g[k]);
-            else for (int i = 0; i < 4; i++) q[r][i] = order == NATURAL ? g[k].q[i] : signed_bytes(g[k].q[i], g[k].negative[i]);
-            for (int i = 0; i < 4; i++) q[r][i] = _mm512_xor_si512(q[r][i], top);
-            row_scales[r] = scales_of(rows[r]);
-            at[r] = (const uint8_t *)q[r];
-            scales_at[r] = (const uint8_t *)&row_scales[r];
-        }
-    }
-    for (size_t c = 0; c < 16; c++) {
-        const size_t quad = 64 * (c % 4) + 16 * (c / 4), block = 128 * (c / 8) + 64 * (c % 2) + 16 * (c % 8 / 2);
-        load_transposed(p->q + 4 * c, at, order == QUAD_ORDER ? quad : order == BLOCK_ORDER ? block : 16 * c);
-    }
-    load_transposed(scales, scales_at, 0);
-    for (int g = 0; g < 16; g++) p->scale[g] = byte_of(scales[g / 4], g % 4);
-}
-
-/* --- one token ------------------------------------------------------------------------------- */
-static inline __m512i signed_x(const __m512i *x, const struct grid_row *g, int i) { return signed_bytes(x[i], g->negative[i]); }
-/* QUAD_ORDER: the dwords of all four products add up to the 16-groups.  scales: bytes, one for each */
-static inline __m512i scale_quads(const struct grid_row *g, const __m512i *x, __m128i scales) {
-    __m512i dot[2];         /* two, as one alone would wait for its own last addition */
-    for (int h = 0; h < 2; h++) dot[h] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), g->q[h], signed_x(x, g, h));
-    for (int h = 0; h < 2; h++) dot[h] = _mm512_dpbusd_epi32(dot[h], g->q[2 + h], signed_x(x, g, 2 + h));
-    return _mm512_mullo_epi32(_mm512_add_epi32(dot[0], dot[1]), _mm512_cvtepi8_epi32(scales));
-}
-/* BLOCK_ORDER: blocks 0..3 in the lanes of one sum, 4..7 in those of the other */
-static inline __m512i scale_halves(const struct grid_row *g, const __m512i *x, __m128i scales) {
-    const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6), s = _mm512_cvtepi8_epi32(scales);
-    __m512i dot[2];
-    for (int h = 0; h < 2; h++) {
-        dot[h] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), g->q[2 * h], signed_x(x, g, 2 * h));
-        dot[h] = _mm512_dpbusd_epi32(dot[h], g->q[2 * h + 1], signed_x(x, g, 2 * h + 1));
-    }
-    return _mm512_add_epi32(_mm512_mullo_epi32(dot[0], _mm512_permutexvar_epi32(first, s)),
-                            _mm512_mullo_epi32(dot[1], _mm512_permutexvar_epi32(_mm512_add_epi32(first, _mm512_set1_epi32(8)), s)));
-}
-static inline __attribute__((always_inline)) __m512 dot_grid(const uint8_t *w, const struct gemv_x *x, const uint8_t *ahead, size_t bytes,
-                                                             grid_rows_fn *open, grid_scales_fn *scales_of, const enum chunk_order order, __m512 d) {
-    __m512i sums[4];
-#pragma GCC unroll 1
-    for (int l = 0; l < 4; l++) {
-        __m512i acc[4];
-        for (int r = 0; r < 4; r += 2) {
-            const uint8_t *two[2] = { w + (size_t)(4 * l + r) * bytes, w + (size_t)(4 * l + r + 1) * bytes };
-            struct grid_row g[2];
-            open(g, two, x->grid);
-            for (int k = 0; k < 2; k++) {
-                const __m512i *s = x->v[4 * l + r + k];
-                const __m128i scales = scales_of(two[k]);
-                acc[r + k] = order == QUAD_ORDER ? scale_quads(&g[k], s, scales) : scale_halves(&g[k], s, scales);
-                prefetch_after(acc[r + k], ahead + (size_t)(4 * l) * bytes, (size_t)(r + k), 4, 4 * bytes);
-            }
-        }
-        sums[l] = add_dwords(acc);
-    }
-    return _mm512_mul_ps(d, _mm512_cvtepi32_ps(add_lanes(sums)));
-}
 /* X(type, order, d of 16 rows) */
 #define GRID_TYPES(X) \
     X(iq2_xxs, QUAD_ORDER, grid_d(w, 0.125f)) X(iq2_xs, QUAD_ORDER, grid_d(w, 0.125f)) X(iq2_s, QUAD_ORDER, grid_d(w, 0.125f)) \
     X(iq3_xxs, BLOCK_ORDER, grid_d(w, 0.25f)) X(iq3_s, BLOCK_ORDER, grid_d(w, 1.0f))
-#define GRID_PANEL(type, order, d_of_rows) \
-    static void fill_##type(struct panel *p, panel_rows w, int blocks) { \
-        (void)blocks; \
-        p->d = d_of_rows; \
-        fill_grid(p, w, rows_##type, scales_##type, order); \
-    }
-GRID_TYPES(GRID_PANEL) GRID_PANEL(iq1_s, NATURAL, grid_d(w, 0.125f)) GRID_PANEL(iq1_m, NATURAL, grid_d_iq1_m(w))
-#define X(type, order, d_of_rows) \
-    static __attribute__((noinline)) __m512 dot_##type(const uint8_t *first, const struct gemv_x *x, const uint8_t *ahead) { \
-        const uint8_t *w[16]; \
-        rows_of(w, first, sizeof(block_##type)); \
-        return dot_grid(first, x, ahead, sizeof(block_##type), rows_##type, scales_##type, order, d_of_rows); \
-    }
-GRID_TYPES(X)
-#undef X
-
-/* --- NVFP4 ----------------------------------------------------------------------------------- */
-static void fill_nvfp4(struct panel *p, panel_rows rows, int blocks) {
-    for (int b = blocks; b < 8; b++) clear_block(p, b);
-    for (int g = 2 * blocks; g < 16; g++) p->factor[g] = _mm512_setzero_ps();
-    for (int g = 0; g < 2 * blocks; g += 2) {
-        const size_t block = (size_t)g / 4 * sizeof(block_nvfp4), scale = block + (size_t)g % 4;
-        __m512i v[4];
-        load_transposed(v, rows, block + offsetof(block_nvfp4, qs) + (size_t)g % 4 * 8);
-        for (int k = 0; k < 2; k++) {
-            float d[PANEL_ROWS];
-            for (int r = 0; r < PANEL_ROWS; r++) d[r] = unpack_e4m3_half(rows[r][scale + (size_t)k]);
-            p->factor[g + k] = _mm512_loadu_ps(d);
-            for (int j = 0; j < 2; j++) {
-                p->q[4 * (g + k) + j] = _mm512_shuffle_epi8(e2m1_table(), low_nibbles(v[2 * k + j]));
-                p->q[4 * (g + k) + 2 + j] = _mm512_shuffle_epi8(e2m1_table(), high_nibbles(v[2 * k + j]));
-            }
-        }
-    }
-}
 #endif

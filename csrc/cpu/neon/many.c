@@ -1,49 +1,38 @@
-/* many.c -- products with quantised weights on AArch64 with the dot-product instructions (ARMv8.2 and later).
+/* many.c -- products with many tokens on AArch64 with the dot-product instructions (ARMv8.2 and later).
  *
- * Rows are opened by unpack.h, which the compiler vectorises; the products are written out here: row by row for one
- * token, and for more a panel of eight rows, so that one register of activations serves four weights of each row.
+ * Rows are opened by unpack.h, which the compiler vectorises; the products are written out here: a panel of eight rows,
+ * so that one register of activations serves four weights of each row.
  */
 #if defined(__aarch64__)
 #pragma GCC target("arch=armv8.2-a+dotprod")
 #include "neon.h"
 
-INLINE int is_blocks(enum family f) { return f != FAMILY_SCALES && f != FAMILY_MINS; }
 /* How a type's superblock is opened, and what its sums become. */
-struct opener { unpack_fn *unpack; size_t bytes; enum family family; };
+struct opener { unpack_fn *unpack; size_t bytes; enum ms4_family family; };
 
-/* --- one token ---------------------------------------------------------------------------------------- */
-static void dot_groups_neon(int32_t *sums, const int8_t *q, const int8_t *x) {
-    for (int g = 0; g < 16; g += 4) {
-        int32x4_t v[4];
-        for (int j = 0; j < 4; j++) v[j] = vdotq_s32(vdupq_n_s32(0), vld1q_s8(q + (g + j) * 16), vld1q_s8(x + (g + j) * 16));
-        vst1q_s32(sums + g, vpaddq_s32(vpaddq_s32(v[0], v[1]), vpaddq_s32(v[2], v[3])));
-    }
-}
-
-/* --- many tokens -------------------------------------------------------------------------------------- */
-#define ROWS 8              /* rows of a panel: two registers of four */
+#define PANEL_ROWS 8              /* rows of a panel: two registers of four */
 
 /* One superblock of eight rows, opened: four weights of each row side by side, and everything else by rows. */
 struct panel {
-    int8_t q[SUPERBLOCK / 4][ROWS][4];
-    int32_t scale[16][ROWS], min[16][ROWS];
-    float d[16][ROWS], m[8][ROWS];
+    int8_t q[SUPERBLOCK / 4][PANEL_ROWS][4];
+    int32_t scale[16][PANEL_ROWS], min[16][PANEL_ROWS];
+    float d[16][PANEL_ROWS], m[8][PANEL_ROWS];
 };
 INLINE void open_panel(struct panel *p, const struct ms4_mul *m, int first, int i, int n, struct opener t) {
-    for (int r = 0; r < ROWS; r++) {
+    for (int r = 0; r < PANEL_ROWS; r++) {
         struct opened o;
         int row = first + r < m->n_rows ? first + r : m->n_rows - 1;
         t.unpack(&o, m->w + (size_t)row * m->row_bytes + (size_t)i * t.bytes, n);
         for (int k = 0; k < SUPERBLOCK / 4; k++) memcpy(p->q[k][r], o.q + k * 4, 4);
         if (is_blocks(t.family)) {
-            int n_scales = t.family == FAMILY_BLOCKS_16 ? n / 16 : n / 32;
+            int n_scales = t.family == FAMILY_blocks_16 ? n / 16 : n / 32;
             for (int b = 0; b < n_scales; b++) p->d[b][r] = o.block_d[b];
-            if (t.family == FAMILY_BLOCKS_MIN) for (int b = 0; b < n / 32; b++) p->m[b][r] = o.block_m[b];
+            if (has_min(t.family)) for (int b = 0; b < n / 32; b++) p->m[b][r] = o.block_m[b];
             continue;
         }
         for (int g = 0; g < 16; g++) p->scale[g][r] = o.scale[g];
         p->d[0][r] = o.d;
-        if (t.family != FAMILY_MINS) continue;
+        if (!has_min(t.family)) continue;
         for (int g = 0; g < 16; g++) p->min[g][r] = o.min[g];
         p->m[0][r] = o.dmin;
     }
@@ -60,7 +49,7 @@ INLINE void tile_group(int32x4_t *dot, const struct panel *p, const block_q8 *co
         dot[t] = vdotq_laneq_s32(dot[t], w[3], v, 3);
     }
 }
-INLINE void tile_superblock(float32x4_t *y, const struct panel *p, const block_q8 *const *x, int n, int half, enum family f) {
+INLINE void tile_superblock(float32x4_t *y, const struct panel *p, const block_q8 *const *x, int n, int half, enum ms4_family f) {
     int32x4_t sum[TILE], low[TILE];
     for (int t = 0; t < n; t++) sum[t] = low[t] = vdupq_n_s32(0);
     for (int g = 0; g < 16; g++) {
@@ -68,17 +57,17 @@ INLINE void tile_superblock(float32x4_t *y, const struct panel *p, const block_q
         for (int t = 0; t < n; t++) dot[t] = vdupq_n_s32(0);
         tile_group(dot, p, x, n, half, g * 16);
         for (int t = 0; t < n; t++) sum[t] = vmlaq_s32(sum[t], dot[t], scale);
-        if (f == FAMILY_MINS)
+        if (has_min(f))
             for (int t = 0; t < n; t++) low[t] = vmlaq_n_s32(low[t], vld1q_s32(p->min[g] + half * 4), x[t]->sums[g]);
     }
     for (int t = 0; t < n; t++) {
         float32x4_t v = vmulq_f32(vld1q_f32(p->d[0] + half * 4), vcvtq_f32_s32(sum[t]));
-        if (f == FAMILY_MINS) v = vfmsq_f32(v, vld1q_f32(p->m[0] + half * 4), vcvtq_f32_s32(low[t]));
+        if (has_min(f)) v = vfmsq_f32(v, vld1q_f32(p->m[0] + half * 4), vcvtq_f32_s32(low[t]));
         y[t] = vfmaq_n_f32(y[t], v, x[t]->d);
     }
 }
-INLINE void tile_blocks(float32x4_t *y, const struct panel *p, const block_q8 *const *x, int n, int half, int n_here, enum family f) {
-    const int width = f == FAMILY_BLOCKS_16 ? 16 : 32;
+INLINE void tile_blocks(float32x4_t *y, const struct panel *p, const block_q8 *const *x, int n, int half, int n_here, enum ms4_family f) {
+    const int width = f == FAMILY_blocks_16 ? 16 : 32;
     float32x4_t v[TILE];
     for (int t = 0; t < n; t++) v[t] = vdupq_n_f32(0);
     for (int b = 0; b < n_here / width; b++) {
@@ -87,7 +76,7 @@ INLINE void tile_blocks(float32x4_t *y, const struct panel *p, const block_q8 *c
         for (int k = b * width; k < (b + 1) * width; k += 16) tile_group(dot, p, x, n, half, k);
         for (int t = 0; t < n; t++) {
             v[t] = vfmaq_f32(v[t], vld1q_f32(p->d[b] + half * 4), vcvtq_f32_s32(dot[t]));
-            if (f == FAMILY_BLOCKS_MIN)
+            if (has_min(f))
                 v[t] = vfmaq_n_f32(v[t], vld1q_f32(p->m[b] + half * 4), (float)(x[t]->sums[2 * b] + x[t]->sums[2 * b + 1]));
         }
     }
@@ -119,8 +108,8 @@ INLINE void tile(const struct ms4_mul *m, const struct panel *p, int token, int 
         for (int t = 0; t < n; t++) store_rows(m->y + (size_t)(token + t) * m->y_stride + row, y[t], m->n_rows - row);
     }
 }
-INLINE void mul_panels(const struct ms4_mul *m, struct opener o) {
-    for (int first = 0; first < m->n_rows; first += ROWS)
+INLINE void mul_many(const struct ms4_mul *m, struct opener o) {
+    for (int first = 0; first < m->n_rows; first += PANEL_ROWS)
         for (int i = 0; i * SUPERBLOCK < m->n_cols; i++) {
             struct panel p;
             int token = 0, n = m->n_cols - i * SUPERBLOCK;
@@ -131,12 +120,12 @@ INLINE void mul_panels(const struct ms4_mul *m, struct opener o) {
         }
 }
 #define PANEL_FROM 3        /* so many tokens are worth opening a panel for */
-#define X(type, family) \
+#define X(type, id, weights, bytes, family) \
     void mul_##type##_neon(const struct ms4_mul *m) { \
-        const struct opener o = { unpack_##type, SUPERBLOCK_BYTES(type), family }; \
-        if (m->n_tokens < PANEL_FROM) mul_opened_plain(m, o.unpack, o.bytes, family, dot_groups_neon); \
-        else mul_panels(m, o); \
+        const struct opener o = { unpack_##type, SUPERBLOCK_BYTES(type), FAMILY_##family }; \
+        if (m->n_tokens < PANEL_FROM) mul_one_##type##_neon(m); \
+        else mul_many(m, o); \
     }
-UNPACK_TYPES(X)
+MS4_QUANTISED_TYPES(X)
 #undef X
 #endif

@@ -4,12 +4,11 @@
 #include "cpu/plain/plain.h"
 #include <arm_neon.h>
 
-#define INLINE static inline __attribute__((always_inline))
 #define TILE 4              /* tokens, or query rows, computed together */
 
-/* many.c */
-#define X(type, family) void mul_##type##_neon(const struct ms4_mul *m);
-UNPACK_TYPES(X)
+/* many.c; one.c */
+#define X(type, ...) mul_fn mul_##type##_neon, mul_one_##type##_neon;
+MS4_QUANTISED_TYPES(X)
 #undef X
 /* float.c */
 mul_fn mul_f32_neon, mul_f16_neon, mul_bf16_neon;

@@ -9,7 +9,7 @@
 const struct ms4_ops ops_neon = {
     .isa = "neon",
     .mul = {
-#define X(name, id, weights, bytes, quantised) [MS4_TYPE_##name] = mul_##name##_neon,
+#define X(name, ...) [MS4_TYPE_##name] = mul_##name##_neon,
         MS4_TYPES(X)
 #undef X
     },

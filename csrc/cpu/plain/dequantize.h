@@ -4,9 +4,9 @@
 #include "quant.h"
 
 /* n weights, whole blocks */
-#define X(name, id, weights, bytes, quantised) void dequantize_##name(float *out, const void *w, size_t n);
+#define X(name, ...) void dequantize_##name(float *out, const void *w, size_t n);
 MS4_TYPES(X)
 #undef X
-#define DEQUANTIZE_ENTRY(name, id, weights, bytes, quantised) [MS4_TYPE_##name] = dequantize_##name,
+#define DEQUANTIZE_ENTRY(name, ...) [MS4_TYPE_##name] = dequantize_##name,
 #define DEQUANTIZE_TABLE { MS4_TYPES(DEQUANTIZE_ENTRY) }
 #endif

@@ -206,26 +206,26 @@ static inline const float *mul_floats(const struct ms4_mul *m, int token) {
     return (const float *)((const uint8_t *)m->x + (size_t)mul_row_of(m, token) * m->x_stride);
 }
 /* y plus the product of one superblock (n weights of it exist) with one token's block. */
-static inline float add_superblock_plain(float y, const struct opened *o, const block_q8 *x, int n, enum family family,
-                                         const int32_t *sums) {
-    if (family == FAMILY_SCALES || family == FAMILY_MINS) {
+static inline float add_superblock_plain(float y, const struct opened *o, const block_q8 *x, int n,
+                                         enum ms4_family family, const int32_t *sums) {
+    if (!is_blocks(family)) {
         int32_t dot = 0, mins = 0;
         for (int g = 0; g < 16; g++) dot += o->scale[g] * sums[g];
         float t = o->d * (float)dot;
-        if (family == FAMILY_MINS) {
+        if (has_min(family)) {
             for (int g = 0; g < 16; g++) mins += o->min[g] * x->sums[g];
             t = __builtin_fmaf(-o->dmin, (float)mins, t);
         }
         return __builtin_fmaf(x->d, t, y);
     }
     float t = 0;
-    if (family == FAMILY_BLOCKS_16) {
+    if (family == FAMILY_blocks_16) {
         for (int b = 0; b < n / 16; b++) t = __builtin_fmaf(o->block_d[b], (float)sums[b], t);
         return __builtin_fmaf(x->d, t, y);
     }
     for (int b = 0; b < n / 32; b++) {
         t = __builtin_fmaf(o->block_d[b], (float)(sums[b * 2] + sums[b * 2 + 1]), t);
-        if (family == FAMILY_BLOCKS_MIN)
+        if (has_min(family))
             t = __builtin_fmaf(o->block_m[b], (float)(x->sums[b * 2] + x->sums[b * 2 + 1]), t);
     }
     return __builtin_fmaf(x->d, t, y);
@@ -233,8 +233,8 @@ static inline float add_superblock_plain(float y, const struct opened *o, const 
 /* sums[g] = the product of group g, 16 weights wide. */
 typedef void dot_groups_fn(int32_t *sums, const int8_t *q, const int8_t *x);
 /* One row times every token.  bytes: of one superblock's weights.  unpack, family and dot are constants. */
-static inline __attribute__((always_inline)) void mul_opened_plain(const struct ms4_mul *m, unpack_fn *unpack, size_t bytes,
-                                                                   enum family family, dot_groups_fn *dot) {
+INLINE void mul_opened_plain(const struct ms4_mul *m, unpack_fn *unpack, size_t bytes, enum ms4_family family,
+                             dot_groups_fn *dot) {
     for (int r = 0; r < m->n_rows; r++)
         for (int i = 0, n_left = m->n_cols; n_left > 0; i++, n_left -= SUPERBLOCK) {
             int n = n_left < SUPERBLOCK ? n_left : SUPERBLOCK;
@@ -252,7 +252,7 @@ static inline __attribute__((always_inline)) void mul_opened_plain(const struct 
 /* Bytes of 256 weights of a type. */
 #define SUPERBLOCK_BYTES(type) (sizeof(block_##type) * SUPERBLOCK / PLAIN_WEIGHTS_##type)
 enum {
-#define X(name, id, weights, bytes, quantised) PLAIN_WEIGHTS_##name = weights,
+#define X(name, id, weights, bytes, family) PLAIN_WEIGHTS_##name = weights,
     MS4_TYPES(X)
 #undef X
 };

@@ -5,7 +5,7 @@
 
 /* Bytes from where weights are read to where they are asked for; into L2, as L1 has too few outstanding misses.
  * Measured on each maker's processors (dispatch.c). */
-extern size_t gemv_ahead;
+extern size_t prefetch_ahead;
 
 /* Part i of n (constants) of the prefetches of `bytes` bytes at `ahead`, behind the instruction that computes the
  * vector v.  Prefetches stand alone between loads and arithmetic: eight in a row take a third of memory's speed, two a

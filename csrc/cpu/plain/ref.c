@@ -31,7 +31,7 @@ static void mul_ref(const struct ms4_mul *m, enum ms4_type type) {
             m->y[(size_t)t * m->y_stride + (size_t)r] = (float)sum;
         }
 }
-#define X(name, id, weights, bytes, quantised) \
+#define X(name, ...) \
     static void mul_##name##_ref(const struct ms4_mul *m) { mul_ref(m, MS4_TYPE_##name); }
 MS4_TYPES(X)
 #undef X
@@ -188,7 +188,7 @@ static void transpose_keys_ref(float *kt, const float *k, size_t k_stride, int32
 const struct ms4_ops ops_ref = {
     .isa = "ref",
     .mul = {
-#define X(name, id, weights, bytes, quantised) [MS4_TYPE_##name] = mul_##name##_ref,
+#define X(name, ...) [MS4_TYPE_##name] = mul_##name##_ref,
         MS4_TYPES(X)
 #undef X
     },

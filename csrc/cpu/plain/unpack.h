@@ -9,6 +9,8 @@
 #include "quant.h"
 #include <string.h>
 
+#define INLINE static inline __attribute__((always_inline))
+
 /* Superblock types: weight k = d * scale[k / 16] * q[k] - dmin * min[k / 16].
  * 32-blocks: weight k = block_d[b] * q[k] + block_m[b], with b = k / 32; for NVFP4 b = k / 16. */
 struct opened {
@@ -256,19 +258,4 @@ static inline void unpack_iq1_m(struct opened *o, const uint8_t *w, int n) {
         unpack_shifted(o->q + g * 8, grid_iq1[p->qs[g] | (bits & 7) << 8], bits & 8 ? -1 : 1);
     }
 }
-/* How the integer sums of a superblock become a float (ops.h has the order of arithmetic). */
-enum family {
-    FAMILY_SCALES,      /* superblock with scales per 16 */
-    FAMILY_MINS,        /* the same with mins */
-    FAMILY_BLOCKS,      /* 32-blocks with a float scale */
-    FAMILY_BLOCKS_MIN,  /* the same with a float min */
-    FAMILY_BLOCKS_16    /* blocks of 16 with a float scale */
-};
-/* X(type, family) */
-#define UNPACK_TYPES(X) \
-    X(q4_0, FAMILY_BLOCKS) X(q4_1, FAMILY_BLOCKS_MIN) X(q5_0, FAMILY_BLOCKS) X(q5_1, FAMILY_BLOCKS_MIN) \
-    X(q8_0, FAMILY_BLOCKS) X(q2_k, FAMILY_MINS) X(q3_k, FAMILY_SCALES) X(q4_k, FAMILY_MINS) X(q5_k, FAMILY_MINS) \
-    X(q6_k, FAMILY_SCALES) X(iq2_xxs, FAMILY_SCALES) X(iq2_xs, FAMILY_SCALES) X(iq3_xxs, FAMILY_SCALES) \
-    X(iq1_s, FAMILY_SCALES) X(iq4_nl, FAMILY_BLOCKS) X(iq3_s, FAMILY_SCALES) X(iq2_s, FAMILY_SCALES) \
-    X(iq4_xs, FAMILY_SCALES) X(iq1_m, FAMILY_SCALES) X(mxfp4, FAMILY_BLOCKS) X(nvfp4, FAMILY_BLOCKS_16)
 #endif

@@ -1,12 +1,14 @@
-/* one_crumbs.h -- products with one token for Q2_K, Q3_K and Q6_K.  Two bits of the 64 bytes of a superblock are one
- * vector of quants, in CRUMB_ORDER, and each of its 128-bit lanes is a 16-group.  Two superblocks go together: their
- * products fit 16 bits, so they share the vectors that are scaled. */
-#ifndef MS4_AVX512_GEMV_CRUMBS_H
-#define MS4_AVX512_GEMV_CRUMBS_H
+/* one_crumbs.c -- products with one token on AVX-512: Q2_K, Q3_K and Q6_K.
+ *
+ * Two bits of the 64 bytes of a superblock are one vector of quants, in CRUMB_ORDER, and each of its 128-bit lanes is a
+ * 16-group.  Two superblocks go together: their products fit 16 bits, so they share the vectors that are scaled.
+ */
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")
 #include "one.h"
 
 static inline __m256i fours_in_turn(void) { return _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); }
-/* 16 bytes of each of two superblocks, four in turn; widened to words they are in the order of gemv_x's groups. */
+/* 16 bytes of each of two superblocks, four in turn; widened to words they are in the order of one_x's groups. */
 static inline __m256i pair_bytes(const uint8_t *a, const uint8_t *b) {
     return _mm256_permutevar8x32_epi32(load_two(a, b), fours_in_turn());
 }
@@ -18,7 +20,7 @@ static inline __m512i spread_groups(__m512i words, int j) {
 }
 /* Adds scale * product; dot[j][r]: of vector j of superblock r.  Dwords of the result: two of the first superblock, two
  * of the second in each lane. */
-static inline __attribute__((always_inline)) __m512i scale_groups_two(__m512i acc, __m512i (*dot)[2], __m512i words) {
+INLINE __m512i scale_groups_two(__m512i acc, __m512i (*dot)[2], __m512i words) {
     for (int j = 0; j < 4; j++) acc = _mm512_dpwssd_epi32(acc, _mm512_packs_epi32(dot[j][0], dot[j][1]), spread_groups(words, j));
     return acc;
 }
@@ -29,7 +31,7 @@ static inline __m512i group_factors(int a, int b, int c, int d) {
 }
 /* --- Q2_K ------------------------------------------------------------------------------------ */
 /* Four times the sum of two superblocks: the upper two bits of each nibble stay where they are. */
-static inline __attribute__((always_inline)) __m512i dot_q2_k_two(__m512i *mins, const uint8_t *w, const __m512i (*x)[4], const int16_t (*sums)[16], const uint8_t *ahead) {
+INLINE __m512i dot_q2_k_two(__m512i *mins, const uint8_t *w, const __m512i (*x)[4], const int16_t (*sums)[16], const uint8_t *ahead) {
     const size_t size = sizeof(block_q2_k);
     const __m512i low = _mm512_set1_epi8(3), high = _mm512_set1_epi8(12), zero = _mm512_setzero_si512();
     const __m512i words = _mm512_cvtepu8_epi16(pair_bytes(w + offsetof(block_q2_k, scales), w + size + offsetof(block_q2_k, scales)));
@@ -46,7 +48,7 @@ static inline __attribute__((always_inline)) __m512i dot_q2_k_two(__m512i *mins,
     prefetch_after(*mins, ahead, 2, 3, 2 * size);
     return scale_groups_two(zero, dot, _mm512_mullo_epi16(_mm512_and_si512(words, _mm512_set1_epi16(15)), group_factors(4, 1, 4, 1)));
 }
-static __attribute__((noinline)) __m512 dot_q2_k(const uint8_t *w, const struct gemv_x *x, const uint8_t *ahead) {
+static __m512 dot_q2_k(const uint8_t *w, const struct one_x *x, const uint8_t *ahead) {
     const size_t size = sizeof(block_q2_k);
     __m512i sums[4], mins[4];
     uint32_t d[16];
@@ -64,7 +66,7 @@ static __attribute__((noinline)) __m512 dot_q2_k(const uint8_t *w, const struct 
     return _mm512_fnmadd_ps(halves_to_floats(_mm512_srli_epi32(ds, 16)), _mm512_cvtepi32_ps(add_lanes(mins)), t);
 }
 /* --- Q3_K ------------------------------------------------------------------------------------ */
-/* The scales of two superblocks: 6 bits each, as words in the order of gemv_x's groups. */
+/* The scales of two superblocks: 6 bits each, as words in the order of one_x's groups. */
 static inline __m512i q3_k_scales(const uint8_t *w) {
     const size_t at = sizeof(block_q3_k) - 16;      /* two bytes that do not matter, 12 of scales, d */
     const __m256i v = load_two(w + at, w + sizeof(block_q3_k) + at);
@@ -75,7 +77,7 @@ static inline __m512i q3_k_scales(const uint8_t *w) {
 }
 /* Eight times the sum of two superblocks: the quants of vector j come 2^j times, so that their high bits need not be
  * moved one by one.  sums: -16 times those of the activations. */
-static inline __attribute__((always_inline)) __m512i dot_q3_k_two(const uint8_t *w, const __m512i (*x)[4], const int16_t (*sums)[16], const uint8_t *ahead) {
+INLINE __m512i dot_q3_k_two(const uint8_t *w, const __m512i (*x)[4], const int16_t (*sums)[16], const uint8_t *ahead) {
     const size_t size = sizeof(block_q3_k);
     const __m512i scales = q3_k_scales(w);
     __m512i dot[4][2];
@@ -96,7 +98,7 @@ static inline __attribute__((always_inline)) __m512i dot_q3_k_two(const uint8_t 
 }
 /* --- Q6_K ------------------------------------------------------------------------------------ */
 /* Two superblocks; sums: -16 times those of the activations. */
-static inline __attribute__((always_inline)) __m512i dot_q6_k_two(const uint8_t *w, const __m512i (*x)[4], const int16_t (*sums)[16], const uint8_t *ahead) {
+INLINE __m512i dot_q6_k_two(const uint8_t *w, const __m512i (*x)[4], const int16_t (*sums)[16], const uint8_t *ahead) {
     const size_t size = sizeof(block_q6_k), at = offsetof(block_q6_k, scales);
     const __m512i top = _mm512_set1_epi8(48), scales = _mm512_cvtepi8_epi16(pair_bytes(w + at, w + size + at)), zero = _mm512_setzero_si512();
     __m512i dot[4][2];
@@ -121,7 +123,7 @@ static inline __attribute__((always_inline)) __m512i dot_q6_k_two(const uint8_t 
 }
 /* Two types without mins; shift: what their sums have too much. */
 #define DOT_PAIRS(type, shift) \
-    static __attribute__((noinline)) __m512 dot_##type(const uint8_t *w, const struct gemv_x *x, const uint8_t *ahead) { \
+    static __m512 dot_##type(const uint8_t *w, const struct one_x *x, const uint8_t *ahead) { \
         const size_t size = sizeof(block_##type); \
         __m512i sums[4]; \
         uint16_t d[16]; \
@@ -136,4 +138,8 @@ static inline __attribute__((always_inline)) __m512i dot_q6_k_two(const uint8_t 
     }
 DOT_PAIRS(q3_k, 3)
 DOT_PAIRS(q6_k, 0)
+
+MUL_ONE(q2_k, CRUMB_ORDER, 1, NULL)
+MUL_ONE(q3_k, CRUMB_ORDER, -16, NULL)
+MUL_ONE(q6_k, CRUMB_ORDER, -16, NULL)
 #endif

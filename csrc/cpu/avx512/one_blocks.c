@@ -1,7 +1,7 @@
-/* one_blocks.h -- products with one token for the types with a float scale per block, and for IQ4_XS.
+/* one_blocks.c -- products with one token on AVX-512: the types with a float scale for each block, and IQ4_XS.
  * A superblock's weights come as four vectors in BLOCK_ORDER: both halves of a block add up in one 128-bit lane. */
-#ifndef MS4_AVX512_GEMV_BLOCKS_H
-#define MS4_AVX512_GEMV_BLOCKS_H
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")
 #include "one.h"
 
 /* Blocks 0..3 in the lanes of out[0], 4..7 in those of out[1]; the nibbles of a block go through a table. */
@@ -47,7 +47,7 @@ static inline __m512i first_lanes(const __m512i *a) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_setr_m128i(_mm512_castsi512_si128(a[2]), _mm512_castsi512_si128(a[3])), 1);
 }
 /* size: of a block */
-static inline __attribute__((always_inline)) __m512 dot_blocks(const uint8_t *w, const struct gemv_x *x, const uint8_t *ahead, const size_t size,
+INLINE __m512 dot_blocks(const uint8_t *w, const struct one_x *x, const uint8_t *ahead, const size_t size,
                                                                const enum block_kind kind, const __m512i table) {
     __m512i four[2][4], blocks[8], scales[4];
 #pragma GCC unroll 1
@@ -85,7 +85,7 @@ static inline __attribute__((always_inline)) __m512 dot_blocks(const uint8_t *w,
     return t;
 }
 #define DOT_BLOCKS(type, kind, table) \
-    static __attribute__((noinline)) __m512 dot_##type(const uint8_t *w, const struct gemv_x *x, const uint8_t *ahead) { \
+    static __m512 dot_##type(const uint8_t *w, const struct one_x *x, const uint8_t *ahead) { \
         return dot_blocks(w, x, ahead, sizeof(block_##type), kind, table); \
     }
 DOT_BLOCKS(q4_0, NIBBLE_BLOCKS, identity_table())
@@ -100,7 +100,7 @@ static inline __m256i add_dwords_256(const __m256i *a) {
     return _mm256_add_epi32(_mm256_unpacklo_epi64(t0, t1), _mm256_unpackhi_epi64(t0, t1));
 }
 /* A block is a vector of 256 bits here: wider ones would be put together from two loads. */
-static __attribute__((noinline)) __m512 dot_q8_0(const uint8_t *w, const struct gemv_x *x, const uint8_t *ahead) {
+static __m512 dot_q8_0(const uint8_t *w, const struct one_x *x, const uint8_t *ahead) {
     const __m256i top = _mm256_set1_epi8(-128);
     uint16_t d[8][16];
     __m128i rows[2][16] __attribute__((aligned(64)));       /* the products of blocks 0..3 and 4..7 */
@@ -145,7 +145,7 @@ static inline void iq4_xs_scales(__m512i *pairs, __m512i h0, __m512i h1) {
     pairs[0] = _mm512_unpacklo_epi8(e, o);
     pairs[1] = _mm512_unpackhi_epi8(e, o);
 }
-static __attribute__((noinline)) __m512 dot_iq4_xs(const uint8_t *w, const struct gemv_x *x, const uint8_t *ahead) {
+static __m512 dot_iq4_xs(const uint8_t *w, const struct one_x *x, const uint8_t *ahead) {
     const uint8_t *rows[16];
     const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), table = kv_table();
     __m512i h[4], pairs[2], sums[4];
@@ -173,4 +173,10 @@ static __attribute__((noinline)) __m512 dot_iq4_xs(const uint8_t *w, const struc
     }
     return _mm512_mul_ps(halves_to_floats(h[0]), _mm512_cvtepi32_ps(add_lanes(sums)));
 }
+
+MUL_ONE(q4_0, BLOCK_ORDER, -8, NULL)
+MUL_ONE(q8_0, NATURAL, -128, NULL)
+MUL_ONE(iq4_nl, BLOCK_ORDER, -128, NULL)
+MUL_ONE(mxfp4, BLOCK_ORDER, -12, NULL)
+MUL_ONE(iq4_xs, BLOCK_ORDER, -128, NULL)
 #endif
