@@ -296,8 +296,8 @@ INLINE __m256 dot_q5_k(const uint8_t *w, const struct one_x *x, int at, const ui
 /* --- 32-blocks ---------------------------------------------------------------------------------------------- */
 typedef __m256i chunk_fn(const uint8_t *w, int b);
 /* Block b of all eight superblocks, then the next: so that block sums come out side by side. */
-INLINE __m256 dot_blocks(const uint8_t *w, const struct one_x *x, int at, const uint8_t *ahead, chunk_fn *chunk, scale_fn *d,
-                         scale_fn *min, size_t bytes, int bias, int is_signed, int narrow) {
+INLINE __m256 dot_blocks(const uint8_t *w, const struct one_x *x, int at, const uint8_t *ahead, chunk_fn *chunk,
+                         scale_fn *d, scale_fn *min, size_t bytes, enum ms4_family family, int span, int bias) {
     const uint8_t *rows[STEP];
     __m256 v = _mm256_setzero_ps();
     rows_of(rows, w, bytes);
@@ -306,10 +306,10 @@ INLINE __m256 dot_blocks(const uint8_t *w, const struct one_x *x, int at, const 
         __m256i p[STEP];
 #pragma GCC unroll 8
         for (int s = 0; s < STEP; s++) {
-            p[s] = _mm256_madd_epi16(pairs(chunk(w + (size_t)s * bytes, b), x->superblock[at + s].v[b], is_signed), _mm256_set1_epi16(1));
+            p[s] = _mm256_madd_epi16(pairs(chunk(w + (size_t)s * bytes, b), x->superblock[at + s].v[b], !span), _mm256_set1_epi16(1));
             prefetch_after(p[s], ahead + (size_t)b * bytes, s, STEP, bytes);
         }
-        if (narrow) {
+        if (family == FAMILY_blocks_16) {
             __m256i even, odd;
             sum_halves(&even, &odd, p);
             even = _mm256_add_epi32(even, load_256(x->sums[2 * b] + at));
@@ -319,16 +319,16 @@ INLINE __m256 dot_blocks(const uint8_t *w, const struct one_x *x, int at, const 
             continue;
         }
         __m256i sum = sum_each(p);
-        if (bias) sum = _mm256_add_epi32(sum, load_256(x->sums[b] + at));
+        if (span && bias) sum = _mm256_add_epi32(sum, load_256(x->sums[b] + at));
         v = _mm256_fmadd_ps(d(rows, b), to_floats(sum), v);
-        if (min) v = _mm256_fmadd_ps(min(rows, b), to_floats(load_256(x->sums[b] + at)), v);
+        if (has_min(family)) v = _mm256_fmadd_ps(min(rows, b), to_floats(load_256(x->sums[b] + at)), v);
     }
     return v;
 }
 #define X(type, span, bias) \
     INLINE __m256 dot_##type(const uint8_t *w, const struct one_x *x, int at, const uint8_t *ahead) { \
-        return dot_blocks(w, x, at, ahead, chunk_##type, d_##type, has_min(FAMILY_OF(type)) ? m_##type : NULL, \
-                          SUPERBLOCK_BYTES(type), span ? bias : 0, !span, FAMILY_OF(type) == FAMILY_blocks_16); \
+        return dot_blocks(w, x, at, ahead, chunk_##type, d_##type, m_##type, SUPERBLOCK_BYTES(type), FAMILY_OF(type), \
+                          span, bias); \
     }
 BLOCK_TYPES(X)
 #undef X
