@@ -8,7 +8,7 @@
 # make kernels   every fast kernel against the reference, with timings
 # make san       the same kernels under AddressSanitizer and UBSan
 # make san-engine, make tsan   the engine's tests under those, and under ThreadSanitizer
-# make arch      the same kernels as other CPUs would run them (qemu): old x86, AVX2-only, ARM
+# make arch      the same kernels as other CPUs would run them (qemu): old x86, AVX2 only, ARM without and with dotprod
 # make lint      ruff, mypy, and the warnings of the C compiler
 # make ci        what CI runs
 PYTHON ?= python3
@@ -59,11 +59,13 @@ build/asan: .venv/ready FORCE
 	CFLAGS="$(SAN)" LDFLAGS="-fsanitize=address,undefined" $(PY) csrc/build_core.py $@
 san: build/asan
 	$(CC) $(SAN) -o build/checksan $(CHECK) $(KERNELS:%.c=build/asan/obj/%.o) -lm -pthread && ASAN_OPTIONS=handle_segv=0 build/checksan
-arch: build/glue/grids.c
-	$(CC) -O3 -static -o build/checkstatic $(CHECK) $(KERNELS) -lm -pthread
-	for cpu in Nehalem Haswell; do echo "== $$cpu"; qemu-x86_64 -cpu $$cpu build/checkstatic --slack=16 2>/dev/null || exit 1; done
-	aarch64-linux-gnu-gcc -O3 -static -o build/checkarm $(CHECK) $(KERNELS) -lm -pthread
-	for cpu in cortex-a53 max; do echo "== $$cpu"; qemu-aarch64 -cpu $$cpu build/checkarm || exit 1; done
+arch: all
+	$(CC) -O3 -static -o build/checkstatic $(CHECK) $(KERNELS:%.c=build/obj/%.o) -lm -pthread
+	qemu-x86_64 -cpu Nehalem build/checkstatic 2>/dev/null
+	qemu-x86_64 -cpu Haswell build/checkstatic --isa=avx2 --slack=16 2>/dev/null
+	aarch64-linux-gnu-gcc -O3 -Wall -Wextra -Werror -static -o build/checkarm $(CHECK) $(KERNELS) -lm -pthread
+	qemu-aarch64 -cpu cortex-a53 build/checkarm
+	qemu-aarch64 -cpu max build/checkarm --isa=neon
 san-engine: build/asan
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" PYTHONMALLOC=malloc PYTHONPATH=build/asan ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0:allocator_may_return_null=1 $(PY) -m pytest -q -s -p no:cacheprovider tests/test_engine.py tests/test_vision.py
 tsan: .venv/ready
