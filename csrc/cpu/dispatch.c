@@ -20,7 +20,8 @@ static int cpu_can_run(const struct ms4_ops *t) {
 #if defined(__x86_64__)
     __builtin_cpu_init();       /* libgcc also asks XGETBV whether the OS saves the registers */
     if (t == &ops_avx512)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+            && __builtin_cpu_supports("avx512dq")
             && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
     const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (t == &ops_avxvnni) return avx2 && __builtin_cpu_supports("avxvnni");

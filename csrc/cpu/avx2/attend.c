@@ -7,7 +7,8 @@
 #define ATTEND_TILE 4       /* rows whose sums are held in registers together, 16 columns each */
 
 /* c[r] += a[r] times b: n_rows rows of n numbers, and n rows of 8 * width numbers, in ascending order. */
-INLINE void tile_product(__m256 (*c)[2], const float *const *a, const float *b, size_t b_stride, size_t n, int n_rows, int width) {
+INLINE void tile_product(__m256 (*c)[2], const float *const *a, const float *b, size_t b_stride, size_t n, int n_rows,
+                         int width) {
     for (size_t i = 0; i < n; i++)
         for (int h = 0; h < width; h++) {
             __m256 v = _mm256_loadu_ps(b + i * b_stride + (size_t)h * 8);
@@ -15,10 +16,12 @@ INLINE void tile_product(__m256 (*c)[2], const float *const *a, const float *b, 
         }
 }
 /* o = o * factor + s v for 8 * width columns. */
-INLINE void add_values(float *const *o, const float *const *s, const float *factor, const float *v, size_t v_stride, int n_rows, int width) {
+INLINE void add_values(float *const *o, const float *const *s, const float *factor, const float *v, size_t v_stride,
+                       int n_rows, int width) {
     __m256 c[ATTEND_TILE][2];
     for (int i = 0; i < n_rows * width; i++)
-        c[i / width][i % width] = _mm256_mul_ps(_mm256_loadu_ps(o[i / width] + i % width * 8), _mm256_set1_ps(factor[i / width]));
+        c[i / width][i % width] =
+            _mm256_mul_ps(_mm256_loadu_ps(o[i / width] + i % width * 8), _mm256_set1_ps(factor[i / width]));
     tile_product(c, s, v, v_stride, ATTEND_KEYS, n_rows, width);
     for (int i = 0; i < n_rows * width; i++) _mm256_storeu_ps(o[i / width] + i % width * 8, c[i / width][i % width]);
 }
@@ -56,7 +59,8 @@ void transpose_keys_avx2(float *kt, const float *k, size_t k_stride, int32_t n_k
         for (int i = 0; i < d; i += 8) {
             __m256i v[8];
             for (int r = 0; r < 8; r++)
-                v[r] = j + r < n_keys ? _mm256_loadu_si256((const void *)(k + (size_t)(j + r) * k_stride + i)) : _mm256_setzero_si256();
+                v[r] = j + r < n_keys ? _mm256_loadu_si256((const void *)(k + (size_t)(j + r) * k_stride + i))
+                    : _mm256_setzero_si256();
             transpose_8(v);
             for (int r = 0; r < 8; r++) _mm256_storeu_si256((void *)(kt + (size_t)(i + r) * ATTEND_KEYS + j), v[r]);
         }

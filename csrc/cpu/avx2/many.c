@@ -26,6 +26,11 @@ INLINE void next_superblock(const uint8_t **rows, const struct ms4_mul *m, size_
         rows[r] += bytes;
     }
 }
+/* The words of the low halves, one of each in turn. */
+INLINE __m256i interleave(__m256i even, __m256i odd) {
+    const __m128i high = _mm256_castsi256_si128(_mm256_unpackhi_epi16(even, odd));
+    return _mm256_inserti128_si256(_mm256_unpacklo_epi16(even, odd), high, 1);
+}
 INLINE void open_panel(struct panel *p, const uint8_t *const *rows, int n_blocks, struct opener t,
                        int all_unsigned) {
     const int blocks = is_blocks(t.form.family);
@@ -37,10 +42,10 @@ INLINE void open_panel(struct panel *p, const uint8_t *const *rows, int n_blocks
         for (int c = 0; c < 8; c++) q[r][c] = all_unsigned ? _mm256_xor_si256(o.q[c], _mm256_set1_epi8(-128)) : o.q[c];
         if (blocks) continue;
         __m256i even = o.scale, odd = _mm256_permute2x128_si256(even, even, 0x11);
-        scale[r] = _mm256_inserti128_si256(_mm256_unpacklo_epi16(even, odd), _mm256_castsi256_si128(_mm256_unpackhi_epi16(even, odd)), 1);
+        scale[r] = interleave(even, odd);
         even = has_min(t.form.family) ? o.min : _mm256_mullo_epi16(o.scale, p->bias);
         odd = _mm256_permute2x128_si256(even, even, 0x11);
-        low[r] = _mm256_inserti128_si256(_mm256_unpacklo_epi16(even, odd), _mm256_castsi256_si128(_mm256_unpackhi_epi16(even, odd)), 1);
+        low[r] = interleave(even, odd);
     }
     for (int c = 0; c < 8; c++) {
         __m256i v[8];
@@ -81,7 +86,8 @@ INLINE void mul_many(const struct ms4_mul *m, struct opener t, const struct tile
 
 /* One for both, as only the tiles differ. */
 #define X(type, span, bias, ...) \
-    static __attribute__((noinline, noclone)) void mul_many_##type(const struct ms4_mul *m, const struct tiles *tiles) { \
+    static __attribute__((noinline, noclone)) void mul_many_##type(const struct ms4_mul *m, \
+                                                                   const struct tiles *tiles) { \
         const struct opener t = { \
             row_##type, d_##type, m_##type, SUPERBLOCK_BYTES(type), { FAMILY_OF(type), span }, bias \
         }; \

@@ -74,7 +74,8 @@ static void add_values(float *y, const float *d, const float *value, int n) {
         for (int r = 0; r < PANEL_ROWS; r++) y[r] = __builtin_fmaf(d[i], value[r * n + i], y[r]);
 }
 /* One pass over n superblocks, from the first-th, of all rows. */
-INLINE void mul_pass(const struct ms4_mul *m, const struct one_type *t, const struct one_x *x, int first, int n, dot_fn *dot) {
+INLINE void mul_pass(const struct ms4_mul *m, const struct one_type *t, const struct one_x *x, int first, int n,
+                     dot_fn *dot) {
     const uint8_t *end = m->w + (size_t)m->n_rows * m->row_bytes;
     const int together = m->row_bytes == (size_t)n * t->bytes;      /* then superblocks follow each other across rows */
     for (int r0 = 0; r0 < m->n_rows; r0 += PANEL_ROWS) {
@@ -89,7 +90,8 @@ INLINE void mul_pass(const struct ms4_mul *m, const struct one_type *t, const st
             if (i + STEP > total || !(together || at + STEP <= n)) {
                 for (int s = 0; s < STEP; s++) {
                     const int one = i + s < total ? i + s : total - 1;
-                    memcpy(copy + (size_t)s * t->bytes, rows + (size_t)(one / n) * m->row_bytes + (size_t)(one % n) * t->bytes, t->bytes);
+                    const uint8_t *from = rows + (size_t)(one / n) * m->row_bytes + (size_t)(one % n) * t->bytes;
+                    memcpy(copy + (size_t)s * t->bytes, from, t->bytes);
                 }
                 w = copy;
             }
@@ -132,7 +134,8 @@ INLINE void dot_rows(__m256i *dots, __m256i *mins, const uint8_t *w, const struc
         open(&o, w, 8);
 #pragma GCC unroll 8
         for (int c = 0; c < 8; c++) {
-            dot = _mm256_add_epi32(dot, _mm256_madd_epi16(pairs(o.q[c], x[s].v[c], is_signed), scale_of_chunk(o.scale, c)));
+            dot = _mm256_add_epi32(dot,
+                                   _mm256_madd_epi16(pairs(o.q[c], x[s].v[c], is_signed), scale_of_chunk(o.scale, c)));
             prefetch_after(dot, ahead, c, 8, bytes);
         }
         if (bias) {
@@ -147,8 +150,8 @@ INLINE void dot_rows(__m256i *dots, __m256i *mins, const uint8_t *w, const struc
 INLINE void rows_of(const uint8_t **rows, const uint8_t *w, size_t bytes) {
     for (int s = 0; s < STEP; s++) rows[s] = w + (size_t)s * bytes;
 }
-INLINE __m256 dot_opened(const uint8_t *w, const struct one_x *x, int at, const uint8_t *ahead, row_fn *open, scale_fn *d,
-                         scale_fn *min, size_t bytes, enum ms4_family family, int span, int bias) {
+INLINE __m256 dot_opened(const uint8_t *w, const struct one_x *x, int at, const uint8_t *ahead, row_fn *open,
+                         scale_fn *d, scale_fn *min, size_t bytes, enum ms4_family family, int span, int bias) {
     const uint8_t *rows[STEP];
     __m256i dots[STEP], mins[STEP];
     dot_rows(dots, mins, w, x->superblock + at, ahead, open, bytes, span ? bias : 0, !span, has_min(family));
@@ -202,7 +205,8 @@ GRID_TYPES(X)
 /* out[j], lane s: dword j of the 16 bytes at w + s * bytes */
 INLINE void load_transposed(__m256i *out, const uint8_t *w, size_t bytes) {
     __m256i a[4];
-    for (size_t s = 0; s < 4; s++) a[s] = _mm256_inserti128_si256(_mm256_castsi128_si256(load_128(w + s * bytes)), load_128(w + (s + 4) * bytes), 1);
+    for (size_t s = 0; s < 4; s++)
+        a[s] = _mm256_set_m128i(load_128(w + (s + 4) * bytes), load_128(w + s * bytes));
     const __m256i t0 = _mm256_unpacklo_epi32(a[0], a[1]), t1 = _mm256_unpackhi_epi32(a[0], a[1]);
     const __m256i t2 = _mm256_unpacklo_epi32(a[2], a[3]), t3 = _mm256_unpackhi_epi32(a[2], a[3]);
     out[0] = _mm256_unpacklo_epi64(t0, t2);
@@ -222,12 +226,15 @@ INLINE struct k_header load_k_header(const uint8_t *w, size_t bytes) {
     __m256i h[4];
     const __m256i six = _mm256_set1_epi8(63), four = _mm256_set1_epi8(15), top = _mm256_set1_epi8(48);
     load_transposed(h, w, bytes);
-    __m256i halves = _mm256_packus_epi32(_mm256_and_si256(h[0], _mm256_set1_epi32(0xffff)), _mm256_srli_epi32(h[0], 16));
+    __m256i halves =
+        _mm256_packus_epi32(_mm256_and_si256(h[0], _mm256_set1_epi32(0xffff)), _mm256_srli_epi32(h[0], 16));
     halves = _mm256_permute4x64_epi64(halves, 0xd8);
     k.d = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
     k.dmin = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
     k.mins[0] = _mm256_and_si256(h[2], six);
-    k.mins[1] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(h[3], 4), four), _mm256_and_si256(_mm256_srli_epi16(h[2], 2), top));
+    k.mins[1] =
+        _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(h[3], 4), four),
+                        _mm256_and_si256(_mm256_srli_epi16(h[2], 2), top));
     return k;
 }
 INLINE __m256i sum_k_mins(const __m256i *mins, const struct one_x *x, int at) {
@@ -235,7 +242,8 @@ INLINE __m256i sum_k_mins(const __m256i *mins, const struct one_x *x, int at) {
     __m256i sum = _mm256_setzero_si256();
     for (int h = 0; h < 2; h++) {
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_and_si256(mins[h], low), load_256(x->sums[2 * h] + at)));
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_srli_epi16(mins[h], 8), load_256(x->sums[2 * h + 1] + at)));
+        sum = _mm256_add_epi32(sum,
+                               _mm256_madd_epi16(_mm256_srli_epi16(mins[h], 8), load_256(x->sums[2 * h + 1] + at)));
     }
     return sum;
 }
@@ -243,27 +251,31 @@ INLINE __m256i sum_k_mins(const __m256i *mins, const struct one_x *x, int at) {
 INLINE __m256i spread_bytes(int a, int b) {
     return _mm256_set_m128i(_mm_set1_epi16((short)(0x8000 | b)), _mm_set1_epi16((short)(0x8000 | a)));
 }
+INLINE __m256i shifts(int low, int high) { return _mm256_set_m128i(_mm_set1_epi32(high), _mm_set1_epi32(low)); }
 /* One superblock.  A block's products fit 16 bits, so its two halves are added up before they meet the scale. */
-INLINE __m256i dot_k_one(const uint8_t *qs, const uint8_t *qh, uint64_t scales, const __m256i *x, const uint8_t *ahead, size_t bytes,
-                         int has_high) {
-    const __m256i four = _mm256_set1_epi8(15), bit = _mm256_set1_epi8(16), scale = _mm256_set1_epi64x((long long)scales);
+INLINE __m256i dot_k_one(const uint8_t *qs, const uint8_t *qh, uint64_t scales, const __m256i *x, const uint8_t *ahead,
+                         size_t bytes, int has_high) {
+    const __m256i four = _mm256_set1_epi8(15), bit = _mm256_set1_epi8(16),
+        scale = _mm256_set1_epi64x((long long)scales);
     __m256i dot = _mm256_setzero_si256();
     for (int h = 0; h < 2; h++) {
         __m256i low = dot, high = dot;
         const __m256i first = load_once(qs + h * 64), second = load_once(qs + h * 64 + 32);
         for (int half = 0; half < 2; half++) {
-            const __m256i w = half ? _mm256_permute2x128_si256(first, second, 0x31) : _mm256_permute2x128_si256(first, second, 0x20);
+            const __m256i w = half ? _mm256_permute2x128_si256(first, second, 0x31)
+                : _mm256_permute2x128_si256(first, second, 0x20);
             __m256i q0 = _mm256_and_si256(w, four), q1 = _mm256_and_si256(_mm256_srli_epi16(w, 4), four);
             if (has_high) {         /* bits 4 h to 4 h + 3 are those of blocks 0, 1 and, in the high half, 2, 3 */
                 const __m256i b = _mm256_broadcastsi128_si256(load_128(qh + half * 16));
-                const __m256i b0 = h ? _mm256_srlv_epi32(b, _mm256_set_epi64x(0x200000002, 0x200000002, 0, 0))
-                                     : _mm256_sllv_epi32(b, _mm256_set_epi64x(0x200000002, 0x200000002, 0x400000004, 0x400000004));
-                const __m256i b1 = h ? _mm256_srlv_epi32(b, _mm256_set_epi64x(0x300000003, 0x300000003, 0x100000001, 0x100000001))
-                                     : _mm256_sllv_epi32(b, _mm256_set_epi64x(0x100000001, 0x100000001, 0x300000003, 0x300000003));
+                /* shifts, of 32-bit lanes: in the low half, in the high half */
+                const __m256i up_0 = shifts(4, 2), up_1 = shifts(3, 1), down_0 = shifts(0, 2), down_1 = shifts(1, 3);
+                const __m256i b0 = h ? _mm256_srlv_epi32(b, down_0) : _mm256_sllv_epi32(b, up_0);
+                const __m256i b1 = h ? _mm256_srlv_epi32(b, down_1) : _mm256_sllv_epi32(b, up_1);
                 q0 = _mm256_or_si256(q0, _mm256_and_si256(b0, bit));
                 q1 = _mm256_or_si256(q1, _mm256_and_si256(b1, bit));
             }
-            const __m256i p0 = _mm256_maddubs_epi16(q0, x[h * 4 + half]), p1 = _mm256_maddubs_epi16(q1, x[h * 4 + 2 + half]);
+            const __m256i p0 = _mm256_maddubs_epi16(q0, x[h * 4 + half]),
+                p1 = _mm256_maddubs_epi16(q1, x[h * 4 + 2 + half]);
             low = half ? _mm256_add_epi16(low, p0) : p0;
             high = half ? _mm256_add_epi16(high, p1) : p1;
         }
@@ -284,14 +296,19 @@ INLINE __m256 dot_k(const uint8_t *w, const struct one_x *x, int at, const uint8
         const uint8_t *one = w + (size_t)s * bytes, *two = one + bytes;
         const uint8_t *lines = ahead + (size_t)s * bytes;
         dots[s] = dot_k_one(one + qs, one + 16, k_scales(one + 4), x->superblock[at + s].v, lines, bytes, has_high);
-        dots[s + 1] = dot_k_one(two + qs, two + 16, k_scales(two + 4), x->superblock[at + s + 1].v, lines + bytes, bytes, has_high);
+        dots[s + 1] = dot_k_one(two + qs, two + 16, k_scales(two + 4), x->superblock[at + s + 1].v, lines + bytes,
+                                bytes, has_high);
     }
     const struct k_header k = load_k_header(w, bytes);
     const __m256 v = _mm256_mul_ps(k.d, to_floats(sum_each(dots)));
     return _mm256_fnmadd_ps(k.dmin, to_floats(sum_k_mins(k.mins, x, at)), v);
 }
-INLINE __m256 dot_q4_k(const uint8_t *w, const struct one_x *x, int at, const uint8_t *ahead) { return dot_k(w, x, at, ahead, 0); }
-INLINE __m256 dot_q5_k(const uint8_t *w, const struct one_x *x, int at, const uint8_t *ahead) { return dot_k(w, x, at, ahead, 1); }
+INLINE __m256 dot_q4_k(const uint8_t *w, const struct one_x *x, int at, const uint8_t *ahead) {
+    return dot_k(w, x, at, ahead, 0);
+}
+INLINE __m256 dot_q5_k(const uint8_t *w, const struct one_x *x, int at, const uint8_t *ahead) {
+    return dot_k(w, x, at, ahead, 1);
+}
 
 /* --- 32-blocks ---------------------------------------------------------------------------------------------- */
 typedef __m256i chunk_fn(const uint8_t *w, int b);
@@ -306,7 +323,8 @@ INLINE __m256 dot_blocks(const uint8_t *w, const struct one_x *x, int at, const 
         __m256i p[STEP];
 #pragma GCC unroll 8
         for (int s = 0; s < STEP; s++) {
-            p[s] = _mm256_madd_epi16(pairs(chunk(w + (size_t)s * bytes, b), x->superblock[at + s].v[b], !span), _mm256_set1_epi16(1));
+            p[s] = _mm256_madd_epi16(pairs(chunk(w + (size_t)s * bytes, b), x->superblock[at + s].v[b], !span),
+                                     _mm256_set1_epi16(1));
             prefetch_after(p[s], ahead + (size_t)b * bytes, s, STEP, bytes);
         }
         if (family == FAMILY_blocks_16) {

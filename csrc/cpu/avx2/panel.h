@@ -4,8 +4,8 @@
 #define MS4_AVX2_PANEL_H
 #include "rows.h"
 
-/* span: how many products of pairs, each at most 127 * (2 * the largest quant), fit 16 bits when added up; 0: the quants
- * are signed. */
+/* span: how many products of pairs, each at most 127 * (2 * the largest quant), fit 16 bits when added up; 0: the
+ * quants are signed. */
 struct form { enum ms4_family family; int span; };
 INLINE int blocks_here(const struct ms4_mul *m, int i) {
     int n = m->n_cols - i * SUPERBLOCK;

@@ -74,7 +74,8 @@ INLINE __m256 halves_at(const uint8_t *const *rows, size_t at) {
 /* Of block b; or of a superblock, d times factor.  min: any half for types without. */
 #define HALVES(type, d, factor, min) \
     INLINE __m256 d_##type(const uint8_t *const *rows, int b) { \
-        return _mm256_mul_ps(halves_at(rows, (size_t)b * sizeof(block_##type) + offsetof(block_##type, d)), _mm256_set1_ps(factor)); \
+        return _mm256_mul_ps(halves_at(rows, (size_t)b * sizeof(block_##type) + offsetof(block_##type, d)), \
+                             _mm256_set1_ps(factor)); \
     } \
     INLINE __m256 m_##type(const uint8_t *const *rows, int b) { \
         return halves_at(rows, (size_t)b * sizeof(block_##type) + offsetof(block_##type, min)); \
@@ -135,7 +136,9 @@ INLINE __m256 floats_e4m3(__m256i v, int i) {
     return _mm256_castsi256_ps(_mm256_blendv_epi8(v, zero, _mm256_cmpeq_epi32(s, low)));
 }
 
-INLINE __m256 d_mxfp4(const uint8_t *const *rows, int b) { return floats_e8m0(words_at(rows, (size_t)b * sizeof(block_mxfp4))); }
+INLINE __m256 d_mxfp4(const uint8_t *const *rows, int b) {
+    return floats_e8m0(words_at(rows, (size_t)b * sizeof(block_mxfp4)));
+}
 INLINE __m256 d_nvfp4(const uint8_t *const *rows, int b) {
     return floats_e4m3(words_at(rows, (size_t)(b / 4) * sizeof(block_nvfp4)), b % 4);
 }
@@ -199,7 +202,8 @@ INLINE void row_q6_k(struct row *o, const uint8_t *w, int n) {
     (void)n;
     o->scale = _mm256_cvtepi8_epi16(even_odd_bytes(load_128(p->scales)));
     for (int h = 0; h < 2; h++) {
-        __m256i first = load_once(p->ql + h * 64), second = load_once(p->ql + h * 64 + 32), high = load_once(p->qh + h * 32);
+        __m256i first = load_once(p->ql + h * 64), second = load_once(p->ql + h * 64 + 32),
+            high = load_once(p->qh + h * 32);
         __m256i *q = o->q + h * 4;
         q[0] = _mm256_or_si256(low_bits(first, 0, 15), _mm256_and_si256(_mm256_slli_epi16(high, 4), two));
         q[1] = _mm256_or_si256(low_bits(second, 0, 15), _mm256_and_si256(_mm256_slli_epi16(high, 2), two));
@@ -211,9 +215,11 @@ INLINE void row_iq4_xs(struct row *o, const uint8_t *w, int n) {
     const block_iq4_xs *p = (const block_iq4_xs *)w;
     uint32_t low = load_32(p->scales_l);
     (void)n;
-    __m128i nibble = _mm_unpacklo_epi8(_mm_cvtsi32_si128((int)(low & 0x0f0f0f0f)), _mm_cvtsi32_si128((int)(low >> 4 & 0x0f0f0f0f)));
+    __m128i nibble =
+        _mm_unpacklo_epi8(_mm_cvtsi32_si128((int)(low & 0x0f0f0f0f)), _mm_cvtsi32_si128((int)(low >> 4 & 0x0f0f0f0f)));
     /* bits 2 s and 2 s + 1 to the top of word s, and from there to bits 4 and 5 */
-    __m128i top = _mm_mullo_epi16(_mm_set1_epi16((short)p->scales_h), _mm_set_epi16(1, 4, 16, 64, 256, 1024, 4096, 16384));
+    __m128i top =
+        _mm_mullo_epi16(_mm_set1_epi16((short)p->scales_h), _mm_set_epi16(1, 4, 16, 64, 256, 1024, 4096, 16384));
     top = _mm_slli_epi16(_mm_srli_epi16(top, 14), 4);
     o->scale = twice(_mm_sub_epi16(_mm_or_si128(_mm_cvtepu8_epi16(nibble), top), _mm_set1_epi16(32)));
     for (int s = 0; s < 8; s++) o->q[s] = from_table(unpack_kv, 0, nibbles(p->qs + s * 16));

@@ -14,7 +14,8 @@ INLINE __m256i keep_order(__m256i v) {
 }
 /* One 16-bit sum per span, or per scale, then times the scale. */
 INLINE void tile_chunk(__m256i *dots, const struct panel *p, const block_q8 *const *x, int n, int c, struct form f) {
-    const int most = scale_width(f.family) / 4, span = f.span > most ? most : f.span ? f.span : 1, blocks = is_blocks(f.family), wide = f.family != FAMILY_blocks_16;
+    const int most = scale_width(f.family) / 4, span = f.span > most ? most : f.span ? f.span : 1;
+    const int blocks = is_blocks(f.family), wide = f.family != FAMILY_blocks_16;
     for (int s = 0; s < 8; s += span) {
         __m256i part[TILE];
         for (int j = s; j < s + span; j++) {

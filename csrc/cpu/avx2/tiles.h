@@ -1,8 +1,8 @@
 /* tiles.h -- panels times many tokens on AVX2: the innermost loops of prefill.
  *
  * The including file defines TILES, the name of their table; ALL_UNSIGNED; TILE, the tokens whose sums are held in
- * registers together; and tile_chunk(dots, p, x, n, c, f), which multiplies chunk c (32 weights) of n tokens: it adds the
- * products times their scales to dots, or, for 32-blocks, sets dots to them, of 16-blocks the second one at TILE.
+ * registers together; and tile_chunk(dots, p, x, n, c, f), which multiplies chunk c (32 weights) of n tokens: it adds
+ * the products times their scales to dots, or, for 32-blocks, sets dots to them, of 16-blocks the second one at TILE.
  */
 #ifndef MS4_AVX2_TILES_H
 #define MS4_AVX2_TILES_H
@@ -37,7 +37,8 @@ INLINE void tile_superblock(const struct panel *p, const block_q8 *const *x, __m
         y[t] = _mm256_fmadd_ps(_mm256_set1_ps(x[t]->d), v, y[t]);
     }
 }
-INLINE void tile_blocks(const struct panel *p, const block_q8 *const *x, __m256 *y, int n, int n_blocks, struct form f) {
+INLINE void tile_blocks(const struct panel *p, const block_q8 *const *x, __m256 *y, int n, int n_blocks,
+                        struct form f) {
     const int wide = f.family != FAMILY_blocks_16;
     __m256 v[TILE];
     for (int t = 0; t < n; t++) v[t] = _mm256_setzero_ps();
@@ -50,7 +51,8 @@ INLINE void tile_blocks(const struct panel *p, const block_q8 *const *x, __m256 
                 if (has_bias(f)) dots[t] = _mm256_sub_epi32(dots[t], _mm256_madd_epi16(sums, p->bias));
                 v[t] = _mm256_fmadd_ps(p->d[b], _mm256_cvtepi32_ps(dots[t]), v[t]);
                 if (has_min(f.family))
-                    v[t] = _mm256_fmadd_ps(p->m[b], _mm256_cvtepi32_ps(_mm256_madd_epi16(sums, _mm256_set1_epi16(1))), v[t]);
+                    v[t] = _mm256_fmadd_ps(p->m[b], _mm256_cvtepi32_ps(_mm256_madd_epi16(sums, _mm256_set1_epi16(1))),
+                                           v[t]);
                 continue;
             }
             __m256i even = _mm256_madd_epi16(_mm256_and_si256(sums, _mm256_set1_epi32(0xffff)), p->bias);

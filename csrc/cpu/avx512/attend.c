@@ -23,14 +23,16 @@ static inline float attend_weights(float *p, __m512 s0, __m512 s1, int32_t n_key
     return factor;
 }
 /* o = o * factor + p v for 16 * n_vectors columns from column c; the last vector has only the masked ones. */
-static inline __attribute__((always_inline)) void attend_columns(const struct ms4_attend *a, int row, int c, __mmask16 mask, const float (*p)[ATTEND_KEYS],
-                                                                 const float *factor, const int n_rows, const int n_vectors) {
+INLINE void attend_columns(const struct ms4_attend *a, int row, int c, __mmask16 mask, const float (*p)[ATTEND_KEYS],
+                           const float *factor, const int n_rows, const int n_vectors) {
     float *o = a->o + (size_t)row * a->o_stride + c;
     const float *v = a->v + c;
     __m512 sum[ATTEND_ROWS][2];
     for (int r = 0; r < n_rows; r++)
         for (int k = 0; k < n_vectors; k++)
-            sum[r][k] = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, o + (size_t)r * a->o_stride + 16 * k), _mm512_set1_ps(factor[r]));
+            sum[r][k] =
+                _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, o + (size_t)r * a->o_stride + 16 * k),
+                              _mm512_set1_ps(factor[r]));
     for (int j = 0; j < ATTEND_KEYS; j++, v += a->v_stride) {
         __m512 x[2];
         for (int k = 0; k < n_vectors; k++) x[k] = _mm512_maskz_loadu_ps(mask, v + 16 * k);
@@ -38,25 +40,29 @@ static inline __attribute__((always_inline)) void attend_columns(const struct ms
             for (int k = 0; k < n_vectors; k++) sum[r][k] = _mm512_fmadd_ps(_mm512_set1_ps(p[r][j]), x[k], sum[r][k]);
     }
     for (int r = 0; r < n_rows; r++)
-        for (int k = 0; k < n_vectors; k++) _mm512_mask_storeu_ps(o + (size_t)r * a->o_stride + 16 * k, mask, sum[r][k]);
+        for (int k = 0; k < n_vectors; k++)
+            _mm512_mask_storeu_ps(o + (size_t)r * a->o_stride + 16 * k, mask, sum[r][k]);
 }
 /* n_rows rows that all see a key. */
-static inline __attribute__((always_inline)) void attend_rows(const struct ms4_attend *a, int row, const int n_rows) {
+INLINE void attend_rows(const struct ms4_attend *a, int row, const int n_rows) {
     float p[ATTEND_ROWS][ATTEND_KEYS] __attribute__((aligned(64))), factor[ATTEND_ROWS];
     __m512 s[ATTEND_ROWS][2];
     const float *q = a->q + (size_t)row * a->q_stride;
     for (int r = 0; r < n_rows; r++) s[r][0] = s[r][1] = _mm512_setzero_ps();
     for (int i = 0; i < a->d_k; i++) {
-        const __m512 k0 = _mm512_loadu_ps(a->kt + (size_t)i * ATTEND_KEYS), k1 = _mm512_loadu_ps(a->kt + (size_t)i * ATTEND_KEYS + 16);
+        const float *kt = a->kt + (size_t)i * ATTEND_KEYS;
+        const __m512 k0 = _mm512_loadu_ps(kt), k1 = _mm512_loadu_ps(kt + 16);
         for (int r = 0; r < n_rows; r++) {
             const __m512 x = _mm512_set1_ps(q[(size_t)r * a->q_stride + (size_t)i]);
             s[r][0] = _mm512_fmadd_ps(x, k0, s[r][0]);
             s[r][1] = _mm512_fmadd_ps(x, k1, s[r][1]);
         }
     }
-    for (int r = 0; r < n_rows; r++) factor[r] = attend_weights(p[r], s[r][0], s[r][1], a->n_keys[row + r], a->m + row + r, a->l + row + r);
+    for (int r = 0; r < n_rows; r++)
+        factor[r] = attend_weights(p[r], s[r][0], s[r][1], a->n_keys[row + r], a->m + row + r, a->l + row + r);
     int c = 0;
-    for (; c + 32 <= a->d_v; c += 32) attend_columns(a, row, c, 0xffff, (const float (*)[ATTEND_KEYS])p, factor, n_rows, 2);
+    for (; c + 32 <= a->d_v; c += 32)
+        attend_columns(a, row, c, 0xffff, (const float (*)[ATTEND_KEYS])p, factor, n_rows, 2);
     for (; c < a->d_v; c += 16)
         attend_columns(a, row, c, a->d_v - c >= 16 ? 0xffff : 0xff, (const float (*)[ATTEND_KEYS])p, factor, n_rows, 1);
 }
@@ -76,9 +82,11 @@ void transpose_keys_avx512(float *kt, const float *k, size_t k_stride, int32_t n
             __m512 v[16];
             __mmask16 lanes = lanes_512(d - i);
             for (int j = 0; j < 16; j++)
-                v[j] = key + j < n_keys ? _mm512_maskz_loadu_ps(lanes, k + (size_t)(key + j) * k_stride + (size_t)i) : _mm512_setzero_ps();
+                v[j] = key + j < n_keys ? _mm512_maskz_loadu_ps(lanes, k + (size_t)(key + j) * k_stride + (size_t)i)
+                    : _mm512_setzero_ps();
             transpose_16_512(v);
-            for (int j = 0; j < 16 && i + j < d; j++) _mm512_storeu_ps(kt + (size_t)(i + j) * ATTEND_KEYS + (size_t)key, v[j]);
+            for (int j = 0; j < 16 && i + j < d; j++)
+                _mm512_storeu_ps(kt + (size_t)(i + j) * ATTEND_KEYS + (size_t)key, v[j]);
         }
 }
 #endif

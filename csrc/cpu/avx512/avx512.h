@@ -19,13 +19,17 @@ void transpose_keys_avx512(float *kt, const float *k, size_t k_stride, int32_t n
 void open_segment_avx512(struct ms4_segment *s, const int16_t *rows, const float *d, int32_t n_keys);
 void attend_segment_avx512(const struct ms4_attend_segment *a);
 
-static inline __mmask16 lanes_512(int n) { return n >= 16 ? (__mmask16)0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
+static inline __mmask16 lanes_512(int n) {
+    return n >= 16 ? (__mmask16)0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1);
+}
 /* exp_plain for 16 numbers. */
 static inline __m512 exp_512(__m512 x) {
     const __m512 magic = _mm512_set1_ps(PLAIN_ROUND);
-    x = _mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(_mm512_set1_ps(-104.0f), x));     /* NaN, as the second, stays */
+    /* NaN, as the second, stays */
+    x = _mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(_mm512_set1_ps(-104.0f), x));
     const __m512 n = _mm512_sub_ps(_mm512_fmadd_ps(x, _mm512_set1_ps(0x1.715476p+0f), magic), magic);
-    const __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(0x1.05c61p-29f), _mm512_fmadd_ps(n, _mm512_set1_ps(-0x1.62e43p-1f), x));
+    const __m512 r =
+        _mm512_fmadd_ps(n, _mm512_set1_ps(0x1.05c61p-29f), _mm512_fmadd_ps(n, _mm512_set1_ps(-0x1.62e43p-1f), x));
     __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0x1.6a2432p-10f), r, _mm512_set1_ps(0x1.1239e4p-7f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.5558f2p-5f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.555492p-3f));

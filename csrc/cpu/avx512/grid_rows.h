@@ -25,7 +25,8 @@ typedef __m128i grid_scales_fn(const uint8_t *w);
 static inline void pack_pairs(__m512i *grid, const int8_t (*rows)[8], int n) {
     for (int i = 0; i < n; i += 8) {
         const __m512i code = _mm512_and_si512(_mm512_srli_epi16(load_512(rows[i]), 4), _mm512_set1_epi8(3));
-        const __m512i four = _mm512_madd_epi16(_mm512_maddubs_epi16(code, _mm512_set1_epi16(0x0401)), _mm512_set1_epi32(0x00100001));
+        const __m512i four =
+            _mm512_madd_epi16(_mm512_maddubs_epi16(code, _mm512_set1_epi16(0x0401)), _mm512_set1_epi32(0x00100001));
         _mm_storeu_si128((void *)((char *)grid + 2 * i), _mm512_cvtepi32_epi8(four));
     }
 }
@@ -52,7 +53,8 @@ INLINE void look_up_words(__m512i *index, const __m512i *grid, const int n) {
     for (int k = 0; k < n / 128; k++) {
         const __m512i a = grid[4 * k], b = grid[4 * k + 1], c = grid[4 * k + 2], d = grid[4 * k + 3];
         for (int i = 0; i < 2; i++) {
-            const __m512i low = _mm512_permutex2var_epi16(a, index[i], b), high = _mm512_permutex2var_epi16(c, index[i], d);
+            const __m512i low = _mm512_permutex2var_epi16(a, index[i], b),
+                high = _mm512_permutex2var_epi16(c, index[i], d);
             t[i][k] = _mm512_mask_blend_epi16(upper[i][0], low, high);
         }
     }
@@ -66,7 +68,8 @@ INLINE void look_up_words(__m512i *index, const __m512i *grid, const int n) {
 /* --- signs and scales ------------------------------------------------------------------------ */
 /* Eight dwords of 4 x 7 signs (and 4 bits of scale): 32 bytes of signs.  The eighth of each makes their number even. */
 static inline __m256i spread_signs(__m256i w) {
-    const __m256i parity = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, -128, -128, 0, -128, 0, 0, -128, -128, 0, 0, -128, 0, -128, -128, 0));
+    const __m128i is_odd = _mm_setr_epi8(0, -128, -128, 0, -128, 0, 0, -128, -128, 0, 0, -128, 0, -128, -128, 0);
+    const __m256i parity = _mm256_broadcastsi128_si256(is_odd);
     /* 0xca: bits of the second where the first has ones, else of the third */
     w = _mm256_ternarylogic_epi32(_mm256_set1_epi32(0x00003fff), w, _mm256_slli_epi32(w, 2), 0xca);
     w = _mm256_ternarylogic_epi32(_mm256_set1_epi32(0x007f007f), w, _mm256_slli_epi32(w, 1), 0xca);
@@ -90,7 +93,8 @@ static inline void set_block_signs(struct grid_row *out, __m256i bytes) {
 }
 /* 2 * nibble + 1, the low nibble of each byte first */
 static inline __m128i nibble_scales(__m128i bytes) {
-    const __m128i low = _mm_and_si128(bytes, _mm_set1_epi8(15)), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
+    const __m128i low = _mm_and_si128(bytes, _mm_set1_epi8(15)),
+        high = _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
     const __m128i s = _mm_unpacklo_epi8(low, high);
     return _mm_add_epi8(_mm_add_epi8(s, s), _mm_set1_epi8(1));
 }
@@ -103,8 +107,12 @@ static inline __m128i top_scales(__m256i words) {
 static inline __m128i scales_iq2_xxs(const uint8_t *w) {
     return top_scales(_mm512_cvtepi64_epi32(_mm512_srli_epi64(load_512(w + offsetof(block_iq2_xxs, qs)), 32)));
 }
-static inline __m128i scales_iq2_xs(const uint8_t *w) { return nibble_scales(_mm_loadl_epi64((const void *)(w + offsetof(block_iq2_xs, scales)))); }
-static inline __m128i scales_iq2_s(const uint8_t *w) { return nibble_scales(_mm_loadl_epi64((const void *)(w + offsetof(block_iq2_s, scales)))); }
+static inline __m128i scales_iq2_xs(const uint8_t *w) {
+    return nibble_scales(_mm_loadl_epi64((const void *)(w + offsetof(block_iq2_xs, scales))));
+}
+static inline __m128i scales_iq2_s(const uint8_t *w) {
+    return nibble_scales(_mm_loadl_epi64((const void *)(w + offsetof(block_iq2_s, scales))));
+}
 static inline __m128i scales_iq3_xxs(const uint8_t *w) { return top_scales(load_256(w + offsetof(block_iq3_xxs, w))); }
 static inline __m128i scales_iq3_s(const uint8_t *w) {
     int32_t scales;
@@ -152,18 +160,21 @@ INLINE void rows_iq2_xs(struct grid_row *out, panel_rows w, const __m512i *grid)
 }
 /* Lane g (of 32 words): g / 4 or g / 2; and shifts that go with g % 4 or g % 2 */
 static inline __m512i words_of_four(void) {
-    return _mm512_setr_epi32(0, 0, 0x10001, 0x10001, 0x20002, 0x20002, 0x30003, 0x30003, 0x40004, 0x40004, 0x50005, 0x50005, 0x60006, 0x60006,
-                             0x70007, 0x70007);
+    return _mm512_setr_epi32(0, 0, 0x10001, 0x10001, 0x20002, 0x20002, 0x30003, 0x30003, 0x40004, 0x40004,
+                             0x50005, 0x50005, 0x60006, 0x60006, 0x70007, 0x70007);
 }
 static inline __m512i words_of_two(void) {
-    return _mm512_setr_epi32(0, 0x10001, 0x20002, 0x30003, 0x40004, 0x50005, 0x60006, 0x70007, 0x80008, 0x90009, 0xa000a, 0xb000b, 0xc000c,
-                             0xd000d, 0xe000e, 0xf000f);
+    return _mm512_setr_epi32(0, 0x10001, 0x20002, 0x30003, 0x40004, 0x50005, 0x60006, 0x70007, 0x80008, 0x90009,
+                             0xa000a, 0xb000b, 0xc000c, 0xd000d, 0xe000e, 0xf000f);
 }
-static inline __m512i shifts_of_four(int step) { return _mm512_set1_epi64((int64_t)step << 16 | (int64_t)(2 * step) << 32 | (int64_t)(3 * step) << 48); }
+static inline __m512i shifts_of_four(int step) {
+    return _mm512_set1_epi64((int64_t)step << 16 | (int64_t)(2 * step) << 32 | (int64_t)(3 * step) << 48);
+}
 
 /* qs[g] with two (three) more bits from each of eight words */
 static inline __m512i index_with_high(const uint8_t *qs, __m512i words, int step, int mask) {
-    const __m512i high = _mm512_and_si512(_mm512_srlv_epi16(words, shifts_of_four(step)), _mm512_set1_epi16((short)mask));
+    const __m512i high =
+        _mm512_and_si512(_mm512_srlv_epi16(words, shifts_of_four(step)), _mm512_set1_epi16((short)mask));
     return _mm512_or_si512(_mm512_cvtepu8_epi16(load_256(qs)), _mm512_slli_epi16(high, 8));
 }
 INLINE void rows_iq2_s(struct grid_row *out, panel_rows w, const __m512i *grid) {
@@ -228,7 +239,9 @@ static inline void look_up_eight(struct grid_row *out, const int8_t (*grid)[8], 
 static inline void finish_iq1(struct grid_row *out, uint32_t minus) {
     for (int i = 0; i < 4; i++) {
         const __m512i eight = _mm512_and_si512(_mm512_slli_epi16(out->q[i], 3), _mm512_set1_epi8(-8));
-        const __m512i delta = _mm512_mask_blend_epi64((__mmask8)(minus >> 8 * i), _mm512_set1_epi8(IQ1_BIAS + 1), _mm512_set1_epi8(IQ1_BIAS - 1));
+        const __m512i delta =
+            _mm512_mask_blend_epi64((__mmask8)(minus >> 8 * i), _mm512_set1_epi8(IQ1_BIAS + 1),
+                                    _mm512_set1_epi8(IQ1_BIAS - 1));
         out->q[i] = _mm512_add_epi8(eight, delta);
         out->negative[i] = 0;
     }
@@ -247,14 +260,18 @@ static inline __m128i scales_iq1_s(const uint8_t *w) {
 }
 static inline void row_iq1_m(struct grid_row *out, const uint8_t *w) {
     const __m256i qh = _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)(w + offsetof(block_iq1_m, qh))));
-    const __m512i words = _mm512_srlv_epi16(_mm512_permutexvar_epi16(words_of_two(), _mm512_castsi256_si512(qh)), _mm512_set1_epi32(4 << 16));
+    const __m512i words =
+        _mm512_srlv_epi16(_mm512_permutexvar_epi16(words_of_two(), _mm512_castsi256_si512(qh)),
+                          _mm512_set1_epi32(4 << 16));
     const __m512i high = _mm512_slli_epi16(_mm512_and_si512(words, _mm512_set1_epi16(7)), 8);
     look_up_eight(out, grid_iq1, _mm512_or_si512(_mm512_cvtepu8_epi16(load_256(w + offsetof(block_iq1_m, qs))), high));
     finish_iq1(out, _mm512_test_epi16_mask(words, _mm512_set1_epi16(8)));
 }
 static inline __m128i scales_iq1_m(const uint8_t *w) {
     const __m512i t = _mm512_castsi128_si512(_mm_loadl_epi64((const void *)(w + offsetof(block_iq1_m, scales))));
-    const __m512i s = _mm512_and_si512(_mm512_srlv_epi16(_mm512_permutexvar_epi16(words_of_four(), t), shifts_of_four(3)), _mm512_set1_epi16(7));
+    const __m512i s =
+        _mm512_and_si512(_mm512_srlv_epi16(_mm512_permutexvar_epi16(words_of_four(), t), shifts_of_four(3)),
+                         _mm512_set1_epi16(7));
     return _mm256_castsi256_si128(_mm512_cvtepi16_epi8(_mm512_add_epi16(_mm512_add_epi16(s, s), _mm512_set1_epi16(1))));
 }
 static inline void rows_iq1_s(struct grid_row *out, panel_rows w, const __m512i *grid) {
@@ -268,7 +285,9 @@ static inline void rows_iq1_m(struct grid_row *out, panel_rows w, const __m512i 
     row_iq1_m(&out[1], w[1]);
 }
 /* d of 16 superblocks, times `factor`; IQ1_M has its bits spread over the scales. */
-static inline __m512 grid_d(panel_rows w, float factor) { return _mm512_mul_ps(load_halves(w, 0), _mm512_set1_ps(factor)); }
+static inline __m512 grid_d(panel_rows w, float factor) {
+    return _mm512_mul_ps(load_halves(w, 0), _mm512_set1_ps(factor));
+}
 static inline __m512 grid_d_iq1_m(panel_rows w) {
     uint16_t d[16];
     for (int l = 0; l < 16; l++) {
@@ -277,9 +296,12 @@ static inline __m512 grid_d_iq1_m(panel_rows w) {
     }
     return _mm512_mul_ps(_mm512_cvtph_ps(load_256(d)), _mm512_set1_ps(0.125f));
 }
-static inline __m512i signed_bytes(__m512i q, __mmask64 negative) { return _mm512_mask_sub_epi8(q, negative, _mm512_setzero_si512(), q); }
+static inline __m512i signed_bytes(__m512i q, __mmask64 negative) {
+    return _mm512_mask_sub_epi8(q, negative, _mm512_setzero_si512(), q);
+}
 /* X(type, order, d of 16 rows) */
 #define GRID_TYPES(X) \
-    X(iq2_xxs, QUAD_ORDER, grid_d(w, 0.125f)) X(iq2_xs, QUAD_ORDER, grid_d(w, 0.125f)) X(iq2_s, QUAD_ORDER, grid_d(w, 0.125f)) \
-    X(iq3_xxs, BLOCK_ORDER, grid_d(w, 0.25f)) X(iq3_s, BLOCK_ORDER, grid_d(w, 1.0f))
+    X(iq2_xxs, QUAD_ORDER, grid_d(w, 0.125f)) X(iq2_xs, QUAD_ORDER, grid_d(w, 0.125f)) \
+    X(iq2_s, QUAD_ORDER, grid_d(w, 0.125f)) X(iq3_xxs, BLOCK_ORDER, grid_d(w, 0.25f)) \
+    X(iq3_s, BLOCK_ORDER, grid_d(w, 1.0f))
 #endif

@@ -23,13 +23,17 @@ INLINE struct k_header load_k_header(panel_rows rows) {
     k.scales[0] = _mm512_and_si512(h[1], six);
     k.mins[0] = _mm512_and_si512(h[2], six);
     k.scales[1] = _mm512_or_si512(_mm512_and_si512(h[3], four), _mm512_and_si512(_mm512_srli_epi32(h[1], 2), top));
-    k.mins[1] = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(h[3], 4), four), _mm512_and_si512(_mm512_srli_epi32(h[2], 2), top));
+    k.mins[1] =
+        _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(h[3], 4), four),
+                        _mm512_and_si512(_mm512_srli_epi32(h[2], 2), top));
     return k;
 }
 /* Bytes 0 and 1, then 2 and 3, of each dword, widened to 16 bits. */
 static inline void set_min_pairs(__m512i *pairs, __m512i mins) {
-    pairs[0] = _mm512_shuffle_epi8(mins, _mm512_broadcast_i32x4(_mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1)));
-    pairs[1] = _mm512_shuffle_epi8(mins, _mm512_broadcast_i32x4(_mm_setr_epi8(2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1)));
+    const __m128i low = _mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1);
+    const __m128i high = _mm_setr_epi8(2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1);
+    pairs[0] = _mm512_shuffle_epi8(mins, _mm512_broadcast_i32x4(low));
+    pairs[1] = _mm512_shuffle_epi8(mins, _mm512_broadcast_i32x4(high));
 }
 INLINE void open_k_header(struct panel *p, panel_rows rows) {
     const struct k_header k = load_k_header(rows);
@@ -63,8 +67,10 @@ static inline void open_q5_k(struct panel *p, panel_rows rows, int blocks) {
             load_transposed(v, rows, offsetof(block_q5_k, qs) + (size_t)(pair * 32 + half * 16));
             for (int j = 0; j < 4; j++) {
                 const __m512i h = high[half * 4 + j];
-                const __m512i h0 = pair < 2 ? _mm512_slli_epi16(h, (unsigned)(4 - 2 * pair)) : _mm512_srli_epi16(h, (unsigned)(2 * pair - 4));
-                const __m512i h1 = pair < 2 ? _mm512_slli_epi16(h, (unsigned)(3 - 2 * pair)) : _mm512_srli_epi16(h, (unsigned)(2 * pair - 3));
+                const __m512i h0 = pair < 2 ? _mm512_slli_epi16(h, (unsigned)(4 - 2 * pair))
+                    : _mm512_srli_epi16(h, (unsigned)(2 * pair - 4));
+                const __m512i h1 = pair < 2 ? _mm512_slli_epi16(h, (unsigned)(3 - 2 * pair))
+                    : _mm512_srli_epi16(h, (unsigned)(2 * pair - 3));
                 q[j] = _mm512_or_si512(low_nibbles(v[j]), _mm512_and_si512(h0, bit));
                 q[j + 8] = _mm512_or_si512(high_nibbles(v[j]), _mm512_and_si512(h1, bit));
             }
@@ -78,9 +84,10 @@ static inline void open_q6_k(struct panel *p, panel_rows rows, int blocks) {
     (void)blocks;
     p->d = load_halves(rows, offsetof(block_q6_k, d));
     load_transposed(scales, rows, offsetof(block_q6_k, scales));
-    for (int g = 0; g < 16; g++) p->scale[g] = _mm512_srai_epi32(_mm512_slli_epi32(scales[g / 4], (unsigned)(24 - g % 4 * 8)), 24);
+    for (int g = 0; g < 16; g++)
+        p->scale[g] = _mm512_srai_epi32(_mm512_slli_epi32(scales[g / 4], (unsigned)(24 - g % 4 * 8)), 24);
     for (int c = 0; c < 4; c++) {
-        /* ql at 64h + 16e, e = 0..3: low nibbles are elements 128h + 16e.., high ones 64 later; qh at 32h + 16(e % 2) */
+        /* ql at 64h + 16e, e = 0..3: low nibbles are elements 128h + 16e.., high ones 64 later; qh at 32h + 16(e%2) */
         __m512i v[4], h[4], *q = p->q + c / 2 * 32 + c % 2 * 4;
         load_transposed(h, rows, offsetof(block_q6_k, qh) + (size_t)c * 16);
         load_transposed(v, rows, offsetof(block_q6_k, ql) + (size_t)(c / 2 * 64 + c % 2 * 16));
@@ -226,7 +233,8 @@ static inline void open_iq4_nl(struct panel *p, panel_rows rows, int blocks) {
 static inline void open_mxfp4(struct panel *p, panel_rows rows, int blocks) {
     open_nibbles(p, rows, blocks, sizeof(block_mxfp4), offsetof(block_mxfp4, qs), e2m1_table());
     for (int b = 0; b < blocks; b++)
-        for (int r = 0; r < PANEL_ROWS; r++) ((float *)&p->factor[b])[r] = unpack_e8m0_half(rows[r][(size_t)b * sizeof(block_mxfp4)]);
+        for (int r = 0; r < PANEL_ROWS; r++)
+            ((float *)&p->factor[b])[r] = unpack_e8m0_half(rows[r][(size_t)b * sizeof(block_mxfp4)]);
 }
 /* Adds bit 4 of the quants: bit i of qh for quant i of the block. */
 static inline void add_fifth_bits(__m512i *q, panel_rows rows, size_t at) {
@@ -236,7 +244,8 @@ static inline void add_fifth_bits(__m512i *q, panel_rows rows, size_t at) {
     for (int j = 0; j < 8; j++) {
         /* four bits, one to a byte */
         const __m512i four = _mm512_and_si512(_mm512_srli_epi32(v, (unsigned)(4 * j)), _mm512_set1_epi32(15));
-        const __m512i spread = _mm512_and_si512(_mm512_mullo_epi32(four, _mm512_set1_epi32(0x00204081)), _mm512_set1_epi8(1));
+        const __m512i spread =
+            _mm512_and_si512(_mm512_mullo_epi32(four, _mm512_set1_epi32(0x00204081)), _mm512_set1_epi8(1));
         q[j] = _mm512_or_si512(q[j], _mm512_slli_epi32(spread, 4));
     }
 }
@@ -269,7 +278,7 @@ static inline void join_quads(__m512i *out, const struct grid_row *g) {
     out[3] = _mm512_unpackhi_epi16(t1, t3);
 }
 INLINE void open_grid(struct panel *p, panel_rows rows, grid_rows_fn *open, grid_scales_fn *scales_of,
-                                                            const enum x_order order) {
+                      const enum x_order order) {
     __m512i q[PANEL_ROWS][4], scales[4];
     __m128i row_scales[PANEL_ROWS];
     const uint8_t *at[PANEL_ROWS], *scales_at[PANEL_ROWS];
@@ -281,7 +290,9 @@ INLINE void open_grid(struct panel *p, panel_rows rows, grid_rows_fn *open, grid
         for (int k = 0; k < 2; k++) {
             const int r = r0 + k;
             if (order == QUAD_ORDER) join_quads(q[r], &g[k]);
-            else for (int i = 0; i < 4; i++) q[r][i] = order == NATURAL ? g[k].q[i] : signed_bytes(g[k].q[i], g[k].negative[i]);
+            else
+                for (int i = 0; i < 4; i++)
+                    q[r][i] = order == NATURAL ? g[k].q[i] : signed_bytes(g[k].q[i], g[k].negative[i]);
             for (int i = 0; i < 4; i++) q[r][i] = _mm512_xor_si512(q[r][i], top);
             row_scales[r] = scales_of(rows[r]);
             at[r] = (const uint8_t *)q[r];
@@ -324,7 +335,7 @@ static void open_nvfp4(struct panel *p, panel_rows rows, int blocks) {
     }
 }
 
-/* The rows that come after the ones at row r0 of chunk t0; the last rows are followed by themselves for other tokens. */
+/* The rows that come after those at row r0 of chunk t0; the last rows are followed by themselves for other tokens. */
 static inline const uint8_t *rows_ahead(const struct ms4_mul *m, int t0, int r0) {
     if (r0 < m->n_rows) return m->w + (size_t)r0 * m->row_bytes;
     if (t0 < m->n_tokens) return m->w;
@@ -332,7 +343,8 @@ static inline const uint8_t *rows_ahead(const struct ms4_mul *m, int t0, int r0)
 }
 
 /* bytes: of a superblock of weights; pack_grid: NULL for types without a grid */
-static void mul_many(const struct ms4_mul *m, open_fn *open, tiles_fn *tiles, int bias, size_t bytes, pack_grid_fn *pack_grid) {
+static void mul_many(const struct ms4_mul *m, open_fn *open, tiles_fn *tiles, int bias, size_t bytes,
+                     pack_grid_fn *pack_grid) {
     enum { ROWS = PANELS * PANEL_ROWS };
     const int n_superblocks = (m->n_cols + SUPERBLOCK - 1) / SUPERBLOCK;
     struct panel p[PANELS];
@@ -361,7 +373,8 @@ static void mul_many(const struct ms4_mul *m, open_fn *open, tiles_fn *tiles, in
                 for (int k = 0; k < PANELS; k++) {
                     const int left = n_rows - k * PANEL_ROWS;
                     const __mmask16 mask = (__mmask16)(left >= PANEL_ROWS ? 0xffff : left > 0 ? (1u << left) - 1 : 0);
-                    _mm512_mask_storeu_ps(m->y + (size_t)(t0 + t) * m->y_stride + r0 + k * PANEL_ROWS, mask, _mm512_load_ps(y + ROWS * t + PANEL_ROWS * k));
+                    _mm512_mask_storeu_ps(m->y + (size_t)(t0 + t) * m->y_stride + r0 + k * PANEL_ROWS, mask,
+                                          _mm512_load_ps(y + ROWS * t + PANEL_ROWS * k));
                 }
         }
     }

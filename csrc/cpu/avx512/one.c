@@ -11,18 +11,24 @@ static inline void order_x(__m512i *v, const int8_t *qs, enum x_order order) {
     for (int k = 0; k < 4; k++) q[k] = load_512(qs + 64 * k);
     if (order == K_ORDER) transpose_lanes(v, q);
     else if (order == QUAD_ORDER) {
-        const __m512i quads = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+        const __m512i quads =
+            _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
         for (int k = 0; k < 4; k++) v[k] = _mm512_shuffle_epi8(q[k], quads);
         transpose_dwords(v);
     } else
         for (int k = 0; k < 4; k += 2) {
-            v[k] = order == NATURAL ? q[k] : order == BLOCK_ORDER ? _mm512_shuffle_i64x2(q[k], q[k + 1], 0x88) : _mm512_shuffle_i64x2(q[k / 2], q[k / 2 + 2], 0x44);
-            v[k + 1] = order == NATURAL ? q[k + 1] : order == BLOCK_ORDER ? _mm512_shuffle_i64x2(q[k], q[k + 1], 0xdd) : _mm512_shuffle_i64x2(q[k / 2], q[k / 2 + 2], 0xee);
+            /* BLOCK_ORDER: even chunks of two vectors, then odd ones; CRUMB_ORDER: halves of vectors */
+            const __m512i a = q[order == CRUMB_ORDER ? k / 2 : k], b = q[order == CRUMB_ORDER ? k / 2 + 2 : k + 1];
+            v[k] = order == NATURAL ? a : order == BLOCK_ORDER ? _mm512_shuffle_i64x2(a, b, 0x88)
+                                                               : _mm512_shuffle_i64x2(a, b, 0x44);
+            v[k + 1] = order == NATURAL ? b : order == BLOCK_ORDER ? _mm512_shuffle_i64x2(a, b, 0xdd)
+                                                                   : _mm512_shuffle_i64x2(a, b, 0xee);
         }
 }
 /* Sets the sums of superblock i that the type's family multiplies with its mins, or with the bias of its weights; those
  * that are transposed later wait in rows.  Types with a grid have neither. */
-static inline void set_x_sums(struct one_x *x, __m128i (*rows)[ONE_SUPERBLOCKS], int i, __m256i groups, const struct one_type *t) {
+static inline void set_x_sums(struct one_x *x, __m128i (*rows)[ONE_SUPERBLOCKS], int i, __m256i groups,
+                              const struct one_type *t) {
     const __m256i blocks = _mm256_madd_epi16(groups, _mm256_set1_epi16(1));
     if (t->pack_grid) return;
     if (t->family == FAMILY_mins_32) {
@@ -65,7 +71,8 @@ static void open_x(struct one_x *x, const block_q8 *blocks, int n, const struct 
 INLINE void add_columns(float *y, const float *d, const float *value, int n) {
     __m512 v[16], sum = _mm512_loadu_ps(y);
 #pragma GCC unroll 16
-    for (int r = 0; r < 16; r++) v[r] = n == 16 ? _mm512_load_ps(value + r * 16) : _mm512_castps256_ps512(_mm256_load_ps(value + r * 8));
+    for (int r = 0; r < 16; r++)
+        v[r] = n == 16 ? _mm512_load_ps(value + r * 16) : _mm512_castps256_ps512(_mm256_load_ps(value + r * 8));
     transpose_16_512(v);
 #pragma GCC unroll 16
     for (int i = 0; i < n; i++) sum = _mm512_fmadd_ps(_mm512_set1_ps(d[i]), v[i], sum);
@@ -75,14 +82,17 @@ static void add_values(float *y, const float *d, const float *value, int n) {
     if (n == 16) add_columns(y, d, value, 16);
     else if (n == 8) add_columns(y, d, value, 8);
     else {
-        const __m512i rows = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(n));
+        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i rows = _mm512_mullo_epi32(lane, _mm512_set1_epi32(n));
         __m512 sum = _mm512_loadu_ps(y);
-        for (int i = 0; i < n; i++) sum = _mm512_fmadd_ps(_mm512_set1_ps(d[i]), _mm512_i32gather_ps(rows, value + i, 4), sum);
+        for (int i = 0; i < n; i++)
+            sum = _mm512_fmadd_ps(_mm512_set1_ps(d[i]), _mm512_i32gather_ps(rows, value + i, 4), sum);
         _mm512_storeu_ps(y, sum);
     }
 }
 /* The 16 superblocks of a step where they do not follow each other: those of up to 16 / n rows, and zeros. */
-static __attribute__((noinline)) void copy_superblocks(uint8_t *out, const uint8_t *rows, size_t row_bytes, int n_rows, size_t part_bytes, size_t bytes) {
+static __attribute__((noinline)) void copy_superblocks(uint8_t *out, const uint8_t *rows, size_t row_bytes, int n_rows,
+                                                       size_t part_bytes, size_t bytes) {
     for (int r = 0; r < n_rows; r++) memcpy(out + (size_t)r * part_bytes, rows + (size_t)r * row_bytes, part_bytes);
     memset(out + (size_t)n_rows * part_bytes, 0, ONE_SUPERBLOCKS * bytes - (size_t)n_rows * part_bytes);
 }
@@ -95,7 +105,8 @@ static void mul_pass(const struct ms4_mul *m, const struct one_type *t, const st
         const int n_rows = m->n_rows - r0 < PANEL_ROWS ? m->n_rows - r0 : PANEL_ROWS;
         float value[(PANEL_ROWS + 1) * ONE_SUPERBLOCKS] __attribute__((aligned(64))), y[PANEL_ROWS];
         for (int r = 0; r < n_rows; r += step) {
-            const uint8_t *w = m->w + (size_t)(r0 + r) * m->row_bytes + (size_t)first * bytes, *ahead = w + prefetch_ahead;
+            const uint8_t *w = m->w + (size_t)(r0 + r) * m->row_bytes + (size_t)first * bytes;
+            const uint8_t *ahead = w + prefetch_ahead;
             uint8_t copy[ONE_SUPERBLOCKS * SUPERBLOCK_BYTES(q8_0)];
             if (m->next && ahead >= end) ahead = m->next + (ahead - end);
             if (m->row_bytes != part || (size_t)(end - w) < ONE_SUPERBLOCKS * bytes) {

@@ -17,7 +17,8 @@ struct one_x {
         int16_t blocks[ONE_SUPERBLOCKS][8] __attribute__((aligned(64)));   /* the sums of blocks */
         __m512i start[ONE_SUPERBLOCKS][4];                         /* -bias * x */
         __m512i block[8];                                           /* -bias * sum of block b */
-        int16_t group[ONE_SUPERBLOCKS][16] __attribute__((aligned(64)));   /* factor * sum, in pairs as group_pair has them */
+        /* factor * sum, in pairs as group_pair has them */
+        int16_t group[ONE_SUPERBLOCKS][16] __attribute__((aligned(64)));
     };
     __m512i grid[GRID_VECTORS];
     float d[ONE_SUPERBLOCKS];
@@ -78,7 +79,8 @@ static inline __m512i add_dwords(const __m512i *a) {
 }
 /* In each 128-bit lane: the sums of dwords 0 and 1, 2 and 3 of a, then of b.  (The casts are for the shuffle only.) */
 static inline __m512i add_pairs(__m512 a, __m512 b) {
-    return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)), _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd)));
+    return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)),
+                            _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd)));
 }
 /* Lane l of the result: the sum of the lanes of a[l]. */
 static inline __m512i add_lanes(const __m512i *a) {

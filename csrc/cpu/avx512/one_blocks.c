@@ -5,7 +5,8 @@
 #include "one.h"
 
 /* Blocks 0..3 in the lanes of out[0], 4..7 in those of out[1]; the nibbles of a block go through a table. */
-static inline void dot_nibbles(__m512i *out, __m512i w0, __m512i w1, __m512i table, const __m512i *x, __m512i start0, __m512i start1) {
+static inline void dot_nibbles(__m512i *out, __m512i w0, __m512i w1, __m512i table, const __m512i *x, __m512i start0,
+                               __m512i start1) {
     const __m512i a = _mm512_shuffle_epi8(table, low_nibbles(w0)), b = _mm512_shuffle_epi8(table, high_nibbles(w0));
     const __m512i c = _mm512_shuffle_epi8(table, low_nibbles(w1)), d = _mm512_shuffle_epi8(table, high_nibbles(w1));
     out[0] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start0, a, x[0]), b, x[1]);
@@ -21,8 +22,9 @@ enum block_kind { NIBBLE_BLOCKS, EXPONENT_BLOCKS };
 /* Eight blocks of 18 bytes: the quants of blocks 0..3 and 4..7, and all scales in the first lane of the last.
  * Unaligned loads are what limits these types, so there are no more than needed. */
 static inline void split_nibble_blocks(__m512i *out, const uint8_t *w) {
-    const __m512i lane = _mm512_setr_epi64(0x0001000100010001, 0x0001000100010001, 0x000a000a000a000a, 0x000a000a000a000a,
-                                           0x0013001300130013, 0x0013001300130013, 0x001c001c001c001c, 0x001c001c001c001c);
+    const __m512i lane = _mm512_setr_epi64(0x0001000100010001, 0x0001000100010001, 0x000a000a000a000a,
+                                           0x000a000a000a000a, 0x0013001300130013, 0x0013001300130013,
+                                           0x001c001c001c001c, 0x001c001c001c001c);
     const __m512i first = _mm512_add_epi16(lane, _mm512_broadcast_i32x4(_mm_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7)));
     /* bytes 72.. are words 4.. of b, and from 128 on words 24.. of c */
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(4));
@@ -39,16 +41,19 @@ static inline void split_exponent_blocks(__m512i *out, const uint8_t *w) {
     const size_t size = sizeof(block_mxfp4);
     out[0] = load_four(w + 1, size);
     out[1] = load_four(w + 1 + 4 * size, size);
-    out[2] = _mm512_or_si512(_mm512_and_si512(load_512(w), bytes), _mm512_and_si512(load_512(w + 64), _mm512_slli_epi64(bytes, 32)));
+    out[2] =
+        _mm512_or_si512(_mm512_and_si512(load_512(w), bytes),
+                        _mm512_and_si512(load_512(w + 64), _mm512_slli_epi64(bytes, 32)));
 }
 /* Lane r: the scales of a[r]. */
 static inline __m512i first_lanes(const __m512i *a) {
     const __m256i low = _mm256_setr_m128i(_mm512_castsi512_si128(a[0]), _mm512_castsi512_si128(a[1]));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_setr_m128i(_mm512_castsi512_si128(a[2]), _mm512_castsi512_si128(a[3])), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low),
+                              _mm256_setr_m128i(_mm512_castsi512_si128(a[2]), _mm512_castsi512_si128(a[3])), 1);
 }
 /* size: of a block */
 INLINE __m512 dot_blocks(const uint8_t *w, const struct one_x *x, const uint8_t *ahead, const size_t size,
-                                                               const enum block_kind kind, const __m512i table) {
+                         const enum block_kind kind, const __m512i table) {
     __m512i four[2][4], blocks[8], scales[4];
 #pragma GCC unroll 1
     for (int l = 0; l < 4; l++) {
@@ -113,11 +118,15 @@ static __m512 dot_q8_0(const uint8_t *w, const struct one_x *x, const uint8_t *a
         for (size_t b = 0; b < 8; b++) {
             const uint8_t *p = w + b * sizeof(block_q8_0);
             memcpy(&d[b][r], p, sizeof **d);
-            dot[b] = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_xor_si256(load_256(p + offsetof(block_q8_0, qs)), top), v[b]);
+            dot[b] =
+                _mm256_dpbusd_epi32(_mm256_setzero_si256(),
+                                    _mm256_xor_si256(load_256(p + offsetof(block_q8_0, qs)), top), v[b]);
             prefetch_after(dot[b], ahead, b, 8, 8 * sizeof(block_q8_0));
         }
         const __m256i first = add_dwords_256(dot), second = add_dwords_256(dot + 4);
-        const __m256i sums = _mm256_add_epi32(_mm256_permute2x128_si256(first, second, 0x20), _mm256_permute2x128_si256(first, second, 0x31));
+        const __m256i sums =
+            _mm256_add_epi32(_mm256_permute2x128_si256(first, second, 0x20),
+                             _mm256_permute2x128_si256(first, second, 0x31));
         rows[0][r] = _mm256_castsi256_si128(sums);
         rows[1][r] = _mm256_extracti128_si256(sums, 1);
     }
@@ -127,12 +136,14 @@ static __m512 dot_q8_0(const uint8_t *w, const struct one_x *x, const uint8_t *a
     }
     __m512 t = _mm512_setzero_ps();
     for (int b = 0; b < 8; b++)
-        t = _mm512_fmadd_ps(_mm512_cvtph_ps(load_256(d[b])), _mm512_cvtepi32_ps(_mm512_add_epi32(blocks[b], x->block[b])), t);
+        t = _mm512_fmadd_ps(_mm512_cvtph_ps(load_256(d[b])),
+                            _mm512_cvtepi32_ps(_mm512_add_epi32(blocks[b], x->block[b])), t);
     return t;
 }
 
 /* --- IQ4_XS ---------------------------------------------------------------------------------- */
-/* The 8 scales of a superblock as bytes: the 16 of two neighbours side by side in a 128-bit lane, as unpack leaves them. */
+/* The 8 scales of a superblock as bytes: the 16 of two neighbours side by side in a 128-bit lane, as unpack leaves
+ * them. */
 static inline void iq4_xs_scales(__m512i *pairs, __m512i h0, __m512i h1) {
     const __m512i two = _mm512_set1_epi8(3);
     /* byte k of `high`: bits 4k.. of scales_h, two bits for block 2k and two for 2k + 1 */
@@ -140,17 +151,20 @@ static inline void iq4_xs_scales(__m512i *pairs, __m512i h0, __m512i h1) {
     high = _mm512_and_si512(_mm512_or_si512(high, _mm512_slli_epi32(high, 8)), _mm512_set1_epi32(0x00ff00ff));
     high = _mm512_or_si512(high, _mm512_slli_epi32(high, 4));
     const __m512i even = _mm512_or_si512(low_nibbles(h1), _mm512_slli_epi16(_mm512_and_si512(high, two), 4));
-    const __m512i odd = _mm512_or_si512(high_nibbles(h1), _mm512_slli_epi16(_mm512_and_si512(_mm512_srli_epi16(high, 2), two), 4));
+    const __m512i odd =
+        _mm512_or_si512(high_nibbles(h1), _mm512_slli_epi16(_mm512_and_si512(_mm512_srli_epi16(high, 2), two), 4));
     const __m512i e = _mm512_sub_epi8(even, _mm512_set1_epi8(32)), o = _mm512_sub_epi8(odd, _mm512_set1_epi8(32));
     pairs[0] = _mm512_unpacklo_epi8(e, o);
     pairs[1] = _mm512_unpackhi_epi8(e, o);
 }
 static __m512 dot_iq4_xs(const uint8_t *w, const struct one_x *x, const uint8_t *ahead) {
     const uint8_t *rows[16];
-    const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), table = kv_table();
+    const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(4)), table = kv_table();
     __m512i h[4], pairs[2], sums[4];
     rows_of(rows, w, sizeof(block_iq4_xs));
-    ahead += 16384;             /* as all headers are read first: on Zen 4 8 kB ahead give 0.75 of the bandwidth, 24 kB 0.88 */
+    /* as all headers are read first: on Zen 4 8 kB ahead give 0.75 of the bandwidth, 24 kB 0.88 */
+    ahead += 16384;
     load_transposed(h, rows, 0);
     iq4_xs_scales(pairs, h[0], h[1]);
 #pragma GCC unroll 1
@@ -163,10 +177,12 @@ static __m512 dot_iq4_xs(const uint8_t *w, const struct one_x *x, const uint8_t 
             const __m128i bytes = _mm_loadl_epi64((const void *)((const char *)&pairs[r / 2] + 16 * l + r % 2 * 8));
             const __m512i scales = _mm512_castsi256_si512(_mm256_cvtepi8_epi32(bytes));
             __m512i dots[2];
-            dot_nibbles(dots, load_once(q), load_once(q + 64), table, x->v[4 * l + r], x->start[4 * l + r][0], x->start[4 * l + r][2]);
+            dot_nibbles(dots, load_once(q), load_once(q + 64), table, x->v[4 * l + r], x->start[4 * l + r][0],
+                        x->start[4 * l + r][2]);
             prefetch_after(dots[0], lines, 2 * (size_t)r, 8, 4 * sizeof(block_iq4_xs));
-            acc[r] = _mm512_add_epi32(_mm512_mullo_epi32(dots[0], _mm512_permutexvar_epi32(first, scales)),
-                                      _mm512_mullo_epi32(dots[1], _mm512_permutexvar_epi32(_mm512_add_epi32(first, _mm512_set1_epi32(4)), scales)));
+            const __m512i low = _mm512_mullo_epi32(dots[0], _mm512_permutexvar_epi32(first, scales));
+            const __m512i high = _mm512_mullo_epi32(dots[1], _mm512_permutexvar_epi32(second, scales));
+            acc[r] = _mm512_add_epi32(low, high);
             prefetch_after(acc[r], lines, 2 * (size_t)r + 1, 8, 4 * sizeof(block_iq4_xs));
         }
         sums[l] = add_dwords(acc);

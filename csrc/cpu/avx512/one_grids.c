@@ -4,7 +4,9 @@
 #include "grid_rows.h"
 #include "one.h"
 
-static inline __m512i signed_x(const __m512i *x, const struct grid_row *g, int i) { return signed_bytes(x[i], g->negative[i]); }
+static inline __m512i signed_x(const __m512i *x, const struct grid_row *g, int i) {
+    return signed_bytes(x[i], g->negative[i]);
+}
 /* QUAD_ORDER: the dwords of all four products add up to the 16-groups.  scales: bytes, one for each */
 static inline __m512i scale_quads(const struct grid_row *g, const __m512i *x, __m128i scales) {
     __m512i dot[2];         /* two, as one alone would wait for its own last addition */
@@ -14,17 +16,19 @@ static inline __m512i scale_quads(const struct grid_row *g, const __m512i *x, __
 }
 /* BLOCK_ORDER: blocks 0..3 in the lanes of one sum, 4..7 in those of the other */
 static inline __m512i scale_halves(const struct grid_row *g, const __m512i *x, __m128i scales) {
-    const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6), s = _mm512_cvtepi8_epi32(scales);
+    const __m512i first = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6),
+        s = _mm512_cvtepi8_epi32(scales);
     __m512i dot[2];
     for (int h = 0; h < 2; h++) {
         dot[h] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), g->q[2 * h], signed_x(x, g, 2 * h));
         dot[h] = _mm512_dpbusd_epi32(dot[h], g->q[2 * h + 1], signed_x(x, g, 2 * h + 1));
     }
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
     return _mm512_add_epi32(_mm512_mullo_epi32(dot[0], _mm512_permutexvar_epi32(first, s)),
-                            _mm512_mullo_epi32(dot[1], _mm512_permutexvar_epi32(_mm512_add_epi32(first, _mm512_set1_epi32(8)), s)));
+                            _mm512_mullo_epi32(dot[1], _mm512_permutexvar_epi32(second, s)));
 }
-INLINE __m512 dot_grid(const uint8_t *w, const struct one_x *x, const uint8_t *ahead, size_t bytes,
-                                                             grid_rows_fn *open, grid_scales_fn *scales_of, const enum x_order order, __m512 d) {
+INLINE __m512 dot_grid(const uint8_t *w, const struct one_x *x, const uint8_t *ahead, size_t bytes, grid_rows_fn *open,
+                       grid_scales_fn *scales_of, const enum x_order order, __m512 d) {
     __m512i sums[4];
 #pragma GCC unroll 1
     for (int l = 0; l < 4; l++) {

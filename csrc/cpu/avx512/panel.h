@@ -1,8 +1,8 @@
 /* panel.h -- one superblock of 16 rows, opened for products with many tokens on AVX-512.
  *
- * It is transposed: dword k holds columns 4k..4k+3 of every row side by side, so that vpdpbusd with a broadcast dword of
- * activations adds 4 columns to 16 results.  The bytes are unsigned: weight + bias; the sums begin at -bias * (sum of
- * activations), so they are exact and the bias costs nothing.  many.c opens panels, tiles.c multiplies them.
+ * It is transposed: dword k holds columns 4k..4k+3 of every row side by side, so that vpdpbusd with a broadcast dword
+ * of activations adds 4 columns to 16 results.  The bytes are unsigned: weight + bias; the sums begin at -bias * (sum
+ * of activations), so they are exact and the bias costs nothing.  many.c opens panels, tiles.c multiplies them.
  */
 #ifndef MS4_AVX512_PANEL_H
 #define MS4_AVX512_PANEL_H
@@ -12,8 +12,8 @@
 #define TILE 8                  /* tokens of a register tile, at most */
 #define CHUNK 64                /* tokens that share one unpacking */
 
-/* What the integer sums of a superblock become is its family's matter, but for Q2_K and Q3_K, whose scales are inside the
- * bytes, so that one sum goes through all of them. */
+/* What the integer sums of a superblock become is its family's matter, but for Q2_K and Q3_K, whose scales are inside
+ * the bytes, so that one sum goes through all of them. */
 struct form { enum ms4_family family; int in_bytes; };
 static inline int has_bias(const struct form f) { return !has_min(f.family); }
 /* The parts of a superblock whose sums get a scale of their own. */
@@ -29,8 +29,8 @@ struct panel {
 };
 
 /* Rows read side by side make memory several times slower than rows read in order, so they are prefetched in order:
- * the next rows while these are multiplied, one prefetch for each column of a panel, as those in a row hold up the loads
- * behind them.  step: bytes from one to the next; where it is less than a line, some ask for the same. */
+ * the next rows while these are multiplied, one prefetch for each column of a panel, as those in a row hold up the
+ * loads behind them.  step: bytes from one to the next; where it is less than a line, some ask for the same. */
 struct ahead { const uint8_t *at; size_t step; };
 
 /* tiles.c: adds superblock i of the PANELS panels p, times n_tokens rows x, to y. */

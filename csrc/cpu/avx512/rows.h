@@ -11,7 +11,8 @@ typedef void pack_grid_fn(__m512i *grid);
  * activation 4i + j. */
 enum x_order {
     NATURAL,        /* as they are */
-    K_ORDER,        /* 0 4 8 12, 1 5 9 13, 2 6 10 14, 3 7 11 15: first and second halves of even blocks, of odd blocks */
+    /* 0 4 8 12, 1 5 9 13, 2 6 10 14, 3 7 11 15: first and second halves of even blocks, of odd blocks */
+    K_ORDER,
     BLOCK_ORDER,    /* 0 2 4 6, 1 3 5 7, 8 10 12 14, 9 11 13 15: the same of blocks 0..3, 4..7 */
     CRUMB_ORDER,    /* 0 1 8 9, 2 3 10 11, 4 5 12 13, 6 7 14 15: blocks 0 and 4, 1 and 5, 2 and 6, 3 and 7 */
     QUAD_ORDER
@@ -21,7 +22,8 @@ static inline __m512i load_512(const void *p) { return _mm512_loadu_si512(p); }
 static inline __m256i load_256(const void *p) { return _mm256_loadu_si256(p); }
 /* 16 bytes at two addresses, side by side */
 static inline __m256i load_two(const uint8_t *a, const uint8_t *b) {
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const void *)a)), _mm_loadu_si128((const void *)b), 1);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const void *)a)),
+                                   _mm_loadu_si128((const void *)b), 1);
 }
 /* out[j] = dword j of the 16 bytes at rows[r] + at, r = 0..15 side by side */
 INLINE void load_transposed(__m512i *out, panel_rows rows, size_t at) {
@@ -38,7 +40,9 @@ INLINE void load_transposed(__m512i *out, panel_rows rows, size_t at) {
 }
 static inline __m512i low_nibbles(__m512i v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 static inline __m512i high_nibbles(__m512i v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
-static inline __m512i byte_of(__m512i v, int b) { return _mm512_and_si512(_mm512_srli_epi32(v, (unsigned)b * 8), _mm512_set1_epi32(255)); }
+static inline __m512i byte_of(__m512i v, int b) {
+    return _mm512_and_si512(_mm512_srli_epi32(v, (unsigned)b * 8), _mm512_set1_epi32(255));
+}
 static inline __m512 halves_to_floats(__m512i v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)); }
 /* The half at rows[r] + at, as a float. */
 static inline __m512 load_halves(panel_rows rows, size_t at) {
@@ -46,14 +50,21 @@ static inline __m512 load_halves(panel_rows rows, size_t at) {
     for (int r = 0; r < PANEL_ROWS; r++) memcpy(h + r, rows[r] + at, sizeof *h);
     return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)h));
 }
-/* For what is used more than once: the compiler would rather load it again, but a load across lines takes the time of two. */
+/* For what is used more than once: the compiler would rather load it again, but a load across lines takes the time of
+ * two. */
 static inline __m512i load_once(const void *p) {
     __m512i v = load_512(p);
     __asm__("" : "+v"(v));
     return v;
 }
 /* Tables for shuffles of nibbles: quants plus their bias. */
-static inline __m512i identity_table(void) { return _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)); }
-static inline __m512i kv_table(void) { return _mm512_broadcast_i32x4(_mm_xor_si128(_mm_loadu_si128((const void *)unpack_kv), _mm_set1_epi8(-128))); }
-static inline __m512i e2m1_table(void) { return _mm512_broadcast_i32x4(_mm_add_epi8(_mm_loadu_si128((const void *)unpack_e2m1), _mm_set1_epi8(12))); }
+static inline __m512i identity_table(void) {
+    return _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+static inline __m512i kv_table(void) {
+    return _mm512_broadcast_i32x4(_mm_xor_si128(_mm_loadu_si128((const void *)unpack_kv), _mm_set1_epi8(-128)));
+}
+static inline __m512i e2m1_table(void) {
+    return _mm512_broadcast_i32x4(_mm_add_epi8(_mm_loadu_si128((const void *)unpack_e2m1), _mm_set1_epi8(12)));
+}
 #endif

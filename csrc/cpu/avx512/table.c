@@ -11,8 +11,10 @@ static void dequantize_q8_0_avx512(float *out, const void *w, size_t n) {
     const block_q8_0 *b = w;
     for (size_t i = 0; i < n / 32; i++, out += 32) {
         __m512 d = _mm512_set1_ps(_cvtsh_ss(b[i].d));
-        for (int h = 0; h < 32; h += 16)
-            _mm512_storeu_ps(out + h, _mm512_mul_ps(d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(b[i].qs + h))))));
+        for (int h = 0; h < 32; h += 16) {
+            const __m512i q = _mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(b[i].qs + h)));
+            _mm512_storeu_ps(out + h, _mm512_mul_ps(d, _mm512_cvtepi32_ps(q)));
+        }
     }
 }
 

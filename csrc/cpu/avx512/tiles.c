@@ -14,8 +14,7 @@ INLINE __m512i dot_add(__m512i sum, __m512i w, __m512i x) {
 /* Where the sums of a token begin (starts) and the sums that its mins multiply (for dpwssd: pairs of int16). */
 struct tile_sums { int32_t start[16]; float block[8]; int16_t pair[8]; };
 
-INLINE void tile_sums_of(struct tile_sums *s, const block_q8 *x,
-                                                               const struct form f, int bias) {
+INLINE void tile_sums_of(struct tile_sums *s, const block_q8 *x, const struct form f, int bias) {
     const __m256i sums = _mm256_load_si256((const void *)x->sums);
     const __m256i blocks = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
     if (has_bias(f)) {
@@ -38,8 +37,8 @@ INLINE void prefetch_step(struct ahead *a, __m512i *sum) {
 }
 #define FOR_EACH(k, m) for (int k = 0; k < n; k++) for (int m = 0; m < PANELS; m++)
 /* Adds one superblock to the results of n tokens (a constant, at most TILE) and the rows of the panels p. */
-INLINE void tile_add(const struct panel *p, const block_q8 *const *rows, size_t i,
-                                                           float *y, const struct form f, int bias, const int n, struct ahead *next) {
+INLINE void tile_add(const struct panel *p, const block_q8 *const *rows, size_t i, float *y, const struct form f,
+                     int bias, const int n, struct ahead *next) {
     const int parts = parts_of(f), is_float = is_blocks(f.family);
     struct tile_sums s[TILE];
     const block_q8 *x[TILE];
@@ -57,7 +56,8 @@ INLINE void tile_add(const struct panel *p, const block_q8 *const *rows, size_t 
     for (int b = 0; b < parts; b++) {
         /* few tokens: two sums each, as one alone would wait for its own last addition */
         FOR_EACH(k, m) {
-            dot[k][m] = f.in_bytes ? total[k][m] : has_bias(f) ? _mm512_set1_epi32(s[k].start[b]) : _mm512_setzero_si512();
+            if (f.in_bytes) dot[k][m] = total[k][m];
+            else dot[k][m] = has_bias(f) ? _mm512_set1_epi32(s[k].start[b]) : _mm512_setzero_si512();
             odd[k][m] = _mm512_setzero_si512();
         }
 #pragma GCC unroll 8
@@ -88,7 +88,8 @@ INLINE void tile_add(const struct panel *p, const block_q8 *const *rows, size_t 
         if (has_min(f.family) && !is_float) {
             __m512i mins = _mm512_setzero_si512();
             for (int b = 0; b < (f.in_bytes ? 8 : 4); b++)
-                mins = _mm512_dpwssd_epi32(mins, p[m].min[b], broadcast_dword(f.in_bytes ? x[k]->sums + 2 * b : s[k].pair + 2 * b));
+                mins = _mm512_dpwssd_epi32(mins, p[m].min[b],
+                                           broadcast_dword(f.in_bytes ? x[k]->sums + 2 * b : s[k].pair + 2 * b));
             t[k][m] = _mm512_fnmadd_ps(p[m].dmin, _mm512_cvtepi32_ps(mins), t[k][m]);
         }
         float *sum = y + (k * PANELS + m) * PANEL_ROWS;

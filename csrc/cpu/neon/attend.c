@@ -4,14 +4,16 @@
 #include "neon.h"
 
 /* c[r] += a[r] times b: n_rows rows of n numbers, and n rows of 4 * width numbers, in ascending order. */
-INLINE void tile_product(float32x4_t (*c)[4], const float *const *a, const float *b, size_t b_stride, size_t n, int n_rows, int width) {
+INLINE void tile_product(float32x4_t (*c)[4], const float *const *a, const float *b, size_t b_stride, size_t n,
+                         int n_rows, int width) {
     for (size_t i = 0; i < n; i++)
         for (int h = 0; h < width; h++) {
             float32x4_t v = vld1q_f32(b + i * b_stride + (size_t)h * 4);
             for (int r = 0; r < n_rows; r++) c[r][h] = vfmaq_n_f32(c[r][h], v, a[r][i]);
         }
 }
-INLINE void add_values(float *const *o, const float *const *s, const float *factor, const float *v, size_t v_stride, int n_rows, int width) {
+INLINE void add_values(float *const *o, const float *const *s, const float *factor, const float *v, size_t v_stride,
+                       int n_rows, int width) {
     float32x4_t c[TILE][4];
     for (int r = 0; r < n_rows; r++)
         for (int h = 0; h < width; h++) c[r][h] = vmulq_n_f32(vld1q_f32(o[r] + h * 4), factor[r]);

@@ -49,7 +49,8 @@ INLINE void tile_group(int32x4_t *dot, const struct panel *p, const block_q8 *co
         dot[t] = vdotq_laneq_s32(dot[t], w[3], v, 3);
     }
 }
-INLINE void tile_superblock(float32x4_t *y, const struct panel *p, const block_q8 *const *x, int n, int half, enum ms4_family f) {
+INLINE void tile_superblock(float32x4_t *y, const struct panel *p, const block_q8 *const *x, int n, int half,
+                            enum ms4_family f) {
     int32x4_t sum[TILE], low[TILE];
     for (int t = 0; t < n; t++) sum[t] = low[t] = vdupq_n_s32(0);
     for (int g = 0; g < 16; g++) {
@@ -66,7 +67,8 @@ INLINE void tile_superblock(float32x4_t *y, const struct panel *p, const block_q
         y[t] = vfmaq_n_f32(y[t], v, x[t]->d);
     }
 }
-INLINE void tile_blocks(float32x4_t *y, const struct panel *p, const block_q8 *const *x, int n, int half, int n_here, enum ms4_family f) {
+INLINE void tile_blocks(float32x4_t *y, const struct panel *p, const block_q8 *const *x, int n, int half, int n_here,
+                        enum ms4_family f) {
     const int width = f == FAMILY_blocks_16 ? 16 : 32;
     float32x4_t v[TILE];
     for (int t = 0; t < n; t++) v[t] = vdupq_n_f32(0);
@@ -77,7 +79,8 @@ INLINE void tile_blocks(float32x4_t *y, const struct panel *p, const block_q8 *c
         for (int t = 0; t < n; t++) {
             v[t] = vfmaq_f32(v[t], vld1q_f32(p->d[b] + half * 4), vcvtq_f32_s32(dot[t]));
             if (has_min(f))
-                v[t] = vfmaq_n_f32(v[t], vld1q_f32(p->m[b] + half * 4), (float)(x[t]->sums[2 * b] + x[t]->sums[2 * b + 1]));
+                v[t] = vfmaq_n_f32(v[t], vld1q_f32(p->m[b] + half * 4),
+                                   (float)(x[t]->sums[2 * b] + x[t]->sums[2 * b + 1]));
         }
     }
     for (int t = 0; t < n; t++) y[t] = vfmaq_n_f32(y[t], v[t], x[t]->d);
@@ -93,7 +96,8 @@ INLINE void store_rows(float *y, float32x4_t v, int n_rows) {
     vst1q_f32(n_rows < 4 ? part : y, v);
     if (n_rows < 4) memcpy(y, part, (size_t)n_rows * sizeof *y);
 }
-INLINE void tile(const struct ms4_mul *m, const struct panel *p, int token, int n, int first, int i, int n_here, struct opener o) {
+INLINE void tile(const struct ms4_mul *m, const struct panel *p, int token, int n, int first, int i, int n_here,
+                 struct opener o) {
     for (int half = 0; half < 2 && first + half * 4 < m->n_rows; half++) {
         const block_q8 *x[TILE];
         float32x4_t y[TILE];

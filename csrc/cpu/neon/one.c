@@ -6,7 +6,8 @@
 static void dot_groups_neon(int32_t *sums, const int8_t *q, const int8_t *x) {
     for (int g = 0; g < 16; g += 4) {
         int32x4_t v[4];
-        for (int j = 0; j < 4; j++) v[j] = vdotq_s32(vdupq_n_s32(0), vld1q_s8(q + (g + j) * 16), vld1q_s8(x + (g + j) * 16));
+        for (int j = 0; j < 4; j++)
+            v[j] = vdotq_s32(vdupq_n_s32(0), vld1q_s8(q + (g + j) * 16), vld1q_s8(x + (g + j) * 16));
         vst1q_s32(sums + g, vpaddq_s32(vpaddq_s32(v[0], v[1]), vpaddq_s32(v[2], v[3])));
     }
 }
