@@ -85,6 +85,14 @@ struct ms4_attend_segment {
     int32_t next_lines;
 };
 
+/* Choosing a token from its logits (sample.c).  Here ref and the others have the same bits: cpu/plain/weigh.h. */
+#define WEIGH_BLOCK 128        /* logits looked at together */
+struct ms4_weighing {
+    double highest;            /* of the logits */
+    double temperature;        /* above 0 */
+    double least;              /* what a likely token weighs at least */
+};
+
 struct ms4_ops {
     const char *isa;
     mul_fn *mul[MS4_N_TYPES];
@@ -113,6 +121,11 @@ struct ms4_ops {
     void (*fold)(float *into, const float *from, size_t n);
     /* kt[i * ATTEND_KEYS + j] = k[j * k_stride + i], i < d, j < n_keys <= ATTEND_KEYS; zero for other j */
     void (*transpose_keys)(float *kt, const float *k, size_t k_stride, int32_t n_keys, int32_t d);
+    /* tops[b] = the highest of block b of n >= 1 logits; returns whether all of them are finite */
+    int (*block_tops)(float *tops, const float *x, size_t n);
+    /* w[i] = e^((x[i] - highest) / temperature), i < n <= WEIGH_BLOCK, 0 from there to the end of the block; sums = of the
+     * likely ones, of the others: each added as a tree: i with i + 64, then + 32, and so on */
+    void (*weigh)(double *w, const float *x, size_t n, const struct ms4_weighing *how, double *sums);
     /* Loops in registers (peak.h): multiply-adds that the rounds were, 8-bit and float. */
     uint64_t (*int8_peak)(uint64_t rounds);
     uint64_t (*float_peak)(uint64_t rounds);

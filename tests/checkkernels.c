@@ -604,6 +604,45 @@ static void check_transpose_keys(void) {
     }
 }
 
+/* Choosing a token has the same bits in all tables; the exponentials are held to those of the C library. */
+static void check_weigh(void) {
+    for (int i = 0; i < 300; i++) {
+        size_t n = (size_t)(i < 129 ? i % WEIGH_BLOCK + 1 : between(1, WEIGH_BLOCK));
+        float *x = guarded_floats(n), scale = (float[]){ 0, 0.01f, 1, 30, 1000 }[i % 5];
+        double *got = guarded(WEIGH_BLOCK * sizeof *got), *want = guarded(WEIGH_BLOCK * sizeof *want);
+        double got_sums[2], want_sums[2], likely = 0, others = 0;
+        struct ms4_weighing how = { scale + between(0, 1), i % 7 ? 0.7 : 1e-300, i % 3 ? 1e-3 : 0.5 };
+        for (size_t j = 0; j < n; j++) x[j] = uniform() * scale;
+        fast->weigh(got, x, n, &how, got_sums);
+        ref->weigh(want, x, n, &how, want_sums);
+        expect(!memcmp(got, want, WEIGH_BLOCK * sizeof *got) && !memcmp(got_sums, want_sums, sizeof got_sums), "other bits than ref");
+        for (size_t j = 0; j < WEIGH_BLOCK; j++) {
+            double exact = j < n ? exp((x[j] - how.highest) / how.temperature) : 0;
+            expect(fabs(got[j] - exact) <= 5e-16 * exact + 1e-300, "wrong exponential");
+            *(got[j] >= how.least ? &likely : &others) += got[j];
+        }
+        expect(fabs(got_sums[0] - likely) <= 1e-13 * likely && fabs(got_sums[1] - others) <= 1e-13 * others, "wrong sums");
+        release_all();
+    }
+}
+static void check_block_tops(void) {
+    static const float bad[] = { NAN, -NAN, INFINITY, -INFINITY };
+    for (int i = 0; i < 300; i++) {
+        size_t n = (size_t)(i < 140 ? i + 1 : between(1, 2000)), n_blocks = (n + WEIGH_BLOCK - 1) / WEIGH_BLOCK;
+        float *x = guarded_floats(n), *got = guarded_floats(n_blocks), scale = (float[]){ 0, 1e-40f, 1, 4e37f }[i % 4];
+        for (size_t j = 0; j < n; j++) x[j] = (uniform() - (float)(i % 3)) * scale;
+        expect(fast->block_tops(got, x, n), "finite logits refused");
+        for (size_t b = 0; b < n_blocks; b++) {
+            float want = x[b * WEIGH_BLOCK];
+            for (size_t j = b * WEIGH_BLOCK; j < n && j < (b + 1) * WEIGH_BLOCK; j++) want = x[j] > want ? x[j] : want;
+            expect(got[b] == want, "not the highest");
+        }
+        x[between(0, (int)n - 1)] = bad[i % 4];
+        expect(!fast->block_tops(got, x, n), "a logit that is not finite, unseen");
+        release_all();
+    }
+}
+
 /* --- timing of the rest ------------------------------------------------------------------------------- */
 #define N_TIMED 4096
 static float *t_x, *t_y, *t_z;
@@ -628,6 +667,13 @@ static void run_transpose_keys(const struct ms4_ops *o) {
     for (int i = 0; i < 50; i++) o->transpose_keys(t_y, t_x, 128, ATTEND_KEYS, 128);
 }
 static void run_fold(const struct ms4_ops *o) { for (int i = 0; i < 50; i++) o->fold(t_y, t_x, N_TIMED); }
+static void run_weigh(const struct ms4_ops *o) {
+    static double w[WEIGH_BLOCK], sums[2];
+    static const struct ms4_weighing how = { 1, 0.7, 1e-3 };
+    for (int i = 0; i < 50; i++)
+        for (size_t j = 0; j < N_TIMED; j += WEIGH_BLOCK) o->weigh(w, t_x + j, WEIGH_BLOCK, &how, sums);
+}
+static void run_block_tops(const struct ms4_ops *o) { for (int i = 0; i < 50; i++) o->block_tops(t_y, t_x, N_TIMED); }
 static void run_attend(const struct ms4_ops *o) { for (int i = 0; i < 50; i++) o->attend(&t_attend); }
 
 static void make_timed(void) {
@@ -652,6 +698,8 @@ static void time_choose(void) { time_floats(run_choose); }
 static void time_quantize_16(void) { time_floats(run_quantize_16); }
 static void time_fold(void) { time_floats(run_fold); }
 static void time_transpose_keys(void) { time_floats(run_transpose_keys); }
+static void time_weigh(void) { time_floats(run_weigh); }
+static void time_block_tops(void) { time_floats(run_block_tops); }
 /* As wide as the heads of the vision tower. */
 static void time_attend(void) {
     enum { D = 64 };
@@ -716,6 +764,8 @@ static void check_table(void) {
     run_check("fold", check_fold, time_fold);
     run_check("attend", check_attend, time_attend);
     run_check("transpose_keys", check_transpose_keys, time_transpose_keys);
+    run_check("weigh", check_weigh, time_weigh);
+    run_check("block_tops", check_block_tops, time_block_tops);
     run_check("peaks", check_peaks, time_peaks);
 }
 int main(int argc, char **argv) {

@@ -5,6 +5,7 @@
 #include "cpu/plain/dequantize.h"
 #include "cpu/plain/peak.h"
 #include "cpu/plain/segment.h"
+#include "cpu/plain/weigh.h"
 
 /* Attention waits for this one: W_uk and W_uv are often Q8_0. */
 static void dequantize_q8_0_avx512(float *out, const void *w, size_t n) {
@@ -43,6 +44,8 @@ const struct ms4_ops ops_avx512 = {
     .attend_segment = attend_segment_avx512,
     .fold = fold_plain,
     .transpose_keys = transpose_keys_avx512,
+    .block_tops = block_tops_plain,
+    .weigh = weigh_plain,
     .int8_peak = int8_peak,
     .float_peak = float_peak,
 };

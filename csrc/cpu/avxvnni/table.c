@@ -5,6 +5,7 @@
 #include "cpu/plain/dequantize.h"
 #include "cpu/plain/peak.h"
 #include "cpu/plain/segment.h"
+#include "cpu/plain/weigh.h"
 
 const struct ms4_ops ops_avxvnni = {
     .isa = "avxvnni",
@@ -28,6 +29,8 @@ const struct ms4_ops ops_avxvnni = {
     .attend_segment = attend_segment_avxvnni,
     .fold = fold_plain,
     .transpose_keys = transpose_keys_avx2,
+    .block_tops = block_tops_plain,
+    .weigh = weigh_plain,
     .int8_peak = int8_peak,
     .float_peak = float_peak,
 };

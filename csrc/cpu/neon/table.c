@@ -5,6 +5,7 @@
 #include "cpu/plain/dequantize.h"
 #include "cpu/plain/peak.h"
 #include "cpu/plain/segment.h"
+#include "cpu/plain/weigh.h"
 
 const struct ms4_ops ops_neon = {
     .isa = "neon",
@@ -27,6 +28,8 @@ const struct ms4_ops ops_neon = {
     .attend_segment = attend_segment_neon,
     .fold = fold_plain,
     .transpose_keys = transpose_keys_plain,
+    .block_tops = block_tops_plain,
+    .weigh = weigh_plain,
     .int8_peak = int8_peak,
     .float_peak = float_peak,
 };

@@ -3,6 +3,7 @@
 #include "dequantize.h"
 #include "peak.h"
 #include "segment.h"
+#include "weigh.h"
 #include <math.h>
 #include <string.h>
 
@@ -206,6 +207,8 @@ const struct ms4_ops ops_ref = {
     .attend_segment = attend_segment_ref,
     .fold = fold_ref,
     .transpose_keys = transpose_keys_ref,
+    .block_tops = block_tops_plain,
+    .weigh = weigh_plain,
     .int8_peak = int8_peak,
     .float_peak = float_peak,
 };
