@@ -58,7 +58,6 @@ CODES = {
     "ms4.models.image.ImageError": UNREADABLE,
     "ms4.models.outside.InputError": UNREADABLE,
     "ms4.models.generate.ContextError": INCOMPLETE,
-    "ms4.models.sampling.LogitsError": FAILURE,
     "ms4.ContextFull": INCOMPLETE,
     "ms4.Canceled": INTERRUPTED,
     "ms4.EngineError": FAILURE,

@@ -541,3 +541,49 @@ class Vision(_Handle):
         if self._handle is not None:
             lib.ms4_vision_progress(self._handle, done, total)
         return done[0], total[0]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Of n rows: ids int32 [n]; if they were asked for, log-probabilities, float64: of the ids and of the highest."""
+
+    ids: np.ndarray
+    logprobs: np.ndarray | None = None  # [n]
+    top_ids: np.ndarray | None = None  # int32 [n, n_top], highest first
+    top_logprobs: np.ndarray | None = None  # [n, n_top]
+
+
+def sample(
+    logits: np.ndarray,
+    uniforms: np.ndarray | None = None,
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    n_top: int | None = None,
+) -> Sampled:
+    """Chooses a token for each row of float32 logits [n, n_vocab], with a random number in [0, 1) for each row.
+
+    temperature 0 takes the highest and needs no random numbers.  n_top: also log-probabilities, those of the model
+    itself.  A logit that is not finite raises NotFinite.
+    """
+    import numpy as np
+
+    logits = np.ascontiguousarray(logits, np.float32)
+    n_rows, n_vocab = logits.shape
+    numbers = np.zeros(n_rows) if uniforms is None else np.ascontiguousarray(uniforms, np.float64)
+    if temperature > 0 and (uniforms is None or numbers.shape != (n_rows,)):
+        raise ValueError(f"{n_rows} rows of logits take as many random numbers")
+    ids = np.empty(n_rows, np.int32)
+    how = ffi.new("ms4_sampling *", {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p})
+    c_logits, c_numbers = ffi.from_buffer("float[]", logits), ffi.from_buffer("double[]", numbers)
+    c_ids = ffi.from_buffer("int32_t[]", ids, require_writable=True)
+    if n_top is None:
+        check(lib.ms4_sample(c_logits, n_rows, n_vocab, how, c_numbers, c_ids, 0, ffi.NULL, ffi.NULL))
+        return Sampled(ids)
+    n_top = min(n_top, n_vocab)
+    top_ids, logprobs = np.empty((n_rows, n_top), np.int32), np.empty((n_rows, n_top + 1))
+    c_top, c_logprobs = ffi.from_buffer("int32_t[]", top_ids), ffi.from_buffer("double[]", logprobs)
+    check(lib.ms4_sample(c_logits, n_rows, n_vocab, how, c_numbers, c_ids, n_top, c_top, c_logprobs))
+    return Sampled(ids, logprobs[:, 0], top_ids, logprobs[:, 1:])

@@ -156,8 +156,7 @@ static void conclude(run *r) {
         ms4_span *s = r->part[i];
         if (is_stopped(s)) s->status = error_set(MS4_ECANCELED, "canceled");
         else if (!all_finite(s->logits, s->n_logits * (size_t)r->e->shape.n_vocab))
-            s->status = error_set(MS4_ENUMBER, "the model gave a logit that is not a finite number; the file is damaged "
-                                               "(compare its checksum)");
+            s->status = error_set(MS4_ENUMBER, LOGITS_NOT_FINITE);
         else atomic_fetch_add(&s->session->length, (int)s->n);
     }
 }

@@ -1,7 +1,8 @@
 """Logits to one token: temperature, then top-k, top-p and min-p, each on what the one before left.
 
 The same seed and the same logits give the same tokens everywhere: the arithmetic is float64, the order of the
-candidates is fixed (by logit, then by id), and the random numbers are the raw ones of PCG64.
+candidates is fixed (by logit, then by id), and the random numbers are the raw ones of PCG64.  The work is done by the
+C core; `choose` says what it is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+import ms4
 
 # What the model card recommends for effort high; for none it gives the range 0 to 0.7, of which this is our choice.
 DEFAULTS: dict[str, dict[str, float]] = {
@@ -28,10 +31,6 @@ LAST_CLASS = 4095.0
 
 class SamplingError(ValueError):
     """A setting out of its range."""
-
-
-class LogitsError(ArithmeticError):
-    """The model gave a logit that is not a finite number."""
 
 
 @dataclass(frozen=True)
@@ -100,57 +99,62 @@ class Sampler:
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
         self.seed = secrets.randbits(32) if params.seed is None else params.seed
-        self._random = np.random.PCG64(self.seed) if params.temperature > 0 else None
-        self._room = np.empty(0)
+        self._random = np.random.PCG64(self.seed)
 
     def pick(self, logits: np.ndarray, n_top: int | None = None) -> Choice:
         """The next token.  n_top: also its log-probability, and those of the n_top most likely."""
-        best = int(logits.argmax())  # of equal ones the first; a NaN wins
-        highest = float(logits[best])
-        if not math.isfinite(highest) or not math.isfinite(logits.min()):
-            raise LogitsError("the model gave a logit that is not finite; the file may be damaged")
-        id = best if self._random is None else self._draw(logits, highest)
-        if n_top is None:
-            return Choice(id, math.nan)
-        total = math.log(float(self._weights(logits, highest, 1.0).sum())) + highest
-        top = highest_k(logits, min(n_top, len(logits))) if n_top > 0 else np.empty(0, np.int64)
-        top = top[np.argsort(-logits[top], kind="stable")]
-        return Choice(id, float(logits[id]) - total, tuple((int(i), float(logits[i]) - total) for i in top))
+        return self.pick_rows(logits[None], n_top)[0]
 
-    def _draw(self, logits: np.ndarray, highest: float) -> int:
-        params = self.params
-        ids = highest_k(logits, params.top_k) if 0 < params.top_k < len(logits) else None
-        weights = self._weights(logits if ids is None else logits[ids], highest, params.temperature)
-        total = float(weights.sum())
-        # Nearly always all that matters is likely, and a small part of the vocabulary.
-        least = params.min_p or LIKELY
-        head = np.flatnonzero(weights >= least)
-        some = weights[head]
-        if params.top_p < 1:
-            wanted = params.top_p * total
-            if not params.min_p and float(some.sum()) < wanted:
-                head, some = np.arange(len(weights)), weights
-            kept = nucleus(some, wanted)
-            head, some = head[kept], some[kept]
-        sums = np.cumsum(some)
-        cut = params.top_p < 1 or params.min_p > 0
-        uniform = (self._random.random_raw() >> 11) * 2.0**-53  # type: ignore[union-attr]
-        goal = uniform * (float(sums[-1]) if cut else total)
-        if goal >= sums[-1] and not cut and len(head) < len(weights):
-            head = np.flatnonzero(weights < least)
-            sums = sums[-1] + np.cumsum(weights[head])
-        at = int(head[min(int(np.searchsorted(sums, goal, side="right")), len(head) - 1)])
-        return at if ids is None else int(ids[at])
+    def pick_rows(self, logits: np.ndarray, n_top: int | None = None) -> list[Choice]:
+        """A token for each row, with the random numbers that picking one after the other would take."""
+        p = self.params
+        uniforms = uniform_numbers(self._random, len(logits)) if p.temperature > 0 else None
+        got = ms4.sample(
+            logits, uniforms, temperature=p.temperature, top_k=p.top_k, top_p=p.top_p, min_p=p.min_p, n_top=n_top
+        )
+        ids = got.ids.tolist()
+        if got.logprobs is None or got.top_ids is None or got.top_logprobs is None:
+            return [Choice(id, math.nan) for id in ids]
+        tops = zip(got.top_ids.tolist(), got.top_logprobs.tolist(), strict=True)
+        chosen = zip(ids, got.logprobs.tolist(), tops, strict=True)
+        return [Choice(id, logprob, tuple(zip(*top, strict=True))) for id, logprob, top in chosen]
 
-    def _weights(self, logits: np.ndarray, highest: float, temperature: float) -> np.ndarray:
-        """Probabilities relative to that of the best.  They stand in memory that the next call takes again."""
-        if len(self._room) < len(logits):
-            self._room = np.empty(len(logits))
-        weights = self._room[: len(logits)]
-        np.subtract(logits, highest, out=weights, dtype=np.float64)
-        with np.errstate(over="ignore"):  # of a temperature near 0: all but the best become -inf
-            weights /= temperature
-        return np.exp(weights, out=weights)
+
+def uniform_numbers(random: np.random.PCG64, n: int) -> np.ndarray:
+    """The next n in [0, 1), of 53 bits each."""
+    return (random.random_raw(n) >> np.uint64(11)) * 2.0**-53
+
+
+# What csrc/sample.c computes, as a definition that the tests hold it to.
+
+
+def choose(logits: np.ndarray, params: SamplingParams, uniforms: np.ndarray) -> np.ndarray:
+    """The tokens that random numbers in [0, 1) stand for, all of one row of logits."""
+    if params.temperature == 0:
+        return np.full(len(uniforms), logits.argmax())  # of equal ones the first
+    ids = highest_k(logits, params.top_k) if 0 < params.top_k < len(logits) else np.arange(len(logits))
+    with np.errstate(over="ignore"):  # of a temperature near 0: all but the best become -inf
+        nats = (logits[ids].astype(np.float64) - float(logits.max())) / params.temperature
+    weights = np.exp(nats)  # relative to the best
+    total = float(weights.sum())
+    # Nearly always all that matters is likely, and a small part of the vocabulary.
+    likely = weights >= (params.min_p or LIKELY)
+    if params.top_p < 1:
+        wanted = params.top_p * total
+        some = np.flatnonzero(likely if params.min_p or float(weights[likely].sum()) >= wanted else weights >= 0)
+        order = some[nucleus(nats[some], weights[some], wanted)]
+    elif params.min_p:
+        order = np.flatnonzero(likely)
+    else:
+        order = np.concatenate([np.flatnonzero(likely), np.flatnonzero(~likely)])
+    sums = np.cumsum(weights[order])
+    return np.asarray(ids[order[np.minimum(np.searchsorted(sums, uniforms * sums[-1], side="right"), len(order) - 1)]])
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Of a row, float64: those of the model itself, before temperature and cuts."""
+    nats = logits.astype(np.float64) - float(logits.max())
+    return np.asarray(nats - math.log(float(np.exp(nats).sum())))
 
 
 def surprise(logits: np.ndarray, ids: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -168,18 +172,17 @@ def highest_k(values: np.ndarray, k: int) -> np.ndarray:
     return np.sort(np.concatenate([above, equal]))
 
 
-def nucleus(weights: np.ndarray, wanted: float) -> np.ndarray:
+def nucleus(nats: np.ndarray, weights: np.ndarray, wanted: float) -> np.ndarray:
     """Where the smallest set of the most likely is that weighs `wanted`; of equal ones the first.
 
-    Sorting a vocabulary would take many milliseconds.  So the weight is summed by classes of likelihood, and only the
-    class in which the limit is reached gets sorted.
+    weights = e^nats.  Sorting a vocabulary would take many milliseconds.  So the weight is summed by classes of
+    likelihood, and only the class in which the limit is reached gets sorted: its members come last, most likely first.
     """
-    with np.errstate(divide="ignore"):
-        classes = np.minimum(np.log(weights) * -CLASSES_PER_NAT, LAST_CLASS).astype(np.int64)
+    classes = np.minimum(nats * -CLASSES_PER_NAT, LAST_CLASS).astype(np.int64)
     sums = np.cumsum(np.bincount(classes, weights=weights))
     edge = min(int(np.searchsorted(sums, wanted)), len(sums) - 1)
     last = np.flatnonzero(classes == edge)
-    last = last[np.argsort(-weights[last], kind="stable")]
+    last = last[np.argsort(-nats[last], kind="stable")]
     before = float(sums[edge - 1]) if edge else 0.0
     n = int(np.searchsorted(before + np.cumsum(weights[last]), wanted)) + 1
     return np.concatenate([np.flatnonzero(classes < edge), last[:n]])

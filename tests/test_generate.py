@@ -16,7 +16,7 @@ from ms4.models.control import Control
 from ms4.models.generate import ContextError, Done, Line, Reading, Token, generate
 from ms4.models.interrupt import interruptible
 from ms4.models.prompt import Image, Prompt
-from ms4.models.sampling import LogitsError, Sampler, SamplingParams
+from ms4.models.sampling import Sampler, SamplingParams
 from ms4.models.stream import Text, Thinking, ToolCall
 
 
@@ -188,7 +188,7 @@ def test_a_logit_that_is_not_finite_is_never_a_token():
     session.feed = lambda ids, rows=None, **options: np.full(131072, np.nan, np.float32)
     source = generate(Line(session), prompt("Hi"), greedy(), tekken())
     assert isinstance(next(source), Reading)
-    with pytest.raises(LogitsError):
+    with pytest.raises(NotFinite):
         next(source)
 
 

@@ -5,7 +5,18 @@ import math
 import numpy as np
 import pytest
 
-from ms4.models.sampling import DEFAULTS, Choice, LogitsError, Sampler, SamplingError, SamplingParams
+import ms4
+from ms4 import NotFinite
+from ms4.models.sampling import (
+    DEFAULTS,
+    Choice,
+    Sampler,
+    SamplingError,
+    SamplingParams,
+    choose,
+    log_probabilities,
+    uniform_numbers,
+)
 
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
@@ -119,7 +130,7 @@ def test_a_seed_is_drawn_and_told_when_none_is_given():
 def test_a_logit_that_is_not_finite_is_an_error_and_never_a_token(bad, temperature):
     values = np.zeros(1000, np.float32)
     values[500] = bad
-    with pytest.raises(LogitsError, match="not finite"):
+    with pytest.raises(NotFinite, match="not a finite"):
         Sampler(SamplingParams(temperature=temperature, seed=1)).pick(values)
 
 
@@ -153,3 +164,165 @@ def test_extreme_settings_still_give_a_token():
     for settings in ({"temperature": 1e-300}, {"temperature": 10.0}, {"top_p": 1e-300}, {"top_k": 2**31 - 1}):
         assert set(drawn(values, 5, **settings)) == {1}
     assert set(drawn(np.float32([5]), 5, top_p=0.5, top_k=3, min_p=0.5)) == {0}
+
+
+# --- the core against its definition ---
+
+
+def core(values, params, uniforms):
+    """What the C core draws from one row with each of the numbers."""
+    how = {name: getattr(params, name) for name in OFF}
+    return [int(ms4.sample(values[None], uniforms[i : i + 1], **how).ids[0]) for i in range(len(uniforms))]
+
+
+def some_logits(rng, kind, n):
+    """Logits as a model gives them, or as it should not."""
+    values = rng.normal(0, 2.6, n)
+    if kind in ("likely", "ties"):
+        few = rng.choice(n, min(n, 60), replace=False)
+        values[few] = 6 + np.sort(rng.exponential(4, len(few)))
+    elif kind == "flat":
+        values = rng.normal(0, 0.05, n)
+    elif kind == "equal":
+        values = np.full(n, 3.0)
+    elif kind == "peaked":
+        values[rng.integers(n)] = 90
+    return (np.round(values * 2) / 2 if kind == "ties" else values).astype(np.float32)
+
+
+KINDS = ("likely", "ties", "flat", "equal", "peaked")
+CUTS = [
+    {},
+    {"top_k": 40},
+    {"top_k": 1500, "min_p": 1e-4},
+    {"top_p": 0.95},
+    {"top_p": 0.5},
+    {"min_p": 0.05},
+    {"min_p": 1e-9, "top_p": 0.999},
+    {"top_k": 50, "top_p": 0.9, "min_p": 0.02},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("temperature", [0.1, 0.3, 0.7, 1.0, 2.0])
+def test_ten_thousand_draws_from_a_whole_vocabulary(rng, temperature, cut):
+    params = SamplingParams(temperature, **cut)
+    for kind in KINDS:
+        for _ in range(4):
+            values, uniforms = some_logits(rng, kind, 131072), rng.random(500)
+            assert core(values, params, uniforms) == choose(values, params, uniforms).tolist(), kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_core_draws_what_the_definition_says(rng, kind):
+    for n in (1, 2, 3, 127, 128, 129, 300, 3000, 131072):
+        for cut in CUTS if n > 1000 else [*CUTS, {"top_k": n}, {"top_k": 1}, {"top_p": 1e-300}, {"min_p": 1.0}]:
+            params = SamplingParams(float(rng.choice([1e-300, 0.1, 0.3, 1.0, 10.0])), **cut)
+            values, uniforms = some_logits(rng, kind, n), np.append(rng.random(10), 0.0)
+            assert core(values, params, uniforms) == choose(values, params, uniforms).tolist(), params
+
+
+def test_small_vocabularies_of_many_equals(rng):
+    for _ in range(400):
+        n, step = int(rng.integers(1, 400)), rng.choice([1, 2, 4])
+        values = (np.round(rng.normal(0, 1, n) * step * rng.choice([0.1, 1, 8])) / step).astype(np.float32)
+        values[values == 0] *= rng.choice([-1, 1])  # zeros of both signs are equal
+        params = SamplingParams(
+            float(rng.choice([0.1, 0.5, 1.0, 2.0])),
+            int(rng.choice([0, 1, 2, 5, 40])),
+            float(rng.choice([0.01, 0.5, 0.95, 1.0, 1.0])),
+            float(rng.choice([0.0, 0.0, 1e-4, 0.1, 1.0])),
+        )
+        uniforms = rng.random(8)
+        assert core(values, params, uniforms) == choose(values, params, uniforms).tolist(), (values, params)
+
+
+def test_the_largest_random_number_draws_one_of_those_allowed(rng):
+    for _ in range(300):
+        values = some_logits(rng, rng.choice(KINDS), int(rng.integers(1, 500)))
+        how = {"temperature": 1.0, "top_k": 30, "top_p": float(rng.choice([0.3, 1.0])), "min_p": 0.01}
+        (id,) = core(values, SamplingParams(**how), np.array([1 - 2.0**-53]))
+        assert id in definition(values, **how)
+
+
+def test_logits_to_the_end_of_memory_and_no_further(guarded, rng):
+    for n in (1, 15, 16, 100, 128, 1000):
+        values = guarded(some_logits(rng, "likely", n))
+        for cut in CUTS:
+            params = SamplingParams(0.7, **cut)
+            assert core(values, params, np.array([0.3])) == choose(values, params, np.array([0.3])).tolist()
+
+
+def test_log_probabilities_and_the_most_likely_are_those_of_the_definition(rng):
+    for kind in KINDS:
+        for n in (1, 7, 200, 131072):
+            values = some_logits(rng, kind, n)
+            want, n_top = log_probabilities(values), int(rng.integers(0, 30))
+            choice = Sampler(SamplingParams(1.0, seed=n)).pick(values, n_top)
+            order = np.argsort(-values, kind="stable")[:n_top]
+            assert choice.logprob == pytest.approx(want[choice.id], abs=1e-12)
+            assert [id for id, _ in choice.top] == order.tolist()
+            assert [p for _, p in choice.top] == pytest.approx(want[order].tolist(), abs=1e-12)
+    everything = Sampler(SamplingParams(0.0)).pick(values, n)
+    assert len(everything.top) == n and len({id for id, _ in everything.top}) == n
+
+
+def test_rows_chosen_together_are_those_chosen_one_after_the_other(rng):
+    rows = np.stack([some_logits(rng, kind, 5000) for kind in KINDS])
+    for settings in ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9, "top_k": 100}):
+        together, alone = (Sampler(SamplingParams(**settings, seed=3)) for _ in range(2))
+        assert together.pick_rows(rows, 2) == [alone.pick(row, 2) for row in rows]
+        assert [c.id for c in together.pick_rows(rows)] == [alone.pick(row).id for row in rows]
+    assert Sampler(SamplingParams(1.0)).pick_rows(rows[:0]) == []
+
+
+def test_a_logit_that_is_not_finite_is_found_wherever_it_is(rng):
+    for n in (1, 16, 127, 128, 129, 1000):
+        for at in {0, 1, n // 2, n - 1} & set(range(n)):
+            for bad in (math.nan, -math.nan, math.inf, -math.inf):
+                rows = np.stack([some_logits(rng, "likely", n) for _ in range(2)])
+                rows[1, at] = bad
+                for settings in ({"temperature": 0.0}, {"temperature": 1.0, "top_k": 3, "top_p": 0.5}):
+                    with pytest.raises(NotFinite):
+                        Sampler(SamplingParams(**settings)).pick_rows(rows, 0)
+
+
+def test_every_failing_allocation_is_an_error_and_no_token(monkeypatch, rng):
+    values = some_logits(rng, "likely", 3000)
+    for settings in ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 30, "top_p": 0.9}):
+        sampler = Sampler(SamplingParams(**settings))
+        sampler.pick(values, 3)
+        for n in range(1, 20):
+            monkeypatch.setenv("MS4_FAIL_ALLOC", str(n))
+            try:
+                sampler.pick(values, 3)
+            except MemoryError as error:
+                assert "to choose a token" in str(error)
+                continue
+            finally:
+                monkeypatch.delenv("MS4_FAIL_ALLOC")
+                Sampler(SamplingParams(0.0)).pick(values)  # the count begins anew
+            break
+        assert 3 < n < 15
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_k": -1}, {"top_p": 0.0}]
+    + [{"top_p": 1.1}, {"top_p": math.nan}, {"min_p": -0.1}, {"min_p": 2.0}, {"min_p": math.nan}, {"n_top": -1}]
+    + [{"uniforms": np.array([1.0])}, {"uniforms": np.array([-0.1])}, {"uniforms": np.array([math.nan])}]
+    + [{"uniforms": None}, {"uniforms": np.zeros(2)}, {"logits": np.zeros((1, 0), np.float32)}],
+    ids=str,
+)
+def test_the_core_refuses_what_no_sampler_asks_for(wrong):
+    right = {"logits": np.zeros((1, 9), np.float32), "uniforms": np.array([0.5]), "temperature": 1.0}
+    assert ms4.sample(**right).ids.tolist() == [4]
+    with pytest.raises(ValueError):
+        ms4.sample(**{**right, **wrong})
+
+
+def test_random_numbers_are_the_raw_ones_of_the_seed():
+    random, raw = np.random.PCG64(11), np.random.PCG64(11).random_raw(4)
+    assert uniform_numbers(random, 3).tolist() == [int(number) // 2**11 / 2**53 for number in raw[:3]]
+    assert uniform_numbers(random, 1).tolist() == [int(raw[3]) // 2**11 / 2**53]
