@@ -26,17 +26,21 @@ static inline int scale_width(enum ms4_family f) {
     return f == FAMILY_scales_16 || f == FAMILY_mins_16 || f == FAMILY_blocks_16 ? 16 : 32;
 }
 
-/* X(name, GGUF type id, weights per block, bytes per block, family) */
-#define MS4_FLOAT_TYPES(X) X(f32, 0, 1, 4, floats) X(f16, 1, 1, 2, floats) X(bf16, 30, 1, 2, floats)
+/* X(name, GGUF type id, weights per block, bytes per block, family, where in a block its scale d is, as a half, and where
+ * its min: -1 if it has none) */
+#define MS4_FLOAT_TYPES(X) \
+    X(f32, 0, 1, 4, floats, -1, -1) X(f16, 1, 1, 2, floats, -1, -1) X(bf16, 30, 1, 2, floats, -1, -1)
 #define MS4_QUANTISED_TYPES(X) \
-    X(q4_0, 2, 32, 18, blocks) X(q4_1, 3, 32, 20, blocks_min) X(q5_0, 6, 32, 22, blocks) \
-    X(q5_1, 7, 32, 24, blocks_min) X(q8_0, 8, 32, 34, blocks) \
-    X(q2_k, 10, 256, 84, mins_16) X(q3_k, 11, 256, 110, scales_16) X(q4_k, 12, 256, 144, mins_32) \
-    X(q5_k, 13, 256, 176, mins_32) X(q6_k, 14, 256, 210, scales_16) \
-    X(iq2_xxs, 16, 256, 66, scales_32) X(iq2_xs, 17, 256, 74, scales_16) X(iq3_xxs, 18, 256, 98, scales_32) \
-    X(iq1_s, 19, 256, 50, scales_32) X(iq4_nl, 20, 32, 18, blocks) X(iq3_s, 21, 256, 110, scales_32) \
-    X(iq2_s, 22, 256, 82, scales_16) X(iq4_xs, 23, 256, 136, scales_32) X(iq1_m, 29, 256, 56, scales_16) \
-    X(mxfp4, 39, 32, 17, blocks) X(nvfp4, 40, 64, 36, blocks_16)
+    X(q4_0, 2, 32, 18, blocks, 0, -1) X(q4_1, 3, 32, 20, blocks_min, 0, 2) X(q5_0, 6, 32, 22, blocks, 0, -1) \
+    X(q5_1, 7, 32, 24, blocks_min, 0, 2) X(q8_0, 8, 32, 34, blocks, 0, -1) X(q2_k, 10, 256, 84, mins_16, 80, 82) \
+    X(q3_k, 11, 256, 110, scales_16, 108, -1) X(q4_k, 12, 256, 144, mins_32, 0, 2) \
+    X(q5_k, 13, 256, 176, mins_32, 0, 2) X(q6_k, 14, 256, 210, scales_16, 208, -1) \
+    X(iq2_xxs, 16, 256, 66, scales_32, 0, -1) X(iq2_xs, 17, 256, 74, scales_16, 0, -1) \
+    X(iq3_xxs, 18, 256, 98, scales_32, 0, -1) X(iq1_s, 19, 256, 50, scales_32, 0, -1) \
+    X(iq4_nl, 20, 32, 18, blocks, 0, -1) X(iq3_s, 21, 256, 110, scales_32, 0, -1) \
+    X(iq2_s, 22, 256, 82, scales_16, 0, -1) X(iq4_xs, 23, 256, 136, scales_32, 0, -1) \
+    X(iq1_m, 29, 256, 56, scales_16, -1, -1) X(mxfp4, 39, 32, 17, blocks, -1, -1) \
+    X(nvfp4, 40, 64, 36, blocks_16, -1, -1)
 #define MS4_TYPES(X) MS4_FLOAT_TYPES(X) MS4_QUANTISED_TYPES(X)
 
 enum ms4_type {
@@ -46,7 +50,7 @@ enum ms4_type {
     MS4_N_TYPES
 };
 enum {
-#define X(name, id, weights, bytes, family) MS4_FAMILY_##name = FAMILY_##family,
+#define X(name, id, weights, bytes, family, ...) MS4_FAMILY_##name = FAMILY_##family,
     MS4_TYPES(X)
 #undef X
 };
@@ -89,7 +93,7 @@ typedef struct {
     float unused[7];
 } block_q8;
 
-#define X(name, id, weights, bytes, family) _Static_assert(sizeof(block_##name) == (bytes), "GGUF layout of " #name);
+#define X(name, id, weights, bytes, ...) _Static_assert(sizeof(block_##name) == (bytes), "GGUF layout of " #name);
 MS4_TYPES(X)
 #undef X
 _Static_assert(sizeof(block_q8) == 320, "five cache lines");

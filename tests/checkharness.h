@@ -63,27 +63,16 @@ static void release_all(void) {
 static void on_crash(int sig) { siglongjmp(crash, sig); }
 
 /* --- weights ---------------------------------------------------------------------------------- */
-/* Where the f16 fields of a block are: d, and m or dmin (-1: none, or not an f16). */
-static int d_at(int type) {
-    switch (type) {
-    case MS4_TYPE_q2_k: return 80;
-    case MS4_TYPE_q3_k: return 108;
-    case MS4_TYPE_q6_k: return 208;
-    case MS4_TYPE_f32: case MS4_TYPE_f16: case MS4_TYPE_bf16: case MS4_TYPE_iq1_m: case MS4_TYPE_mxfp4:
-    case MS4_TYPE_nvfp4: return -1;
-    default: return 0;
-    }
-}
-static int m_at(int type) {
-    switch (type) {
-    case MS4_TYPE_q2_k: return 82;
-    case MS4_TYPE_q4_1: case MS4_TYPE_q5_1: case MS4_TYPE_q4_k: case MS4_TYPE_q5_k: return 2;
-    default: return -1;
-    }
-}
+/* Where the halves of a block are: d, and m or dmin (-1: none). */
+static const struct { int d, m; } halves_of[MS4_N_TYPES] = {
+#define X(name, id, weights, bytes, family, d_at, m_at) { d_at, m_at },
+    MS4_TYPES(X)
+#undef X
+};
+static int m_at(int type) { return halves_of[type].m; }
 static void put_u16(uint8_t *p, uint32_t v) { p[0] = (uint8_t)v; p[1] = (uint8_t)(v >> 8); }
 static void set_d(int type, uint8_t *block, uint32_t half) {
-    if (d_at(type) >= 0) put_u16(block + d_at(type), half);
+    if (halves_of[type].d >= 0) put_u16(block + halves_of[type].d, half);
     else if (type == MS4_TYPE_iq1_m)
         for (int i = 0; i < 4; i++)
             block[49 + 2 * i] = (uint8_t)((block[49 + 2 * i] & 15) | (half >> (4 * i) & 15) << 4);

@@ -124,7 +124,7 @@ INLINE void mul_many(const struct ms4_mul *m, struct opener o) {
         }
 }
 #define PANEL_FROM 3        /* so many tokens are worth opening a panel for */
-#define X(type, id, weights, bytes, family) \
+#define X(type, id, weights, bytes, family, ...) \
     void mul_##type##_neon(const struct ms4_mul *m) { \
         const struct opener o = { unpack_##type, SUPERBLOCK_BYTES(type), FAMILY_##family }; \
         if (m->n_tokens < PANEL_FROM) mul_one_##type##_neon(m); \

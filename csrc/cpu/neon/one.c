@@ -11,7 +11,7 @@ static void dot_groups_neon(int32_t *sums, const int8_t *q, const int8_t *x) {
         vst1q_s32(sums + g, vpaddq_s32(vpaddq_s32(v[0], v[1]), vpaddq_s32(v[2], v[3])));
     }
 }
-#define X(type, id, weights, bytes, family) \
+#define X(type, id, weights, bytes, family, ...) \
     void mul_one_##type##_neon(const struct ms4_mul *m) { \
         mul_opened_plain(m, unpack_##type, SUPERBLOCK_BYTES(type), FAMILY_##family, dot_groups_neon); \
     }

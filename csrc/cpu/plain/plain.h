@@ -252,7 +252,7 @@ INLINE void mul_opened_plain(const struct ms4_mul *m, unpack_fn *unpack, size_t 
 /* Bytes of 256 weights of a type. */
 #define SUPERBLOCK_BYTES(type) (sizeof(block_##type) * SUPERBLOCK / PLAIN_WEIGHTS_##type)
 enum {
-#define X(name, id, weights, bytes, family) PLAIN_WEIGHTS_##name = weights,
+#define X(name, id, weights, bytes, family, ...) PLAIN_WEIGHTS_##name = weights,
     MS4_TYPES(X)
 #undef X
 };
