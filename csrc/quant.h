@@ -1,7 +1,8 @@
 /* quant.h -- GGUF block layouts and the activation block the integer kernels read (SPEC 4.8).
  *
  * A block is 32 weights, a superblock 256.  Every type is listed once, in MS4_TYPES: the C enum, the table of
- * sizes and the kernel tables are all made from that list (csrc/cpu/README.md: what a new type needs).  fp16 fields are raw bits (uint16_t).
+ * sizes and the kernel tables are all made from that list (csrc/cpu/README.md: what a new type needs).  fp16 fields are
+ * raw bits (uint16_t).
  */
 #ifndef MS4_QUANT_H
 #define MS4_QUANT_H
@@ -26,8 +27,8 @@ static inline int scale_width(enum ms4_family f) {
     return f == FAMILY_scales_16 || f == FAMILY_mins_16 || f == FAMILY_blocks_16 ? 16 : 32;
 }
 
-/* X(name, GGUF type id, weights per block, bytes per block, family, where in a block its scale d is, as a half, and where
- * its min: -1 if it has none) */
+/* X(name, GGUF type id, weights per block, bytes per block, family, where in a block the half is that is its scale d,
+ * and where the one that is its min: -1 if it has none) */
 #define MS4_FLOAT_TYPES(X) \
     X(f32, 0, 1, 4, floats, -1, -1) X(f16, 1, 1, 2, floats, -1, -1) X(bf16, 30, 1, 2, floats, -1, -1)
 #define MS4_QUANTISED_TYPES(X) \

@@ -71,7 +71,7 @@ def test_files_are_short_and_have_unique_names():
     """But for kernels: the same name in each folder is the same thing for another ISA."""
     names = [p.name for p in files() if p.name != "__init__.py" and p.parent.parent != KERNELS]
     assert len(names) == len(set(names)), sorted(n for n in names if names.count(n) > 1)
-    long = {p.name: len(p.read_text().splitlines()) for p in files()}
+    long = {str(p): len(p.read_text().splitlines()) for p in files()}
     assert not {name: n for name, n in long.items() if n > LONGEST_FILE}
 
 
