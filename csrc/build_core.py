@@ -14,6 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, build_meta, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 CSRC = Path("csrc")
 GLUE = Path("build", "glue")
@@ -55,6 +56,14 @@ class BuildCore(build_ext):
         GLUE.mkdir(parents=True, exist_ok=True)
         ffi.emit_c_code(str(GLUE / "_core.c"))  # leaves the file alone when nothing changed
         return str(GLUE / "_core.c")
+
+
+class BuildPackage(build_py):
+    """The Python files of the package: all but this one, which is of use before the package is built and not after."""
+
+    def find_package_modules(self, package, package_dir):
+        found = super().find_package_modules(package, package_dir)
+        return [module for module in found if module[1] != Path(__file__).stem]
 
 
 def write_grids():
@@ -104,9 +113,9 @@ def run_setup(**kwargs):
         define_macros=[("Py_LIMITED_API", "0x030a0000")],
         py_limited_api=True,
     )
-    setup(
+    return setup(
         ext_modules=[core],
-        cmdclass={"build_ext": BuildCore},
+        cmdclass={"build_ext": BuildCore, "build_py": BuildPackage},
         options={"bdist_wheel": {"py_limited_api": "cp310"}, "build_ext": {"build_temp": "build/obj"}},
         **kwargs,
     )
