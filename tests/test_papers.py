@@ -1,0 +1,25 @@
+"""README and docs: what they show is what there is."""
+
+import re
+import runpy
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+LONGEST_README = 200
+CITED = re.compile(r"\bSPEC (appendix [A-Z]|\d+(?:\.\d+)?)((?:,| and| to) \d+\.\d+)*")
+
+
+def test_every_number_of_the_spec_that_a_source_cites_is_a_heading():
+    headings = re.findall(r"^#+ (Appendix [A-Z]|\d+(?:\.\d+)?)", (DOCS / "spec.md").read_text(encoding="utf-8"), re.M)
+    there = {heading.lower() for heading in headings}
+    sources = [p for folder in ("cli", "csrc", "models", "quant", "tests") for p in (ROOT / folder).rglob("*")]
+    cited = {}
+    for path in sources:
+        if path.suffix in (".py", ".c", ".h") and path.name != Path(__file__).name:
+            for citation in CITED.finditer(path.read_text(encoding="utf-8")):
+                for number in re.findall(r"appendix [A-Z]|\d+(?:\.\d+)?", citation[0]):
+                    cited.setdefault(number.lower(), path.name)
+    assert len(cited) > 10
+    assert not {number: name for number, name in cited.items() if number not in there}
