@@ -23,3 +23,11 @@ def test_every_number_of_the_spec_that_a_source_cites_is_a_heading():
                     cited.setdefault(number.lower(), path.name)
     assert len(cited) > 10
     assert not {number: name for number, name in cited.items() if number not in there}
+
+
+def test_the_tables_of_speed_are_those_of_its_csv_files():
+    plot = runpy.run_path(str(DOCS / "speed" / "plot.py"))
+    page = (DOCS / "speed.md").read_text(encoding="utf-8")
+    assert plot["page"](page) == page
+    shown = {name for _, name, _, _ in plot["MARK"].findall(page)}
+    assert shown == {path.name for path in (DOCS / "speed").glob("*.csv")}
