@@ -11,6 +11,32 @@ LONGEST_README = 200
 CITED = re.compile(r"\bSPEC (appendix [A-Z]|\d+(?:\.\d+)?)((?:,| and| to) \d+\.\d+)*")
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= LONGEST_README
+
+
+def test_links_between_the_papers_lead_somewhere():
+    papers = [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "models" / "demo" / "README.md"]
+    links = [(paper, link) for paper in papers for link in LINK.findall(paper.read_text(encoding="utf-8"))]
+    assert len(links) > 10
+    assert not [(paper.name, link) for paper, link in links if not (paper.parent / link).exists()]
+
+
+def test_the_tables_of_speed_are_those_of_its_csv_files():
+    plot = runpy.run_path(str(DOCS / "speed" / "plot.py"))
+    page = (DOCS / "speed.md").read_text(encoding="utf-8")
+    assert plot["page"](page) == page
+    shown = {name for _, name, _, _ in plot["MARK"].findall(page)}
+    assert shown == {path.name for path in (DOCS / "speed").glob("*.csv")}
+
+
+def test_the_python_of_the_readme_runs(monkeypatch, capsys):
+    (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    exec(compile(source, "README.md", "exec"), {})
+    assert capsys.readouterr().out == "tenalp"
+
+
 def test_every_number_of_the_spec_that_a_source_cites_is_a_heading():
     headings = re.findall(r"^#+ (Appendix [A-Z]|\d+(?:\.\d+)?)", (DOCS / "spec.md").read_text(encoding="utf-8"), re.M)
     there = {heading.lower() for heading in headings}
@@ -23,11 +49,3 @@ def test_every_number_of_the_spec_that_a_source_cites_is_a_heading():
                     cited.setdefault(number.lower(), path.name)
     assert len(cited) > 10
     assert not {number: name for number, name in cited.items() if number not in there}
-
-
-def test_the_tables_of_speed_are_those_of_its_csv_files():
-    plot = runpy.run_path(str(DOCS / "speed" / "plot.py"))
-    page = (DOCS / "speed.md").read_text(encoding="utf-8")
-    assert plot["page"](page) == page
-    shown = {name for _, name, _, _ in plot["MARK"].findall(page)}
-    assert shown == {path.name for path in (DOCS / "speed").glob("*.csv")}
