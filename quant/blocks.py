@@ -1,10 +1,11 @@
-"""The GGUF block types in NumPy: their sizes, and their bytes to float32 (SPEC 4.8).
+"""The GGUF block types in NumPy: their sizes, the integers and scales that their bytes stand for, and these as float32.
 
 Every product fits the 24 bits of a float32, so a weight is the exact value of its formula, rounded once where a min
 is subtracted: the same bits as csrc/cpu/plain/dequantize.c.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -54,11 +55,34 @@ BLOCKS: dict[int, Block] = {
 IDS = {name: id for id, (name, _, _) in BLOCKS.items()}
 
 KV = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, -0.0, -1, -2, -3, -4, -6, -8, -12], np.float32)  # twice the values
 
 
-def dequantize(data: Bytes, type: int | str, n: int) -> Floats:
-    """The first n weights (whole blocks) of data, as float32.  type: a GGUF id, or a name like "Q4_K"."""
+@dataclass(frozen=True)
+class Opened:
+    """Blocks as whole numbers and scales, one row per block; all float32.  A group is n weights / n scales wide.
+
+    Superblocks have integer scales:  weight = d * scale[group] * q - dmin * min[group]  (no mins: the first part)
+    Other blocks do not:              weight = d[group] * q + m                          (no m: the first part)
+    """
+
+    q: Floats  # [blocks, weights]
+    d: Floats  # [blocks, 1], of other blocks [blocks, groups]
+    scale: Floats | None = None  # [blocks, groups]
+    dmin: Floats | None = None  # [blocks, 1]
+    min: Floats | None = None  # [blocks, groups]
+    m: Floats | None = None  # [blocks, 1]
+
+    def weights(self) -> Floats:
+        width = self.q.shape[1]
+        y = spread(self.d if self.scale is None else self.d * self.scale, width) * self.q
+        if self.min is not None and self.dmin is not None:
+            y = y - spread(self.dmin * self.min, width)
+        return y if self.m is None else y + self.m
+
+
+def blocks_of(data: Bytes, type: int | str, n: int) -> tuple[str, Bytes]:
+    """The type's name, and the bytes of the first n weights (whole blocks), one row per block."""
     id = IDS[type.upper()] if isinstance(type, str) else int(type)
     name, weights, n_bytes = BLOCKS[id]
     if n % weights:
@@ -67,9 +91,21 @@ def dequantize(data: Bytes, type: int | str, n: int) -> Floats:
     size = n // weights * n_bytes
     if flat.size < size:
         raise ValueError(f"{n} weights of {name} take {size} bytes; there are {flat.size}")
-    blocks = flat[:size].reshape(-1, n_bytes)
+    return name, flat[:size].reshape(-1, n_bytes)
+
+
+def dequantize(data: Bytes, type: int | str, n: int) -> Floats:
+    """The first n weights (whole blocks) of data, as float32.  type: a GGUF id, or a name like "Q4_K"."""
+    name, blocks = blocks_of(data, type, n)
     with np.errstate(invalid="ignore", over="ignore"):  # a scale may be infinite or NaN, and then so are its weights
-        return np.asarray(DECODERS[name](blocks), np.float32).reshape(n)
+        y = PLAIN[name](blocks) if name in PLAIN else OPENERS[name](blocks).weights()
+    return np.asarray(y, np.float32).reshape(n)
+
+
+def opened(data: Bytes, type: int | str, n: int) -> Opened:
+    """The first n weights (whole blocks) of data, opened."""
+    name, blocks = blocks_of(data, type, n)
+    return OPENERS[name](blocks)
 
 
 def half(b: Bytes, at: int) -> Floats:
@@ -92,9 +128,13 @@ def bits(b: Bytes) -> Ints:
     return np.unpackbits(b, axis=-1, bitorder="little").astype(np.int32)
 
 
-def spread(groups: npt.NDArray[np.generic], width: int) -> Floats:
-    """One value per group to one per weight."""
-    return np.repeat(groups.astype(np.float32), width, axis=1)
+def floats(x: npt.NDArray[np.generic]) -> Floats:
+    return x.astype(np.float32)
+
+
+def spread(groups: Floats, width: int) -> Floats:
+    """One value per group to one per weight, of which a block has `width`."""
+    return np.repeat(groups, width // groups.shape[1], axis=1)
 
 
 @cache
@@ -104,7 +144,7 @@ def grid(name: str) -> Floats:
 
 def signs_of(x: npt.NDArray[np.int64]) -> Floats:
     """Sign bytes (any shape with blocks first) to factors 1 and -1, one per weight."""
-    return 1 - 2 * bits(x.astype(np.uint8).reshape(len(x), -1)).astype(np.float32)
+    return 1 - 2 * floats(bits(x.astype(np.uint8).reshape(len(x), -1)))
 
 
 def sign7(x: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -115,7 +155,7 @@ def sign7(x: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return x | (parity & 1) << 7
 
 
-# --- 32-blocks -------------------------------------------------------------------------------
+# --- plain numbers ---------------------------------------------------------------------------
 
 
 def f32(b: Bytes) -> Floats:
@@ -130,43 +170,46 @@ def bf16(b: Bytes) -> Floats:
     return (b.view("<u2").astype(np.uint32) << 16).view(np.float32)
 
 
-def q4_0(b: Bytes) -> Floats:
-    return half(b, 0) * (nibbles(b[:, 2:]) - 8).astype(np.float32)
+# --- 32-blocks -------------------------------------------------------------------------------
 
 
-def q4_1(b: Bytes) -> Floats:
-    return half(b, 0) * nibbles(b[:, 4:]).astype(np.float32) + half(b, 2)
+def q4_0(b: Bytes) -> Opened:
+    return Opened(floats(nibbles(b[:, 2:]) - 8), half(b, 0))
 
 
-def q5_0(b: Bytes) -> Floats:
-    return half(b, 0) * ((nibbles(b[:, 6:]) | bits(b[:, 2:6]) << 4) - 16).astype(np.float32)
+def q4_1(b: Bytes) -> Opened:
+    return Opened(floats(nibbles(b[:, 4:])), half(b, 0), m=half(b, 2))
 
 
-def q5_1(b: Bytes) -> Floats:
-    return half(b, 0) * (nibbles(b[:, 8:]) | bits(b[:, 4:8]) << 4).astype(np.float32) + half(b, 2)
+def q5_0(b: Bytes) -> Opened:
+    return Opened(floats((nibbles(b[:, 6:]) | bits(b[:, 2:6]) << 4) - 16), half(b, 0))
 
 
-def q8_0(b: Bytes) -> Floats:
-    return half(b, 0) * b[:, 2:].view(np.int8).astype(np.float32)
+def q5_1(b: Bytes) -> Opened:
+    return Opened(floats(nibbles(b[:, 8:]) | bits(b[:, 4:8]) << 4), half(b, 0), m=half(b, 2))
 
 
-def iq4_nl(b: Bytes) -> Floats:
-    return half(b, 0) * KV[nibbles(b[:, 2:])]
+def q8_0(b: Bytes) -> Opened:
+    return Opened(floats(b[:, 2:].view(np.int8)), half(b, 0))
 
 
-def mxfp4(b: Bytes) -> Floats:
-    return np.ldexp(E2M1[nibbles(b[:, 1:])], b[:, :1].astype(np.int32) - 127)
+def iq4_nl(b: Bytes) -> Opened:
+    return Opened(KV[nibbles(b[:, 2:])], half(b, 0))
 
 
-def nvfp4(b: Bytes) -> Floats:
+def mxfp4(b: Bytes) -> Opened:
+    return Opened(E2M1[nibbles(b[:, 1:])], np.ldexp(np.float32(1), b[:, :1].astype(np.int32) - 128))
+
+
+def nvfp4(b: Bytes) -> Opened:
     s = b[:, :4]
-    exponent, mantissa = (s >> 3 & 15).astype(np.int32), (s & 7).astype(np.float32)
-    scale = np.where(exponent == 0, np.ldexp(mantissa, -9), np.ldexp(8 + mantissa, exponent - 10))
-    scale = np.where(s == 0x7F, np.float32(0), scale)
-    return spread(scale, 16) * E2M1[nibbles(b[:, 4:].reshape(-1, 4, 8))].reshape(-1, 64)
+    exponent, mantissa = (s >> 3 & 15).astype(np.int32), floats(s & 7)
+    half_scale = np.where(exponent == 0, np.ldexp(mantissa, -10), np.ldexp(8 + mantissa, exponent - 11))
+    half_scale = np.where(s == 0x7F, np.float32(0), half_scale)
+    return Opened(E2M1[nibbles(b[:, 4:].reshape(-1, 4, 8))].reshape(-1, 64), half_scale)
 
 
-# --- superblocks: 32-groups s, 16-groups g ---------------------------------------------------
+# --- superblocks -----------------------------------------------------------------------------
 
 
 def two_bits(qs: Bytes) -> Ints:
@@ -175,117 +218,126 @@ def two_bits(qs: Bytes) -> Ints:
     return (qs.reshape(-1, 2, 1, 32) >> shifts & 3).reshape(-1, 256).astype(np.int32)
 
 
-def q2_k(b: Bytes) -> Floats:
-    scales, q = b[:, :16], two_bits(b[:, 16:80]).astype(np.float32)
-    return half(b, 80) * spread(scales & 15, 16) * q - half(b, 82) * spread(scales >> 4, 16)
+def fifth_bits(b: Bytes) -> Ints:
+    """32 bytes, one bit of each for every 32 weights: the lowest for the first."""
+    return (b[:, None, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1).reshape(-1, 256).astype(np.int32)
 
 
-def q3_k(b: Bytes) -> Floats:
-    high = (b[:, None, :32] >> np.arange(8, dtype=np.uint8)[:, None] & 1).reshape(-1, 256).astype(np.int32)
-    q = two_bits(b[:, 32:96]) + 4 * high - 4
+def q2_k(b: Bytes) -> Opened:
+    scales = b[:, :16]
+    return Opened(floats(two_bits(b[:, 16:80])), half(b, 80), floats(scales & 15), half(b, 82), floats(scales >> 4))
+
+
+def q3_k(b: Bytes) -> Opened:
+    q = two_bits(b[:, 32:96]) + 4 * fifth_bits(b[:, :32]) - 4
     sc = b[:, 96:108].astype(np.int32)
     low = np.concatenate([sc[:, :8] & 15, sc[:, :8] >> 4], axis=1)
     top = np.concatenate([sc[:, 8:] >> shift & 3 for shift in (0, 2, 4, 6)], axis=1)
-    return half(b, 108) * spread((low | top << 4) - 32, 16) * q.astype(np.float32)
+    return Opened(floats(q), half(b, 108), floats((low | top << 4) - 32))
 
 
 def scales_mins(s: Bytes) -> tuple[Floats, Floats]:
-    """The 6-bit scales and mins of Q4_K and Q5_K, one per weight."""
+    """The 6-bit scales and mins of Q4_K and Q5_K."""
     first, second, third = s[:, :4], s[:, 4:8], s[:, 8:]
     scales = np.concatenate([first & 63, third & 15 | first >> 6 << 4], axis=1)
     mins = np.concatenate([second & 63, third >> 4 | second >> 6 << 4], axis=1)
-    return spread(scales, 32), spread(mins, 32)
+    return floats(scales), floats(mins)
 
 
-def q4_k(b: Bytes) -> Floats:
+def q4_k(b: Bytes) -> Opened:
     scales, mins = scales_mins(b[:, 4:16])
-    q = nibbles(b[:, 16:].reshape(-1, 4, 32)).reshape(-1, 256).astype(np.float32)
-    return half(b, 0) * scales * q - half(b, 2) * mins
+    q = nibbles(b[:, 16:].reshape(-1, 4, 32)).reshape(-1, 256)
+    return Opened(floats(q), half(b, 0), scales, half(b, 2), mins)
 
 
-def q5_k(b: Bytes) -> Floats:
+def q5_k(b: Bytes) -> Opened:
     scales, mins = scales_mins(b[:, 4:16])
-    high = (b[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1).reshape(-1, 256).astype(np.int32)
-    q = nibbles(b[:, 48:].reshape(-1, 4, 32)).reshape(-1, 256) | high << 4
-    return half(b, 0) * scales * q.astype(np.float32) - half(b, 2) * mins
+    q = nibbles(b[:, 48:].reshape(-1, 4, 32)).reshape(-1, 256) | fifth_bits(b[:, 16:48]) << 4
+    return Opened(floats(q), half(b, 0), scales, half(b, 2), mins)
 
 
-def q6_k(b: Bytes) -> Floats:
+def q6_k(b: Bytes) -> Opened:
     low = nibbles(b[:, :128].reshape(-1, 2, 64)).reshape(-1, 256)
     q = (low | two_bits(b[:, 128:192]) << 4) - 32
-    return half(b, 208) * spread(b[:, 192:208].view(np.int8), 16) * q.astype(np.float32)
+    return Opened(floats(q), half(b, 208), floats(b[:, 192:208].view(np.int8)))
 
 
-def iq4_xs(b: Bytes) -> Floats:
+def iq4_xs(b: Bytes) -> Opened:
     low = nibbles(b[:, 4:8, None]).reshape(-1, 8)
     high = words(b, 2, 1) >> 2 * np.arange(8) & 3
     q = nibbles(b[:, 8:].reshape(-1, 8, 16)).reshape(-1, 256)
-    return half(b, 0) * spread((low | high << 4) - 32, 32) * KV[q]
+    return Opened(KV[q], half(b, 0), floats((low | high << 4) - 32))
 
 
-def iq2_xxs(b: Bytes) -> Floats:
+# The scales of the IQ types are odd numbers, 1 + 2 times what is stored; d makes up for it.
+QUARTER, EIGHTH = np.float32(0.25), np.float32(0.125)
+
+
+def on_grid(name: str, index: npt.NDArray[np.integer], signs: npt.NDArray[np.int64]) -> Floats:
+    return grid(name)[index].reshape(-1, 256) * signs_of(signs)
+
+
+def nibble_scales(scales: Bytes) -> Floats:
+    """4-bit scales, low nibble first."""
+    return floats(1 + 2 * nibbles(scales[:, :, None]).reshape(len(scales), -1))
+
+
+def iq2_xxs(b: Bytes) -> Opened:
     parts = np.ascontiguousarray(b[:, 2:]).reshape(-1, 8, 8)
     w = np.ascontiguousarray(parts[:, :, 4:]).view("<u4").astype(np.int64)
-    scale = 0.5 + (w[:, :, 0] >> 28).astype(np.float32)
-    y = grid("iq2xxs")[parts[:, :, :4]].reshape(-1, 256)
-    signs = signs_of(sign7(w >> 7 * np.arange(4) & 127))
-    return half(b, 0) * spread(scale / 4, 32) * y * signs
+    q = on_grid("iq2xxs", parts[:, :, :4], sign7(w >> 7 * np.arange(4) & 127))
+    return Opened(q, half(b, 0) * EIGHTH, floats(1 + 2 * (w[:, :, 0] >> 28)))
 
 
-def nibble_scales(scales: Bytes, width: int) -> Ints:
-    """4-bit scales, low nibble first, one per `width` weights."""
-    return np.repeat(nibbles(scales[:, :, None]).reshape(len(scales), -1), width, axis=1)
-
-
-def iq2_xs(b: Bytes) -> Floats:
+def iq2_xs(b: Bytes) -> Opened:
     v = words(b, 2, 32)
-    scale = 0.5 + nibble_scales(b[:, 66:], 16).astype(np.float32)
-    return half(b, 0) * scale / 4 * grid("iq2xs")[v & 511].reshape(-1, 256) * signs_of(sign7(v >> 9))
+    return Opened(on_grid("iq2xs", v & 511, sign7(v >> 9)), half(b, 0) * EIGHTH, nibble_scales(b[:, 66:]))
 
 
-def iq2_s(b: Bytes) -> Floats:
+def iq2_s(b: Bytes) -> Opened:
     high = b[:, 66:74, None] >> 2 * np.arange(4, dtype=np.uint8) & 3
     index = b[:, 2:34].astype(np.int64) | high.reshape(-1, 32).astype(np.int64) << 8
-    scale = 0.5 + nibble_scales(b[:, 74:], 16).astype(np.float32)
-    return half(b, 0) * scale / 4 * grid("iq2s")[index].reshape(-1, 256) * signs_of(b[:, 34:66].astype(np.int64))
+    return Opened(on_grid("iq2s", index, b[:, 34:66].astype(np.int64)), half(b, 0) * EIGHTH, nibble_scales(b[:, 74:]))
 
 
-def iq3_xxs(b: Bytes) -> Floats:
+def iq3_xxs(b: Bytes) -> Opened:
     w = words(b, 66, 8, 32)
-    scale = spread((0.5 + (w >> 28).astype(np.float32)) / 2, 32)
-    signs = signs_of(sign7(w[:, :, None] >> 7 * np.arange(4) & 127))
-    return half(b, 0) * scale * grid("iq3xxs")[b[:, 2:66]].reshape(-1, 256) * signs
+    q = on_grid("iq3xxs", b[:, 2:66], sign7(w[:, :, None] >> 7 * np.arange(4) & 127))
+    return Opened(q, half(b, 0) * QUARTER, floats(1 + 2 * (w >> 28)))
 
 
-def iq3_s(b: Bytes) -> Floats:
+def iq3_s(b: Bytes) -> Opened:
     index = b[:, 2:66].astype(np.int64) | bits(b[:, 66:74]).astype(np.int64) << 8
-    scale = (1 + 2 * nibble_scales(b[:, 106:], 32)).astype(np.float32)
-    return half(b, 0) * scale * grid("iq3s")[index].reshape(-1, 256) * signs_of(b[:, 74:106].astype(np.int64))
+    return Opened(on_grid("iq3s", index, b[:, 74:106].astype(np.int64)), half(b, 0), nibble_scales(b[:, 106:]))
 
 
-def iq1_s(b: Bytes) -> Floats:
+def shifted(index: npt.NDArray[np.int64], negative: npt.NDArray[np.int64]) -> Floats:
+    """Eight times what IQ1 has: its grid, 1/8 more or less."""
+    delta = np.repeat(floats(1 - 2 * (negative != 0)), 256 // negative.shape[1], axis=1)
+    return 8 * grid("iq1")[index].reshape(-1, 256) + delta
+
+
+def iq1_s(b: Bytes) -> Opened:
     h = words(b, 34, 8)
     high = (h[:, :, None] >> 3 * np.arange(4) & 7).reshape(-1, 32)
-    delta = np.where(h & 0x8000, np.float32(-0.125), np.float32(0.125))
-    y = grid("iq1")[b[:, 2:34].astype(np.int64) | high << 8].reshape(-1, 256) + spread(delta, 32)
-    return half(b, 0) * spread(2 * (h >> 12 & 7) + 1, 32) * y
+    q = shifted(b[:, 2:34].astype(np.int64) | high << 8, h & 0x8000)
+    return Opened(q, half(b, 0) * EIGHTH, floats(1 + 2 * (h >> 12 & 7)))
 
 
-def iq1_m(b: Bytes) -> Floats:
+def iq1_m(b: Bytes) -> Opened:
     t = words(b, 48, 4)
     d_bits = (t >> 12 << 4 * np.arange(4)).sum(axis=1, keepdims=True)
-    d = d_bits.astype(np.uint16).view(np.float16).astype(np.float32)
-    scale = 2 * (t[:, :, None] >> 3 * np.arange(4) & 7).reshape(-1, 16) + 1
+    d = floats(d_bits.astype(np.uint16).view(np.float16))
     n = nibbles(b[:, 32:48, None]).reshape(-1, 32).astype(np.int64)
-    delta = np.where(n & 8, np.float32(-0.125), np.float32(0.125))
-    y = grid("iq1")[b[:, :32].astype(np.int64) | (n & 7) << 8].reshape(-1, 256) + spread(delta, 8)
-    return d * spread(scale, 16) * y
+    q = shifted(b[:, :32].astype(np.int64) | (n & 7) << 8, n & 8)
+    return Opened(q, d * EIGHTH, floats(1 + 2 * (t[:, :, None] >> 3 * np.arange(4) & 7).reshape(-1, 16)))
 
 
-DECODERS: dict[str, Callable[[Bytes], Floats]] = {
-    decoder.__name__.upper(): decoder
-    for decoder in (
-        *(f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, iq4_nl, mxfp4, nvfp4),
+PLAIN: dict[str, Callable[[Bytes], Floats]] = {"F32": f32, "F16": f16, "BF16": bf16}
+OPENERS: dict[str, Callable[[Bytes], Opened]] = {
+    opener.__name__.upper(): opener
+    for opener in (
+        *(q4_0, q4_1, q5_0, q5_1, q8_0, iq4_nl, mxfp4, nvfp4),
         *(q2_k, q3_k, q4_k, q5_k, q6_k, iq4_xs, iq2_xxs, iq2_xs, iq2_s, iq3_xxs, iq3_s, iq1_s, iq1_m),
     )
 }

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ms4 import ffi, lib
-from ms4.quant.blocks import BLOCKS, IDS, dequantize
+from ms4.quant.blocks import BLOCKS, IDS, OPENERS, dequantize, opened
 from ms4.quant.grids import GRIDS, values
 
 SEED = int(os.environ.get("MS4_TEST_SEED") or np.random.SeedSequence().generate_state(1)[0])
@@ -111,6 +111,30 @@ def test_c_decodes_random_blocks_to_the_same_bits(index):
     number = ~np.isnan(want)
     assert (np.isnan(got) == ~number).all()
     assert (got.view(np.uint32)[number] == want.view(np.uint32)[number]).all()
+
+
+@pytest.mark.parametrize("name", OPENERS)
+def test_opened_blocks_are_whole_numbers_that_fit_8_bits_and_scales_of_the_weights(name):
+    n = 40 * BLOCKS[IDS[name]].weights
+    data = random_blocks(name, 40)
+    with np.errstate(invalid="ignore"):
+        blocks, weights = opened(data, name, n), dequantize(data, name, n).reshape(40, -1)
+    assert (blocks.q == np.rint(blocks.q)).all() and np.abs(blocks.q).max() <= 128
+
+    def each(groups):
+        return np.repeat(groups.astype(np.float64), blocks.q.shape[1] // groups.shape[1], axis=1)
+
+    with np.errstate(all="ignore"):
+        y = each(blocks.d) * blocks.q
+        if blocks.scale is not None:
+            assert (blocks.scale == np.rint(blocks.scale)).all() and np.abs(blocks.scale).max() <= 128
+            y *= each(blocks.scale)
+        if blocks.min is not None:
+            assert (blocks.min == np.rint(blocks.min)).all() and (blocks.min >= 0).all()
+            y -= each(blocks.dmin) * each(blocks.min)
+        if blocks.m is not None:
+            y += each(blocks.m)
+        np.testing.assert_array_equal(y.astype(np.float32), weights)
 
 
 def test_a_size_that_does_not_fit_is_refused():
