@@ -102,8 +102,12 @@ def forward(
     *,
     cache: KvCache | None = None,
     absorbed: bool = False,
+    gaps: list[np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Logits [n, n_vocab] of the ids, which follow what `cache` holds; an id of ROW takes the next of `rows`."""
+    """Logits [n, n_vocab] of the ids, which follow what `cache` holds; an id of ROW takes the next of `rows`.
+
+    gaps: gets of every layer with experts how far the last chosen one is ahead of the next, see tie_gap.
+    """
     cache = cache or KvCache(shape)
     x = embed(weights["token_embd.weight"], np.asarray(ids), rows)
     for i in range(shape.n_layer):
@@ -111,7 +115,7 @@ def forward(
         normal = rms(x, layer["attn_norm"], shape.norm_eps)
         x = x + attention(layer, shape, normal, cache, i, absorbed)
         normal = rms(x, layer["ffn_norm"], shape.norm_eps)
-        x = x + (dense(layer, normal, "") if i < shape.n_dense_layer else moe(layer, shape, normal))
+        x = x + (dense(layer, normal, "") if i < shape.n_dense_layer else moe(layer, shape, normal, gaps))
     output = weights.get("output.weight", weights["token_embd.weight"])
     return rms(x, weights["output_norm.weight"], shape.norm_eps) @ output.T
 
@@ -175,14 +179,17 @@ def dense(layer: Weights, x: np.ndarray, suffix: str) -> np.ndarray:
     return (silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
-def moe(layer: Weights, shape: Shape, x: np.ndarray) -> np.ndarray:
+def moe(layer: Weights, shape: Shape, x: np.ndarray, gaps: list[np.ndarray] | None = None) -> np.ndarray:
     """The chosen routed experts, weighted, and the shared expert, which is always on."""
     if "ffn_gate_up_exps" in layer:
         gates, ups = np.split(layer["ffn_gate_up_exps"], 2, axis=1)
     else:
         gates, ups = layer["ffn_gate_exps"], layer["ffn_up_exps"]
     out = dense(layer, x, "_shexp") if shape.d_shared else np.zeros_like(x)
-    probability = softmax(x @ layer["ffn_gate_inp"].T)
+    logits = x @ layer["ffn_gate_inp"].T
+    if gaps is not None:
+        gaps.append(tie_gap(logits, shape.n_expert_used))
+    probability = softmax(logits)
     for t, p in enumerate(probability):
         chosen = np.argsort(-p, kind="stable")[: shape.n_expert_used]
         weight = p[chosen] / (p[chosen].sum() if shape.router_norm else 1.0) * shape.router_scale
@@ -190,6 +197,12 @@ def moe(layer: Weights, shape: Shape, x: np.ndarray) -> np.ndarray:
             hidden = silu(gates[e] @ x[t]) * (ups[e] @ x[t])
             out[t] += w * (layer["ffn_down_exps"][e] @ hidden)
     return out
+
+
+def tie_gap(logits: np.ndarray, k: int) -> np.ndarray:
+    """How far the k-th largest logit of each row is ahead of the next: where it is little, rounding may swap them."""
+    falling = np.sort(logits, axis=1)[:, ::-1]
+    return falling[:, k - 1] - falling[:, k] if k < logits.shape[1] else np.full(len(logits), np.inf)
 
 
 # --- the vision tower ---------------------------------------------------------------------------------------------
