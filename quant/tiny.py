@@ -55,7 +55,11 @@ SCALE_AT = {
 
 @dataclass(frozen=True)
 class Tiny:
-    """What to write.  `types` maps "embedding", "output", "attention", "experts" or "shared" to a type name."""
+    """What to write.
+
+    `types` maps "embedding", "output", "attention", "router", "experts", "shared", or a tensor's own name without its
+    layer ("attn_q_a"), which comes first, to a type name.
+    """
 
     architecture: str = "mistral4"
     n_layer: int = 2
@@ -81,6 +85,9 @@ class Tiny:
     temperature_keys: bool = False
     default_type: str = "Q8_0"
     types: Mapping[str, str] = field(default_factory=dict)
+    nvfp4_scales: bool = True
+    router_norm: bool = True  # the weights of the chosen experts add up to one
+    router_scale: float = 1.0
     n_vocab: int = 1400
     parts: int = 1
     seed: int = 0
@@ -219,8 +226,8 @@ def _add_keys(w: gguf.GGUFWriter, t: Tiny) -> None:
     w.add_expert_group_count(1)
     w.add_expert_group_used_count(1)
     w.add_expert_feed_forward_length(t.d_expert)
-    w.add_expert_weights_scale(1.0)
-    w.add_expert_weights_norm(True)
+    w.add_expert_weights_scale(t.router_scale)
+    w.add_expert_weights_norm(t.router_norm)
     for name, value in (("yarn_beta_fast", 32.0), ("yarn_beta_slow", 1.0), ("yarn_log_multiplier", 0.1)):
         w.add_float32(f"{t.architecture}.rope.scaling.{name}", value)
     if t.temperature_keys:
@@ -239,14 +246,19 @@ class _Tensors:
 
     def add(self, name: str, purpose: str, *dims: int, std: float | None = None) -> None:
         """A matrix of the type its purpose has; dims[0] is the length of a row."""
-        kind = self.tiny.types.get(purpose, self.tiny.default_type)
+        types = self.tiny.types
+        kind = types.get(name.split(".")[-1]) or types.get(
+            purpose, "F32" if purpose == "router" else self.tiny.default_type
+        )
         if dims[0] % BLOCKS[IDS[kind]].weights:
             kind = SMALLER.get(kind, "IQ4_NL" if kind.startswith("IQ") else "F16")
         std = dims[0] ** -0.5 if std is None else std
         raw = random_blocks(self.rng, kind, int(np.prod(dims)), std)
+        if kind == "NVFP4" and not self.tiny.nvfp4_scales:
+            raw.reshape(-1, 36)[:, :4] >>= 2  # scales around 1 / 42: right for rows of 256
         shape = (*reversed(dims[1:]), len(raw) // int(np.prod(dims[1:])))
         self.writer.add_tensor(f"{name}.weight", raw.reshape(shape), raw_dtype=gguf.GGMLQuantizationType(IDS[kind]))
-        if kind == "NVFP4":
+        if kind == "NVFP4" and self.tiny.nvfp4_scales:
             n = dims[2] if len(dims) > 2 else 1
             scales = (self.rng.uniform(0.6, 1.4, n) * std / 4).astype(np.float32)
             self.writer.add_tensor(f"{name}.scale", scales)
@@ -292,8 +304,7 @@ class _Tensors:
             if layer < t.n_dense:
                 self.ffn(blk, "", "shared", t.d_dense)
                 continue
-            router = self.rng.standard_normal((t.n_expert, t.d_model)) * 2 / t.d_model**0.5
-            self.writer.add_tensor(f"{blk}.ffn_gate_inp.weight", router.astype(np.float32))
+            self.add(f"{blk}.ffn_gate_inp", "router", t.d_model, t.n_expert, std=2 * t.d_model**-0.5)
             self.ffn(blk, "_exps", "experts", t.d_expert, t.n_expert, fused=t.fused)
             if t.n_shared:
                 self.ffn(blk, "_shexp", "shared", t.n_shared * t.d_expert)
