@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 from make_hf import hf_tensors, write_hf, write_safetensors
+from yardstick import assert_near
 
 from ms4.models.convert import PRESETS, convert, main, type_of
 from ms4.models.model import Model
@@ -99,24 +100,30 @@ def test_numbers_of_16_bits_are_read(tmp_path, dtype):
     assert found.tolist() == wanted.tolist()
 
 
-# How far the logits may be from those of the F16 weights: a little more than was measured.  Random weights feel every
-# rounding, so the figures say nothing about trained ones.
-MOST = {"F32": 1e-3, "F16": 1e-3, "BF16": 0.01, "Q8_0": 0.04, "Q6_K": 0.08, "Q5_K_M": 0.15, "Q4_K_M": 0.28}
-MOST |= {"Q4_0": 0.33, "Q3_K_M": 0.55, "Q2_K": 0.85}
+# How far the logits of any position may be from those of the F16 weights: a little more than was measured.  Random
+# weights feel every rounding, so the figures say nothing about trained ones.
+MOST = {"F32": 3e-4, "F16": 3e-4, "BF16": 0.011, "Q8_0": 0.055, "Q6_K": 0.11, "Q5_K_M": 0.18, "Q4_K_M": 0.33}
+MOST |= {"Q4_0": 0.36, "Q3_K_M": 0.63, "Q2_K": 0.8}
+# Positions where two experts nearly tie, and how far those may be: the router's logits are less than 0.12 apart there.
+NEAR_TIES = {"Q8_0": (115, 0.11), "Q6_K": (115, 0.13), "Q2_K": (3, 1.0)}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+def every_preset():
+    quick = ("F16", "Q8_0", "Q4_K_M")
+    return [pytest.param(preset, marks=() if preset in quick else pytest.mark.slow) for preset in PRESETS]
+
+
+@pytest.mark.parametrize("preset", every_preset())
 def test_every_preset_gives_a_file_that_runs(bravo_hf, tmp_path, preset):
     """Logits of the engine, against those of transformers on the F16 weights."""
     convert(bravo_hf, tmp_path / "text.gguf", preset)
     assert GgufFile.open(tmp_path / "text.gguf").metadata["general.file_type"] == PRESETS[preset].file_type
     refs = np.load(os.path.join(DATA, "bravo-refs.npz"))
-    positions, wanted = refs["positions"], refs["f16"].astype(np.float64)
+    positions, wanted = refs["positions"], refs["f16"]
     with Model.open(tmp_path / "text.gguf", attn_scale="mscale2", threads=1) as model, model.session(256) as session:
-        got = np.concatenate([session.feed(refs["ids"][[i]]) for i in range(positions[-1] + 1)]).astype(np.float64)
-    got = got.reshape(-1, wanted.shape[1])[positions]
-    error = np.median(np.linalg.norm(got - wanted, axis=1) / np.linalg.norm(wanted, axis=1))
-    assert error < MOST[preset]
+        got = session.feed(refs["ids"], all_logits=True)[positions]
+    tie, most_at_it = NEAR_TIES.get(preset, (-1, 0))
+    assert_near(got, wanted, MOST[preset], np.flatnonzero(positions == tie), most_at_it)
 
 
 def test_which_layers_get_more_bits():

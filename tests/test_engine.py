@@ -1,10 +1,13 @@
-"""The engine on small checkpoints: against the float64 reference, and where it must refuse, stop or start again."""
+"""The engine on small checkpoints: near the float64 reference, and where it must refuse, stop or start again.
+
+That it has every bit of its own arithmetic, with all block types: test_bits.py."""
 
 import os
 import threading
 
 import numpy as np
 import pytest
+from yardstick import assert_near
 
 import ms4
 from ms4.models import mistral4, reference
@@ -25,17 +28,13 @@ VARIANTS = {
 }
 
 
-def relative(got, want):
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+# At every position: float weights leave the rounding of the 16-bit kv cache, two layers deep.
+MOST = 4e-4
 
 
 def fixed_ids(n):
     """Always the same: where two experts nearly tie, rounding may choose the other one, and that is no error."""
     return np.random.default_rng(7).integers(0, 1400, n)
-
-
-def assert_close(got, want):
-    assert relative(got, want) < 1e-3  # the cache holds 16-bit integers
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +44,16 @@ def tiny(tmp_path_factory):
     return path
 
 
+@pytest.mark.parametrize("isa", [ms4.probe().isa, "ref"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_float_weights_give_the_reference_logits(name, tmp_path):
+def test_float_weights_give_the_reference_logits(name, isa, tmp_path, monkeypatch):
+    monkeypatch.setenv("MS4_ISA", isa)
     path = write_tiny(tmp_path / "t.gguf", VARIANTS[name])[0]
     gguf = GgufFile.open(path)
-    shape, ids = mistral4.shape_of(gguf), fixed_ids(150)
+    shape, ids = mistral4.shape_of(gguf), fixed_ids(60)
     want = reference.forward(reference.load_weights(gguf), shape, ids)
     with Model.open(path) as model, model.session(400) as session:
-        assert_close(session.feed(ids, all_logits=True), want)
+        assert_near(session.feed(ids, all_logits=True), want, MOST)
 
 
 def test_a_prompt_of_several_segments_in_any_steps_gives_the_reference_logits_and_the_same_bits(tmp_path):
@@ -62,7 +63,7 @@ def test_a_prompt_of_several_segments_in_any_steps_gives_the_reference_logits_an
     want = reference.forward(reference.load_weights(gguf), mistral4.shape_of(gguf), ids)
     with Model.open(path) as model, model.session(500) as session:
         got = session.feed(ids, all_logits=True)
-        assert_close(got, want)
+        assert_near(got, want, MOST)
         for n in (1, 70, 129):
             session.rewind(0)
             steps = [session.feed(ids[i : i + n], all_logits=True) for i in range(0, 420, n)]
@@ -82,16 +83,6 @@ def test_groups_of_segments_give_a_token_the_same_bits_alone_and_in_a_chunk(tiny
             steps = (1, 1, 1, 1, 1, 3, 9, 250, 2)
             got = [session.feed(part, all_logits=True) for part in np.split(ids[1020:1289], np.cumsum(steps)[:-1])]
             assert np.array_equal(np.concatenate(got), want[1020:1289])
-
-
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1", "IQ4_NL", "MXFP4"])
-def test_quantised_weights_stay_near_the_reference(kind, tmp_path, rng):
-    path = write_tiny(tmp_path / "t.gguf", Tiny(default_type=kind, n_used=6))[0]  # all experts: no router flips
-    gguf = GgufFile.open(path)
-    ids = rng.integers(0, 1400, 40)
-    want = reference.forward(reference.load_weights(gguf), mistral4.shape_of(gguf), ids)
-    with Model.open(path) as model, model.session(64) as session:
-        assert relative(session.feed(ids, all_logits=True), want) < 5e-2
 
 
 def test_rewound_and_fed_again_gives_the_same_bits(tiny, rng):
@@ -153,7 +144,6 @@ def test_wrong_calls_are_refused_and_change_nothing(tiny):
         session.feed([1])
 
 
-@pytest.mark.timeout(60)  # the whole feed takes minutes
 def test_cancel_ends_a_feed_and_the_session_is_as_before(tmp_path):
     big = Tiny(n_layer=6, d_model=512, d_expert=512, n_context=65536, n_original=4096)
     path = write_tiny(tmp_path / "t.gguf", big)[0]
@@ -192,9 +182,9 @@ def test_the_weights_that_a_feed_needs_are_counted_once(tmp_path, monkeypatch):
     gguf = GgufFile.open(path)
     chosen = []  # by layer, by token
 
-    def moe(layer, shape, x, original=reference.moe):
+    def moe(layer, shape, x, gaps, original=reference.moe):
         chosen.append(np.argsort(-(x @ layer["ffn_gate_inp"].T))[:, : shape.n_expert_used])
-        return original(layer, shape, x)
+        return original(layer, shape, x, gaps)
 
     monkeypatch.setattr(reference, "moe", moe)
     shape, ids = mistral4.shape_of(gguf), fixed_ids(9)

@@ -4,16 +4,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from yardstick import assert_near, errors
 
+from ms4.models import reference
+from ms4.models.mistral4 import shape_of
 from ms4.models.model import Model
+from ms4.quant.gguf_file import GgufFile
 
 DATA = Path(__file__).parent / "data"
 REFS = np.load(DATA / "bravo-refs.npz")
 
 
-def errors(got: np.ndarray, want: np.ndarray) -> np.ndarray:
-    """Relative error of each position."""
-    return np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+# How far any position may be from transformers: little more than was measured.  Float weights leave the 16-bit kv
+# cache, whose rounding the larger attention scale feels twice as much; other weights leave 8-bit activations, 1/254 of
+# the largest of 256 at most, in nine products one after the other.  test_bits.py has the roundings themselves.
+MOST = {"f16": 3e-4, "f16_plain": 1.5e-4, "Q4_K_M": 3.5e-2, "Q4_K_M_plain": 3.5e-2, "IQ3_S": 4.5e-2}
+# Positions where two experts nearly tie, so that 8 bits choose the other one: the router's logits of the last chosen
+# and of the next are less than GAP apart.
+NEAR_TIES = {"IQ3_S": (3, 24, 80)}
+GAP, MOST_AT_A_TIE = 0.05, 0.1
 
 
 def logits(name: str, attn_scale: str, **options: int) -> np.ndarray:
@@ -22,22 +31,24 @@ def logits(name: str, attn_scale: str, **options: int) -> np.ndarray:
             return session.feed(REFS["ids"], all_logits=True).astype(np.float64)
 
 
-@pytest.mark.parametrize("name, scale", [("f16", "mscale2"), ("f16_plain", "plain")])
-def test_float_files_agree_to_a_thousandth(name, scale):
-    got = logits("f16", scale)[REFS["positions"]]
-    assert np.median(errors(got, REFS[name].astype(np.float64))) <= 1e-3
+@pytest.mark.parametrize("name", MOST)
+def test_every_position_is_near_transformers(name):
+    got = logits(name.removesuffix("_plain"), "plain" if name.endswith("_plain") else "mscale2")[REFS["positions"]]
+    ties = np.flatnonzero(np.isin(REFS["positions"], NEAR_TIES.get(name, ())))
+    assert_near(got, REFS[name], MOST[name], ties, MOST_AT_A_TIE)
 
 
-@pytest.mark.parametrize("name, scale", [("Q4_K_M", "mscale2"), ("Q4_K_M_plain", "plain"), ("IQ3_S", "mscale2")])
-def test_quantised_files_agree_as_well_as_8_bit_activations_allow(name, scale):
-    got, want = logits(name.removesuffix("_plain"), scale)[REFS["positions"]], REFS[name].astype(np.float64)
-    assert np.median(errors(got, want)) <= 3.2e-2
-    assert np.linalg.norm(got - want) / np.linalg.norm(want) <= 5e-2
+@pytest.mark.parametrize("name", NEAR_TIES)
+def test_the_positions_named_as_near_ties_are_such(name):
+    file, gaps = GgufFile.open(DATA / f"bravo-{name}.gguf"), []
+    ids = REFS["ids"][: max(NEAR_TIES[name]) + 1]
+    reference.forward(reference.load_weights(file), shape_of(file, "mscale2"), ids, gaps=gaps)
+    assert (np.min(gaps, axis=0)[list(NEAR_TIES[name])] < GAP).all()
 
 
-def test_the_wrong_attention_scale_is_noticed():
+def test_the_wrong_attention_scale_is_noticed_at_every_position():
     got = logits("f16", "plain")[REFS["positions"]]
-    assert np.median(errors(got, REFS["f16"].astype(np.float64))) > 1e-2
+    assert errors(got, REFS["f16"]).min() > 10 * MOST["f16"]
 
 
 @pytest.mark.parametrize("name", ["f16", "Q4_K_M", "IQ3_S"])
