@@ -11,7 +11,10 @@
  *                         32-blocks        t = fma(d_b, (float)I_b, t) over the blocks b of the superblock, from t = 0
  *                                          (types with mins then t = fma(m_b, (float)S_b, t)); y = fma(x.d, t, y)
  *   float weights       16 partial sums, sum j takes elements k = j (mod 16) in ascending order by fma; then they are
- *                       added as a tree: j with j+8, then +4, +2, +1.
+ *                       added as a tree: j with j+8, then +4, +2, +1.  (With 64, products on CPUs would take up to twice
+ *                       as long: their sums would no longer fit the registers.)
+ *   one row             sums over numbers of one row (squares for a norm or a length, exp for the router's choice): 64
+ *                       partial sums likewise, then the tree from j with j+32 on.
  * A kernel for one token and a kernel for many must therefore agree bit for bit; across ISAs only ref differs (it
  * sums in double: it is the definition, and the yardstick for the rounding error of the others).
  */
@@ -107,7 +110,7 @@ struct ms4_ops {
     /* The router's choice: ids of the k largest of n logits, 1 <= k <= n, ascending; of equal logits the one with the
      * lower index is larger, and NaN is as -INFINITY.  With e = exp(l - max), max being the largest of all logits, or
      * NaN if one of them is, weights[j] = scale * e / total; total is the sum of the chosen e, ascending by id, or if
-     * norm == 0 of all, in 16 partial sums. */
+     * norm == 0 of all, in 64 partial sums. */
     void (*choose)(const float *logits, int32_t n, int32_t k, float scale, int32_t norm, int32_t *ids, float *weights);
     /* x = d out, to the nearest integers of length LENGTH_16 or less; returns d: 0 for what is as good as zero, NaN for
      * what is not finite, out being zero then */

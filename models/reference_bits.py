@@ -235,7 +235,7 @@ def choose(logits: Floats, shape: Shape) -> tuple[np.ndarray, Floats]:
     chosen = np.sort(np.argsort(-logits, axis=1, kind="stable")[:, : shape.n_expert_used], axis=1)
     all_e = ops.exp(logits - logits.max(axis=1, keepdims=True))
     e = np.take_along_axis(all_e, chosen, axis=1)
-    total = ops.ascending_sum(e) if shape.router_norm else ops.partial_sum(all_e)
+    total = ops.ascending_sum(e) if shape.router_norm else ops.partial_sum(all_e, ops.N_PARTIAL)
     return chosen, np.float32(shape.router_scale) * e / total[:, None]
 
 

@@ -17,8 +17,8 @@ from ms4.quant.blocks import PLAIN, Bytes, Floats, Opened, dequantize, opened, s
 Whole = npt.NDArray[np.float64]  # whole numbers
 
 SUPERBLOCK = 256
-N_PARTIAL = 16  # partial sums of a product of floats, and of squares in rms_norm
-N_LANES = 16  # partial sums of everything else
+N_PARTIAL = 64  # partial sums of numbers of one row: squares, and exp in the router's choice
+N_LANES = 16  # partial sums of products with float weights, and of what is summed over keys
 SEGMENT_KEYS = 128
 SEGMENT_GROUP = 8  # segments folded together before the groups are
 LENGTH_16 = np.float32(44000)
@@ -63,7 +63,7 @@ def tree(part: Floats) -> Floats:
     return part[..., 0]
 
 
-def dot(a: Floats, b: Floats, n_partial: int = N_PARTIAL) -> Floats:
+def dot(a: Floats, b: Floats, n_partial: int) -> Floats:
     """Sums of products along the last axis: partial sum j takes elements k = j (mod n_partial), ascending, by fma."""
     n = a.shape[-1]
     part = np.zeros((*np.broadcast_shapes(a.shape, b.shape)[:-1], n_partial), np.float32)
@@ -81,11 +81,11 @@ def ascending_sum(x: Floats) -> Floats:
     return total
 
 
-def partial_sum(x: Floats) -> Floats:
-    """Along the last axis: partial sum j takes elements k = j (mod N_LANES), ascending; then as a tree."""
-    part = np.zeros((*x.shape[:-1], N_LANES), np.float32)
-    for k in range(0, x.shape[-1], N_LANES):
-        m = min(N_LANES, x.shape[-1] - k)
+def partial_sum(x: Floats, n_partial: int) -> Floats:
+    """Along the last axis: partial sum j takes elements k = j (mod n_partial), ascending; then as a tree."""
+    part = np.zeros((*x.shape[:-1], n_partial), np.float32)
+    for k in range(0, x.shape[-1], n_partial):
+        m = min(n_partial, x.shape[-1] - k)
         part[..., :m] += x[..., k : k + m]
     return tree(part)
 
@@ -141,7 +141,7 @@ def gelu(x: Floats) -> Floats:
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
-    mean = dot(x, x) / single(x.shape[-1])
+    mean = dot(x, x, N_PARTIAL) / single(x.shape[-1])
     factor: Floats = single(1) / np.sqrt(mean + single(eps))
     return x * factor[..., None] * weight
 
@@ -173,7 +173,7 @@ def quantise_16(x: Floats) -> tuple[Whole, Floats]:
     nothing = largest < 2.0**-100
     one = single(1) / np.where(nothing, single(1), largest)
     unit: Floats = x * one[..., None]
-    length = np.sqrt(dot(unit, unit, N_LANES))
+    length = np.sqrt(dot(unit, unit, N_PARTIAL))
     top = np.minimum(LENGTH_16 / np.where(nothing, single(1), length), single(32767))
     q = nearest(x * (top * one)[..., None])
     return np.where(nothing[..., None], 0, q), np.where(nothing, 0, largest / top).astype(np.float32)
@@ -195,11 +195,11 @@ def product(kind: str, data: Bytes, x: Floats) -> Floats:
 
 def float_product(w: Floats, x: Floats) -> Floats:
     y = np.empty((len(x), len(w)), np.float32)
-    rows = min(len(w), AT_ONCE // N_PARTIAL)
-    tokens = max(1, AT_ONCE // (rows * N_PARTIAL))
+    rows = min(len(w), AT_ONCE // N_LANES)
+    tokens = max(1, AT_ONCE // (rows * N_LANES))
     for r in range(0, len(w), rows):
         for t in range(0, len(x), tokens):
-            y[t : t + tokens, r : r + rows] = dot(x[t : t + tokens, None], w[None, r : r + rows])
+            y[t : t + tokens, r : r + rows] = dot(x[t : t + tokens, None], w[None, r : r + rows], N_LANES)
     return y
 
 
@@ -282,7 +282,7 @@ def attend_segment(q: Queries, k: Keys, seen: npt.NDArray[np.int64]) -> Running:
     unit = np.maximum(by_sum, scaled.max(axis=-1) * (single(1) / single(32767)))
     factor = np.where(unit < 2.0**-100, single(0), 1 / np.maximum(unit, single(2.0**-100)))
     whole = nearest(scaled * factor[..., None])
-    return Running(m, partial_sum(weight), (whole @ k.latent).astype(np.float32) * unit[..., None])
+    return Running(m, partial_sum(weight, N_LANES), (whole @ k.latent).astype(np.float32) * unit[..., None])
 
 
 def nothing_seen(n: tuple[int, ...], d: int) -> Running:

@@ -51,20 +51,29 @@ static inline void quantize_plain(block_q8 *out, const float *x, size_t n) {
 }
 
 /* --- elements ----------------------------------------------------------------------------- */
-/* Adds 16 partial sums as a tree: j with j + 8, then + 4, + 2, + 1. */
+/* Adds 16 partial sums as a tree: j with j + 8, then + 4, + 2, + 1; 64 likewise, from + 32 on. */
 static inline float sum_16_plain(float *part) {
     for (int width = 8; width; width /= 2)
         for (int j = 0; j < width; j++) part[j] += part[j + width];
     return part[0];
 }
-static inline void rms_norm_plain(float *out, const float *x, const float *weight, size_t n, float eps) {
-    float part[16] = { 0 };
+static inline float sum_64_plain(float *part) {
+    for (int j = 0; j < 32; j++) part[j] += part[j + 32];
+    for (int j = 0; j < 16; j++) part[j] += part[j + 16];
+    return sum_16_plain(part);
+}
+/* The sum of (x * unit)^2 in 64 partial sums. */
+static inline float sum_squares_plain(const float *x, size_t n, float unit) {
+    float part[64] = { 0 };
     size_t i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (size_t j = 0; j < 16; j++) part[j] = __builtin_fmaf(x[i + j], x[i + j], part[j]);
-    for (size_t j = 0; i + j < n; j++) part[j] = __builtin_fmaf(x[i + j], x[i + j], part[j]);
-    float factor = 1.0f / sqrtf(sum_16_plain(part) / (float)n + eps);
-    for (i = 0; i < n; i++) out[i] = x[i] * factor * weight[i];
+    for (; i + 64 <= n; i += 64)
+        for (size_t j = 0; j < 64; j++) part[j] = __builtin_fmaf(x[i + j] * unit, x[i + j] * unit, part[j]);
+    for (size_t j = 0; i + j < n; j++) part[j] = __builtin_fmaf(x[i + j] * unit, x[i + j] * unit, part[j]);
+    return sum_64_plain(part);
+}
+static inline void rms_norm_plain(float *out, const float *x, const float *weight, size_t n, float eps) {
+    float factor = 1.0f / sqrtf(sum_squares_plain(x, n, 1) / (float)n + eps);
+    for (size_t i = 0; i < n; i++) out[i] = x[i] * factor * weight[i];
 }
 /* e^x within 1 ulp or so: x = k ln 2 + r, a polynomial for e^r, then 2^k in two halves, because 2^k itself may be
  * beyond the range of float.  -inf gives 0, NaN stays NaN. */
@@ -147,14 +156,14 @@ static inline void choose_ids_plain(const float *logits, int32_t n, int32_t k, i
     for (int32_t i = 0; i < n; i++)
         if (!before_plain(logits, last, i)) *ids++ = i;
 }
-/* The sum of e^(x - max) in 16 partial sums. */
+/* The sum of e^(x - max) in 64 partial sums. */
 static inline float sum_exp_plain(const float *x, size_t n, float max) {
-    float part[16] = { 0 };
+    float part[64] = { 0 };
     size_t i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (size_t j = 0; j < 16; j++) part[j] += exp_plain(x[i + j] - max);
+    for (; i + 64 <= n; i += 64)
+        for (size_t j = 0; j < 64; j++) part[j] += exp_plain(x[i + j] - max);
     for (size_t j = 0; i + j < n; j++) part[j] += exp_plain(x[i + j] - max);
-    return sum_16_plain(part);
+    return sum_64_plain(part);
 }
 static inline void choose_plain(const float *logits, int32_t n, int32_t k, float scale, int32_t norm, int32_t *ids,
                                 float *weights) {

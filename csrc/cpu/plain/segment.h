@@ -4,7 +4,7 @@
 #define MS4_SEGMENT_H
 #include "plain.h"
 
-/* The length is taken from 16 partial sums; x of 2^-100 and less are as good as zero. */
+/* The length is taken from 64 partial sums; x of 2^-100 and less are as good as zero. */
 static inline float quantize_16_plain(int16_t *out, const float *x, size_t n) {
     plain_bits largest = { .u = largest_bits_plain(x, (int)n) };
     int finite = largest.u < 0x7f800000u;
@@ -12,15 +12,11 @@ static inline float quantize_16_plain(int16_t *out, const float *x, size_t n) {
         memset(out, 0, n * sizeof *out);
         return finite ? 0 : NAN;
     }
-    float part[16] = { 0 }, one = 1.0f / largest.f;
-    size_t i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (size_t j = 0; j < 16; j++) part[j] = __builtin_fmaf(x[i + j] * one, x[i + j] * one, part[j]);
-    for (size_t j = 0; i + j < n; j++) part[j] = __builtin_fmaf(x[i + j] * one, x[i + j] * one, part[j]);
-    float length = sqrtf(sum_16_plain(part)), top = LENGTH_16 / length;       /* of the largest, if the length decides */
+    float one = 1.0f / largest.f, length = sqrtf(sum_squares_plain(x, n, one));
+    float top = LENGTH_16 / length;            /* of the largest, if the length decides */
     top = top < 32767.0f ? top : 32767.0f;
     float factor = top * one;
-    for (i = 0; i < n; i++) {
+    for (size_t i = 0; i < n; i++) {
         plain_bits v = { .f = x[i] * factor + PLAIN_ROUND };
         out[i] = (int16_t)v.u;          /* the integer is in the lowest bits */
     }
