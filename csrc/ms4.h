@@ -186,11 +186,11 @@ typedef struct {                 /* each on what the one before left, in this or
     double top_p;                /* the smallest set of the highest that weighs so much of all; 1: all */
     double min_p;                /* what weighs at least this, relative to the best; 0: all */
 } ms4_sampling;
-/* Chooses a token for each of n_rows rows of n_vocab logits; row i takes uniforms[i], a random number in [0, 1) (NULL if
- * the temperature is 0).  The same numbers give the same ids on every machine.  logprobs: NULL, or for each row that of
- * its id and those of the n_top highest logits, highest first, whose ids are its row of top_ids: natural logarithms of
- * the model's own probabilities, before temperature and cuts.  MS4_ENUMBER: a logit is not finite.  Needs no engine; may
- * be called from any thread. */
+/* Chooses a token for each of n_rows rows of n_vocab logits; row i takes uniforms[i], a random number in [0, 1) (NULL
+ * if the temperature is 0).  The same numbers give the same ids on every machine.  logprobs: NULL, or for each row that
+ * of its id and those of the n_top highest logits, highest first, whose ids are its row of top_ids: natural logarithms
+ * of the model's own probabilities, before temperature and cuts.  MS4_ENUMBER: a logit is not finite.  Needs no engine;
+ * may be called from any thread. */
 int ms4_sample(const float *logits, size_t n_rows, int32_t n_vocab, const ms4_sampling *how, const double *uniforms,
                int32_t *ids, int32_t n_top, int32_t *top_ids, double *logprobs);
 

@@ -205,7 +205,7 @@ CUTS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-@pytest.mark.parametrize("temperature", [0.1, 0.3, 0.7, 1.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.1, 0.7, 2.0])
 def test_ten_thousand_draws_from_a_whole_vocabulary(rng, temperature, cut):
     params = SamplingParams(temperature, **cut)
     for kind in KINDS:
