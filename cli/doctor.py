@@ -73,21 +73,22 @@ def check_threads() -> Check:
         n = ms4.probe().n_threads
     except ValueError as error:
         return Check("threads", "bad", str(error), "unset MS4_ISA")
-    quota = host.cpu_quota()
-    text = f"{n} by default: {os.cpu_count()} processors, {host.affinity()} allowed by affinity"
-    text += f", {quota:g} by the cgroup quota" if quota is not None else ", no cgroup quota"
-    if quota is not None and quota < 1:
+    got = ms4.allowed()
+    text = f"{n} by default: {os.cpu_count()} processors, {got.n_affinity} allowed by affinity"
+    text += f", {got.cpus:g} by {got.cpus_file}" if got.cpus is not None else ", no cgroup limit"
+    if got.cpus is not None and got.cpus < 1:
         return Check("threads", "warning", text, "give the container at least one processor")
     return Check("threads", "ok", text)
 
 
 def check_memory() -> Check:
-    memory, limit, available = host.memory(), host.memory_limit(), host.available_memory()
-    if available is None:
+    got = ms4.allowed()
+    if got.room is None:
         return Check("memory", "warning", "the kernel does not say how much there is")
-    text = f"{gib(available)} available of {gib(memory.get('MemTotal', 0))}"
-    text += f", cgroup limit {gib(limit)}" if limit is not None else ", no cgroup limit"
-    return Check("memory", "ok", text)
+    text = f"{gib(got.room)} available of {gib(got.total)}"
+    if got.limit is None:
+        return Check("memory", "ok", f"{text}, no cgroup limit")
+    return Check("memory", "ok", f"{text}; limit {gib(got.limit)}, {gib(got.used)} used: {got.limit_file}")
 
 
 def check_swap() -> Check:
@@ -135,7 +136,7 @@ def check_model(path: str | None) -> list[Check]:
     checks = [Check("model", "ok", f"{os.path.basename(path)}: {found.architecture}, {gib(size)}")]
     if found.text_problem:
         checks.append(Check("vocabulary", "warning", found.text_problem))
-    available = host.available_memory()
+    available = ms4.allowed().room
     if available is not None and size > available:
         fix = "choose a smaller quantisation, or free memory"
         checks.append(

@@ -1,4 +1,6 @@
-"""Facts about this machine, read from the kernel: processors, memory, limits of the container, cached files.
+"""Facts about this machine, read from the kernel: processors, swap, huge pages, cached files.
+
+What this process may have of processors and memory, the engine knows: `ms4.allowed`.
 
 Every function answers None (or an empty value) where the kernel does not say; nothing here fails for a missing file.
 """
@@ -9,7 +11,6 @@ import platform
 import re
 from pathlib import Path
 
-CGROUP = Path("/sys/fs/cgroup")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 FEATURES = (
     "avx2",
@@ -24,7 +25,6 @@ FEATURES = (
     "asimddp",
     "i8mm",
 )
-NO_LIMIT = 1 << 60  # what cgroup v1 writes where there is no limit is about this
 
 
 def read(path: Path | str) -> str:
@@ -46,42 +46,6 @@ def features() -> list[str]:
     return [name for name in FEATURES if name in present]
 
 
-def affinity() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except (AttributeError, OSError):
-        return os.cpu_count() or 1
-
-
-def cgroup_folders(controller: str) -> list[Path]:
-    """Folders of this process in both versions of cgroups, the nearest first."""
-    folders: list[Path] = []
-    for line in read("/proc/self/cgroup").splitlines():
-        number, _, rest = line.partition(":")
-        names, _, path = rest.partition(":")
-        if number == "0" and not names:
-            base = CGROUP
-        elif controller in names.split(","):
-            base = CGROUP / controller
-        else:
-            continue
-        inside = base / path.lstrip("/")
-        folders += [inside, *[p for p in inside.parents if p.is_relative_to(base)]]
-    return folders
-
-
-def cpu_quota() -> float | None:
-    """Processors that the container may use at a time; None: no limit."""
-    found: list[float] = []
-    for folder in cgroup_folders("cpu"):
-        quota, _, period = read(folder / "cpu.max").partition(" ")
-        if not quota:
-            quota, period = read(folder / "cpu.cfs_quota_us"), read(folder / "cpu.cfs_period_us")
-        if quota.isdigit() and period.isdigit() and int(period) > 0:
-            found.append(int(quota) / int(period))
-    return min(found, default=None)
-
-
 def memory() -> dict[str, int]:
     """/proc/meminfo in bytes."""
     pairs = re.findall(r"^(\w+):\s+(\d+) kB$", read("/proc/meminfo"), re.MULTILINE)
@@ -92,24 +56,6 @@ def own_memory() -> int:
     """Bytes that this process holds besides the pages of files; 0 if the kernel does not say."""
     match = re.search(r"^RssAnon:\s+(\d+) kB$", read("/proc/self/status"), re.MULTILINE)
     return 1024 * int(match[1]) if match else 0
-
-
-def memory_limit() -> int | None:
-    """Bytes that the container may use; None: no limit."""
-    found = [
-        int(text)
-        for folder in cgroup_folders("memory")
-        for text in (read(folder / "memory.max"), read(folder / "memory.limit_in_bytes"))
-        if text.isdigit() and int(text) < NO_LIMIT
-    ]
-    return min(found, default=None)
-
-
-def available_memory() -> int | None:
-    """Bytes that a process may still take, page cache counted as free."""
-    free, limit = memory().get("MemAvailable"), memory_limit()
-    known = [n for n in (free, limit) if n is not None]
-    return min(known, default=None)
 
 
 def huge_pages() -> str:

@@ -132,6 +132,22 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Allowance:
+    """What the system lets this process have; the names are those of the files that say so."""
+
+    n_threads: int  # by all limits, at least 1
+    n_affinity: int
+    cpus: float | None  # at a time, by the tightest quota or set of a cgroup; None: no limit
+    cpus_file: str
+    total: int  # bytes of memory of the machine
+    available: int  # the pages of files counted as free
+    limit: int | None  # of the cgroup with the least room
+    used: int  # of it, without the pages of files
+    limit_file: str
+    room: int | None  # bytes that this process may still take
+
+
+@dataclass(frozen=True)
 class Limits:
     """What the machine can do at most: bytes read from memory, multiply-adds of 8 bits and of floats, per second."""
 
@@ -182,6 +198,25 @@ def probe() -> Machine:
     out = ffi.new("ms4_machine *")
     check(lib.ms4_probe(out))
     return Machine(ffi.string(out.isa).decode(), out.n_threads)
+
+
+def allowed(root: str | os.PathLike[str] = "") -> Allowance:
+    """What this process may have now.  root: the folder above proc and sys, for tests."""
+    out = ffi.new("ms4_allowance *")
+    lib.ms4_allowed(os.fsencode(root), out)
+    cpus_file, limit_file = (os.fsdecode(ffi.string(name)) for name in (out.cpus_file, out.limit_file))
+    return Allowance(
+        n_threads=out.n_threads,
+        n_affinity=out.n_affinity,
+        cpus=out.cpus if cpus_file else None,
+        cpus_file=cpus_file,
+        total=out.total,
+        available=out.available,
+        limit=out.limit if limit_file else None,
+        used=out.used,
+        limit_file=limit_file,
+        room=out.room if out.available or limit_file else None,
+    )
 
 
 def tensor_table(tensors: Sequence[Tensor], roles: dict[str, int]) -> tuple[Any, list[Any]]:

@@ -2,6 +2,7 @@
 #include "cpu/cpu_device.h"
 #include "engine.h"
 #include "error.h"
+#include "allowance.h"
 #include "memory.h"
 #include <math.h>
 #include <stdlib.h>
@@ -35,7 +36,7 @@ static int open_parts(ms4_engine *e, const ms4_tensor *tensors, size_t n_tensors
     FAIL_IF(o->n_batch < 0 || o->n_batch > 1 << 16, MS4_EARG, "batch of %d tokens: 1 to 65536", o->n_batch);
     TRY(cpu_ops_here(&e->ops));
     e->n_batch = o->n_batch ? o->n_batch : 2048;
-    TRY(pool_open(o->n_threads ? o->n_threads : pool_default_threads(), &e->pool));
+    TRY(pool_open(o->n_threads ? o->n_threads : allowance_threads(), &e->pool));
     TRY(files_open(paths, n_paths, &how, e->pool, &e->files));
     TRY(text_weights_open(&e->weights, &e->shape, tensors, n_tensors, e->files, e->ops));
     TRY(kv_store_open(&e->shape, &e->kv));

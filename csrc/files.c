@@ -11,6 +11,7 @@
 #define _GNU_SOURCE
 #include "files.h"
 #include "error.h"
+#include "allowance.h"
 #include "memory.h"
 #include <errno.h>
 #include <fcntl.h>
@@ -111,25 +112,6 @@ static double share_cached(int fd, uint64_t bytes) {
     munmap(m, bytes);
     return (double)hits / (double)n;
 }
-static uint64_t memory_available(void) {
-    unsigned long long kib = 0, limit = 0, used = 0;
-    char line[128];
-    FILE *f = fopen("/proc/meminfo", "r");
-    while (f && fgets(line, sizeof line, f))
-        if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1) break;
-    if (f) fclose(f);
-    uint64_t available = (uint64_t)kib << 10;
-    if ((f = fopen("/sys/fs/cgroup/memory.max", "r"))) {
-        int limited = fscanf(f, "%llu", &limit) == 1;
-        fclose(f);
-        if (limited && (f = fopen("/sys/fs/cgroup/memory.current", "r"))) {
-            if (fscanf(f, "%llu", &used) == 1 && (limit > used ? limit - used : 0) < available)
-                available = limit > used ? limit - used : 0;
-            fclose(f);
-        }
-    }
-    return available;
-}
 static int32_t choose_load(const int *fds, const files *f) {
     uint64_t total = 0;
     double cached = 0;
@@ -138,7 +120,7 @@ static int32_t choose_load(const int *fds, const files *f) {
         cached += share_cached(fds[i], f->file[i].bytes) * (double)f->file[i].bytes;
     }
     if (cached >= 0.95 * (double)total) return MS4_LOAD_MAP;
-    return total + total / 8 + ((uint64_t)1 << 30) < memory_available() ? MS4_LOAD_COPY : MS4_LOAD_MAP;
+    return total + total / 8 + ((uint64_t)1 << 30) < allowance_room() ? MS4_LOAD_COPY : MS4_LOAD_MAP;
 }
 
 /* --- opening ------------------------------------------------------------------------------ */

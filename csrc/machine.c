@@ -4,17 +4,18 @@
 #include "cpu/cpu_device.h"
 #include "engine.h"
 #include "error.h"
+#include "allowance.h"
 
 int ms4_probe(ms4_machine *out) {
     const struct ms4_ops *ops;
     TRY(cpu_ops_here(&ops));
-    *out = (ms4_machine){ ops->isa, pool_default_threads() };
+    *out = (ms4_machine){ ops->isa, allowance_threads() };
     return MS4_OK;
 }
 
 #define PIECE ((uint64_t)1 << 20)
 #define PEAK_ROUNDS 200000
-typedef struct { const struct ms4_ops *ops; const files *files; uint64_t sums[512]; } probe_job;
+typedef struct { const struct ms4_ops *ops; const files *files; uint64_t sums[POOL_MAX_THREADS]; } probe_job;
 
 /* A piece of the files, counted through all of them; 0 bytes: there are not so many. */
 static const uint64_t *piece_at(const files *f, int32_t item, uint64_t *bytes) {

@@ -42,6 +42,20 @@ typedef struct {
 } ms4_machine;
 int ms4_probe(ms4_machine *out);
 
+#define MS4_FILE_NAME 512
+typedef struct {                 /* what the system lets this process have; a name is empty where there is no limit */
+    int32_t n_threads;           /* by all limits, rounded down, at least 1 */
+    int32_t n_affinity;          /* processors that it may run on */
+    double cpus;                 /* processors at a time, by the tightest quota or set of a cgroup, and its file */
+    char cpus_file[MS4_FILE_NAME];
+    uint64_t total, available;   /* bytes of memory of the machine; the pages of files count as available */
+    uint64_t limit, used;        /* of the cgroup with the least room, and its file; used: without the pages of files */
+    char limit_file[MS4_FILE_NAME];
+    uint64_t room;               /* bytes that it may still take; 0 if nobody says */
+} ms4_allowance;
+/* Reads it anew, in /proc and /sys below the folder root: "", but in tests. */
+void ms4_allowed(const char *root, ms4_allowance *out);
+
 /* --- the model ---------------------------------------------------------------------------- */
 typedef struct {                 /* hyperparameters; names and meaning as in SPEC 1.2, 1.3 and 4.3 */
     int32_t n_layer, n_dense_layer, n_vocab, n_ctx_train;

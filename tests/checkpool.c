@@ -4,6 +4,7 @@
 #define _GNU_SOURCE
 #include <sched.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #undef atomic_store_explicit
 #define atomic_store_explicit(at, value, order) (sched_yield(), (void)atomic_exchange(at, value))
 #include "../csrc/cpu/pool.c"

@@ -30,7 +30,6 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -41,7 +40,6 @@
 #ifndef TURN_NS                 /* tests make it 0 */
 #define TURN_NS 1500000
 #endif
-#define MAX_THREADS 512
 
 typedef struct {
     pool *owner;
@@ -196,33 +194,8 @@ void pool_run(pool *p, pool_fn *fn, void *context, int32_t n_items, const atomic
 }
 int32_t pool_size(const pool *p) { return p->n_threads; }
 
-/* CPUs that the cgroup's quota allows, rounded down but at least 1; INT32_MAX without a quota. */
-static int32_t quota_threads(void) {
-    long long quota = -1, period = 100000;
-    FILE *f = fopen("/sys/fs/cgroup/cpu.max", "r");
-    if (f) {
-        if (fscanf(f, "%lld %lld", &quota, &period) != 2) quota = -1;
-        fclose(f);
-    } else if ((f = fopen("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "r"))) {
-        if (fscanf(f, "%lld", &quota) != 1) quota = -1;
-        fclose(f);
-        if ((f = fopen("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "r"))) {
-            if (fscanf(f, "%lld", &period) != 1) period = 100000;
-            fclose(f);
-        }
-    }
-    if (quota <= 0 || period <= 0) return INT32_MAX;
-    return quota < period ? 1 : (int32_t)(quota / period);
-}
-int32_t pool_default_threads(void) {
-    cpu_set_t set;
-    int32_t n = sched_getaffinity(0, sizeof set, &set) ? (int32_t)sysconf(_SC_NPROCESSORS_ONLN) : CPU_COUNT(&set);
-    int32_t quota = quota_threads();
-    if (n > quota) n = quota;
-    return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : n;
-}
 int pool_open(int32_t n_threads, pool **out) {
-    FAIL_IF(n_threads < 1 || n_threads > MAX_THREADS, MS4_EARG, "%d threads: 1 to %d", n_threads, MAX_THREADS);
+    FAIL_IF(n_threads < 1 || n_threads > POOL_MAX_THREADS, MS4_EARG, "%d threads: 1 to %d", n_threads, POOL_MAX_THREADS);
     pool *p = memory_take(1, sizeof *p);
     worker *workers = memory_take((size_t)n_threads, sizeof *workers);
     range *ranges = memory_take((size_t)n_threads, sizeof *ranges);
@@ -258,7 +231,7 @@ void pool_close(pool *p) {
     if (!p) return;
     atomic_fetch_or(&p->gate, QUIT);
     atomic_fetch_add(&p->epoch, 1);
-    futex_wake(&p->epoch, MAX_THREADS);
+    futex_wake(&p->epoch, POOL_MAX_THREADS);
     for (int32_t i = 1; i <= p->n_started; i++) pthread_join(p->workers[i].thread, NULL);
     memory_give(p->workers);
     memory_give(p->ranges);

@@ -7,7 +7,7 @@ typedef struct pool pool;
 /* One item of work.  thread is 0 .. pool_size - 1: no two items with the same thread number run at once. */
 typedef void pool_fn(void *context, int32_t item, int32_t thread);
 
-int32_t pool_default_threads(void);            /* what affinity and cgroup quota allow */
+#define POOL_MAX_THREADS 512
 int pool_open(int32_t n_threads, pool **out);  /* n_threads counts the thread that calls pool_run */
 void pool_close(pool *p);
 int32_t pool_size(const pool *p);
