@@ -27,12 +27,11 @@ from ms4.models.hf_folder import CONTROL, NORMAL, ConvertError, Folder, Settings
 from ms4.models.image import PixelRule
 from ms4.models.pixtral import Tower
 from ms4.models.vocabulary import Vocabulary
-from ms4.quant.blocks import BLOCKS, IDS, Floats
+from ms4.quant.blocks import BLOCKS, IDS, SMALLER, Floats
 from ms4.quant.gguf_file import FileError, GgufFile
 from ms4.quant.quantise import quantize
 from ms4.quant.safetensors_file import Stored
 from ms4.quant.spelling import spell
-from ms4.quant.tiny import SMALLER
 
 SLICE = 1 << 24  # weights turned into float32 at a time
 TOWER_EPS = 1e-5

@@ -14,7 +14,7 @@ from functools import cache
 import gguf
 import numpy as np
 
-from ms4.quant.blocks import BLOCKS, IDS, dequantize
+from ms4.quant.blocks import BLOCKS, IDS, SMALLER, dequantize
 from ms4.quant.spelling import spell
 
 CONTROL = (
@@ -38,9 +38,6 @@ def main():
         print(f"line {i}: {values[i]:.2f}")
     return None
 """
-
-# The K and IQ types need rows of whole superblocks; for other rows quantisers take the nearest type of plain blocks.
-SMALLER = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "NVFP4": "Q4_0"}
 
 # Where the f16 scale (and min) of a block lies.  IQ1_M, MXFP4 and NVFP4 keep theirs in other forms.
 SCALE_AT = {
