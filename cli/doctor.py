@@ -125,7 +125,7 @@ def check_model(path: str | None) -> list[Check]:
     """The file itself, its memory, and whether it is cached."""
     if not path:
         return [Check("model", "warning", "none named, so none checked", "ms4 doctor -m model.gguf")]
-    from ms4.models.model import describe
+    from ms4.models.describe import describe
 
     try:
         found = describe(path)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ms4.cli import errors, render, streams
 
 if TYPE_CHECKING:
-    from ms4.models.model import Description, TensorClass
+    from ms4.models.describe import Description, TensorClass
 
 LONGEST_VALUE = 80  # characters of a metadata value
 FIRST_ELEMENTS = 4  # of an array
@@ -44,7 +44,7 @@ def info(path: str, *, as_json: bool, tensors: bool, kv: bool) -> int:
 
 def described_model(path: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """A text model as JSON, and as lines of name and text."""
-    from ms4.models.model import describe
+    from ms4.models.describe import describe
 
     found = describe(path)
     return to_json(found), summary(found)

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 
-from ms4.models.model import describe
+from ms4.models.describe import describe
 from ms4.quant.gguf_file import FileError, GgufError, GgufFile, shown
 from ms4.quant.tiny import Tiny, write_tiny
 

@@ -7,7 +7,8 @@ import pytest
 
 import ms4
 from ms4.models import mistral4
-from ms4.models.model import Model, class_of, describe
+from ms4.models.describe import class_of, describe
+from ms4.models.model import Model
 from ms4.quant.blocks import BLOCKS, IDS, dequantize
 from ms4.quant.gguf_file import GgufError, GgufFile
 from ms4.quant.tiny import Tiny, random_blocks, write_tiny
