@@ -459,7 +459,7 @@ class Session(_Handle):
         super().__init__(handle, lib.ms4_session_close)
         self.engine = engine
         self.n_ctx = n_ctx
-        self._fed = (0, 0)  # of the running feed: layer-tokens in earlier steps, layer-tokens in all
+        self._fed = (0, 0)  # of a running feed: layer-tokens in earlier steps, layer-tokens in all
 
     def feed(
         self,
@@ -505,6 +505,8 @@ class Session(_Handle):
             if self._handle is not None:
                 self.rewind(start)
             raise
+        finally:
+            self._fed = (0, 0)
         if len(found) > 1:
             found = [np.concatenate(found)]
         return found[0][0] if wanted == 1 and not all_logits else found[0]
@@ -534,12 +536,12 @@ class Session(_Handle):
         return self.length
 
     def progress(self) -> tuple[int, int]:
-        """(done, total) of the running `feed`, in layer-tokens.  May be called from any thread."""
+        """(done, total) of the running `feed`, or step, in layer-tokens.  May be called from any thread."""
         done, total = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         before, whole = self._fed
         if self._handle is not None:
             lib.ms4_session_progress(self._handle, done, total)
-        return min(before + done[0], whole), whole
+        return (min(before + done[0], whole), whole) if whole else (done[0], total[0])
 
 
 class Vision(_Handle):
