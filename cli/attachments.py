@@ -1,7 +1,7 @@
 """What is attached to a message: images, text files and pages of PDFs, from files, stdin or the clipboard.
 
 Owns the order in which they stand in the message, and the rules for stdin when it holds an attachment.  What images
-become in the prompt is the business of `sight.py`.
+become in the prompt is the business of `models/vision.py`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ms4.cli import streams
 from ms4.cli.errors import MissingError, UnreadableError, UsageError
 from ms4.models import document
-from ms4.models.document import MAX_PDF_BYTES, Part
+from ms4.models.document import MAX_PDF_BYTES, Attachment
 from ms4.models.image import MAX_BYTES, Image, load_image
-from ms4.models.outside import shown, sniff
+from ms4.models.untrusted import shown, sniff
 
-SIDE = 1540  # pixels on the longer side of a page that becomes an image
-Content = str | list[dict[str, Any]]
+if TYPE_CHECKING:
+    from ms4.models.dialogue import Content
+
 ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 CLIPBOARDS = (  # programs that write the image on the clipboard to stdout
     ("wl-paste", "--no-newline", "--type", "image/png"),
@@ -54,7 +55,7 @@ class Sources:
 def gather(sources: Sources, words: Sequence[str]) -> Content:
     """The content of a message: images, files, then the text from stdin and from the arguments."""
     taken = sources.take_stdin()
-    parts: list[Part] = [open_image(path) for path in sources.images]
+    parts: list[Attachment] = [open_image(path) for path in sources.images]
     for spec in sources.files:
         parts += open_file(spec, sources.pdf)
     piped = None
@@ -62,13 +63,13 @@ def gather(sources: Sources, words: Sequence[str]) -> Content:
         data = streams.read_bytes()
         if data is not None and sniff(data):
             more = streams.read_bytes(MAX_PDF_BYTES) or b""
-            parts = [*document.load_bytes(data + more, "stdin", None, sources.pdf, SIDE), *parts]
+            parts = [*document.load_bytes(data + more, "stdin", None, sources.pdf), *parts]
         elif data is not None:
             piped = streams.stdin_text(data)
     return content(parts, streams.join_prompt(piped, words, alone=bool(parts)))
 
 
-def content(parts: Sequence[Part], text: str) -> Content:
+def content(parts: Sequence[Attachment], text: str) -> Content:
     """A message of these parts and the text after them, with a blank line between texts."""
     chunks: list[dict[str, Any]] = []
     for part in [*parts, text]:
@@ -95,16 +96,16 @@ def open_image(path: str) -> Image:
         raise
 
 
-def open_file(spec: str, pdf: str = "auto") -> list[Part]:
+def open_file(spec: str, pdf: str = "auto") -> list[Attachment]:
     """The parts of PATH or PATH:PAGES; - is stdin."""
     path, pages = document.split_spec(spec)
     if path == "-":
-        return document.load_bytes(stdin_bytes(MAX_PDF_BYTES), "stdin", pages, pdf, SIDE)
+        return document.load_bytes(stdin_bytes(MAX_PDF_BYTES), "stdin", pages, pdf)
     refuse_address(path)
-    return document.load_file(spec, pdf, SIDE)
+    return document.load_file(spec, pdf)
 
 
-def open_path(spec: str, pdf: str = "auto") -> list[Part]:
+def open_path(spec: str, pdf: str = "auto") -> list[Attachment]:
     """As open_file, where stdin is taken: its lines are the messages of a chat."""
     if document.split_spec(spec)[0] == "-":
         raise UsageError("in a chat, stdin holds the messages and cannot be attached")

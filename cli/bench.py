@@ -20,6 +20,7 @@ import ms4
 from ms4.cli import errors, loading, render, streams
 from ms4.cli.errors import UsageError
 from ms4.cli.options import EngineOptions
+from ms4.models.mistral4 import macs_per_token
 
 if TYPE_CHECKING:
     from ms4.models.model import Model
@@ -27,13 +28,12 @@ if TYPE_CHECKING:
 SEED = 4
 MOST_MEASURED = 1 << 33  # bytes of the weights read to measure the bandwidth
 NEAR = 0.25  # below this share of both limits, neither of them is what holds the phase back
-N_BATCH = 2048  # tokens computed together: every so many, the weights are read once more
 
 
 @dataclass(frozen=True)
 class Plan:
-    n_read: int
-    n_written: int
+    n_prefill: int
+    n_decode: int
     repeat: int
     depths: tuple[int, ...]
 
@@ -60,17 +60,17 @@ def bench(plan: Plan, engine: EngineOptions, form: str) -> int:
 
     engine.require()
     status = render.StatusLine(engine.quiet)
-    with loading.open_model(engine, status, N_BATCH) as model:
+    with loading.open_model(engine, status) as model:
         shape = model.engine.shape
-        n_ctx = max(plan.depths) + plan.n_read + plan.n_written
+        n_ctx = max(plan.depths) + plan.n_prefill + plan.n_decode
         if n_ctx > shape.n_ctx_train:
             raise UsageError(f"depth, --pp and --tg need {n_ctx} positions; the model has {shape.n_ctx_train}")
         rows: list[Row] = []
         limits: list[ms4.Limits] = []
-        with model.session(n_ctx) as session, interruptible(stop := ms4.StopFlag()):
+        with model.session(n_ctx) as session, interruptible() as stop:
             for depth in plan.depths:
                 status.show(f"depth {depth}")
-                rows += measure_depth(plan, depth, model, session, stop, limits)
+                rows += measure_depth(plan, depth, model, session, limits, stop)
         status.clear()
         show(model, rows, combined(limits, statistics.median), engine.require(), form)
     return errors.OK
@@ -90,11 +90,12 @@ class Timing:
 
 
 def measure_depth(
-    plan: Plan, depth: int, model: "Model", session: ms4.Session, stop: ms4.StopFlag, limits: list[ms4.Limits]
+    plan: Plan, depth: int, model: "Model", session: ms4.Session, limits: list[ms4.Limits], stop: ms4.StopFlag
 ) -> list[Row]:
     """Both phases after `depth` positions: one uncounted round to warm up, then `repeat` counted ones.
 
-    The limits that it measured are added to `limits`.
+    As for an answer, a prefill gives the logits after its last position, and a decode those of each.  The limits that
+    it measured are added to `limits`.
     """
     random = np.random.default_rng(SEED)
     shape = model.engine.shape
@@ -111,20 +112,23 @@ def measure_depth(
         limits.append(model.engine.measure(MOST_MEASURED))
         return Timing(seconds, bytes_read(model) - before, combined(limits[-2:], statistics.mean))
 
-    def write() -> None:
-        for id in ids(plan.n_written):
+    def prefill() -> None:
+        session.feed(ids(plan.n_prefill), stop=stop)
+
+    def decode() -> None:
+        for id in ids(plan.n_decode):
             session.feed([id], stop=stop)
 
     session.rewind(0)
     if depth:
         session.feed(ids(depth), n_logits=0, stop=stop)
     limits.append(model.engine.measure(MOST_MEASURED))
-    rounds = [(timed(lambda: session.feed(ids(plan.n_read), stop=stop)), timed(write)) for _ in range(plan.repeat + 1)]
-    reading, writing = zip(*rounds[1:], strict=True)
+    rounds = [(timed(prefill), timed(decode)) for _ in range(plan.repeat + 1)]
+    prefills, decodes = zip(*rounds[1:], strict=True)
     head = shape.n_vocab * shape.d_model
     return [
-        phase_row("prefill", depth, plan.n_read, reading, macs_per_token(shape, 1 - 1 / plan.n_read)),
-        phase_row("decode", depth, plan.n_written, writing, macs_per_token(shape) + head),
+        phase_row("prefill", depth, plan.n_prefill, prefills, macs_per_token(shape, 1 - 1 / plan.n_prefill)),
+        phase_row("decode", depth, plan.n_decode, decodes, macs_per_token(shape) + head),
     ]
 
 
@@ -143,20 +147,6 @@ def phase_row(phase: str, depth: int, n: int, timings: tuple[Timing, ...], macs:
     if max(read, int8) < NEAR:
         name = "attention or overhead"
     return Row(phase, depth, n, max(rates), statistics.median(rates), n_bytes, macs, read, int8, name)
-
-
-def macs_per_token(s: ms4.Shape, skipped: float = 0) -> float:
-    """Multiply-adds with weights for one token; scores and the output matrix are not among them.
-
-    skipped: the share of tokens whose logits nobody wants; in the last layer they only leave their latents.
-    """
-    attention = s.d_model * (s.q_rank + s.kv_rank + s.d_rope)
-    attention += s.q_rank * s.n_head * (s.d_nope + s.d_rope)
-    attention += s.n_head * (s.kv_rank * (s.d_nope + s.d_value) + s.d_value * s.d_model)
-    moe = s.d_model * (s.n_expert + 3 * s.n_expert_used * s.d_expert + 3 * s.d_shared)
-    dense = 3 * s.d_model * s.d_dense
-    last = attention + (dense if s.n_dense_layer == s.n_layer else moe) - s.d_model * (s.kv_rank + s.d_rope)
-    return s.n_layer * attention + s.n_dense_layer * dense + (s.n_layer - s.n_dense_layer) * moe - skipped * last
 
 
 def show(model: "Model", rows: list[Row], limits: ms4.Limits, path: str, form: str) -> None:

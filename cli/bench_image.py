@@ -21,11 +21,12 @@ import numpy as np
 import ms4
 from ms4.cli import bench as text_bench
 from ms4.cli import errors, host, loading, render, streams
+from ms4.cli.image_notes import ImageOptions, encoding
 from ms4.cli.options import EngineOptions
-from ms4.cli.sight import Sight, SightOptions, reading
 from ms4.models.image import grid
 from ms4.models.interrupt import interruptible
-from ms4.models.pixtral import Eyes, Tower
+from ms4.models.pixtral import Tower, encode_macs
+from ms4.models.vision import VisionEncoder
 
 PERIOD = 0.01  # seconds between two looks at the memory
 
@@ -72,11 +73,11 @@ def watched_memory() -> Iterator[Peak]:
 
 def bench(size: tuple[int, int], repeat: int, mmproj: str | None, engine: EngineOptions, form: str) -> int:
     status = render.StatusLine(engine.quiet)
-    tower = Sight(SightOptions(mmproj), engine.require(), status).tower
+    tower = ImageOptions(mmproj).open(engine.require()).tower
     with loading.open_model(engine, status) as model:
-        eyes = Eyes(model.engine, tower)
+        encoder = VisionEncoder(model.engine, tower)
         before = model.engine.measure(text_bench.MOST_MEASURED)
-        found = measure(eyes, tower, size, repeat, status)
+        found = measure(encoder, tower, size, repeat, status)
         limits = text_bench.combined([before, model.engine.measure(text_bench.MOST_MEASURED)], max)
         peak = 2 * limits.float_macs_per_s / 1e9
         result = Result(**{**asdict(found), "share_of_float_peak": found.gflop_per_s / peak})
@@ -92,23 +93,24 @@ def bench(size: tuple[int, int], repeat: int, mmproj: str | None, engine: Engine
     return errors.OK
 
 
-def measure(eyes: Eyes, tower: Tower, size: tuple[int, int], repeat: int, status: render.StatusLine) -> Result:
+def measure(
+    encoder: VisionEncoder, tower: Tower, size: tuple[int, int], repeat: int, status: render.StatusLine
+) -> Result:
     """One small image to bring the weights into memory, then `repeat` of the wanted size."""
     cell = tower.rule.cell
     columns, rows = grid(*size, None, tower.rule)
     random = np.random.default_rng(text_bench.SEED)
     seconds: list[float] = []
-    stop = ms4.StopFlag()
-    with interruptible(stop):
-        eyes.vision.encode(random.standard_normal((3, cell, cell), np.float32), stop)
+    with interruptible() as stop:
+        encoder.vision.encode(random.standard_normal((3, cell, cell), np.float32), stop)
         with watched_memory() as peak:
             pixels = random.standard_normal((3, rows * cell, columns * cell), np.float32)
             for _ in range(repeat):
                 begun = time.perf_counter()
-                with status.watching(reading(f"{columns * cell}x{rows * cell}", eyes.vision.progress)):
-                    eyes.vision.encode(pixels, stop)
+                with status.watching(encoding(f"{columns * cell}x{rows * cell}", encoder.vision.progress)):
+                    encoder.vision.encode(pixels, stop)
                 seconds.append(time.perf_counter() - begun)
-    macs = image_macs(tower, columns * rows)
+    macs = encode_macs(tower, columns * rows)
     return Result(
         width=columns * cell,
         height=rows * cell,
@@ -121,17 +123,6 @@ def measure(eyes: Eyes, tower: Tower, size: tuple[int, int], repeat: int, status
         gflop_per_s=2 * macs / min(seconds) / 1e9,
         share_of_float_peak=0.0,
     )
-
-
-def image_macs(tower: Tower, n_cells: int) -> int:
-    """Multiply-adds for an image of so many cells: products with weights, scores, and the sums of values."""
-    s = tower.shape
-    n = n_cells * s.merge**2
-    hidden = next(t.dims[1] for t in tower.tensors if t.role == "mm.1")
-    layer = n * (4 * s.d_model**2 + 3 * s.d_model * s.d_ffn) + 2 * n * n * s.d_model
-    patches = n * 3 * s.patch_size**2 * s.d_model
-    merger = n * s.d_model**2 if s.merge > 1 else 0
-    return s.n_layer * layer + patches + merger + n_cells * hidden * (s.d_model + s.d_out)
 
 
 def shown(about: dict[str, Any], r: Result, form: str) -> str:

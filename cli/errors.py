@@ -56,11 +56,16 @@ CODES = {
     "ms4.models.prompt.PromptError": USAGE,
     "ms4.models.sampling.SamplingError": USAGE,
     "ms4.models.image.ImageError": UNREADABLE,
-    "ms4.models.outside.InputError": UNREADABLE,
-    "ms4.models.generate.ContextError": INCOMPLETE,
+    "ms4.models.untrusted.InputError": UNREADABLE,
+    "ms4.models.answer.ContextError": INCOMPLETE,
+    "ms4.models.vision.NoTowerError": MISSING,
     "ms4.ContextFull": INCOMPLETE,
     "ms4.Canceled": INTERRUPTED,
     "ms4.EngineError": FAILURE,
+}
+HINTS = {
+    "ms4.models.vision.NoTowerError": "the mmproj GGUF comes from where the model came from; put it beside the model, "
+    "or name it with --mmproj FILE",
 }
 
 
@@ -85,9 +90,10 @@ def describe(error: BaseException) -> tuple[int, str, str]:
     if hasattr(error, "format_message"):  # a usage error of Typer
         return USAGE, _sentence(error.format_message()), _help_hint(error)
     for kind in type(error).__mro__:
-        code = CODES.get(f"{kind.__module__}.{kind.__qualname__}")
-        if code is not None:
-            return code, "" if code == INTERRUPTED else str(error), ""
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if name in CODES:
+            code = CODES[name]
+            return code, "" if code == INTERRUPTED else str(error), HINTS.get(name, "")
     if isinstance(error, MemoryError):
         return NO_ROOM, str(error) or "not enough memory", "a smaller --ctx needs less; ms4 doctor shows what is free"
     if isinstance(error, OSError) and error.strerror:

@@ -90,6 +90,8 @@ def described_tower(path: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
 
 def summary(d: "Description") -> list[tuple[str, str]]:
     """The lines that everybody sees: name and text."""
+    from ms4.models.mistral4 import kv_bytes
+
     s = d.shape
     parts = f" in {len(d.paths)} parts" if len(d.paths) > 1 else ""
     rows = [
@@ -99,7 +101,7 @@ def summary(d: "Description") -> list[tuple[str, str]]:
         ("layers", f"{s.n_layer}, the first {s.n_dense_layer} dense" if s.n_dense_layer else str(s.n_layer)),
         ("experts", f"{s.n_expert} of width {s.d_expert}, {s.n_expert_used} used; shared expert of {s.d_shared}"),
         ("attention", f"{s.n_head} heads, latent of {s.kv_rank}, query rank {s.q_rank}; hidden size {s.d_model}"),
-        ("context", f"{s.n_ctx_train} tokens, {render.gigabytes(latent_bytes(d))} for each 32k of them"),
+        ("context", f"{s.n_ctx_train} tokens, {render.gigabytes(kv_bytes(s, 32768))} for each 32k of them"),
         ("vocabulary", f"{s.n_vocab} tokens"),
     ]
     rows += [("", f"{c.name:<14} {types(c)}") for c in d.classes]
@@ -115,11 +117,6 @@ def summary(d: "Description") -> list[tuple[str, str]]:
 def types(c: "TensorClass") -> str:
     shares = ", ".join(f"{name} {100 * n / max(c.bytes, 1):.0f} %" for name, n in c.types)
     return f"{render.gigabytes(c.bytes):>9}  {8 * c.bytes / max(c.n_weights, 1):5.2f} bits  {shares}"
-
-
-def latent_bytes(d: "Description", n_tokens: int = 32768) -> int:
-    """Bytes of the kv cache for so many tokens: latents and rope keys, of 16-bit numbers, and their scales."""
-    return (2 * (d.shape.kv_rank + d.shape.d_rope) + 8) * d.shape.n_layer * n_tokens
 
 
 def count(n: int) -> str:

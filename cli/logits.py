@@ -11,40 +11,39 @@ from collections.abc import Sequence
 import numpy as np
 
 import ms4
-from ms4.cli import errors, loading, render, streams
+from ms4.cli import errors, image_notes, loading, render, streams
 from ms4.cli.attachments import open_image
 from ms4.cli.errors import IncompleteError, UnreadableError, UsageError
+from ms4.cli.image_notes import ImageOptions
 from ms4.cli.options import EngineOptions
-from ms4.cli.sight import Sight, SightOptions
 from ms4.models.control import Control
 
 
 def logits(
-    ids_file: str, output: str, chunk: int | None, engine: EngineOptions, images: Sequence[str], seeing: SightOptions
+    ids_file: str, output: str, chunk: int | None, engine: EngineOptions, pictures: Sequence[str], options: ImageOptions
 ) -> int:
     """Feeds the ids and writes float32 [positions, vocabulary].
 
-    chunk: most tokens that the engine computes together (its own choice if None).  All ids are one call, because the
-    form of attention is chosen for a call: so any chunk gives the same bits.
+    chunk: most tokens that the engine computes together (its own choice if None); any gives the same bits.
     """
     from ms4.models.interrupt import interruptible
 
     path = engine.require()
     ids = read_ids(ids_file)
     status = render.StatusLine(engine.quiet)
-    sight = Sight(seeing, path, status)
-    places = [sight.place(open_image(image)) for image in images]
+    images = options.open(path)
+    places = [images.place(open_image(picture)) for picture in pictures]
     if places:
         check_places(ids, sum(place.width * place.height for place in places))
     with loading.open_model(engine, status, chunk or 0) as model:
         shape = model.engine.shape
         check_ids(ids, shape.n_vocab, shape.n_ctx_train)
-        seen = sight.rows(places, model.engine)
+        image_rows = image_notes.encode(places, images, model.engine, status)
         if places:
             ids = [ms4.ROW if id == Control.IMG else id for id in ids]
-        with open(output, "wb") as file, model.session(len(ids)) as session, interruptible(stop := ms4.StopFlag()):
-            with status.watching(render.reading(session.progress, len(ids))):
-                rows = session.feed(ids, seen if places else None, all_logits=True, stop=stop)
+        with open(output, "wb") as file, model.session(len(ids)) as session, interruptible() as stop:
+            with status.watching(render.prefilling(session.progress, len(ids))):
+                rows = session.feed(ids, image_rows, all_logits=True, stop=stop)
             header = {"descr": "<f4", "fortran_order": False, "shape": (len(ids), shape.n_vocab)}
             np.lib.format.write_array_header_1_0(file, header)
             file.write(np.ascontiguousarray(rows, "<f4").data)

@@ -120,7 +120,7 @@ def run(
     request = one_shot.Request(
         words=tuple(prompt or ()),
         attached=one_shot.Sources(tuple(image or ()), tuple(file or ()), pdf),
-        sight=one_shot.SightOptions(mmproj, image_max_tokens),
+        images=one_shot.ImageOptions(mmproj, image_max_tokens),
         system=system,
         prefill=prefill,
         only="prompt" if show_prompt else "count" if count else "",
@@ -165,8 +165,9 @@ def chat(
 
     sampling = opt.Sampling(effort, greedy, temp, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
     engine = opt.engine_options(model, threads, load, attn_scale, quiet)
-    sight = repl.SightOptions(mmproj, image_max_tokens)
-    return repl.chat(repl.Settings(sampling, system, think, max_tokens, ctx, tuple(files or ()), pdf, sight), engine)
+    images = repl.ImageOptions(mmproj, image_max_tokens)
+    settings = repl.ChatSettings(sampling, system, think, max_tokens, ctx, tuple(files or ()), pdf, images)
+    return repl.chat(settings, engine)
 
 
 @app.command(cls=Command)
@@ -291,4 +292,4 @@ def logits(
     from ms4.cli import logits as command
 
     engine = opt.engine_options(model, threads, load, attn_scale, quiet)
-    return command.logits(ids, output, chunk, engine, image or [], command.SightOptions(mmproj, image_max_tokens))
+    return command.logits(ids, output, chunk, engine, image or [], command.ImageOptions(mmproj, image_max_tokens))

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import ms4
 from ms4.cli import errors, loading, render, streams
 from ms4.cli.errors import UnreadableError, UsageError
 from ms4.cli.options import EngineOptions
@@ -48,7 +47,7 @@ def perplexity(path: str, n_ctx: int, most: int | None, engine: EngineOptions, *
         if n_segments == 0:
             raise UnreadableError(f"{path} has {len(ids)} tokens, less than one segment of {n_ctx}", "a smaller --ctx")
         losses: list[np.ndarray] = []
-        with model.session(n_ctx) as session, interruptible(stop := ms4.StopFlag()):
+        with model.session(n_ctx) as session, interruptible() as stop:
             for i in range(n_segments):
                 segment = [int(Control.BOS), *ids[i * n_ctx + 1 : (i + 1) * n_ctx]]
                 losses.append(judge(session, segment, stop))
@@ -58,7 +57,7 @@ def perplexity(path: str, n_ctx: int, most: int | None, engine: EngineOptions, *
     return errors.OK
 
 
-def judge(session: ms4.Session, segment: list[int], stop: ms4.StopFlag) -> np.ndarray:
+def judge(session: "ms4.Session", segment: list[int], stop: "ms4.StopFlag") -> np.ndarray:
     """-log p of each token in the second half of the segment."""
     from ms4.models.sampling import surprise
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ms4.cli import streams
 
 if TYPE_CHECKING:
-    from ms4.models.generate import Statistics
+    from ms4.models.answer import Statistics
 
 DIM, PLAIN, ERASE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
 PERIOD = 0.1  # seconds between two looks at the progress
@@ -64,14 +64,18 @@ class StatusLine:
             self.clear()
 
 
-def reading(progress: Callable[[], tuple[int, int]], n_tokens: int) -> Callable[[], str]:
-    """What to show while n_tokens of a prompt are read; `progress` is that of the session."""
+def prefilling(progress: Callable[[], tuple[int, int]], n_tokens: int = 0) -> Callable[[], str]:
+    """What to show while a prompt is computed.
+
+    progress gives (done, total): tokens, or parts of the work for n_tokens.
+    """
     begun = time.monotonic()
 
     def look() -> str:
         done, total = progress()
         share = done / total if total else 0.0
-        text = f"reading {100 * share:.0f} %  {int(share * n_tokens)}/{n_tokens} tokens"
+        n = n_tokens or total
+        text = f"reading {100 * share:.0f} %  {int(share * n)}/{n} tokens"
         seconds = time.monotonic() - begun
         return text + (f"  {seconds * (1 - share) / share:.0f} s left" if share > 0.02 else "")
 
@@ -92,17 +96,13 @@ def gigabytes(n: int) -> str:
     return f"{n} bytes"
 
 
-def rate(n: int, seconds: float) -> float:
-    return n / seconds if seconds > 0 else 0.0
-
-
 def statistics(s: "Statistics", s_images: float = 0.0) -> str:
     images = f"images {s_images:.1f} s · " if s_images else ""
     cached = f" ({s.n_cached} cached)" if s.n_cached else ""
     thinking = f" ({s.n_thinking} thinking)" if s.n_thinking else ""
     return (
-        f"{images}read {s.n_prompt} tok{cached} {s.s_prompt:.1f} s · "
-        f"wrote {s.n_written} tok {s.tokens_per_second:.1f} tok/s{thinking} · "
+        f"{images}read {s.n_prompt} tok{cached} {s.s_prefill:.1f} s · "
+        f"wrote {s.n_answer} tok {s.decode_per_second:.1f} tok/s{thinking} · "
         f"ctx {short(s.n_context)}/{short(s.n_ctx)}"
     )
 

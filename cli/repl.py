@@ -12,21 +12,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import ms4
-from ms4.cli import attachments, errors, lines, loading, render, streams
+from ms4.cli import attachments, errors, image_notes, lines, loading, render, streams
 from ms4.cli.errors import IncompleteError
+from ms4.cli.follow import follow
+from ms4.cli.image_notes import ImageOptions
 from ms4.cli.options import EngineOptions, Sampling
 from ms4.cli.run import system_text
-from ms4.cli.sight import Sight, SightOptions
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ms4.cli.history import History
-    from ms4.models.document import Part
-    from ms4.models.generate import Done, Line, Statistics
-    from ms4.models.prompt import Prompt
+    from ms4.models.answer import Answer, Done, Event, Statistics
+    from ms4.models.dialogue import Content, Dialogue
+    from ms4.models.document import Attachment
     from ms4.models.sampling import Sampler
+    from ms4.models.scheduler import Scheduler
+    from ms4.models.timeline import Timeline
+    from ms4.models.vision import ImageInput
 
 HELP = """\
 /effort none|high  how long the model thinks before it answers
@@ -47,7 +49,7 @@ A message that begins with / needs a space before it."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class ChatSettings:
     sampling: Sampling
     system: str | None = None
     think: str = "auto"
@@ -55,29 +57,29 @@ class Settings:
     n_ctx: int = 0
     files: tuple[str, ...] = ()
     pdf: str = "auto"
-    sight: SightOptions = SightOptions()
+    images: ImageOptions = ImageOptions()
 
 
-def chat(settings: Settings, engine: EngineOptions) -> int:
+def chat(settings: ChatSettings, engine: EngineOptions) -> int:
     """Runs the loop until the input ends; returns the exit code."""
     settings.sampling.sampler()  # a setting out of range is said before the model is opened
     engine.require()
     system = system_text(settings.system) if settings.system is not None else None
     status = render.StatusLine(engine.quiet)
-    sight = Sight(settings.sight, engine.require(), status)
+    images = settings.images.open(engine.require())
     attached = [part for path in settings.files for part in attachments.open_path(path, settings.pdf)]
-    prices = [note(part, sight) for part in attached]
+    prices = [note(part, images) for part in attached]
     with loading.open_model(engine, status) as model:
-        from ms4.cli.history import History
-        from ms4.models.generate import Line
+        from ms4.models.dialogue import Dialogue
+        from ms4.models.scheduler import Scheduler
 
         tokenizer = loading.usable(model.vocabulary)
         n_ctx = loading.context_for(model, settings.n_ctx)
         output = streams.Output()
         interactive = output.terminal and streams.is_terminal(sys.stdin)
-        with model.session(n_ctx) as session:
-            history = History(tokenizer, system, settings.sampling.effort, sight.measure)
-            talk = Talk(settings, history, Line(session), session, output, status, sight, interactive)
+        with Scheduler(model.engine) as scheduler:
+            dialogue = Dialogue(tokenizer, system, settings.sampling.effort, images.measure)
+            talk = Talk(settings, dialogue, scheduler, scheduler.open(n_ctx), output, status, images, interactive)
             talk.take(attached, prices)
             source = lines.EditedLines(list(talk.commands)) if interactive else lines.PipedLines()
             talk.say(f"context of {n_ctx} tokens · /help lists the commands · Ctrl-D leaves")
@@ -106,33 +108,33 @@ def loop(talk: Talk, source: lines.Lines) -> int:
     return errors.OK
 
 
-def note(part: Part, sight: Sight) -> str:
+def note(part: Attachment, images: ImageInput) -> str:
     """What an attachment costs."""
-    return f"text of {len(part)} characters" if isinstance(part, str) else sight.price(part)
+    return f"text of {len(part)} characters" if isinstance(part, str) else image_notes.price(part, images)
 
 
 class Talk:
-    """One chat: the conversation, the line of tokens behind it, and what the user has set."""
+    """One chat: the dialogue, the timeline behind it, and what the user has set."""
 
     def __init__(
         self,
-        settings: Settings,
-        history: History,
-        line: Line,
-        session: ms4.Session,
+        settings: ChatSettings,
+        dialogue: Dialogue,
+        scheduler: Scheduler,
+        timeline: Timeline,
         output: streams.Output,
         status: render.StatusLine,
-        sight: Sight,
+        images: ImageInput,
         interactive: bool,
     ) -> None:
         self.settings = settings
-        self.history = history
-        self.line = line
-        self.session = session
+        self.dialogue = dialogue
+        self.scheduler = scheduler
+        self.timeline = timeline
         self.output = output
         self.status = status
-        self.sight = sight
-        self.attached: list[Part] = []  # to the next message
+        self.images = images
+        self.attached: list[Attachment] = []  # to the next message
         self.interactive = interactive
         self.over = False
         self.last: Statistics | None = None
@@ -178,19 +180,19 @@ class Talk:
 
     def set_effort(self, value: str) -> None:
         if value not in ("none", "high"):
-            self.tell(f"effort is {self.history.effort}; /effort none or /effort high")
+            self.tell(f"effort is {self.dialogue.effort}; /effort none or /effort high")
             return
-        if value != self.history.effort:
-            self.history.effort = value
+        if value != self.dialogue.effort:
+            self.dialogue.effort = value
             self._sampler = self.settings.sampling.sampler(value)
         self.tell(f"effort {value}{self.price()}")
 
     def price(self) -> str:
         """What it costs that the beginning of the prompt has changed."""
-        if not self.history.turns:
+        if not self.dialogue.turns:
             return ""
-        n = len(self.history.prompt().ids) + len(self.history.turns[-1].answer or ())
-        rate = render.rate(self.last.n_prompt - self.last.n_cached, self.last.s_prompt) if self.last else 0.0
+        n = len(self.dialogue.prompt().ids) + len(self.dialogue.turns[-1].answer or ())
+        rate = self.last.prefill_per_second if self.last else 0.0
         seconds = f", about {n / rate:.0f} s" if rate and n / rate >= 1 else ""
         return f": the next message reads the conversation again ({n} tokens{seconds})"
 
@@ -202,7 +204,7 @@ class Talk:
         self.tell(f"thoughts: {value}")
 
     def set_system(self, value: str) -> None:
-        self.history.system = value or None
+        self.dialogue.system = value or None
         self.tell(("system prompt set" if value else "no system prompt") + self.price())
 
     def add_image(self, value: str) -> None:
@@ -214,11 +216,11 @@ class Talk:
     def paste(self, _: str) -> None:
         self.attach(lambda: [attachments.clipboard_image()])
 
-    def attach(self, load: Callable[[], list[Part]]) -> None:
+    def attach(self, load: Callable[[], list[Attachment]]) -> None:
         """Opens what a command names; at a terminal a failure is only told."""
         try:
             parts = load()
-            prices = [note(part, self.sight) for part in parts]
+            prices = [note(part, self.images) for part in parts]
         except Exception as error:
             code, text, hint = errors.describe(error)
             if not self.interactive or code not in (errors.USAGE, errors.MISSING, errors.UNREADABLE):
@@ -227,7 +229,7 @@ class Talk:
             return
         self.take(parts, prices)
 
-    def take(self, parts: Sequence[Part], prices: Sequence[str]) -> None:
+    def take(self, parts: Sequence[Attachment], prices: Sequence[str]) -> None:
         self.attached += parts
         for price in prices:
             self.tell(errors.escape(price))
@@ -239,22 +241,22 @@ class Talk:
         self.attached.clear()
 
     def new(self, _: str) -> None:
-        self.history.turns.clear()
+        self.dialogue.turns.clear()
         self.tell("a new conversation")
 
     def undo(self, value: str) -> None:
         if value and not (value.isascii() and value.isdigit() and 0 < int(value) < 10**6):
             self.tell("/undo N: N is a number of turns")
             return
-        n = self.history.undo(int(value or 1))
+        n = self.dialogue.undo(int(value or 1))
         self.tell(f"took back {n} turn{'' if n == 1 else 's'}" if n else "there is nothing to take back")
 
     def retry(self, _: str) -> None:
-        if not self.history.turns:
+        if not self.dialogue.turns:
             self.tell("there is nothing to answer again")
             return
-        message = self.history.turns[-1].message
-        self.history.undo()
+        message = self.dialogue.turns[-1].message
+        self.dialogue.undo()
         self.turn(message)
 
     def stats(self, _: str) -> None:
@@ -271,75 +273,62 @@ class Talk:
         if not self.turn(attachments.content(attached, text)):
             self.attached = attached
 
-    def turn(self, message: attachments.Content) -> bool:
+    def turn(self, message: Content) -> bool:
         """Sends a message and streams the answer; False: the message was taken back.
 
         A failure takes it back too; at a terminal the chat goes on.
         """
         try:
-            prompt = self.history.ask(message)
-            ids, done = self.answer(prompt, self.look(prompt))
+            answer = self.begin(message)
+            done = self.show(answer, self.encode(answer))
         except BaseException as error:
-            self.history.answered([])
+            self.dialogue.answered([])
             code, text, hint = errors.describe(error)
             if not self.interactive or code not in (errors.INCOMPLETE, errors.USAGE):
                 raise
             self.tell(f"{text}; {hint or '/new begins a new conversation'}")
             return False
-        self.history.answered(ids)
+        self.dialogue.answered(answer.ids)
         self.last = done.statistics
-        self.conclude(done, bool(ids))
-        return bool(ids)
+        self.conclude(done, bool(answer.ids))
+        return bool(answer.ids)
 
-    def look(self, prompt: Prompt) -> np.ndarray:
+    def begin(self, message: Content) -> Answer:
+        """An answer to the dialogue with this message.  One that does not fit is refused before images are encoded."""
+        from ms4.models.answer import Answer
+
+        prompt = self.dialogue.ask(message)
+        n_ctx, most = self.timeline.n_ctx, self.settings.max_tokens
+        return Answer(prompt, self._sampler, self.dialogue.tokenizer, n_ctx, max_tokens=most)
+
+    def encode(self, answer: Answer) -> np.ndarray | None:
         """The rows of the prompt's images."""
         from ms4 import Canceled
-        from ms4.models.generate import ContextError
 
-        n_prompt, n_ctx = len(prompt.ids), self.line.n_ctx
-        if n_prompt + (self.settings.max_tokens or 1) > n_ctx:  # said before the images are computed
-            raise ContextError(n_prompt, n_ctx, self.settings.max_tokens)
+        engine = self.scheduler.engine
         try:
-            return self.sight.rows(prompt.images, self.session.engine)
+            return image_notes.encode(answer.prompt.images, self.images, engine, self.status, answer.stop_flag)
         except (Canceled, KeyboardInterrupt):
             if not self.interactive:
                 raise
             raise IncompleteError("stopped", "the message is taken back") from None
 
-    def answer(self, prompt: Prompt, rows: np.ndarray) -> tuple[list[int], Done]:
-        """Streams one answer; returns its ids and how it ended."""
-        from ms4.models.generate import Done, Reading, Text, Thinking, Token, generate
-        from ms4.models.interrupt import interruptible
+    def show(self, answer: Answer, rows: np.ndarray | None) -> Done:
+        """Streams one answer; returns how it ended."""
+        from ms4.models.answer_parser import Text, Thinking
 
-        ids: list[int] = []
         screen = render.Screen(self.output)
         thoughts = self.output.terminal and self.settings.think != "hide"
-        stop = ms4.StopFlag()
-        with interruptible(stop):
-            source = generate(
-                self.line,
-                prompt,
-                self._sampler,
-                self.history.tokenizer,
-                max_tokens=self.settings.max_tokens,
-                logprobs=0,  # for the ids of the tokens
-                image_rows=rows,
-                interrupt=stop,
-            )
-            event = next(source)
-            if isinstance(event, Reading):
-                with self.status.watching(render.reading(self.session.progress, event.total - event.cached)):
-                    event = next(source)
-            while not isinstance(event, Done):
-                if isinstance(event, Token):
-                    ids.append(event.id)
-                elif isinstance(event, Text):
-                    screen.text(event.text)
-                elif isinstance(event, Thinking) and thoughts:
-                    screen.thinking(event.text)
-                event = next(source)
+
+        def show(event: Event) -> None:
+            if isinstance(event, Text):
+                screen.text(event.text)
+            elif isinstance(event, Thinking) and thoughts:
+                screen.thinking(event.text)
+
+        done = follow(self.scheduler, answer, self.timeline, rows, self.status, show)
         screen.end()
-        return ids, event
+        return done
 
     def conclude(self, done: Done, kept: bool) -> None:
         if done.reason == "interrupted":
@@ -354,6 +343,6 @@ class Talk:
             self.say("cut by --max-tokens")
         s = done.statistics
         self.say(
-            f"{s.tokens_per_second:.1f} tok/s · ctx {render.short(s.n_context)}/{render.short(s.n_ctx)} · "
-            f"effort {self.history.effort}"
+            f"{s.decode_per_second:.1f} tok/s · ctx {render.short(s.n_context)}/{render.short(s.n_ctx)} · "
+            f"effort {self.dialogue.effort}"
         )

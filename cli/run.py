@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ms4
-from ms4.cli import errors, loading, render, streams, writers
+from ms4.cli import errors, image_notes, loading, render, streams, writers
 from ms4.cli.attachments import Sources, gather
 from ms4.cli.errors import IncompleteError, UsageError
+from ms4.cli.follow import follow
+from ms4.cli.image_notes import ImageOptions
 from ms4.cli.options import EngineOptions, Sampling
-from ms4.cli.sight import Sight, SightOptions
 
 if TYPE_CHECKING:
-    from ms4.models.generate import Done
+    from ms4.models.answer import Answer, ContextError, Done, Event
     from ms4.models.model import Model
-    from ms4.models.prompt import Prompt
     from ms4.models.sampling import Sampler
-    from ms4.models.tokenizer import Tokenizer
+    from ms4.models.vision import ImageInput
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Request:
 
     words: tuple[str, ...]
     attached: Sources = Sources()
-    sight: SightOptions = SightOptions()
+    images: ImageOptions = ImageOptions()
     system: str | None = None
     prefill: str = ""
     only: str = ""  # "prompt" or "count": show it and stop
@@ -57,17 +57,17 @@ def run(request: Request, sampling: Sampling, engine: EngineOptions) -> int:
         engine.require()
     messages = build_messages(request)
     status = render.StatusLine(engine.quiet)
-    sight = Sight(request.sight, engine.require(), status)
-    images = sight.announce(messages, engine.quiet)
+    images = request.images.open(engine.require())
+    announced = image_notes.announce(messages, images, engine.quiet)
     if request.only:
-        return show_prompt(request, sampling, engine, messages, sight)
+        return show_prompt(request, sampling, engine, messages, images)
     output = streams.Output(request.output)
     begun = time.monotonic()
     with loading.open_model(engine, status) as model:
         load_ms = round(1000 * (time.monotonic() - begun))
         name = os.path.basename(engine.require())
-        about = writers.About(name, ms4.__version__, sampling.effort, sampler.seed, request.prefill, load_ms, images)
-        job = Job(request, model, sampler, new_writer(request, output, about), status, sight)
+        about = writers.About(name, ms4.__version__, sampling.effort, sampler.seed, request.prefill, load_ms, announced)
+        job = Job(request, model, sampler, new_writer(request, output, about), status, images)
         try:
             return job.answer(messages, sampling.effort)
         except BaseException as error:
@@ -96,13 +96,13 @@ def system_text(given: str) -> str:
 
 
 def show_prompt(
-    request: Request, sampling: Sampling, engine: EngineOptions, messages: list[dict[str, Any]], sight: Sight
+    request: Request, sampling: Sampling, engine: EngineOptions, messages: list[dict[str, Any]], images: "ImageInput"
 ) -> int:
     """--count and --show-prompt: the tokenizer is enough, the weights stay closed."""
     from ms4.models import prompt as prompts
 
     tokenizer = loading.open_tokenizer(engine.require(), engine.quiet)
-    ids = prompts.render(messages, tokenizer, effort=sampling.effort, measure=sight.measure).ids
+    ids = prompts.render(messages, tokenizer, effort=sampling.effort, measure=images.measure).ids
     output = streams.Output(request.output)
     if request.only == "count":
         output.write(f"{len(ids)}\n")
@@ -130,70 +130,66 @@ class Job:
     sampler: "Sampler"
     writer: writers.Writer
     status: render.StatusLine
-    sight: Sight
+    images: "ImageInput"
 
     def answer(self, messages: list[dict[str, Any]], effort: str) -> int:
-        """Renders the prompt, generates, and judges how it ended."""
+        """Renders the prompt, answers it, and judges how that ended."""
         from ms4.models import prompt as prompts
+        from ms4.models.answer import Answer, ContextError
 
         request = self.request
         tokenizer = loading.usable(self.model.vocabulary)
-        prompt = prompts.render(messages, tokenizer, effort=effort, measure=self.sight.measure)
+        prompt = prompts.render(messages, tokenizer, effort=effort, measure=self.images.measure)
         n_ctx = loading.context_for(self.model, request.n_ctx)
-        check_room(len(prompt.ids), request.max_tokens, n_ctx, self.model.engine.shape.n_ctx_train)
-        done, answered = self.generate(prompt, tokenizer, n_ctx)
+        try:
+            answer = Answer(
+                prompt,
+                self.sampler,
+                tokenizer,
+                n_ctx,
+                max_tokens=request.max_tokens,
+                stop=request.stop,
+                logprobs=request.logprobs,
+            )
+        except ContextError as error:
+            raise no_room(error, self.model.engine.shape.n_ctx_train) from None
+        done, answered = self.follow(answer)
         code, message = verdict(done, answered or bool(request.prefill), request.strict)
         self.writer.done(done, code)
         if message:
             errors.note(f"error: {message}")
         if request.stats:
-            errors.note(render.statistics(done.statistics, self.sight.seconds))
+            errors.note(render.statistics(done.statistics, self.images.seconds))
         return code
 
-    def generate(self, prompt: "Prompt", tokenizer: "Tokenizer", n_ctx: int) -> tuple["Done", bool]:
+    def follow(self, answer: "Answer") -> tuple["Done", bool]:
         """Passes every event to the writer.  Returns the last one, and whether there was any text or tool call."""
-        from ms4.models import generate, stream
-        from ms4.models.interrupt import interruptible
+        from ms4.models.answer_parser import Text, ToolCall
+        from ms4.models.scheduler import Scheduler
 
-        request, answered = self.request, False
-        rows = self.sight.rows(prompt.images, self.model.engine)
-        with self.model.session(n_ctx) as session:
-            stop = ms4.StopFlag()
-            line = generate.Line(session)
-            source = generate.generate(
-                line,
-                prompt,
-                self.sampler,
-                tokenizer,
-                max_tokens=request.max_tokens,
-                stop=request.stop,
-                logprobs=request.logprobs,
-                image_rows=rows,
-                interrupt=stop,
-            )
-            with interruptible(stop):
-                event = next(source)
-                if isinstance(event, generate.Reading):
-                    self.writer.event(event)
-                    with self.status.watching(render.reading(session.progress, event.total - event.cached)):
-                        event = next(source)
-                while not isinstance(event, generate.Done):
-                    answered = answered or isinstance(event, (stream.Text, stream.ToolCall))
-                    self.writer.event(event)
-                    event = next(source)
-        return event, answered
+        answered = False
+
+        def show(event: "Event") -> None:
+            nonlocal answered
+            answered = answered or isinstance(event, (Text, ToolCall))
+            self.writer.event(event)
+
+        engine = self.model.engine
+        rows = image_notes.encode(answer.prompt.images, self.images, engine, self.status, answer.stop_flag)
+        with Scheduler(engine) as scheduler:
+            done = follow(scheduler, answer, scheduler.open(answer.n_ctx), rows, self.status, show)
+        return done, answered
 
 
-def check_room(n_prompt: int, max_tokens: int | None, n_ctx: int, most: int) -> None:
-    """Before any computing: does the prompt fit, and the answer that was asked for?"""
-    wanted = n_prompt + (max_tokens or 1)
-    if wanted <= n_ctx:
-        return
+def no_room(error: "ContextError", most: int) -> IncompleteError:
+    """What to say if the prompt, or the answer that was asked for, does not fit; most: what the model allows."""
+    wanted = error.n_prompt + (error.max_tokens or 1)
     hint = f"--ctx {wanted}" if wanted <= most else f"the model itself holds at most {most} tokens"
-    if n_prompt >= n_ctx:
-        raise IncompleteError(f"the prompt has {n_prompt} tokens, the context {n_ctx}", hint)
-    raise IncompleteError(
-        f"the prompt has {n_prompt} tokens and --max-tokens is {max_tokens}, together more than the context of {n_ctx}",
+    if error.n_prompt >= error.n_ctx:
+        return IncompleteError(f"the prompt has {error.n_prompt} tokens, the context {error.n_ctx}", hint)
+    return IncompleteError(
+        f"the prompt has {error.n_prompt} tokens and --max-tokens is {error.max_tokens}, "
+        f"together more than the context of {error.n_ctx}",
         hint,
     )
 
@@ -208,5 +204,5 @@ def verdict(done: "Done", answered: bool, strict: bool) -> tuple[int, str]:
     if not answered and s.n_thinking and done.reason != "tool_calls":
         return errors.INCOMPLETE, f"{s.n_thinking} tokens of thought and no answer; allow more with --max-tokens"
     if done.reason == "length" and strict:
-        return errors.INCOMPLETE, f"--max-tokens cut the answer after {s.n_written} tokens"
+        return errors.INCOMPLETE, f"--max-tokens cut the answer after {s.n_answer} tokens"
     return errors.OK, ""

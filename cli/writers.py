@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ms4.cli import render, streams
-from ms4.models.generate import Done, Event, Reading, Statistics, Token
-from ms4.models.stream import Text, Thinking, ToolCall
+from ms4.models import usage
+from ms4.models.answer import Done, Event, Prefill, Token
+from ms4.models.answer_parser import Text, Thinking, ToolCall
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class JsonWriter:
     about: About
     text: str = ""
     thinking: str = ""
-    calls: dict[int, dict[str, str]] = field(default_factory=dict)
-    tokens: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.text = self.about.prefill
@@ -85,19 +86,12 @@ class JsonWriter:
         elif isinstance(event, Thinking):
             self.thinking += event.text
         elif isinstance(event, ToolCall):
-            self.calls[event.index] = {"name": event.name, "arguments": event.arguments}
+            self.calls.append(event)
         elif isinstance(event, Token):
-            self.tokens.append(token(event))
+            self.tokens.append(event)
 
     def done(self, done: Done, code: int) -> None:
-        message: dict[str, Any] = {"role": "assistant", "content": self.text}
-        if self.thinking:
-            message["reasoning_content"] = self.thinking
-        if self.calls:
-            message["tool_calls"] = [{"type": "function", "function": call} for call in self.calls.values()]
-        choice = {"index": 0, "finish_reason": done.reason, "message": message}
-        if self.tokens:
-            choice["logprobs"] = {"content": self.tokens}
+        message = usage.message(self.text, self.thinking, self.calls)
         about = {"version": self.about.version, "effort": self.about.effort, "seed": self.about.seed, "exit": code}
         if self.about.images:
             about["images"] = self.about.images
@@ -106,9 +100,9 @@ class JsonWriter:
             {
                 "object": "chat.completion",
                 "model": self.about.model,
-                "choices": [choice],
-                "usage": usage(done.statistics),
-                "timings": {"load_ms": self.about.load_ms, **timings(done.statistics)},
+                "choices": [usage.choice(message, done.reason, self.tokens)],
+                "usage": usage.usage(done.statistics),
+                "timings": {"load_ms": self.about.load_ms, **usage.timings(done.statistics)},
                 "ms4": about,
             },
         )
@@ -132,14 +126,14 @@ class JsonlWriter:
         write_json(self.output, {"event": event_name, **fields})
 
     def event(self, event: Event) -> None:
-        if isinstance(event, Reading):
+        if isinstance(event, Prefill):
             self._put("prefill", total=event.total, cache=event.cached)
         elif isinstance(event, Thinking):
             self._put("thinking", text=event.text)
         elif isinstance(event, Text):
             self._put("text", text=event.text)
         elif isinstance(event, Token):
-            self._put("token", **token(event))
+            self._put("token", **usage.token_logprob(event))
         elif isinstance(event, ToolCall):
             self._put(
                 "tool_call",
@@ -150,9 +144,8 @@ class JsonlWriter:
             )
 
     def done(self, done: Done, code: int) -> None:
-        self._put(
-            "done", finish_reason=done.reason, usage=usage(done.statistics), timings=timings(done.statistics), exit=code
-        )
+        s = done.statistics
+        self._put("done", finish_reason=done.reason, usage=usage.usage(s), timings=usage.timings(s), exit=code)
 
     def failed(self, code: int, message: str, hint: str) -> None:
         self._put("error", code=code, message=message, hint=hint)
@@ -160,34 +153,3 @@ class JsonlWriter:
 
 def write_json(output: streams.Output, value: dict[str, Any]) -> None:
     output.write(json.dumps(value, ensure_ascii=False) + "\n")
-
-
-def token(event: Token) -> dict[str, Any]:
-    return {
-        "id": event.id,
-        "token": event.text,
-        "logprob": event.logprob,
-        "top_logprobs": [{"id": id, "logprob": logprob} for id, logprob in event.top],
-    }
-
-
-def usage(s: Statistics) -> dict[str, Any]:
-    return {
-        "prompt_tokens": s.n_prompt,
-        "completion_tokens": s.n_written,
-        "total_tokens": s.n_prompt + s.n_written,
-        "prompt_tokens_details": {"cached_tokens": s.n_cached},
-        "completion_tokens_details": {"reasoning_tokens": s.n_thinking},
-    }
-
-
-def timings(s: Statistics) -> dict[str, Any]:
-    read = s.n_prompt - s.n_cached
-    return {
-        "prompt_n": read,
-        "prompt_ms": round(1000 * s.s_prompt, 1),
-        "prompt_per_second": round(render.rate(read, s.s_prompt), 2),
-        "predicted_n": s.n_written,
-        "predicted_ms": round(1000 * s.s_decode, 1),
-        "predicted_per_second": round(s.tokens_per_second, 2),
-    }

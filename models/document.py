@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ms4.models.image import MAX_BYTES, Image, load_image
-from ms4.models.outside import InputError, check_size, read_file, shown, sniff
+from ms4.models.image import MAX_BYTES, Image, PixelRule, load_image
+from ms4.models.untrusted import InputError, check_size, read_file, shown, sniff
 
 MAX_TEXT_BYTES = 16 << 20
 MAX_PDF_BYTES = 128 << 20
@@ -21,20 +21,24 @@ MAX_PDF_IMAGES = 100
 PDF_MODES = ("auto", "text", "image")
 _PAGES = re.compile(r"(.+):(\d+(?:-\d*)?(?:,\d+(?:-\d*)?)*)")
 
-Part = str | Image
+SIDE = PixelRule.max_side  # pixels on the longer side of a page that becomes an image
+
+Attachment = str | Image
 
 
 class DocumentError(InputError):
     """This document cannot be used."""
 
 
-def load_file(spec: str, pdf: str = "auto", side: int = 1540) -> list[Part]:
+def load_file(spec: str, pdf: str = "auto", side: int = SIDE) -> list[Attachment]:
     """The parts of `PATH` or `PATH:PAGES`, for example `report.pdf:1-3,7`; `load_bytes` explains the rest."""
     path, pages = split_spec(spec)
     return load_bytes(read_file(path, MAX_PDF_BYTES, DocumentError), path, pages, pdf, side)
 
 
-def load_bytes(data: bytes, name: str, pages: str | None = None, pdf: str = "auto", side: int = 1540) -> list[Part]:
+def load_bytes(
+    data: bytes, name: str, pages: str | None = None, pdf: str = "auto", side: int = SIDE
+) -> list[Attachment]:
     """The parts of a file's bytes.
 
     pages: as in `1-3,7`, for a PDF; None takes all.  pdf: `text` takes the text layer, `image` a picture of the page
@@ -88,7 +92,7 @@ def _text(data: bytes, name: str) -> str:
 # --- PDF ----------------------------------------------------------------------------------------------------------
 
 
-def _pages(data: bytes, name: str, pages: str | None, mode: str, side: int) -> Iterator[list[Part]]:
+def _pages(data: bytes, name: str, pages: str | None, mode: str, side: int) -> Iterator[list[Attachment]]:
     if mode not in PDF_MODES:
         raise ValueError(f"pdf is {mode!r}; one of {', '.join(PDF_MODES)} was expected")
     try:
@@ -107,7 +111,7 @@ def _pages(data: bytes, name: str, pages: str | None, mode: str, side: int) -> I
 
 def _open_pages(
     document: Any, digest: bytes, name: str, pages: str | None, mode: str, side: int
-) -> Iterator[list[Part]]:
+) -> Iterator[list[Attachment]]:
     n_pages, n_images, has_text = len(document), 0, False
     if n_pages == 0:
         raise DocumentError(f"{name}: the PDF has no pages")
@@ -115,7 +119,7 @@ def _open_pages(
         page = document[number - 1]
         label = f"{name}, page {number}"
         text = "" if mode == "image" else _page_text(page)
-        parts: list[Part] = [f"{label}:\n{text}"] if text else [f"{label}:"]
+        parts: list[Attachment] = [f"{label}:\n{text}"] if text else [f"{label}:"]
         if mode == "image" or mode == "auto" and (not text or _has_pictures(page)):
             n_images += 1
             if n_images > MAX_PDF_IMAGES:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ms4.models.outside import InputError, check_size, read_file, shown, sniff
+from ms4.models.untrusted import InputError, check_size, read_file, shown, sniff
 
 if TYPE_CHECKING:  # at run time only where a picture is opened: text-only prompts start without it
     from PIL.Image import Image as Picture

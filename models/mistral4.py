@@ -364,3 +364,22 @@ def _scales(gguf: GgufFile, tensor: TensorInfo, base: str, n: int) -> np.ndarray
     if len(values) != stored.dims[0] or not np.isfinite(values).all():
         raise ModelError(gguf.path, f"tensor {stored.name} holds scales that are not finite")
     return np.ascontiguousarray(np.broadcast_to(values, n))
+
+
+def macs_per_token(s: ms4.Shape, skipped: float = 0) -> float:
+    """Multiply-adds with weights for one token; scores and the output matrix are not among them.
+
+    skipped: the share of tokens whose logits nobody wants; in the last layer they only leave their latents.
+    """
+    attention = s.d_model * (s.q_rank + s.kv_rank + s.d_rope)
+    attention += s.q_rank * s.n_head * (s.d_nope + s.d_rope)
+    attention += s.n_head * (s.kv_rank * (s.d_nope + s.d_value) + s.d_value * s.d_model)
+    moe = s.d_model * (s.n_expert + 3 * s.n_expert_used * s.d_expert + 3 * s.d_shared)
+    dense = 3 * s.d_model * s.d_dense
+    last = attention + (dense if s.n_dense_layer == s.n_layer else moe) - s.d_model * (s.kv_rank + s.d_rope)
+    return s.n_layer * attention + s.n_dense_layer * dense + (s.n_layer - s.n_dense_layer) * moe - skipped * last
+
+
+def kv_bytes(s: ms4.Shape, n_tokens: int) -> int:
+    """Bytes of the kv cache for so many tokens: latents and rope keys, of 16-bit numbers, and their scales."""
+    return (2 * (s.kv_rank + s.d_rope) + 8) * s.n_layer * n_tokens

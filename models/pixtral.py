@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import ms4
-from ms4.models.image import PixelRule, Pixels
+from ms4.models.image import PixelRule
 from ms4.models.mistral4 import Key, ModelError, check_value
 from ms4.quant.gguf_file import GgufFile, TensorInfo, shown
 
@@ -56,30 +56,6 @@ class Tower:
         values = _hyperparameters(gguf)
         shape = _shape(gguf, values)
         return cls(gguf.path, shape, _pixel_rule(gguf, values), tuple(_table(gguf, shape)), gguf)
-
-
-class Eyes:
-    """A tower opened in an engine: pixels -> rows for the [IMG] positions of a prompt."""
-
-    def __init__(self, engine: ms4.Engine, tower: Tower) -> None:
-        if tower.shape.d_out != engine.shape.d_model:
-            raise ModelError(
-                tower.path,
-                f"this mmproj gives {tower.shape.d_out} values a token, but the model takes {engine.shape.d_model}: "
-                "it belongs to another model",
-            )
-        self.rule = tower.rule
-        self.vision = engine.vision(tower.shape, tower.tensors, tower.path)
-        try:
-            # The engine opened the file once more, by name: it must be the one whose header was checked.
-            tower.gguf.check_unchanged()
-        except BaseException:
-            self.vision.close()
-            raise
-
-    def encode(self, pixels: Pixels) -> np.ndarray:
-        """float32 [gh * gw, d_model], in raster order."""
-        return self.vision.encode(pixels.array)
 
 
 def find(model: str | os.PathLike[str]) -> Path | None:
@@ -196,6 +172,17 @@ def _table(gguf: GgufFile, shape: ms4.VisionShape) -> list[ms4.Tensor]:
             raise ModelError(gguf.path, f"mmproj: tensor {name} has the shape {found}; the metadata says {expected}")
         table.append(_entry(tensor, name, wanted))
     return table
+
+
+def encode_macs(tower: Tower, n_cells: int) -> int:
+    """Multiply-adds for an image of so many cells: products with weights, scores, and the sums of values."""
+    s = tower.shape
+    n = n_cells * s.merge**2
+    hidden = next(t.dims[1] for t in tower.tensors if t.role == "mm.1")
+    layer = n * (4 * s.d_model**2 + 3 * s.d_model * s.d_ffn) + 2 * n * n * s.d_model
+    patches = n * 3 * s.patch_size**2 * s.d_model
+    merger = n * s.d_model**2 if s.merge > 1 else 0
+    return s.n_layer * layer + patches + merger + n_cells * hidden * (s.d_model + s.d_out)
 
 
 def _trimmed(dims: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from ms4 import ROW
 from ms4.models import image
 from ms4.models.control import N_NAMED, Control
 from ms4.models.conversation import (
@@ -28,14 +30,14 @@ from ms4.models.conversation import (
 )
 from ms4.models.tokenizer import Tokenizer, TokenizerError
 
-__all__ = ["EFFORTS", "Image", "Prompt", "PromptError", "parse_line", "render"]
+__all__ = ["EFFORTS", "ImagePlace", "Prompt", "PromptError", "parse_line", "render"]
 
 EFFORTS = ("none", "high")
 Measure = Callable[[Mapping[str, Any]], tuple[int, int, bytes]]
 
 
 @dataclass(frozen=True)
-class Image:
+class ImagePlace:
     """An image in a prompt: its first position, its grid of [IMG] tokens, and the chunk it came from."""
 
     start: int
@@ -53,16 +55,25 @@ class Image:
 
 @dataclass(frozen=True)
 class Prompt:
+    """The ids of a conversation, and the arrays made of them, each once."""
+
     ids: list[int]
-    images: tuple[Image, ...] = ()
+    images: tuple[ImagePlace, ...] = ()
     opens: str = "text"  # what generation starts in the middle of: "text" or "thinking"
 
-    @property
+    @cached_property
     def rows(self) -> np.ndarray:
         """The positions that take the projector's rows instead of an embedding, in order."""
         return np.array([position for image in self.images for position in image.rows], np.int64)
 
-    @property
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """The ids as the engine takes them: int32, with ROW where a position takes a row."""
+        tokens = np.array(self.ids, np.int32)
+        tokens[self.rows] = ROW
+        return tokens
+
+    @cached_property
     def keys(self) -> np.ndarray:
         """One number per position; two prompts begin alike as far as their keys are equal.
 
@@ -84,7 +95,7 @@ class Writer:
         self.tokenizer = tokenizer
         self.measure = measure
         self.ids: list[int] = [Control.BOS]
-        self.images: list[Image] = []
+        self.images: list[ImagePlace] = []
 
     def text(self, text: str) -> None:
         self.ids += self.tokenizer.encode(text)
@@ -96,7 +107,7 @@ class Writer:
 
     def image(self, chunk: Mapping[str, Any]) -> None:
         width, height, digest = self.measure(chunk)
-        self.images.append(Image(len(self.ids), width, height, digest, chunk))
+        self.images.append(ImagePlace(len(self.ids), width, height, digest, chunk))
         self.ids += ([Control.IMG] * width + [Control.IMG_BREAK]) * height
         self.ids[-1] = Control.IMG_END
 

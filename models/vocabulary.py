@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ms4.models.merge_check import first_unknown
 from ms4.models.mistral4 import ModelError
-from ms4.models.pieces import first_unknown
 from ms4.quant.gguf_file import GgufFile, Strings, shown
 from ms4.quant.spelling import NEWLINE, unspell_lines
 

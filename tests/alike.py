@@ -10,6 +10,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+from ms4.models.answer import Answer
 from ms4.models.control import Control
 from ms4.models.model import Model
 from ms4.models.prompt import Prompt
@@ -29,12 +30,11 @@ def written(peer: str, model: Path, text: str) -> str:
 
 def greedy(examiner: Examiner, question: Prompt) -> list[int]:
     """The ids that ms4 writes, without the one that ends them."""
-    ids: list[int] = []
-    id = int(examiner.line.read(question).argmax())
-    while id != Control.EOS and len(ids) < MOST_TOKENS:
-        ids.append(id)
-        id = int(examiner.line.step(id).argmax())
-    return ids
+    n_ctx = examiner.timeline.n_ctx
+    answer = Answer(question, examiner.sampler, examiner.tokenizer, n_ctx, max_tokens=MOST_TOKENS)
+    for _ in examiner.scheduler.submit(answer, examiner.timeline):
+        pass
+    return [id for id in answer.ids if id != Control.EOS]
 
 
 def main() -> None:

@@ -1,15 +1,15 @@
-"""Stand-ins for the tests of models/: a vocabulary without a file, a session without a model."""
+"""Stand-ins for the tests of models/: a vocabulary without a file, an engine and sessions without a model."""
 
 from __future__ import annotations
 
 import lzma
-import time
+import zlib
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from ms4 import ROW, Canceled
+from ms4 import ROW, Canceled, EngineError
 from ms4.models.control import Control
 from ms4.models.tokenizer import Tokenizer
 
@@ -48,40 +48,101 @@ def tekken():
     return Tokenizer(Vocabulary())
 
 
-class ScriptedSession:
-    """Says what it was told to say: after the position of the first token of `script`, its tokens one after another.
+def logits_for(id, n_vocab=131072):
+    """0 but for one token, which has 9: greedy sampling takes it."""
+    logits = np.zeros(n_vocab, np.float32)
+    logits[id] = 9
+    return logits
 
-    The logits are 0 but for the scripted token, which has 9, so that greedy sampling follows the script.
+
+class ScriptedSession:
+    """What a session holds, and what it says next.
+
+    With a script, that is the script's tokens one after another, whatever is fed.  Without one, everything that the
+    session holds decides, so that a token which is lost, repeated or meant for another session changes all that follow.
     """
 
-    def __init__(self, script, n_ctx=512, n_vocab=131072, slow=0.0):
-        self.script, self.n_ctx, self.n_vocab, self.slow = list(script), n_ctx, n_vocab, slow
+    def __init__(self, n_ctx=512, script=None, n_vocab=131072):
+        self.n_ctx, self.n_vocab = n_ctx, n_vocab
+        self.script = None if script is None else list(script)
         self.held = []
-        self.fed = []  # one list a call
-        self.rows = []
+        self.fed = []  # the ids of each feed
+        self.rows = []  # and its rows
+        self.sums = [0]  # of what is held up to each position
         self.said = 0
+        self.parts = 0, 0  # done and in all of the running step
+        self.closed = False
 
     @property
     def length(self):
         return len(self.held)
 
-    def feed(self, ids, rows=None, *, stop=None):
+    def feed(self, ids, rows=None, *, n_logits=1, stop=None):
         ids = [int(id) for id in ids]
-        assert len(self.held) + len(ids) <= self.n_ctx
+        assert not self.closed and ids and len(self.held) + len(ids) <= self.n_ctx
         assert ids.count(ROW) == (0 if rows is None else len(rows))
+        if stop is not None and stop.is_set():
+            raise Canceled("canceled", -7)
         self.fed.append(ids)
         self.rows.append(rows)
-        end = time.monotonic() + self.slow
-        while time.monotonic() < end and not (stop and stop.is_set()):
-            time.sleep(0.001)
-        if stop and stop.is_set():
-            raise Canceled("canceled", -7)
+        given = iter(() if rows is None else rows)
+        for id in ids:
+            what = b"row %r" % next(given).tolist() if id == ROW else b"%d" % id
+            self.sums.append(zlib.crc32(what, self.sums[-1]))
         self.held += ids
-        logits = np.zeros(self.n_vocab, np.float32)
-        logits[self.script[min(self.said, len(self.script) - 1)]] = 9
+        if not n_logits:
+            return np.empty((0, self.n_vocab), np.float32)
         self.said += 1
-        return logits
+        return logits_for(self.says(), self.n_vocab)[None]
+
+    def says(self):
+        if self.script is not None:
+            return self.script[min(self.said - 1, len(self.script) - 1)]
+        number = self.sums[-1] // 7
+        return Control.EOS if number % 24 == 0 else 1000 + number % (self.n_vocab - 1000)
 
     def rewind(self, length):
-        assert 0 <= length <= len(self.held)
-        del self.held[length:]
+        assert not self.closed and 0 <= length <= len(self.held)
+        del self.held[length:], self.sums[length + 1 :]
+
+    def share(self, other, n):
+        assert not self.closed and not other.closed and 0 <= n <= other.length and n <= self.n_ctx
+        self.held, self.sums = other.held[:n], other.sums[: n + 1]
+
+    def progress(self):
+        return self.parts
+
+    def close(self):
+        self.closed = True
+
+
+class ScriptedEngine:
+    """Steps of scripted sessions; `before` is called at the beginning of each with its spans, in the thread that asked
+    for it.  What no caller may do is noted in `faults`: the scheduler would hand an exception on as an answer's."""
+
+    def __init__(self, script=None, n_batch=2048, n_vocab=131072):
+        self.script, self.n_batch, self.n_vocab = script, n_batch, n_vocab
+        self.steps = []  # the spans of each
+        self.faults = []
+        self.before = lambda spans: None
+
+    def session(self, n_ctx):
+        return ScriptedSession(n_ctx, self.script, self.n_vocab)
+
+    def step(self, spans):
+        self.steps.append(list(spans))
+        if not 0 < sum(len(span.ids) for span in spans) <= self.n_batch:
+            self.faults.append("a step of no tokens, or of too many")
+        if len({id(span.session) for span in spans}) < len(spans):
+            self.faults.append("a session twice in a step")
+        self.before(spans)
+        return [self.result(span) for span in spans]
+
+    def result(self, span):
+        try:
+            return span.session.feed(span.ids, span.rows, n_logits=span.n_logits, stop=span.stop)
+        except EngineError as error:
+            return error
+        except AssertionError as error:
+            self.faults.append(error)
+            raise

@@ -19,12 +19,15 @@ from PIL import Image as Pillow
 from test_vision import MOST_AT_A_TIE, MOST_LOGITS, NEAR_TIES
 from yardstick import assert_near, errors
 
-from ms4.cli import attachments, history, loading, repl, sight, start
+from ms4.cli import attachments, loading, repl, start
 from ms4.cli.render import StatusLine
-from ms4.models import pixtral
+from ms4.models import vision
 from ms4.models.control import Control
+from ms4.models.dialogue import Dialogue
 from ms4.models.image import load_image
 from ms4.models.model import Model
+from ms4.models.scheduler import Scheduler
+from ms4.models.vision import ImageInput
 
 DATA = Path(__file__).parent / "data"
 MODEL, MMPROJ, IMAGE = (str(DATA / f"bravo-{name}") for name in ("Q4_K_M.gguf", "mmproj-f16.gguf", "image.png"))
@@ -233,8 +236,8 @@ def chat(ms4):
 def test_an_image_goes_with_the_next_message_and_stays_with_it(chat, run, monkeypatch):
     first_answer = run("-q", "-i", IMAGE, "Total?")[1]
     n_encoded = []
-    encode = pixtral.ms4.Vision.encode
-    monkeypatch.setattr(pixtral.ms4.Vision, "encode", lambda self, *a: n_encoded.append(1) or encode(self, *a))
+    encode = vision.ms4.Vision.encode
+    monkeypatch.setattr(vision.ms4.Vision, "encode", lambda self, *more: n_encoded.append(1) or encode(self, *more))
     code, out, err = chat(f"/image {IMAGE}", "Total?", "/stats", "And?", "/stats", "/effort high", "So?", "/retry")
     assert code == 0 and out.startswith(first_answer)
     assert err.startswith(f"{IMAGE[-80:]} {PRICE}\n") and len(n_encoded) == 1
@@ -265,45 +268,38 @@ def test_the_clipboard(chat, run, monkeypatch, tmp_path):
 
 
 def test_at_a_terminal_a_failure_is_told_and_attachments_wait(monkeypatch, tmp_path, capsys):
-    with Model.open(MODEL) as model, model.session(256) as session:
-        looks = sight.Sight(sight.SightOptions(), MODEL, StatusLine(True))
+    with Model.open(MODEL) as model, Scheduler(model.engine) as scheduler:
+        images = ImageInput(MODEL)
         tokenizer = loading.usable(model.vocabulary)
         talk = repl.Talk(
-            repl.Settings(repl.Sampling(greedy=True), max_tokens=4),
-            history.History(tokenizer, None, "none", looks.measure),
-            repl_line(session),
-            session,
+            repl.ChatSettings(repl.Sampling(greedy=True), max_tokens=4),
+            Dialogue(tokenizer, None, "none", images.measure),
+            scheduler,
+            scheduler.open(256),
             repl.streams.Output(),
-            looks.status,
-            looks,
+            StatusLine(True),
+            images,
             interactive=True,
         )
         talk.command("/image absent.png")
         assert "absent.png: no such file or directory" in capsys.readouterr().err
         talk.command(f"/image {IMAGE}")
-        monkeypatch.setattr(talk.sight, "rows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(talk.images, "rows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         talk.send("Hi")
         assert "stopped; the message is taken back" in capsys.readouterr().err
-        assert len(talk.attached) == 1 and not talk.history.turns
+        assert len(talk.attached) == 1 and not talk.dialogue.turns
         monkeypatch.undo()
         talk.send("Hi")
-        assert not talk.attached and len(talk.history.turns) == 1
+        assert not talk.attached and len(talk.dialogue.turns) == 1
         talk.send("long " * 300)
-        assert "tokens" in capsys.readouterr().err and len(talk.history.turns) == 1
+        assert "tokens" in capsys.readouterr().err and len(talk.dialogue.turns) == 1
         talk.command(IMAGE)  # a file dropped on the terminal
         assert PRICE in capsys.readouterr().err and len(talk.attached) == 1
 
 
-def repl_line(session):
-    from ms4.models.generate import Line
-
-    return Line(session)
-
-
 def test_a_conversation_knows_the_places_of_its_images():
     tokenizer = loading.open_tokenizer(MODEL)
-    looks = sight.Sight(sight.SightOptions(), MODEL, StatusLine(True))
-    talk = history.History(tokenizer, "Be kind.", "none", looks.measure)
+    talk = Dialogue(tokenizer, "Be kind.", "none", ImageInput(MODEL).measure)
     for _ in range(3):
         prompt = talk.ask(attachments.content([load_image(IMAGE)], "Hi"))
         talk.answered([1500])

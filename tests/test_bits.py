@@ -19,6 +19,7 @@ from ms4 import ffi, lib
 from ms4.models import mistral4, pixtral, reference, reference_bits
 from ms4.models import reference_ops as ops
 from ms4.models.model import Model
+from ms4.models.vision import VisionEncoder
 from ms4.quant.blocks import BLOCKS, IDS
 from ms4.quant.gguf_file import GgufFile
 from ms4.quant.tiny import Tiny, write_tiny
@@ -140,7 +141,7 @@ def test_the_fixtures_have_the_bits(name, scale):
 
 def assert_rows_have_the_bits(path, pixels):
     with Model.open(DATA / "bravo-Q4_K_M.gguf") as model:
-        vision = pixtral.Eyes(model.engine, pixtral.Tower.read(path)).vision
+        vision = VisionEncoder(model.engine, pixtral.Tower.read(path)).vision
         got = vision.encode(pixels)
     s = vision.shape
     shape = reference.VisionShape(s.n_layer, s.n_head, s.patch_size, s.merge, s.eps, "gelu" if s.gelu else "silu")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ms4.cli import history, lines, start
+from ms4.cli import lines, start
 from ms4.cli.loading import open_tokenizer
 from ms4.models.control import Control
+from ms4.models.dialogue import Dialogue, closed
 from ms4.models.prompt import render
 
 MODEL = str(Path(__file__).parent / "data" / "bravo-Q4_K_M.gguf")
@@ -37,7 +38,7 @@ def chat(monkeypatch):
 
 
 def test_a_conversation_is_the_ids_that_were_written(tokenizer):
-    talk = history.History(tokenizer, "Be kind.", "none")
+    talk = Dialogue(tokenizer, "Be kind.", "none")
     first = talk.ask("Hello")
     assert (
         first.ids
@@ -52,14 +53,14 @@ def test_a_conversation_is_the_ids_that_were_written(tokenizer):
 
 
 def test_an_answer_in_the_history_is_closed():
-    assert history.closed([1500, 1501]) == (1500, 1501, Control.EOS)
-    assert history.closed([Control.THINK, 1500]) == (Control.THINK, 1500, Control.THINK_END, Control.EOS)
+    assert closed([1500, 1501]) == (1500, 1501, Control.EOS)
+    assert closed([Control.THINK, 1500]) == (Control.THINK, 1500, Control.THINK_END, Control.EOS)
     whole = (Control.THINK, 1500, Control.THINK_END, 1501, Control.EOS)
-    assert history.closed(whole) == whole
+    assert closed(whole) == whole
 
 
 def test_what_was_not_answered_is_taken_back(tokenizer):
-    talk = history.History(tokenizer, None, "none")
+    talk = Dialogue(tokenizer, None, "none")
     talk.ask("a")
     talk.answered([1500])
     before = talk.ask("b")

@@ -49,10 +49,11 @@ def test_the_locale_does_not_matter():
     assert "[INST]ü🙂\n\né 中[/INST]" in done.stdout.decode()
 
 
-def test_a_start_imports_only_what_it_needs():
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_a_start_imports_only_what_it_needs(option):
     code = (
-        "import sys; sys.argv = ['ms4', '--version']; from ms4.cli.start import main; main();"
-        "print({'typer', 'rich', 'tiktoken', 'PIL', 'gguf', 'prompt_toolkit'} & set(sys.modules))"
+        f"import sys; sys.argv = ['ms4', {option!r}]; from ms4.cli.start import main; main();"
+        "print({'typer', 'rich', 'tiktoken', 'PIL', 'gguf', 'prompt_toolkit', 'numpy', 'ms4.models'} & {*sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout.endswith("set()\n")

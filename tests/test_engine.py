@@ -280,3 +280,10 @@ def test_sessions_of_many_threads_take_turns(tiny, rng):
 def test_progress_of_a_copy_can_end_it(tiny):
     with pytest.raises(ms4.Canceled):
         Model.open(tiny, load="copy", progress=lambda done, total: True)
+
+
+def test_the_cache_takes_what_is_said_of_it(tiny):
+    with Model.open(tiny) as model, model.session(400) as session:
+        session.feed(fixed_ids(130))
+        stats = model.engine.stats()
+        assert stats.kv_blocks == 2 and stats.kv_bytes == mistral4.kv_bytes(model.shape, 2 * 128)

@@ -20,6 +20,7 @@ import ms4
 from ms4.models import pixtral
 from ms4.models.image import load_image, preprocess
 from ms4.models.model import Model
+from ms4.models.vision import VisionEncoder
 from ms4.quant.blocks import BLOCKS
 from ms4.quant.tiny import Tiny, write_tiny
 
@@ -86,8 +87,8 @@ def of_fixture(name):
 def of_image():
     """The rows of the tower, and the logits of a prompt with them."""
     with Model.open(DATA / "bravo-Q4_K_M.gguf", attn_scale="mscale2") as model, model.session(256) as session:
-        eyes = pixtral.Eyes(model.engine, pixtral.Tower.read(DATA / "bravo-mmproj-f16.gguf"))
-        rows = eyes.encode(preprocess(load_image(DATA / "bravo-image.png"), rule=eyes.rule))
+        encoder = VisionEncoder(model.engine, pixtral.Tower.read(DATA / "bravo-mmproj-f16.gguf"))
+        rows = encoder.encode(preprocess(load_image(DATA / "bravo-image.png"), rule=encoder.rule))
         logits = session.feed(np.where(IMAGE == 10, ms4.ROW, IMAGE), rows, all_logits=True)
         return digest(np.concatenate([rows.reshape(-1), logits.reshape(-1)]))
 

@@ -16,7 +16,7 @@ from PIL import ImageOps
 
 from ms4.models import image as img
 from ms4.models.image import ImageError, PixelRule, grid, load_image, measure, preprocess
-from ms4.models.outside import read_file, sniff
+from ms4.models.untrusted import read_file, sniff
 
 SAMPLES = list(samples())
 

@@ -9,8 +9,8 @@ import pytest
 
 import ms4
 from ms4.models import mistral4
+from ms4.models.merge_check import first_unknown
 from ms4.models.mistral4 import ModelError
-from ms4.models.pieces import first_unknown
 from ms4.models.vocabulary import Vocabulary
 from ms4.quant import tiny
 from ms4.quant.gguf_file import GgufFile
@@ -298,7 +298,7 @@ def test_only_control_tokens_are_no_text(tmp_path):
 @pytest.mark.parametrize("table_bits", [1, 4, 20])
 def test_looking_up_pieces_is_exact(monkeypatch, rng, table_bits):
     """Against a Python set; a small table makes most tokens collide."""
-    monkeypatch.setattr("ms4.models.pieces.TABLE_BITS", table_bits)
+    monkeypatch.setattr("ms4.models.merge_check.TABLE_BITS", table_bits)
 
     def piece():
         return bytes(rng.choice(list(b"abc"), rng.choice([1, 2, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40])))

@@ -1,6 +1,9 @@
 """Images: the tower against transformers' rows and the float64 reference, and mmproj files that must be refused."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import bad_gguf
 import numpy as np
@@ -8,10 +11,11 @@ import pytest
 from yardstick import assert_near
 
 import ms4
-from ms4.models import pixtral, reference
+from ms4.models import pixtral, reference, vision
 from ms4.models.image import load_image, preprocess
 from ms4.models.mistral4 import ModelError, shape_of
 from ms4.models.model import Model
+from ms4.models.vision import VisionEncoder
 from ms4.quant.gguf_file import GgufFile
 
 DATA = Path(__file__).parent / "data"
@@ -32,9 +36,9 @@ def model():
 
 
 def test_rows_and_logits_of_an_image_agree_with_transformers(model):
-    eyes = pixtral.Eyes(model.engine, pixtral.Tower.read(MMPROJ))
-    pixels = preprocess(load_image(DATA / "bravo-image.png"), rule=eyes.rule)
-    rows = eyes.encode(pixels)
+    encoder = VisionEncoder(model.engine, pixtral.Tower.read(MMPROJ))
+    pixels = preprocess(load_image(DATA / "bravo-image.png"), rule=encoder.rule)
+    rows = encoder.encode(pixels)
     assert_near(rows, REF["features"].reshape(rows.shape), MOST_ROWS)
     ids = np.where(REF["ids"] == 10, ms4.ROW, REF["ids"])
     with model.session(256) as session:
@@ -47,18 +51,18 @@ def test_rows_and_logits_of_an_image_agree_with_transformers(model):
 
 @pytest.mark.parametrize("size", [(28, 28), (252, 196), (28, 280)])
 def test_rows_of_any_grid_agree_with_the_reference(model, size, rng):
-    eyes = pixtral.Eyes(model.engine, pixtral.Tower.read(MMPROJ))
-    s = eyes.vision.shape
+    encoder = VisionEncoder(model.engine, pixtral.Tower.read(MMPROJ))
+    s = encoder.vision.shape
     shape = reference.VisionShape(s.n_layer, s.n_head, s.patch_size, s.merge, s.eps, "gelu" if s.gelu else "silu")
     pixels = rng.standard_normal((3, *size)).astype(np.float32)
     want = reference.vision(reference.load_weights(GgufFile.open(MMPROJ)), shape, pixels)
-    assert_near(eyes.vision.encode(pixels), want, 1e-6)
+    assert_near(encoder.vision.encode(pixels), want, 1e-6)
 
 
 def test_pixels_that_do_not_fit_the_grid_are_refused(model):
-    eyes = pixtral.Eyes(model.engine, pixtral.Tower.read(MMPROJ))
+    encoder = VisionEncoder(model.engine, pixtral.Tower.read(MMPROJ))
     with pytest.raises(ValueError, match="multiples of 28"):
-        eyes.vision.encode(np.zeros((3, 28, 30), np.float32))
+        encoder.vision.encode(np.zeros((3, 28, 30), np.float32))
 
 
 def test_the_mmproj_of_another_model_is_refused(tmp_path):
@@ -66,7 +70,7 @@ def test_the_mmproj_of_another_model_is_refused(tmp_path):
 
     path = write_tiny(tmp_path / "other.gguf")[0]
     with Model.open(path) as other, pytest.raises(ModelError, match="belongs to another model"):
-        pixtral.Eyes(other.engine, pixtral.Tower.read(MMPROJ))
+        VisionEncoder(other.engine, pixtral.Tower.read(MMPROJ))
 
 
 def test_a_text_model_given_as_mmproj_is_refused_and_the_reverse():
@@ -113,3 +117,59 @@ def test_a_damaged_mmproj_is_refused_in_one_line(tmp_path, key, kind, value, say
     with pytest.raises(ModelError, match=says) as caught:
         pixtral.Tower.read(tmp_path / "bad.gguf")
     assert str(caught.value).isprintable()
+
+
+class CountingEncoder:
+    """An encoder whose rows are the numbers of its calls."""
+
+    n = 0
+
+    def __init__(self, engine, tower):
+        self.vision = SimpleNamespace(progress=lambda: (0, 1))
+
+    def encode(self, pixels, stop=None):
+        CountingEncoder.n += 1
+        return np.full((pixels.gh * pixels.gw, 4), CountingEncoder.n, np.float32)
+
+
+def test_the_rows_of_images_are_computed_once_and_forgotten_when_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(vision, "VisionEncoder", CountingEncoder)
+    images = vision.ImageInput(DATA / "bravo-f16.gguf")
+    places = []
+    for digest in (b"a", b"b", b"c"):
+        image = load_image(DATA / "bravo-image.png")
+        places.append(images.place(replace(image, digest=digest)))
+    n = places[0].width * places[0].height
+    a, b, c = places
+    seen = []
+
+    def watch(number, of, progress):
+        seen.append((number, of))
+        return nullcontext()
+
+    def rows(*asked):
+        got = images.rows(asked, None, None, watch)
+        return got[::n, 0].tolist()
+
+    CountingEncoder.n = 0
+    assert images.rows([], None) is None
+    assert rows(a, b, a) == [1, 2, 1] and seen == [(1, 3), (2, 3)]
+    assert rows(c) == [3] and rows(b, a) == [2, 1]  # a prompt may leave them out and have them again
+    # No room but for what the prompt at hand needs and one more: the one that was not used for the longest time goes.
+    monkeypatch.setattr(vision, "CACHE_BYTES", n * 4 * 4)
+    assert rows(b) == [2]
+    assert rows(a, b) == [1, 2] and rows(c) == [4]
+
+
+def test_the_price_of_an_image_is_that_of_its_place():
+    images = vision.ImageInput(DATA / "bravo-f16.gguf", max_tokens=6)
+    image = load_image(DATA / "bravo-image.png")
+    size, place = images.size(image), images.place(image)
+    assert (size.width, size.height, size.n_tokens) == (56, 56, 6)
+    assert (place.width, place.height) == (2, 2)
+
+
+def test_a_tower_that_is_not_there_has_an_error_of_its_own(tmp_path):
+    for images in (vision.ImageInput(tmp_path / "m.gguf"), vision.ImageInput(MMPROJ, mmproj=str(tmp_path / "none"))):
+        with pytest.raises(vision.NoTowerError):
+            images.tower  # noqa: B018

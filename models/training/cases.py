@@ -13,8 +13,8 @@ from random import Random
 from typing import Any
 
 from ms4.models import prompt
+from ms4.models.answer_parser import AnswerParser, Text, Thinking, ToolCall
 from ms4.models.control import Control
-from ms4.models.stream import Splitter, Text, Thinking, ToolCall
 from ms4.models.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -129,13 +129,13 @@ def training_ids(case: Case, tokenizer: Tokenizer) -> tuple[list[int], list[bool
 
 def read_answer(ids: Iterable[int], tokenizer: Tokenizer) -> Answer:
     """What generated ids say."""
-    splitter = Splitter(tokenizer)
+    parser = AnswerParser(tokenizer)
     events = []
     for id in ids:
-        if splitter.ended:
+        if parser.ended:
             break
-        events += splitter.feed(id)
-    events += splitter.close()
+        events += parser.feed(id)
+    events += parser.close()
     return Answer(
         "".join(event.text for event in events if isinstance(event, Text)),
         tuple((event.name, event.arguments) for event in events if isinstance(event, ToolCall) and event.complete),

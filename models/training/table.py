@@ -20,14 +20,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ms4.models import generate, prompt
+from ms4.models import prompt
+from ms4.models.answer import Answer
+from ms4.models.answer_parser import Text, Thinking, ToolCall
 from ms4.models.image import Image, measure, preprocess
 from ms4.models.model import Model
-from ms4.models.pixtral import Eyes, Tower, find
+from ms4.models.pixtral import Tower, find
 from ms4.models.sampling import Sampler, SamplingParams
-from ms4.models.stream import Text, Thinking, ToolCall
+from ms4.models.scheduler import Scheduler
 from ms4.models.tokenizer import Tokenizer
 from ms4.models.training import drawing, pictures, skills
+from ms4.models.vision import VisionEncoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -71,24 +74,23 @@ class Examiner:
     def __init__(self, model: Model) -> None:
         self.tokenizer = Tokenizer(model.vocabulary)
         self.sampler = Sampler(SamplingParams(temperature=0.0))
-        self.session = model.session(min(N_CTX, model.shape.n_ctx_train))
-        self.line = generate.Line(self.session)
+        self.scheduler = Scheduler(model.engine)
+        self.timeline = self.scheduler.open(min(N_CTX, model.shape.n_ctx_train))
         tower = find(model.gguf.path)
-        self.eyes = Eyes(model.engine, Tower.read(tower)) if tower else None
+        self.encoder = VisionEncoder(model.engine, Tower.read(tower)) if tower else None
 
     def close(self) -> None:
-        if self.eyes:
-            self.eyes.vision.close()
-        self.session.close()
+        self.scheduler.close()
+        if self.encoder:
+            self.encoder.close()
 
     def ask(self, asked: prompt.Prompt, rows: np.ndarray | None = None) -> skills.Answer:
         """The greedy answer."""
         text, thought, calls = "", "", []
-        room = self.line.n_ctx - len(asked.ids)
-        source = generate.generate(
-            self.line, asked, self.sampler, self.tokenizer, max_tokens=min(room, MOST_TOKENS), image_rows=rows
-        )
-        for event in source:
+        n_ctx = self.timeline.n_ctx
+        most = min(n_ctx - len(asked.ids), MOST_TOKENS)
+        answer = Answer(asked, self.sampler, self.tokenizer, n_ctx, max_tokens=most)
+        for event in self.scheduler.submit(answer, self.timeline, rows):
             if isinstance(event, Text):
                 text += event.text
             elif isinstance(event, Thinking):
@@ -104,15 +106,15 @@ class Examiner:
 
     def read(self, picture: Picture) -> str:
         """What the model reads in a picture."""
-        if self.eyes is None:
+        if self.encoder is None:
             raise FileNotFoundError("no mmproj file beside the model")
-        rule = self.eyes.rule
+        rule = self.encoder.rule
         image = Image("line", picture, hashlib.sha256(picture.tobytes()).digest())
         chunks = [{"type": "image", "image": image}, {"type": "text", "text": pictures.READ[0]}]
         asked = prompt.render(
             [{"role": "user", "content": chunks}], self.tokenizer, measure=lambda chunk: measure(chunk, None, rule)
         )
-        return self.ask(asked, self.eyes.encode(preprocess(image, None, rule))).text.strip()
+        return self.ask(asked, self.encoder.encode(preprocess(image, None, rule))).text.strip()
 
 
 def fresh_lines(seed: int) -> Iterator[drawing.Line]:

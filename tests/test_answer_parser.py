@@ -7,21 +7,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from standins import tekken
 
+from ms4.models.answer_parser import AnswerParser, Text, Thinking, ToolCall, overlap
 from ms4.models.control import Control as C
-from ms4.models.stream import Splitter, Text, Thinking, ToolCall, overlap
 
 
 def run(*parts, close=True, **options):
-    """Feeds control ids and texts; (events with neighbouring pieces joined, the splitter)."""
-    splitter = Splitter(tekken(), **options)
+    """Feeds control ids and texts; (events with neighbouring pieces joined, the parser)."""
+    parser = AnswerParser(tekken(), **options)
     events = []
     for part in parts:
         for id in tekken().encode(part) if isinstance(part, str) else [part]:
-            if not splitter.ended:
-                events += splitter.feed(id)
+            if not parser.ended:
+                events += parser.feed(id)
     if close:
-        events += splitter.close()
-    return joined(events), splitter
+        events += parser.close()
+    return joined(events), parser
 
 
 def joined(events):
@@ -34,15 +34,15 @@ def joined(events):
 
 
 def test_plain_text_ends_at_eos():
-    events, splitter = run("Hello, wörld 🙂!", C.EOS)
+    events, parser = run("Hello, wörld 🙂!", C.EOS)
     assert events == [Text("Hello, wörld 🙂!")]
-    assert splitter.ended == "eos" and splitter.n_thinking == 0
+    assert parser.ended == "eos" and parser.n_thinking == 0
 
 
 def test_thought_and_answer():
-    events, splitter = run(C.THINK, "2+2", C.THINK_END, "4", C.EOS)
+    events, parser = run(C.THINK, "2+2", C.THINK_END, "4", C.EOS)
     assert events == [Thinking("2+2"), Text("4")]
-    assert splitter.n_thinking == len(tekken().encode("2+2")) + 2
+    assert parser.n_thinking == len(tekken().encode("2+2")) + 2
 
 
 def test_several_thoughts_with_text_between():
@@ -57,10 +57,10 @@ def test_an_unterminated_thought_stays_a_thought():
 
 def test_tool_calls():
     parts = [C.TOOL_CALLS, "get_weather", C.ARGS, '{"city": "Rome"}', C.TOOL_CALLS, "now", C.ARGS, "{}", C.EOS]
-    events, splitter = run("Checking.", *parts)
+    events, parser = run("Checking.", *parts)
     first, second = ToolCall(0, "get_weather", '{"city": "Rome"}', True), ToolCall(1, "now", "{}", True)
     assert events == [Text("Checking."), first, second]
-    assert splitter.n_tool_calls == 2 and splitter.ended == "eos"
+    assert parser.n_tool_calls == 2 and parser.ended == "eos"
 
 
 def test_a_call_that_is_cut_off_or_no_json_is_incomplete():
@@ -89,17 +89,17 @@ def test_control_tokens_out_of_place_print_nothing():
 
 def test_calls_are_capped():
     parts = [C.TOOL_CALLS, "f", C.ARGS, "{}"] * 5
-    events, splitter = run(*parts, max_tool_calls=3)
+    events, parser = run(*parts, max_tool_calls=3)
     assert len(events) == 3 and all(event.complete for event in events)
-    assert splitter.ended == "tool_calls"
+    assert parser.ended == "tool_calls"
 
 
 def test_a_character_over_several_tokens_comes_whole():
-    splitter = Splitter(tekken())
-    pieces = [splitter.feed(id) for id in tekken().encode("🙂")]
+    parser = AnswerParser(tekken())
+    pieces = [parser.feed(id) for id in tekken().encode("🙂")]
     assert pieces == [[], [], [], [Text("🙂")]]
-    assert splitter.feed(tekken().encode("🙂")[0]) == []
-    assert splitter.close() == [Text("\ufffd")]
+    assert parser.feed(tekken().encode("🙂")[0]) == []
+    assert parser.close() == [Text("\ufffd")]
 
 
 @pytest.mark.parametrize(
@@ -116,38 +116,38 @@ def test_a_character_over_several_tokens_comes_whole():
     ],
 )
 def test_stop_strings(text, stop, want):
-    events, splitter = run(text, C.EOS, stop=stop)
+    events, parser = run(text, C.EOS, stop=stop)
     assert "".join(event.text for event in events) == want
     hit = want != text
-    assert splitter.ended == ("stop" if hit else "eos")
-    assert splitter.stop_hit in stop if hit else splitter.stop_hit is None
+    assert parser.ended == ("stop" if hit else "eos")
+    assert parser.stop_hit in stop if hit else parser.stop_hit is None
 
 
 @given(st.text("ab \n", max_size=20), st.lists(st.text("ab \n", min_size=1, max_size=4), min_size=1, max_size=3))
 @settings(max_examples=500, deadline=None)
 def test_nothing_of_a_stop_string_or_after_it_is_ever_sent(text, stop):
     # Token by token, here one character each, so the stop string that is complete first wins.
-    splitter = Splitter(tekken(), stop=stop)
+    parser = AnswerParser(tekken(), stop=stop)
     sent = ""
     for character in text:
-        if not splitter.ended:
-            sent += "".join(event.text for event in splitter.feed(tekken().encode(character)[0]))
+        if not parser.ended:
+            sent += "".join(event.text for event in parser.feed(tekken().encode(character)[0]))
             assert not any(s in sent for s in stop)
-    sent += "".join(event.text for event in splitter.close())
+    sent += "".join(event.text for event in parser.close())
     ends = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
     if not ends:
-        assert sent == text and splitter.ended is None
+        assert sent == text and parser.ended is None
     else:
         first = min(end for end, _ in ends)
-        assert splitter.ended == "stop"
+        assert parser.ended == "stop"
         assert sent == text[: min(start for end, start in ends if end == first)]
 
 
 def test_stop_strings_leave_thoughts_and_calls_alone():
     parts = [C.THINK, "a END b", C.THINK_END, "x", C.TOOL_CALLS, "f", C.ARGS, '{"END": 1}', C.EOS]
-    events, splitter = run(*parts, stop=["END"])
+    events, parser = run(*parts, stop=["END"])
     assert events == [Thinking("a END b"), Text("x"), ToolCall(0, "f", '{"END": 1}', True)]
-    assert splitter.ended == "eos"
+    assert parser.ended == "eos"
 
 
 def test_text_held_back_for_a_stop_string_comes_before_what_follows():
@@ -157,7 +157,7 @@ def test_text_held_back_for_a_stop_string_comes_before_what_follows():
 def test_stop_strings_must_be_strings_of_something():
     for wrong in ("END", ["a", ""]):
         with pytest.raises(ValueError, match="list of strings"):
-            Splitter(tekken(), stop=wrong)
+            AnswerParser(tekken(), stop=wrong)
 
 
 def test_overlap():
@@ -170,19 +170,19 @@ IDS = st.one_of(st.sampled_from([*C, 999, 1000, 1128]), st.integers(1000, 131071
 @given(st.lists(IDS, max_size=40), st.sampled_from(["text", "thinking"]))
 @settings(max_examples=500, deadline=None)
 def test_any_ids_give_orderly_events(ids, opens):
-    splitter = Splitter(tekken(), stop=["ab"], max_tool_calls=2, opens=opens)
+    parser = AnswerParser(tekken(), stop=["ab"], max_tool_calls=2, opens=opens)
     events = []
     for id in ids:
-        if splitter.ended:
+        if parser.ended:
             break
-        events += splitter.feed(id)
-    events += splitter.close()
+        events += parser.feed(id)
+    events += parser.close()
     calls = [event for event in events if isinstance(event, ToolCall)]
     assert [call.index for call in calls] == list(range(len(calls))) and len(calls) <= 2
-    assert len(calls) == splitter.n_tool_calls
+    assert len(calls) == parser.n_tool_calls
     for event in events:
         if not isinstance(event, ToolCall):
             assert event.text
         elif event.complete:
             json.loads(event.arguments)
-    assert splitter.close() == []
+    assert parser.close() == []

@@ -1,4 +1,4 @@
-"""outside.py: bytes from outside: reads files and says what they are.  It decodes nothing.
+"""untrusted.py: bytes from outside: reads files and says what they are.  It decodes nothing.
 
 What a user attaches can be anything at all, so reading is bounded, devices and pipes are never waited for, and every
 refusal is an `InputError` of one line.

@@ -36,10 +36,10 @@ class ToolCall:
     complete: bool
 
 
-Event = Thinking | Text | ToolCall
+Piece = Thinking | Text | ToolCall
 
 
-class Splitter:
+class AnswerParser:
     """The state of one answer.  `ended` says why there is no more to come: "eos", "stop" or "tool_calls"."""
 
     def __init__(
@@ -66,7 +66,7 @@ class Splitter:
         self.n_thinking = 0  # tokens, those that open and close a thought included
         self.n_tool_calls = 0
 
-    def feed(self, id: int) -> list[Event]:
+    def feed(self, id: int) -> list[Piece]:
         """What the next token adds.  Nothing may be fed once `ended` is set."""
         if id == Control.THINK or self._inside == "thinking":
             self.n_thinking += 1
@@ -74,7 +74,7 @@ class Splitter:
             return self._turn(id)
         return self._add(self._decoder.feed(self._tokenizer.piece(id)))
 
-    def close(self) -> list[Event]:
+    def close(self) -> list[Piece]:
         """What was held back, when the answer breaks off.  An open call is reported as incomplete."""
         events = self._leave()
         if self._inside in ("name", "arguments"):
@@ -82,7 +82,7 @@ class Splitter:
         self._inside = "text"
         return events
 
-    def _turn(self, id: int) -> list[Event]:
+    def _turn(self, id: int) -> list[Piece]:
         """A token that ends one kind of text and begins another."""
         if id == Control.ARGS:
             if self._inside != "name":
@@ -107,7 +107,7 @@ class Splitter:
                 self._inside = "name"
         return events
 
-    def _leave(self, before_more: bool = False) -> list[Event]:
+    def _leave(self, before_more: bool = False) -> list[Piece]:
         """Ends the text at hand.  Space alone before a call or a thought is dropped."""
         events = self._add(self._decoder.flush())
         if self._inside == "text" and not self.ended:
@@ -116,7 +116,7 @@ class Splitter:
             self._held, self._blank = "", True
         return events
 
-    def _add(self, text: str) -> list[Event]:
+    def _add(self, text: str) -> list[Piece]:
         if not text:
             return []
         if self._inside == "thinking":
@@ -129,7 +129,7 @@ class Splitter:
             return []
         return self._answer(text)
 
-    def _answer(self, text: str) -> list[Event]:
+    def _answer(self, text: str) -> list[Piece]:
         """Answer text, less what must wait: the longest end of it that begins a stop string."""
         text = self._held + text
         self._held = ""

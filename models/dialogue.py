@@ -1,4 +1,4 @@
-"""The turns of a chat, as the exact ids that were read and written.
+"""The turns of a dialogue, as the exact ids that were read and written.
 
 An answer is never turned into text and back: the ids that the model wrote are the ids it sees again, so the kv cache
 stays valid up to the newest message.  What lies before the first message (system prompt, effort) is rendered anew each
@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ms4.cli.attachments import Content
 from ms4.models import image
 from ms4.models.control import Control
 from ms4.models.prompt import Measure, Prompt, render
 
 if TYPE_CHECKING:
     from ms4.models.tokenizer import Tokenizer
+
+Content = str | list[dict[str, Any]]  # of a message: its text, or chunks of text and images
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Turn:
     answer: tuple[int, ...] | None = None
 
 
-class History:
+class Dialogue:
     """The conversation so far."""
 
     def __init__(self, tokenizer: Tokenizer, system: str | None, effort: str, measure: Measure = image.measure) -> None:

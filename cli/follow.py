@@ -1,0 +1,40 @@
+"""Shows an answer as it comes: the progress of its prompt, then event after event, until Ctrl-C or its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from ms4.cli import render
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ms4.models.answer import Answer, Done, Event
+    from ms4.models.scheduler import Scheduler
+    from ms4.models.timeline import Timeline
+
+
+def follow(
+    scheduler: Scheduler,
+    answer: Answer,
+    timeline: Timeline,
+    image_rows: np.ndarray | None,
+    status: render.StatusLine,
+    show: Callable[[Event], None],
+) -> Done:
+    """Submits the answer and shows each of its events but the last, which it returns."""
+    from ms4.models.answer import Done, Prefill
+    from ms4.models.interrupt import interruptible
+
+    with interruptible(answer.stop_flag), ExitStack() as until_next_event:
+        running = scheduler.submit(answer, timeline, image_rows)
+        for event in running:
+            until_next_event.close()
+            if isinstance(event, Done):
+                return event
+            show(event)
+            if isinstance(event, Prefill):
+                until_next_event.enter_context(status.watching(render.prefilling(running.progress)))
+    raise AssertionError("an answer ends in Done")

@@ -1,0 +1,170 @@
+"""The state of one answer: logits (or ids) go in, events come out.
+
+An `Answer` knows no session and no engine: it chooses tokens, takes them apart, and decides when there is no next one.
+Who computes the logits is the business of `scheduler.py`.  Its stop flag is made with it and never lowered, so that a
+stop holds whenever it comes: before the prompt is read, during a step, between two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ms4 import StopFlag
+from ms4.models.answer_parser import MAX_TOOL_CALLS, AnswerParser, Text, Thinking, ToolCall
+from ms4.models.prompt import Prompt
+from ms4.models.sampling import Choice, Sampler
+from ms4.models.tokenizer import Tokenizer
+
+
+class ContextError(ValueError):
+    """The prompt, or the prompt and the answer asked for, do not fit into the context."""
+
+    def __init__(self, n_prompt: int, n_ctx: int, max_tokens: int | None = None) -> None:
+        self.n_prompt, self.n_ctx, self.max_tokens = n_prompt, n_ctx, max_tokens
+        more = "" if max_tokens is None else f" and {max_tokens} more are asked for"
+        super().__init__(f"the prompt has {n_prompt} tokens{more}; the context holds {n_ctx}")
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Before the prompt is computed: its length, and how much of it is there already."""
+
+    total: int
+    cached: int
+
+
+@dataclass(frozen=True)
+class Token:
+    """A chosen token, where log-probabilities were asked for."""
+
+    id: int
+    text: str  # with U+FFFD where a character is spread over several tokens
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What an answer took.  The seconds are those of the steps of the engine that it had a part in."""
+
+    n_prompt: int
+    n_cached: int
+    n_answer: int
+    n_thinking: int
+    s_prefill: float
+    s_decode: float
+    n_decode: int  # tokens computed one by one: the first token of an answer comes out of the prompt
+    n_context: int
+    n_ctx: int
+
+    @property
+    def prefill_per_second(self) -> float:
+        return (self.n_prompt - self.n_cached) / self.s_prefill if self.s_prefill > 0 else 0.0
+
+    @property
+    def decode_per_second(self) -> float:
+        return self.n_decode / self.s_decode if self.s_decode > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Done:
+    """Always the last event; reason is "stop", "length", "tool_calls", "context" or "interrupted"."""
+
+    reason: str
+    statistics: Statistics
+    stop: str | None = None  # the stop string that ended it
+
+
+Event = Prefill | Token | Thinking | Text | ToolCall | Done
+
+
+class Answer:
+    """One answer to a prompt, in a context of n_ctx positions.  One that does not fit raises ContextError.
+
+    logprobs: with every token its log-probability and those of so many of the most likely.  The ids of the tokens cost
+    nothing: they are in `ids`.
+    """
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        sampler: Sampler,
+        tokenizer: Tokenizer,
+        n_ctx: int,
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        logprobs: int | None = None,
+        max_tool_calls: int = MAX_TOOL_CALLS,
+    ) -> None:
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError("max_tokens is at least 1")
+        n_prompt = len(prompt.ids)
+        if n_prompt + (max_tokens or 1) > n_ctx:  # the one place that asks whether it fits
+            raise ContextError(n_prompt, n_ctx, max_tokens)
+        self.prompt = prompt
+        self.n_ctx = n_ctx
+        self.stop_flag = StopFlag()
+        self.ids: list[int] = []  # of all chosen tokens, the one that ends the answer included
+        self.reason: str | None = None  # why there is no next token
+        self.done: Done | None = None
+        self.n_cached = 0
+        self.n_decode = 0
+        self.s_prefill = 0.0
+        self.s_decode = 0.0
+        self._sampler = sampler
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        self._logprobs = logprobs
+        self._parser = AnswerParser(tokenizer, stop=stop, max_tool_calls=max_tool_calls, opens=prompt.opens)
+
+    def choose(self, logits: np.ndarray) -> list[Event]:
+        """Chooses the token after which these logits stand, and takes it."""
+        return self.take(self._sampler.pick(logits, self._logprobs))
+
+    def take(self, choice: Choice) -> list[Event]:
+        """What the next token adds.  None may be taken once `reason` is set."""
+        assert self.reason is None
+        self.ids.append(choice.id)
+        events: list[Event] = []
+        if self._logprobs is not None:
+            text = self._tokenizer.piece(choice.id).decode("utf-8", "replace")
+            events.append(Token(choice.id, text, choice.logprob, choice.top))
+        events += self._parser.feed(choice.id)
+        self.reason = self._ending()
+        return events
+
+    def end(self, n_context: int, reason: str = "interrupted") -> list[Event]:
+        """The last events, with Done; once.  n_context: how many positions are held now.
+
+        The reason counts only if the answer has not ended by itself.
+        """
+        assert self.done is None
+        self.reason = self.reason or reason
+        statistics = Statistics(
+            n_prompt=len(self.prompt.ids),
+            n_cached=self.n_cached,
+            n_answer=len(self.ids),
+            n_thinking=self._parser.n_thinking,
+            s_prefill=self.s_prefill,
+            s_decode=self.s_decode,
+            n_decode=self.n_decode,
+            n_context=n_context,
+            n_ctx=self.n_ctx,
+        )
+        events: list[Event] = [*self._parser.close()]
+        self.done = Done(self.reason, statistics, self._parser.stop_hit)
+        return [*events, self.done]
+
+    def _ending(self) -> str | None:
+        """Why there is no next token; None if there is one."""
+        parser = self._parser
+        if parser.ended:
+            return "tool_calls" if parser.n_tool_calls and parser.ended != "stop" else "stop"
+        if self._max_tokens is not None and len(self.ids) >= self._max_tokens:
+            return "length"
+        # The last position gives a token too, but there is no place to put it.
+        return "context" if len(self.prompt.ids) + len(self.ids) > self.n_ctx else None

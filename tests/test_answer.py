@@ -1,0 +1,142 @@
+"""One answer: logits in, events out; what ends it, what it counts, what does not fit."""
+
+import numpy as np
+import pytest
+from standins import logits_for, tekken
+
+from ms4 import NotFinite
+from ms4.models.answer import Answer, ContextError, Done, Token
+from ms4.models.answer_parser import Text, Thinking, ToolCall
+from ms4.models.control import Control
+from ms4.models.prompt import Prompt
+from ms4.models.sampling import Choice, Sampler, SamplingParams
+
+
+def ids_of(*parts):
+    return [id for part in parts for id in (tekken().encode(part) if isinstance(part, str) else [int(part)])]
+
+
+def answer(n_prompt=2, n_ctx=512, opens="text", **options):
+    prompt = Prompt([Control.BOS, *[1100] * (n_prompt - 1)], opens=opens)
+    return Answer(prompt, Sampler(SamplingParams(temperature=0.0)), tekken(), n_ctx, **options)
+
+
+def events_of(one, *parts):
+    """What an answer makes of these tokens, as logits, until it has a reason to end."""
+    events = []
+    for id in ids_of(*parts):
+        events += one.choose(logits_for(id))
+        if one.reason:
+            return events + one.end(len(one.prompt.ids) + len(one.ids) - 1)
+    return events + one.end(0, "interrupted")
+
+
+def text(events):
+    return "".join(event.text for event in events if isinstance(event, Text))
+
+
+def test_an_answer_from_beginning_to_end():
+    one = answer()
+    one.n_cached, one.s_prefill, one.s_decode, one.n_decode = 1, 0.5, 2.0, 6
+    parts = Control.THINK, "so", Control.THINK_END, "Hello 🙂", Control.EOS
+    events = events_of(one, *parts)
+    assert events[0] == Thinking("so") and text(events) == "Hello 🙂"
+    assert one.ids == ids_of(*parts)  # without log-probabilities, and </s> too
+    done = events[-1]
+    s = done.statistics
+    assert done is one.done and (done.reason, done.stop) == ("stop", None)
+    assert (s.n_prompt, s.n_cached, s.n_answer, s.n_thinking) == (2, 1, len(one.ids), 3)
+    assert (s.n_context, s.n_ctx) == (2 + len(one.ids) - 1, 512)
+    assert (s.prefill_per_second, s.decode_per_second) == (2, 3)
+    assert not any(isinstance(event, Token) for event in events)
+
+
+@pytest.mark.parametrize(
+    "parts, options, reason, want",
+    [
+        (["abc"], {"max_tokens": 1}, "length", "abc"),
+        ([" a b c d"], {"max_tokens": 3}, "length", " a b c"),
+        (["a END b", Control.EOS], {"stop": ["END"]}, "stop", "a "),
+        (["a", Control.EOS], {"max_tokens": 2}, "stop", "a"),
+        (["a E"], {"max_tokens": 2, "stop": ["END"]}, "length", "a E"),
+        (["a E"], {"stop": ["END"]}, "interrupted", "a E"),
+    ],
+)
+def test_what_ends_an_answer(parts, options, reason, want):
+    events = events_of(answer(**options), *parts)
+    assert (text(events), events[-1].reason) == (want, reason)
+    assert events[-1].stop == ("END" if want == "a " else None)
+
+
+def test_tool_calls_end_an_answer():
+    call = [Control.TOOL_CALLS, "f", Control.ARGS, "{}"]
+    events = events_of(answer(), *call, Control.EOS)
+    assert events[:-1] == [ToolCall(0, "f", "{}", True)] and events[-1].reason == "tool_calls"
+    capped = events_of(answer(max_tool_calls=2), *call * 9)
+    assert len(capped) == 3 and capped[-1].reason == "tool_calls"
+    cut = events_of(answer(max_tokens=3), *call)
+    assert cut[:-1] == [ToolCall(0, "f", "", False)] and cut[-1].reason == "length"
+
+
+def test_a_full_context_ends_an_answer():
+    # The prompt takes 2 of 6 positions, 4 tokens are put behind it, and the last position still gives one.
+    one = answer(n_ctx=6)
+    done = events_of(one, *[1097] * 9)[-1]
+    assert done.reason == "context" and len(one.ids) == 5 and done.statistics.n_context == 6
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_computed():
+    with pytest.raises(ContextError, match="the prompt has 6 tokens; the context holds 5") as caught:
+        answer(n_prompt=6, n_ctx=5)
+    assert (caught.value.n_prompt, caught.value.n_ctx, caught.value.max_tokens) == (6, 5, None)
+    with pytest.raises(ContextError, match="4 tokens and 2 more are asked for; the context holds 5"):
+        answer(n_prompt=4, n_ctx=5, max_tokens=2)
+    assert answer(n_prompt=4, n_ctx=5, max_tokens=1).n_ctx == 5
+    with pytest.raises(ValueError, match="at least 1"):
+        answer(max_tokens=0)
+
+
+def test_ids_can_come_from_elsewhere():
+    one = answer()
+    assert one.take(Choice(1097, 0.0)) == [Text("a")] and one.reason is None
+    assert one.take(Choice(Control.EOS, 0.0)) == [] and one.reason == "stop"
+    assert one.ids == [1097, Control.EOS]
+
+
+def test_log_probabilities_come_before_the_text_of_their_token():
+    events = events_of(answer(logprobs=2), "a", Control.EOS)
+    tokens = [event for event in events if isinstance(event, Token)]
+    assert [token.id for token in tokens] == [1097, Control.EOS]
+    assert events[0] is tokens[0] and events[1] == Text("a")
+    assert tokens[0].text == "a" and tokens[1].text == ""
+    assert tokens[0].logprob == tokens[0].top[0][1] < 0 and len(tokens[0].top) == 2
+
+
+def test_without_them_none_are_computed(monkeypatch):
+    asked = []
+    pick = Sampler.pick
+    monkeypatch.setattr(Sampler, "pick", lambda self, logits, n=None: asked.append(n) or pick(self, logits, n))
+    one = answer()
+    events_of(one, "a", Control.EOS)
+    assert one.ids == [1097, Control.EOS] and asked == [None, None]
+
+
+def test_a_logit_that_is_not_finite_is_never_a_token():
+    one = answer()
+    with pytest.raises(NotFinite):
+        one.choose(np.full(131072, np.nan, np.float32))
+    assert one.ids == [] and one.reason is None
+
+
+def test_each_answer_has_a_stop_flag_of_its_own():
+    one, other = answer(), answer()
+    one.stop_flag.set()
+    assert one.stop_flag.is_set() and not other.stop_flag.is_set()
+
+
+def test_an_answer_ends_once_and_keeps_its_own_reason():
+    one = answer(max_tokens=1)
+    one.choose(logits_for(1097))
+    assert one.end(2, "interrupted") == [Done("length", one.done.statistics)]
+    with pytest.raises(AssertionError):
+        one.end(2)
