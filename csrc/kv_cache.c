@@ -15,6 +15,7 @@
 #include <errno.h>
 #include <math.h>
 #include <pthread.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -230,6 +231,12 @@ int kv_cache_save(const kv_cache *kv, uint64_t fingerprint, int32_t length, int 
     }
     return MS4_OK;
 }
+/* The largest magnitude, which open_segment takes from the third float of a position. */
+static float largest_of(const int16_t *x, size_t n) {
+    int largest = 0;
+    for (size_t i = 0; i < n; i++) largest = abs(x[i]) > largest ? abs(x[i]) : largest;
+    return (float)largest;
+}
 /* Is a part of a row as long as kernels may take for granted?  (Each rounded number is off by a half at most.) */
 static int is_short(const int16_t *x, size_t n) {
     double most = LENGTH_16 + sqrt((double)n), squares = 0;
@@ -241,6 +248,7 @@ static int check_positions(const kv_store *s, const int16_t *rows, const float *
     for (size_t j = 0; j < n; j++, rows += width(s), scales += KV_SCALES) {
         int good = is_short(rows, (size_t)s->rank) && is_short(rows + s->rank, (size_t)s->d_rope);
         for (int i = 0; i < KV_SCALES; i++) good &= scales[i] >= 0 && scales[i] < INFINITY;
+        good &= scales[2] == largest_of(rows, (size_t)s->rank);
         FAIL_IF(!good, MS4_EMODEL, "the saved session holds numbers that this engine cannot have written; it is of no use");
     }
     return MS4_OK;

@@ -13,7 +13,7 @@
 #include "ms4.h"
 #include "ops.h"
 
-#define KV_SCALES 2            /* floats of a position: the scales of its latents and of its rope key */
+#define KV_SCALES 3            /* floats of a position: scales of its latents and rope key, its largest latent */
 
 typedef struct kv_store kv_store;                             /* of an engine: all blocks, and who owns them */
 typedef struct kv_block kv_block;

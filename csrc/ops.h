@@ -113,9 +113,9 @@ struct ms4_ops {
      * norm == 0 of all, in 64 partial sums. */
     void (*choose)(const float *logits, int32_t n, int32_t k, float scale, int32_t norm, int32_t *ids, float *weights);
     /* x = d out, to the nearest integers of length LENGTH_16 or less; returns d: 0 for what is as good as zero, NaN for
-     * what is not finite, out being zero then */
-    float (*quantize_16)(int16_t *out, const float *x, size_t n);
-    /* n_keys rows and their two scales each */
+     * what is not finite, out being zero then.  largest (or NULL): the largest magnitude in out. */
+    float (*quantize_16)(int16_t *out, const float *x, size_t n, float *largest);
+    /* n_keys rows, and three floats each: scales of latents and rope key, largest magnitude of the latents */
     void (*open_segment)(struct ms4_segment *s, const int16_t *rows, const float *d, int32_t n_keys);
     void (*attend_segment)(const struct ms4_attend_segment *a);
     /* Adds the { m, l, o[n] } of other keys to a running one, which starts as { -INFINITY, 0, zeros }:

@@ -381,5 +381,5 @@ def macs_per_token(s: ms4.Shape, skipped: float = 0) -> float:
 
 
 def kv_bytes(s: ms4.Shape, n_tokens: int) -> int:
-    """Bytes of the kv cache for so many tokens: latents and rope keys, of 16-bit numbers, and their scales."""
-    return (2 * (s.kv_rank + s.d_rope) + 8) * s.n_layer * n_tokens
+    """Bytes of the kv cache for so many tokens: latents and rope keys, of 16-bit numbers, and three floats."""
+    return (2 * (s.kv_rank + s.d_rope) + 12) * s.n_layer * n_tokens

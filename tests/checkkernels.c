@@ -357,8 +357,9 @@ static void check_quantize_16(void) {
         int16_t *got = guarded(n * sizeof *got), *want = guarded(n * sizeof *want);
         fill_floats(x, n, i % 8);
         if (i % 3 == 0) x[between(0, (int)n - 1)] *= 300;       /* the largest number decides, not the length */
-        float d = fast->quantize_16(got, x, n), want_d = ref->quantize_16(want, x, n);
+        float largest = -1, d = fast->quantize_16(got, x, n, &largest), want_d = ref->quantize_16(want, x, n, NULL);
         double squares = 0;
+        int most = 0;
         hash_floats(&d, 1);
         hash_bytes(got, n * sizeof *got);
         expect(isnan(want_d) ? isnan(d) : fabsf(d - want_d) <= 1e-6f * want_d, "wrong d");
@@ -366,7 +367,9 @@ static void check_quantize_16(void) {
             double exact = want_d > 0 ? (double)x[j] / want_d : 0;
             expect(fabs(got[j] - exact) <= 0.5 + 0.04, "not the nearest integer");     /* 32767 * 1e-6 */
             squares += (double)got[j] * got[j];
+            most = abs(got[j]) > most ? abs(got[j]) : most;
         }
+        expect(largest == (float)most, "wrong largest integer");
         expect(sqrt(squares) <= LENGTH_16 + 0.5 * sqrt((double)n) + 1, "too long");
         release_all();
     }
@@ -458,15 +461,17 @@ static void check_attend(void) {
         release_all();
     }
 }
-/* Rows of 16-bit numbers: as long as they may be, at random or with most of the length in one number. */
-static void fill_rows(int16_t *rows, float *d, size_t n_rows, size_t rank, size_t d_rope, int kind) {
+/* Rows of 16-bit numbers: as long as they may be, at random or with most of the length in one number.  n_scales: 3 for
+ * keys, 2 for queries. */
+static void fill_rows(int16_t *rows, float *d, size_t n_scales, size_t n_rows, size_t rank, size_t d_rope, int kind) {
     for (size_t r = 0; r < n_rows; r++, rows += rank + d_rope)
         for (size_t part = 0; part < 2; part++) {
             size_t n = part ? d_rope : rank;
             float x[512];
             for (size_t i = 0; i < n; i++) x[i] = kind == 1 ? 1 : uniform();
             if (kind == 2) x[between(0, (int)n - 1)] = rnd() & 1 ? 100 : -100;
-            d[2 * r + part] = ref->quantize_16(rows + part * rank, x, n) * (kind == 3 ? 4 : 1);
+            float *largest = n_scales == 3 && !part ? d + n_scales * r + 2 : NULL;
+            d[n_scales * r + part] = ref->quantize_16(rows + part * rank, x, n, largest) * (kind == 3 ? 4 : 1);
         }
 }
 static struct ms4_segment make_segment(int32_t rank, int32_t d_rope) {
@@ -514,9 +519,9 @@ static void check_segment(void) {
         int32_t rank = 8 * between(1, 40), d_rope = 8 * between(1, 12), n_keys = i % 4 ? between(1, SEGMENT_KEYS) : SEGMENT_KEYS, n_q = between(1, 34);
         size_t width = (size_t)(rank + d_rope), row = (size_t)rank + 2, n_out = (size_t)n_q * row;
         int16_t *rows = guarded((size_t)n_keys * width * 2), *q = guarded((size_t)n_q * width * 2);
-        float *d = guarded_floats((size_t)n_keys * 2), *q_d = guarded_floats((size_t)n_q * 2);
-        fill_rows(rows, d, (size_t)n_keys, (size_t)rank, (size_t)d_rope, i % 4);
-        fill_rows(q, q_d, (size_t)n_q, (size_t)rank, (size_t)d_rope, i % 5);
+        float *d = guarded_floats((size_t)n_keys * 3), *q_d = guarded_floats((size_t)n_q * 2);
+        fill_rows(rows, d, 3, (size_t)n_keys, (size_t)rank, (size_t)d_rope, i % 4);
+        fill_rows(q, q_d, 2, (size_t)n_q, (size_t)rank, (size_t)d_rope, i % 5);
         struct ms4_segment got = make_segment(rank, d_rope), want = make_segment(rank, d_rope);
         fast->open_segment(&got, rows, d, n_keys);
         ref->open_segment(&want, rows, d, n_keys);
@@ -540,10 +545,10 @@ static void check_segment(void) {
 static void check_segment_nan(void) {
     for (int i = 0; i < 20; i++) {
         int16_t rows[40 * 48], q[3 * 48];
-        float d[80], q_d[6], out[3 * 42];
-        fill_rows(rows, d, 40, 40, 8, 0);
-        fill_rows(q, q_d, 3, 40, 8, 0);
-        if (i < 10) d[2 * 30 + i % 2] = NAN;
+        float d[120], q_d[6], out[3 * 42];
+        fill_rows(rows, d, 3, 40, 40, 8, 0);
+        fill_rows(q, q_d, 2, 3, 40, 8, 0);
+        if (i < 10) d[3 * 30 + i % 2] = NAN;
         else q_d[2 * 1 + i % 2] = NAN;
         struct ms4_segment s = make_segment(40, 8);
         fast->open_segment(&s, rows, d, 40);
@@ -663,7 +668,7 @@ static void run_choose(const struct ms4_ops *o) {
     for (int i = 0; i < 50 * N_TIMED / 128; i++) o->choose(t_x + i % 96 * 128, 128, 4, 1, 1, ids, t_y);
 }
 static void run_quantize_16(const struct ms4_ops *o) {
-    for (int i = 0; i < 50; i++) t_y[i] = o->quantize_16(t_16, t_x, N_TIMED);
+    for (int i = 0; i < 50; i++) t_y[i] = o->quantize_16(t_16, t_x, N_TIMED, t_y + 50);
 }
 static void run_transpose_keys(const struct ms4_ops *o) {
     for (int i = 0; i < 50; i++) o->transpose_keys(t_y, t_x, 128, ATTEND_KEYS, 128);
@@ -724,10 +729,10 @@ static void time_segment(void) {
     int16_t *q = guarded(HEADS * (RANK + ROPE) * 2);
     float *q_d = guarded_floats(HEADS * 2);
     t_rows = guarded(SEGMENT_KEYS * (RANK + ROPE) * 2);
-    t_d = guarded_floats(SEGMENT_KEYS * 2);
+    t_d = guarded_floats(SEGMENT_KEYS * 3);
     t_segment = make_segment(RANK, ROPE);
-    fill_rows(t_rows, t_d, SEGMENT_KEYS, RANK, ROPE, 0);
-    fill_rows(q, q_d, HEADS, RANK, ROPE, 0);
+    fill_rows(t_rows, t_d, 3, SEGMENT_KEYS, RANK, ROPE, 0);
+    fill_rows(q, q_d, 2, HEADS, RANK, ROPE, 0);
     t_attend_segment = (struct ms4_attend_segment){ &t_segment, q, q_d, guarded_floats(HEADS * (RANK + 2)), SEGMENT_KEYS, HEADS, NULL, 0 };
     double open = best_time(run_open_segment, fast), t = best_time(run_attend_segment, fast), slow = best_time(run_attend_segment, ref);
     printf("  %5.1f GMAC/s (%4.1fx ref), opening %4.1f %% of the time", HEADS * (double)SEGMENT_KEYS * (2 * RANK + ROPE) / t * 1e-9, slow / t,

@@ -272,6 +272,37 @@ def test_damaged_and_forged_files_give_one_clear_error_each(model, tmp_path, rng
     assert blocks(model) == 0
 
 
+def checksum(h, data):
+    """kv_cache.c's."""
+    h ^= len(data)
+    for at in range(0, len(data), 8):
+        h = (h ^ int.from_bytes(data[at : at + 8], "little")) * 0x9E3779B97F4A7C15 % (1 << 64)
+        h ^= h >> 29
+    return h
+
+
+@pytest.mark.parametrize("scale, value", [(0, np.nan), (0, -1), (1, np.inf), (2, 1), (2, np.nan), (2, 40000)])
+def test_forged_numbers_under_right_checksums_are_refused(model, tmp_path, scale, value):
+    n, rows, path = 10, 2 * (model.shape.kv_rank + model.shape.d_rope), tmp_path / "s"
+    layer = n * (rows + 12)
+    with model.session(20) as one, model.session(20) as two:
+        one.feed(ids(1, n))
+        head, body = (whole := saved(one, path))[:64], bytearray(whole[64:-8])
+        places = range(0, len(body), layer)
+        for forged in (False, True):
+            if forged:
+                struct.pack_into("<f", body, layer + n * rows + 3 * 12 + 4 * scale, value)  # layer 1, position 3
+            total = int.from_bytes(head[-8:], "little")
+            for at in places:
+                total = checksum(checksum(total, body[at : at + n * rows]), body[at + n * rows : at + layer])
+            path.write_bytes(head + body + struct.pack("<Q", total))
+            if not forged:
+                assert path.read_bytes() == whole and load(two, path) == n
+        with pytest.raises(ms4.EngineError, match="numbers that this engine cannot have written"):
+            load(two, path)
+        assert two.length == 0
+
+
 def test_a_saved_session_that_does_not_fit_says_so(model, tmp_path):
     with model.session(300) as one, model.session(100) as small:
         one.feed(ids(1, 200))

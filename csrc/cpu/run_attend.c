@@ -93,8 +93,9 @@ static void absorb_item(void *context, int32_t item, int32_t thread) {
     for (int32_t t = 0; t < n; t++) {
         size_t at = (size_t)(first + t) * heads(run) + (size_t)head;
         int16_t *to = run->absorbed + at * latent_width(run);
-        run->absorbed_d[2 * at] = ops->quantize_16(to, a + (size_t)t * rank, rank);
-        run->absorbed_d[2 * at + 1] = ops->quantize_16(to + rank, q + (size_t)t * q_stride + s->d_nope, (size_t)s->d_rope);
+        float *d = run->absorbed_d + 2 * at;
+        d[0] = ops->quantize_16(to, a + (size_t)t * rank, rank, NULL);
+        d[1] = ops->quantize_16(to + rank, q + (size_t)t * q_stride + s->d_nope, (size_t)s->d_rope, NULL);
     }
 }
 /* --- segments ------------------------------------------------------------------------------- */

@@ -59,8 +59,8 @@ static void latent_item(void *context, int32_t item, int32_t thread) {
         int16_t *to = kv_cache_row(s->kv, run->layer, s->pos + t - s->first);
         ops->rms_norm(kv, kv, run->weight->data, rank, run->eps);
         rotate(kv + rank, run->st->rope + (size_t)t * d_rope, (int32_t)d_rope);
-        d[0] = ops->quantize_16(to, kv, rank);
-        d[1] = ops->quantize_16(to + rank, kv + rank, d_rope);
+        d[0] = ops->quantize_16(to, kv, rank, d + 2);
+        d[1] = ops->quantize_16(to + rank, kv + rank, d_rope, NULL);
     }
 }
 int cpu_latents(device *d, const step *st, int32_t layer, const vector *norm, float eps) {

@@ -13,7 +13,7 @@ void attend_segment_avx2(const struct ms4_attend_segment *a) { attend_segment_16
 void open_segment_avx2(struct ms4_segment *s, const int16_t *rows, const float *d, int32_t n_keys) {
     size_t width = (size_t)(s->rank + s->d_rope), pairs = width / 2;
     int n = blocks_of_keys(n_keys) * SEGMENT_BLOCK;
-    open_scales(s, rows, d, n_keys);
+    open_scales(s, d, n_keys);
     for (int key = 0; key < n; key += 8)
         for (size_t i = 0; i < pairs; i += 8) {
             __m256i v[8];

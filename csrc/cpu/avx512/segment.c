@@ -69,7 +69,7 @@ void attend_segment_avx512(const struct ms4_attend_segment *a) { attend_segment_
 void open_segment_avx512(struct ms4_segment *s, const int16_t *rows, const float *d, int32_t n_keys) {
     size_t width = (size_t)(s->rank + s->d_rope), pairs = width / 2;
     int n = blocks_of_keys(n_keys) * SEGMENT_BLOCK;
-    open_scales(s, rows, d, n_keys);
+    open_scales(s, d, n_keys);
     for (int key = 0; key < n; key += 16)
         for (size_t i = 0; i < pairs; i += 16) {
             __m512 v[16];

@@ -127,19 +127,21 @@ static void attend_ref(const struct ms4_attend *a) {
 }
 
 /* Lengths of at most LENGTH_16, numbers of at most 2^15 - 1. */
-static float quantize_16_ref(int16_t *out, const float *x, size_t n) {
-    double largest = 0, squares = 0;
+static float quantize_16_ref(int16_t *out, const float *x, size_t n, float *largest) {
+    double most = 0, squares = 0;
     int finite = 1;
     memset(out, 0, n * sizeof *out);
+    if (largest) *largest = 0;
     for (size_t i = 0; i < n; i++) {
         if (!isfinite(x[i])) finite = 0;
-        if (fabs((double)x[i]) > largest) largest = fabs((double)x[i]);
+        if (fabs((double)x[i]) > most) most = fabs((double)x[i]);
         squares += (double)x[i] * x[i];
     }
     if (!finite) return NAN;
-    if (largest < 0x1p-100) return 0;
-    double factor = fmin(32767 / largest, LENGTH_16 / sqrt(squares));
+    if (most < 0x1p-100) return 0;
+    double factor = fmin(32767 / most, LENGTH_16 / sqrt(squares));
     for (size_t i = 0; i < n; i++) out[i] = (int16_t)rint(x[i] * factor);
+    if (largest) *largest = (float)rint(most * factor);
     return (float)(1 / factor);
 }
 /* Number i of key j of an opened segment, as a key and as a value. */

@@ -5,14 +5,15 @@
 #include "plain.h"
 
 /* The length is taken from 64 partial sums; x of 2^-100 and less are as good as zero. */
-static inline float quantize_16_plain(int16_t *out, const float *x, size_t n) {
-    plain_bits largest = { .u = largest_bits_plain(x, (int)n) };
-    int finite = largest.u < 0x7f800000u;
-    if (!finite || largest.f < 0x1p-100f) {
+static inline float quantize_16_plain(int16_t *out, const float *x, size_t n, float *largest) {
+    plain_bits most = { .u = largest_bits_plain(x, (int)n) };
+    int finite = most.u < 0x7f800000u;
+    if (!finite || most.f < 0x1p-100f) {
         memset(out, 0, n * sizeof *out);
+        if (largest) *largest = 0;
         return finite ? 0 : NAN;
     }
-    float one = 1.0f / largest.f, length = sqrtf(sum_squares_plain(x, n, one));
+    float one = 1.0f / most.f, length = sqrtf(sum_squares_plain(x, n, one));
     float top = LENGTH_16 / length;            /* of the largest, if the length decides */
     top = top < 32767.0f ? top : 32767.0f;
     float factor = top * one;
@@ -20,31 +21,22 @@ static inline float quantize_16_plain(int16_t *out, const float *x, size_t n) {
         plain_bits v = { .f = x[i] * factor + PLAIN_ROUND };
         out[i] = (int16_t)v.u;          /* the integer is in the lowest bits */
     }
-    return largest.f / top;
+    if (largest) *largest = most.f * factor + PLAIN_ROUND - PLAIN_ROUND;
+    return most.f / top;
 }
 
 /* --- opening ------------------------------------------------------------------------------ */
-/* Scales, and the largest magnitude of each key's latents. */
-static inline void open_scales(struct ms4_segment *s, const int16_t *rows, const float *d, int32_t n_keys) {
-    size_t width = (size_t)(s->rank + s->d_rope);
+/* The numbers of each key, side by side; absent keys have zeros. */
+static inline void open_scales(struct ms4_segment *s, const float *d, int32_t n_keys) {
     memset(s->d, 0, 3 * SEGMENT_KEYS * sizeof *s->d);
-    for (int32_t j = 0; j < n_keys; j++) {
-        int16_t high = 0, low = 0;
-        for (int32_t i = 0; i < s->rank; i++) {
-            int16_t v = rows[(size_t)j * width + (size_t)i];
-            high = v > high ? v : high;
-            low = v < low ? v : low;
-        }
-        s->d[j] = d[2 * j];
-        s->d[SEGMENT_KEYS + j] = d[2 * j + 1];
-        s->d[2 * SEGMENT_KEYS + j] = (float)(high > -low ? high : -low);
-    }
+    for (int32_t j = 0; j < n_keys; j++)
+        for (int32_t i = 0; i < 3; i++) s->d[i * SEGMENT_KEYS + j] = d[3 * j + i];
     s->n_keys = n_keys;
 }
 static inline int32_t blocks_of_keys(int32_t n_keys) { return (n_keys + SEGMENT_BLOCK - 1) / SEGMENT_BLOCK; }
 static inline void open_segment_plain(struct ms4_segment *s, const int16_t *rows, const float *d, int32_t n_keys) {
     size_t width = (size_t)(s->rank + s->d_rope), n = (size_t)blocks_of_keys(n_keys) * SEGMENT_BLOCK;
-    open_scales(s, rows, d, n_keys);
+    open_scales(s, d, n_keys);
     for (size_t j = 0; j < n; j++)
         for (size_t i = 0; i < width / 2; i++) {
             int16_t *to = s->keys + (j / SEGMENT_BLOCK * (width / 2) + i) * 2 * SEGMENT_BLOCK + j % SEGMENT_BLOCK * 2;
