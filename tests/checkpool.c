@@ -32,7 +32,8 @@ int main(void) {
             pool_run(p, item, &t, n, NULL);
             for (int32_t i = 0; i < n; i++)
                 if (atomic_load(&t.done[i]) != 1) {
-                    printf("%d threads, run %d: item %d of %d done %d times\n", threads, run, i, n, atomic_load(&t.done[i]));
+                    printf("%d threads, run %d: item %d of %d done %d times\n", threads, run, i, n,
+                           atomic_load(&t.done[i]));
                     return 1;
                 }
         }

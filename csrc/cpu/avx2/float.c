@@ -9,9 +9,12 @@
 
 typedef __m256 load_fn(const uint8_t *w, size_t k);        /* weights k to k + 7 of a row */
 INLINE __m256 load_f32(const uint8_t *w, size_t k) { return _mm256_loadu_ps((const float *)w + k); }
-INLINE __m256 load_f16(const uint8_t *w, size_t k) { return _mm256_cvtph_ps(_mm_loadu_si128((const void *)(w + k * 2))); }
+INLINE __m256 load_f16(const uint8_t *w, size_t k) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const void *)(w + k * 2)));
+}
 INLINE __m256 load_bf16(const uint8_t *w, size_t k) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)(w + k * 2))), 16));
+    const __m128i h = _mm_loadu_si128((const void *)(w + k * 2));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
 /* j with j + 8, then + 4, + 2, + 1 */
 INLINE float sum_tree(__m256 low, __m256 high) {
@@ -48,19 +51,21 @@ INLINE void tile_floats(float_sums sums, int row, int token, const uint8_t *cons
         memcpy(w_end, w[r] + k * size, (end - k) * size);
         memcpy(x_end, x[t] + k, (end - k) * sizeof(float));
         for (size_t half = 0; half < 2; half++)
-            sum[r][t][half] = _mm256_fmadd_ps(load(w_end, half * 8), _mm256_loadu_ps(x_end + half * 8), sum[r][t][half]);
+            sum[r][t][half] =
+                _mm256_fmadd_ps(load(w_end, half * 8), _mm256_loadu_ps(x_end + half * 8), sum[r][t][half]);
     }
     for (int i = 0; i < n_rows * n_tokens * 2; i++)
         sums[row + i / 2 / n_tokens][token + i / 2 % n_tokens][i % 2] = sum[i / 2 / n_tokens][i / 2 % n_tokens][i % 2];
 }
 /* One row or two, times all tokens of the block. */
-INLINE void rows_floats(float_sums sums, int row, const uint8_t *const *w, const float *const *x, int n_rows, int n_tokens,
-                        size_t k, size_t end, size_t size, load_fn *load) {
+INLINE void rows_floats(float_sums sums, int row, const uint8_t *const *w, const float *const *x, int n_rows,
+                        int n_tokens, size_t k, size_t end, size_t size, load_fn *load) {
     int t = 0;
     for (; t + 3 <= n_tokens; t += 3) tile_floats(sums, row, t, w, x + t, n_rows, 3, k, end, size, load);
     for (; t < n_tokens; t++) tile_floats(sums, row, t, w, x + t, n_rows, 1, k, end, size, load);
 }
-INLINE void block_floats(const struct ms4_mul *m, int row, int token, int n_rows, int n_tokens, size_t size, load_fn *load) {
+INLINE void block_floats(const struct ms4_mul *m, int row, int token, int n_rows, int n_tokens, size_t size,
+                         load_fn *load) {
     const uint8_t *w[BLOCK_ROWS];
     const float *x[BLOCK_TOKENS];
     float_sums sums;

@@ -9,9 +9,11 @@
 static inline __m512 sum_16_512(const __m512 *a) {
     __m512 b[8], c[4], d[2];
     for (int i = 0; i < 8; i++)
-        b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x44), _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xee));
+        b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x44),
+                             _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xee));
     for (int i = 0; i < 4; i++)
-        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
+                             _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
     for (int i = 0; i < 2; i++) {
         __m512d x = _mm512_castps_pd(c[2 * i]), y = _mm512_castps_pd(c[2 * i + 1]);
         d[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
@@ -21,7 +23,9 @@ static inline __m512 sum_16_512(const __m512 *a) {
     return _mm512_permutexvar_ps(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), sums);
 }
 typedef __m512 load_weights_512(const uint8_t *w, int k, __mmask16 lanes);
-static inline __m512 weights_f32_512(const uint8_t *w, int k, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, (const float *)w + k); }
+static inline __m512 weights_f32_512(const uint8_t *w, int k, __mmask16 lanes) {
+    return _mm512_maskz_loadu_ps(lanes, (const float *)w + k);
+}
 static inline __m512 weights_f16_512(const uint8_t *w, int k, __mmask16 lanes) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, (const uint16_t *)w + k));
 }
@@ -31,12 +35,12 @@ static inline __m512 weights_bf16_512(const uint8_t *w, int k, __mmask16 lanes) 
 }
 /* `rows` rows times `tokens` tokens, rows * tokens == 16; beyond the last row or token the last one is taken again
  * and its result dropped. */
-static inline __attribute__((always_inline)) void float_tile_512(const struct ms4_mul *m, load_weights_512 *load, int r, int t,
-                                                                 int rows, int tokens) {
+INLINE void float_tile_512(const struct ms4_mul *m, load_weights_512 *load, int r, int t, int rows, int tokens) {
     const uint8_t *w[16];
     const float *x[16];
     __m512 acc[16];
-    int n_rows = m->n_rows - r < rows ? m->n_rows - r : rows, n_tokens = m->n_tokens - t < tokens ? m->n_tokens - t : tokens;
+    int n_rows = m->n_rows - r < rows ? m->n_rows - r : rows;
+    int n_tokens = m->n_tokens - t < tokens ? m->n_tokens - t : tokens;
     for (int i = 0; i < rows; i++) w[i] = m->w + (size_t)(r + (i < n_rows ? i : n_rows - 1)) * m->row_bytes;
     for (int j = 0; j < tokens; j++) x[j] = mul_floats(m, t + (j < n_tokens ? j : n_tokens - 1));
     for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_ps();
@@ -54,9 +58,10 @@ static inline __attribute__((always_inline)) void float_tile_512(const struct ms
     for (int j = 0; j < n_tokens; j++)
         for (int i = 0; i < n_rows; i++) m->y[(size_t)(t + j) * m->y_stride + (size_t)(r + i)] = sums[j * rows + i];
 }
-/* The products of four rows with the columns `lanes` from k on; of the rows from `ahead` on, as many bytes are asked for. */
-static inline __attribute__((always_inline)) void float_step_512(__m512 *sum, const uint8_t *const *w, const uint8_t *ahead, const float *x,
-                                                                 int k, __mmask16 lanes, load_weights_512 *load, size_t size) {
+/* The products of four rows with the columns `lanes` from k on; of the rows from `ahead` on, as many bytes are asked
+ * for. */
+INLINE void float_step_512(__m512 *sum, const uint8_t *const *w, const uint8_t *ahead, const float *x, int k,
+                           __mmask16 lanes, load_weights_512 *load, size_t size) {
     ahead += (size_t)k * 4 * size;
     const __m512 xs = _mm512_maskz_loadu_ps(lanes, x + k);
 #pragma GCC unroll 4
@@ -66,7 +71,7 @@ static inline __attribute__((always_inline)) void float_step_512(__m512 *sum, co
     }
 }
 /* 16 rows times one token, 4 rows at a time: more streams side by side make memory slower, not faster. */
-static inline __attribute__((always_inline)) void float_rows_512(const struct ms4_mul *m, load_weights_512 *load, size_t size, int r, int t) {
+INLINE void float_rows_512(const struct ms4_mul *m, load_weights_512 *load, size_t size, int r, int t) {
     int n_rows = m->n_rows - r < 16 ? m->n_rows - r : 16, k;
     const float *x = mul_floats(m, t);
     __m512 acc[16];
@@ -83,7 +88,7 @@ static inline __attribute__((always_inline)) void float_rows_512(const struct ms
     _mm512_storeu_ps(sums, sum_16_512(acc));
     for (int i = 0; i < n_rows; i++) m->y[(size_t)t * m->y_stride + (size_t)(r + i)] = sums[i];
 }
-static inline __attribute__((always_inline)) void mul_floats_512(const struct ms4_mul *m, load_weights_512 *load, size_t size) {
+INLINE void mul_floats_512(const struct ms4_mul *m, load_weights_512 *load, size_t size) {
     int t = 0;
     for (; m->n_tokens - t >= 3; t += 4)
         for (int r = 0; r < m->n_rows; r += 4) float_tile_512(m, load, r, t, 4, 4);

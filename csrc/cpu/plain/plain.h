@@ -98,8 +98,9 @@ static inline void silu_mul_plain(float *out, const float *gate, const float *up
 }
 /* The error function within 1.2 ulp: t + t p(t^2) for |x| = t below 0.921875, else 1 - e^-q(t), which is 1 from 3.9
  * on.  p and q are minimax polynomials (Lawson's weighted least squares): p of degree 6 for erf(t) / t - 1; q of degree
- * 7 for -log erfc(t) up to 4, where weights were erfc(t), and beyond 4 it only has to grow, and does.  Coefficients were
- * rounded to floats from the lowest on, each time fitting the rest anew.  p misses by 1e-9, q by 5e-11.  NaN stays NaN. */
+ * 7 for -log erfc(t) up to 4, where weights were erfc(t), and beyond 4 it only has to grow, and does.  Coefficients
+ * were rounded to floats from the lowest on, each time fitting the rest anew.  p misses by 1e-9, q by 5e-11.  NaN stays
+ * NaN. */
 static inline float erf_plain(float x) {
     float t = __builtin_fabsf(x), s = t * t, p = __builtin_fmaf(0x1.4e1556p-14f, s, -0x1.a5b0f8p-11f);
     p = __builtin_fmaf(p, s, 0x1.5441d4p-8f);

@@ -148,10 +148,12 @@ static float quantize_16_ref(int16_t *out, const float *x, size_t n, float *larg
 static double segment_key(const struct ms4_segment *s, size_t j, size_t i) {
     size_t width = (size_t)(s->rank + s->d_rope);
     float d = s->d[i < (size_t)s->rank ? j : SEGMENT_KEYS + j];
-    return (double)d * s->keys[((j / SEGMENT_BLOCK * width + i / 2 * 2) * SEGMENT_BLOCK) + j % SEGMENT_BLOCK * 2 + i % 2];
+    return (double)d
+        * s->keys[((j / SEGMENT_BLOCK * width + i / 2 * 2) * SEGMENT_BLOCK) + j % SEGMENT_BLOCK * 2 + i % 2];
 }
 static double segment_value(const struct ms4_segment *s, size_t j, size_t i) {
-    return (double)s->d[j] * s->values[(i / SEGMENT_BLOCK * SEGMENT_KEYS + j / 2 * 2) * SEGMENT_BLOCK + i % SEGMENT_BLOCK * 2 + j % 2];
+    return (double)s->d[j]
+        * s->values[(i / SEGMENT_BLOCK * SEGMENT_KEYS + j / 2 * 2) * SEGMENT_BLOCK + i % SEGMENT_BLOCK * 2 + j % 2];
 }
 static void attend_segment_row_ref(const struct ms4_attend_segment *a, size_t row) {
     const struct ms4_segment *seg = a->segment;
@@ -161,7 +163,8 @@ static void attend_segment_row_ref(const struct ms4_attend_segment *a, size_t ro
     double s[SEGMENT_KEYS], largest = -INFINITY, sum = 0;
     for (size_t j = 0; j < n_keys; j++) {
         s[j] = 0;
-        for (size_t i = 0; i < width; i++) s[j] += (double)a->q_d[2 * row + (i >= rank)] * q[i] * segment_key(seg, j, i);
+        for (size_t i = 0; i < width; i++)
+            s[j] += (double)a->q_d[2 * row + (i >= rank)] * q[i] * segment_key(seg, j, i);
         if (s[j] > largest) largest = s[j];
     }
     for (size_t j = 0; j < n_keys; j++) sum += s[j] = exp(s[j] - largest);

@@ -46,7 +46,8 @@ static inline void open_segment_plain(struct ms4_segment *s, const int16_t *rows
     size_t rank = (size_t)s->rank, columns = segment_values_size(s->rank) / SEGMENT_KEYS;
     for (size_t i = 0; i < columns; i++)
         for (size_t j = 0; j < n; j++)
-            s->values[(i / SEGMENT_BLOCK * (SEGMENT_KEYS / 2) + j / 2) * 2 * SEGMENT_BLOCK + i % SEGMENT_BLOCK * 2 + j % 2]
+            s->values[(i / SEGMENT_BLOCK * (SEGMENT_KEYS / 2) + j / 2) * 2 * SEGMENT_BLOCK
+                      + i % SEGMENT_BLOCK * 2 + j % 2]
                 = i < rank && j < (size_t)n_keys ? rows[j * width + i] : 0;
 }
 
@@ -59,8 +60,9 @@ static inline float weights_unit(float most, float sum) {
 }
 static inline float weights_factor(float unit) { return unit < 0x1p-100f ? 0 : 1.0f / unit; }
 /* One row's scores, as the sums of its two parts, become 16-bit weights of the values: their sums times *unit are o. */
-static inline void segment_weights_plain(int16_t *weights, const int32_t *latent, const int32_t *rope, const struct ms4_segment *s,
-                                         const float *q_d, int32_t n_keys, float *m, float *l, float *unit) {
+static inline void segment_weights_plain(int16_t *weights, const int32_t *latent, const int32_t *rope,
+                                         const struct ms4_segment *s, const float *q_d, int32_t n_keys, float *m,
+                                         float *l, float *unit) {
     float score[SEGMENT_KEYS], top[16], part[16] = { 0 }, sum[16] = { 0 }, largest = -INFINITY;
     int n = blocks_of_keys(n_keys) * SEGMENT_BLOCK;
     for (int j = 0; j < n; j++) {
@@ -94,16 +96,17 @@ static inline void segment_weights_plain(int16_t *weights, const int32_t *latent
         weights[j] = (int16_t)v.u;
     }
 }
-typedef void segment_weights_fn(int16_t *weights, const int32_t *latent, const int32_t *rope, const struct ms4_segment *s,
-                                const float *q_d, int32_t n_keys, float *m, float *l, float *unit);
-/* c[r * c_stride + j] = sum over i < n_pairs of a[r][2i] * b[i][j][0] + a[r][2i + 1] * b[i][j][1], j < 32, r < n_rows; b is
- * one block of keys or values.  next: n_lines lines to prefetch meanwhile. */
-typedef void block_product_fn(int32_t *c, size_t c_stride, const int16_t *const *a, const int16_t *b, int n_pairs, int n_rows,
-                              const uint8_t *next, int n_lines);
+typedef void segment_weights_fn(int16_t *weights, const int32_t *latent, const int32_t *rope,
+                                const struct ms4_segment *s, const float *q_d, int32_t n_keys, float *m, float *l,
+                                float *unit);
+/* c[r * c_stride + j] = sum over i < n_pairs of a[r][2i] * b[i][j][0] + a[r][2i + 1] * b[i][j][1], j < 32, r < n_rows;
+ * b is one block of keys or values.  next: n_lines lines to prefetch meanwhile. */
+typedef void block_product_fn(int32_t *c, size_t c_stride, const int16_t *const *a, const int16_t *b, int n_pairs,
+                              int n_rows, const uint8_t *next, int n_lines);
 
 /* `most` rows at most, no more than ATTEND_ROWS; the functions are constants. */
-static inline __attribute__((always_inline)) void attend_rows_16(const struct ms4_attend_segment *a, int row, int n_rows, const int most,
-                                                                 block_product_fn *product, segment_weights_fn *to_weights) {
+INLINE void attend_rows_16(const struct ms4_attend_segment *a, int row, int n_rows, const int most,
+                           block_product_fn *product, segment_weights_fn *to_weights) {
     const struct ms4_segment *s = a->segment;
     size_t width = (size_t)(s->rank + s->d_rope), rank = (size_t)s->rank, block = width * SEGMENT_BLOCK;
     int32_t latent[ATTEND_ROWS][SEGMENT_KEYS], rope[ATTEND_ROWS][SEGMENT_KEYS], c[ATTEND_ROWS][SEGMENT_BLOCK];
@@ -119,8 +122,10 @@ static inline __attribute__((always_inline)) void attend_rows_16(const struct ms
     for (int b = 0; b < n_blocks; b++) {
         const int16_t *keys = s->keys + (size_t)b * block;
         int at = (row / most * n_blocks + b) * s->rank / 2, lines = a->next_lines - at;
-        product(latent[0] + b * SEGMENT_BLOCK, SEGMENT_KEYS, q, keys, s->rank / 2, n_rows, a->next + (size_t)(lines > 0 ? at : 0) * 64, lines);
-        product(rope[0] + b * SEGMENT_BLOCK, SEGMENT_KEYS, q_rope, keys + rank * SEGMENT_BLOCK, s->d_rope / 2, n_rows, NULL, 0);
+        const uint8_t *next = a->next + (size_t)(lines > 0 ? at : 0) * 64;
+        product(latent[0] + b * SEGMENT_BLOCK, SEGMENT_KEYS, q, keys, s->rank / 2, n_rows, next, lines);
+        product(rope[0] + b * SEGMENT_BLOCK, SEGMENT_KEYS, q_rope, keys + rank * SEGMENT_BLOCK, s->d_rope / 2, n_rows,
+                NULL, 0);
     }
     for (int r = 0; r < n_rows; r++) {
         float *out = a->out + (size_t)(row + r) * (rank + 2);
@@ -135,8 +140,8 @@ static inline __attribute__((always_inline)) void attend_rows_16(const struct ms
         }
     }
 }
-static inline __attribute__((always_inline)) void attend_segment_16(const struct ms4_attend_segment *a, const int most,
-                                                                    block_product_fn *product, segment_weights_fn *to_weights) {
+INLINE void attend_segment_16(const struct ms4_attend_segment *a, const int most, block_product_fn *product,
+                              segment_weights_fn *to_weights) {
     for (int row = 0; row < a->n_q; row += most)
         attend_rows_16(a, row, a->n_q - row < most ? a->n_q - row : most, most, product, to_weights);
 }
