@@ -14,7 +14,7 @@ MAY_IMPORT = {  # folder -> our packages it may import besides itself
     "csrc": set(),
 }
 SUFFIXES = {".py", ".c", ".h", ".cu", ".cuh"}
-LONGEST_FILE, LONGEST_FUNCTION = 800, 60
+LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LINE = 800, 60, 120
 MOST_VARIABLES = 10
 
 
@@ -73,6 +73,18 @@ def test_files_are_short_and_have_unique_names():
     assert len(names) == len(set(names)), sorted(n for n in names if names.count(n) > 1)
     long = {str(p): len(p.read_text().splitlines()) for p in files()}
     assert not {name: n for name, n in long.items() if n > LONGEST_FILE}
+
+
+def test_lines_of_c_are_short():
+    """Those of Python are ruff's matter."""
+    paths = [*files(".c", ".h"), *(p for p in (ROOT / "tests").iterdir() if p.suffix in (".c", ".h"))]
+    long = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in paths
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > LONGEST_LINE
+    ]
+    assert not long
 
 
 def test_functions_are_short():
