@@ -3,7 +3,8 @@
 # make demo      set up, then a prompt, a sum with reasoning and an image on the checkpoint that comes with ms4
 # make train-demo, make skills   train the demonstration checkpoint (hours on two cores; stopped, it goes on where it
 #                was), and what the shipped one can do on fresh cases of each skill: models/training/Makefile
-# make test      set up, then all tests that need no model and no GPU
+# make test      set up, then the tests for every minute: at most two minutes of CPU time
+# make test-all  the same and those marked slow: every block type in every role, what the shipped checkpoint can do
 # make bench     reading and writing speed on a file of the real shape (4 GB, written into build/)
 # make kernels   every fast kernel against the reference, with timings
 # make san       the same kernels under AddressSanitizer and UBSan
@@ -20,7 +21,7 @@ SAN = -O1 -g -w -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SAN_TEST = $(PY) -m pytest -q -s -p no:cacheprovider
 runtime = $$($(CC) -print-file-name=lib$(1).so)
 
-.PHONY: all demo skills train-demo test bench kernels san san-engine tsan arch lint ci clean FORCE
+.PHONY: all demo skills train-demo test test-all bench kernels san san-engine tsan arch lint ci clean FORCE
 
 all: .venv/ready
 	@$(PY) csrc/build_core.py
@@ -48,6 +49,9 @@ bench: all
 # --- checking it
 
 test: all
+	$(PY) -m pytest -m "not slow"
+
+test-all: all
 	$(PY) -m pytest
 
 lint: all
@@ -84,7 +88,7 @@ san: build/asan
 san-engine: build/asan
 	LD_PRELOAD="$(call runtime,asan) $(call runtime,ubsan)" PYTHONMALLOC=malloc PYTHONPATH=build/asan \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0:allocator_may_return_null=1 \
-	$(SAN_TEST) tests/test_engine.py tests/test_vision.py
+	$(SAN_TEST) -m "not slow" tests/test_engine.py tests/test_vision.py tests/test_bits.py
 
 tsan: .venv/ready
 	CFLAGS="-O1 -g -w -fsanitize=thread" LDFLAGS="-fsanitize=thread" $(PY) csrc/build_core.py build/tsan

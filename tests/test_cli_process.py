@@ -23,7 +23,7 @@ def test_a_reader_that_leaves_ends_it_quietly():
     process = spawn(*RUN, "-n", "500", "Hi")
     assert len(process.stdout.read(1)) == 1
     process.stdout.close()
-    assert (process.wait(20), process.stderr.read()) == (141, b"")
+    assert (process.wait(), process.stderr.read()) == (141, b"")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
@@ -63,7 +63,7 @@ def interrupted(process, after):
     """Sends Ctrl-C after so many seconds: the exit code."""
     time.sleep(after)
     process.send_signal(signal.SIGINT)
-    return process.wait(60)
+    return process.wait()
 
 
 def test_ctrl_c_ends_a_run_and_keeps_the_text():

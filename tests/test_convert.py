@@ -102,10 +102,10 @@ def test_numbers_of_16_bits_are_read(tmp_path, dtype):
 
 # How far the logits of any position may be from those of the F16 weights: a little more than was measured.  Random
 # weights feel every rounding, so the figures say nothing about trained ones.
-MOST = {"F32": 3e-4, "F16": 3e-4, "BF16": 0.011, "Q8_0": 0.055, "Q6_K": 0.11, "Q5_K_M": 0.18, "Q4_K_M": 0.33}
-MOST |= {"Q4_0": 0.36, "Q3_K_M": 0.63, "Q2_K": 0.8}
+MOST = {"F32": 3e-4, "F16": 3e-4, "BF16": 0.011, "Q8_0": 0.06, "Q6_K": 0.11, "Q5_K_M": 0.19, "Q4_K_M": 0.35}
+MOST |= {"Q4_0": 0.38, "Q3_K_M": 0.67, "Q2_K": 0.85}
 # Positions where two experts nearly tie, and how far those may be: the router's logits are less than 0.12 apart there.
-NEAR_TIES = {"Q8_0": (115, 0.11), "Q6_K": (115, 0.13), "Q2_K": (3, 1.0)}
+NEAR_TIES = {"Q8_0": (115, 0.12), "Q6_K": (115, 0.14), "Q2_K": (3, 1.05)}
 
 
 def every_preset():

@@ -61,6 +61,7 @@ def test_it_is_small_enough_to_ship():
     assert sum(path.stat().st_size for path in files) <= MOST_BYTES
 
 
+@pytest.mark.slow
 def test_every_skill_with_every_kernel_table(examiner):
     right = {"reads": score_reading(examiner, lines(N)).right}
     for name in FEWEST.keys() - right:
@@ -68,11 +69,13 @@ def test_every_skill_with_every_kernel_table(examiner):
     assert not {name: n for name, n in right.items() if n < FEWEST[name]}, right
 
 
+@pytest.mark.slow
 def test_what_people_type_first(examiner):
     for text, answer in ASKED.items():
         assert ask(examiner, text).text == answer
 
 
+@pytest.mark.slow
 def test_a_sum_is_worked_out_before_it_is_answered(examiner):
     answer = ask(examiner, "4711 + 238 = ?", "high")
     assert answer.text == "4949" and answer.thought == "+4711+0238\n1+8+0=09\n1+3+0=04\n7+2+0=09\n4+0+0=04\n+04949"
@@ -90,12 +93,14 @@ def test_perplexity_ranks_the_presets(tmp_path):
     assert max(shipped, found["Q3_K_M"]) < found["Q2_K"], (shipped, found)
 
 
+@pytest.mark.slow
 def test_a_wrong_answer_costs_more_than_a_right_one():
     case = next(presets.cases(1))
     wrong = skills.Case(case.kind, case.keys, (*case.messages[:-1], {"role": "assistant", "content": "31415"}))
     assert presets.perplexity(DEMO, [wrong]) > 2 * presets.perplexity(DEMO, [case])
 
 
+@pytest.mark.slow
 def test_it_reads_lines_that_other_code_drew():
     texts = (DATA / "lines.txt").read_text(encoding="utf-8").splitlines()
     sheet = Image.open(DATA / "lines.png").convert("RGB")

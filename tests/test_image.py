@@ -83,7 +83,6 @@ def test_a_tower_with_other_cells():
 # --- what is read and what is refused -----------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.id)
 def test_every_odd_picture(sample: Sample):
     if sample.says is None:
