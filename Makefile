@@ -72,7 +72,8 @@ arch: all
 	$(CC) -O3 -static -o build/checkstatic $(CHECK) $(KERNELS:%.c=build/obj/%.o) -lm -pthread
 	qemu-x86_64 -cpu Nehalem build/checkstatic 2>/dev/null
 	qemu-x86_64 -cpu Haswell build/checkstatic --isa=avx2 --slack=16 2>/dev/null
-	aarch64-linux-gnu-gcc -O3 -Wall -Wextra -Werror -static -o build/checkarm $(CHECK) $(KERNELS) -lm -pthread
+	aarch64-linux-gnu-gcc -O2 -Wall -Wextra -Werror -c -o build/checkarm.o $(CHECK)   # with -O3 GCC 12 crashes
+	aarch64-linux-gnu-gcc -O3 -Wall -Wextra -Werror -static -o build/checkarm $(filter-out %.c,$(CHECK)) build/checkarm.o $(KERNELS) -lm -pthread
 	qemu-aarch64 -cpu cortex-a53 build/checkarm
 	qemu-aarch64 -cpu max build/checkarm --isa=neon
 
