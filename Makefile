@@ -18,7 +18,7 @@ PIP = $(PY) -m pip install -q --disable-pip-version-check
 KERNELS = csrc/types.c csrc/cpu/dispatch.c build/glue/grids.c $(wildcard csrc/cpu/*/*.c)
 CHECK = -std=gnu11 -ffp-contract=off -fno-math-errno -Icsrc tests/checkkernels.c
 SAN = -O1 -g -w -fsanitize=address,undefined -fno-sanitize-recover=undefined
-SAN_TEST = $(PY) -m pytest -q -s -p no:cacheprovider
+SAN_TEST = $(PY) -m pytest -q -s -p no:cacheprovider --hypothesis-profile=few
 runtime = $$($(CC) -print-file-name=lib$(1).so)
 
 .PHONY: all demo skills train-demo test test-all bench kernels san san-engine tsan arch lint ci clean FORCE
@@ -89,13 +89,14 @@ san: build/asan
 san-engine: build/asan
 	LD_PRELOAD="$(call runtime,asan) $(call runtime,ubsan)" PYTHONMALLOC=malloc PYTHONPATH=build/asan \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_sigbus=0:allocator_may_return_null=1 \
-	$(SAN_TEST) -m "not slow" tests/test_engine.py tests/test_vision.py tests/test_bits.py
+	$(SAN_TEST) -m "not slow" tests/test_engine.py tests/test_steps.py tests/test_vision.py tests/test_bits.py \
+	tests/test_sampling.py tests/test_faults.py
 
 tsan: .venv/ready
 	CFLAGS="-O1 -g -w -fsanitize=thread" LDFLAGS="-fsanitize=thread" $(PY) csrc/build_core.py build/tsan
 	OPENBLAS_NUM_THREADS=1 LD_PRELOAD="$(call runtime,tsan)" PYTHONPATH=build/tsan \
 	TSAN_OPTIONS="halt_on_error=1 exitcode=66" \
-	$(SAN_TEST) tests/test_engine.py -k "many_threads or cancel or same_bits"
+	$(SAN_TEST) tests/test_engine.py tests/test_steps.py -k "many_threads or cancel or same_bits or never_shows or waits"
 
 # --- the rest
 

@@ -9,6 +9,12 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Nothing is timed, and fixtures that examples share are fine: models.  The sanitizers take `few`.
+settings.register_profile("many", max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("few", settings.get_profile("many"), max_examples=4)
+settings.load_profile("many")
 
 SEED = int(os.environ.get("MS4_TEST_SEED") or np.random.SeedSequence().entropy % 2**32)
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import ms4
@@ -44,7 +44,6 @@ def alone(model, *parts):
 # --- several sessions in a step
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_session_gets_the_same_bits_in_any_company(model, data):
     n_sessions = data.draw(st.integers(1, 5))
@@ -322,7 +321,6 @@ def test_a_full_disk_is_an_error(model):
 # --- experts on a second device
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_where_experts_are_computed_never_shows(model, data):
     shape = model.shape
