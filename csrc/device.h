@@ -17,7 +17,8 @@ typedef struct device device;
 /* Rows [y_row, y_row + n) of y = m times rows [x_row, x_row + n) of x; add: added to what is there. */
 typedef struct { const matrix *m; buffer x, y; int32_t add, x_row, y_row; } product;
 
-typedef struct { ffn_weights w; int32_t first, n; } ffn_group;       /* one expert, and its pairs first .. first + n - 1 */
+/* One expert, and its pairs first .. first + n - 1. */
+typedef struct { ffn_weights w; int32_t first, n; } ffn_group;
 /* What one device computes of a feed-forward step.  `every` goes through all rows [row, row + n) and is added to H at
  * once.  The groups are in ascending order of their experts.  whole: there are no other shares, so their results, times
  * the pairs' weights, are added to H in that order; else they are left in PAIRS, one row a pair. */
@@ -45,7 +46,7 @@ struct device_ops {
     int (*write)(device *d, buffer b, int32_t n, const float *from);                   /* n rows of the caller's */
     int (*read)(device *d, buffer b, int32_t n, float *to);                            /* waits */
     int (*norm)(device *d, buffer x, const vector *w, float eps, buffer y, int32_t n); /* y = rms_norm(x) * w */
-    int (*products)(device *d, const product *p, int32_t n_products, int32_t n);       /* that do not read each other's y */
+    int (*products)(device *d, const product *p, int32_t n_products, int32_t n);       /* none reads another's y */
     int (*ffn)(device *d, const ffn_share *share, const picks *p);                     /* X -> H, or PAIRS */
 
     /* --- the text model */
@@ -53,19 +54,23 @@ struct device_ops {
     int (*embed)(device *d, const matrix *m, const int32_t *tokens, const float *rows, int32_t first, int32_t n);
     int (*latents)(device *d, const step *st, int32_t layer, const vector *norm, float eps);   /* KV -> kv cache */
     int (*queries)(device *d, const step *st);                                         /* Q: rope, scale */
-    int (*attend)(device *d, const step *st, int32_t layer, const matrix *k_b, const matrix *v_b);        /* Q, cache -> O */
-    int (*keep)(device *d, const int32_t *rows, int32_t n);                            /* of H and X, ascending, to the front */
+    int (*attend)(device *d, const step *st, int32_t layer, const matrix *k_b, const matrix *v_b);   /* Q, cache -> O */
+    /* Rows of H and X, ascending, to the front. */
+    int (*keep)(device *d, const int32_t *rows, int32_t n);
     int (*route)(device *d, const ms4_shape *s, picks *p);                             /* ROUTER -> picks; waits */
-    int (*send)(device *d, device *other, const ffn_share *share, const picks *p);     /* X, to `other`, as far as it needs it */
+    /* X, to `other`, as far as it needs it. */
+    int (*send)(device *d, device *other, const ffn_share *share, const picks *p);
     int (*fetch)(device *d, device *other, const ffn_share *share);                    /* PAIRS, from `other` */
-    int (*sum_pairs)(device *d, const picks *p);                                       /* H += weight * PAIRS, ascending by expert */
-    int (*logits)(device *d, const matrix *m, int32_t n, float *out);                  /* X -> n x n_rows, the caller's; waits */
+    /* H += weight * PAIRS, ascending by expert. */
+    int (*sum_pairs)(device *d, const picks *p);
+    int (*logits)(device *d, const matrix *m, int32_t n, float *out);                  /* X -> n rows of out; waits */
 
     /* --- the tower */
-    int (*attend_patches)(device *d, const patch_grid *g);         /* Q, K: 2D rope, Q scaled; every patch to all -> X */
+    /* Q, K: 2D rope, Q scaled; every patch to all -> X. */
+    int (*attend_patches)(device *d, const patch_grid *g);
     /* Groups [first, first + n) of merge x merge patches, each to a row of MERGED, channel-major (SPEC 3.4). */
     int (*merge_patches)(device *d, const patch_grid *g, buffer from, int32_t first, int32_t n);
-    int (*bias)(device *d, buffer b, const vector *bias, int32_t gelu, int32_t n);     /* b + bias, then GELU if asked for */
+    int (*bias)(device *d, buffer b, const vector *bias, int32_t gelu, int32_t n);     /* b + bias, GELU if asked for */
 };
 struct device { const struct device_ops *ops; };
 #define DO(d, call, ...) ((d)->ops->call(d, ##__VA_ARGS__))

@@ -10,26 +10,28 @@
 
 /* What kernels and buffers take for granted. */
 static int check_shape(const ms4_shape *s) {
-    const int32_t positive[] = { s->n_layer, s->n_vocab, s->n_ctx_train, s->d_model, s->n_head, s->d_nope, s->d_rope, s->d_value,
-                                 s->q_rank, s->kv_rank };
+    const int32_t positive[] = { s->n_layer, s->n_vocab, s->n_ctx_train, s->d_model, s->n_head, s->d_nope, s->d_rope,
+                                 s->d_value, s->q_rank, s->kv_rank };
     for (size_t i = 0; i < sizeof positive / sizeof *positive; i++)
         FAIL_IF(positive[i] < 1 || positive[i] > 1 << 24, MS4_EMODEL, "shape value %zu is %d", i, positive[i]);
     FAIL_IF(s->n_layer > 4096 || s->n_head > 4096, MS4_EMODEL, "%d layers, %d heads", s->n_layer, s->n_head);
     FAIL_IF(s->d_rope % 8 || s->d_rope > 256 || s->d_nope % 8 || s->d_value % 8 || s->kv_rank % 8, MS4_EMODEL,
             "head widths %d, %d, %d and %d must be multiples of 8", s->d_rope, s->d_nope, s->d_value, s->kv_rank);
-    FAIL_IF(s->n_dense_layer < 0 || s->n_dense_layer > s->n_layer, MS4_EMODEL, "%d of %d layers dense", s->n_dense_layer,
-            s->n_layer);
+    FAIL_IF(s->n_dense_layer < 0 || s->n_dense_layer > s->n_layer, MS4_EMODEL,
+            "%d of %d layers dense", s->n_dense_layer, s->n_layer);
     int has_experts = s->n_dense_layer < s->n_layer;
-    FAIL_IF(has_experts && (s->n_expert < 1 || s->n_expert > 65536 || s->n_expert_used < 1 || s->n_expert_used > s->n_expert
-                            || s->n_expert_used > 256 || s->d_expert < 1 || s->d_expert > 1 << 24),
+    FAIL_IF(has_experts && (s->n_expert < 1 || s->n_expert > 65536 || s->n_expert_used < 1
+                            || s->n_expert_used > s->n_expert || s->n_expert_used > 256
+                            || s->d_expert < 1 || s->d_expert > 1 << 24),
             MS4_EMODEL, "%d of %d experts, %d wide", s->n_expert_used, s->n_expert, s->d_expert);
-    FAIL_IF(s->d_shared < 0 || s->d_shared > 1 << 24 || s->d_dense < 0 || s->d_dense > 1 << 24, MS4_EMODEL, "FFN width");
-    FAIL_IF(!isfinite(s->attn_scale) || !isfinite(s->temp_beta) || s->temp_length < 0 || !(s->norm_eps >= 0), MS4_EMODEL,
-            "a constant of the shape is not a finite number");
+    FAIL_IF(s->d_shared < 0 || s->d_shared > 1 << 24 || s->d_dense < 0 || s->d_dense > 1 << 24,
+            MS4_EMODEL, "FFN width");
+    FAIL_IF(!isfinite(s->attn_scale) || !isfinite(s->temp_beta) || s->temp_length < 0 || !(s->norm_eps >= 0),
+            MS4_EMODEL, "a constant of the shape is not a finite number");
     return MS4_OK;
 }
-static int open_parts(ms4_engine *e, const ms4_tensor *tensors, size_t n_tensors, const char *const *paths, size_t n_paths,
-                      const ms4_options *o) {
+static int open_parts(ms4_engine *e, const ms4_tensor *tensors, size_t n_tensors, const char *const *paths,
+                      size_t n_paths, const ms4_options *o) {
     files_options how = { o->load, o->progress, o->user };
     TRY(check_shape(&e->shape));
     FAIL_IF(o->load < MS4_LOAD_AUTO || o->load > MS4_LOAD_COPY, MS4_EARG, "load mode %d", o->load);

@@ -7,7 +7,8 @@ int error_set(int status, const char *format, ...) __attribute__((format(printf,
 #define FAIL_IF(condition, status, ...) \
     do { if (condition) return error_set(status, __VA_ARGS__); } while (0)
 /* Of a step, and of any logits that a token is to be chosen from. */
-#define LOGITS_NOT_FINITE "the model gave a logit that is not a finite number; the file is damaged (compare its checksum)"
+#define LOGITS_NOT_FINITE \
+    "the model gave a logit that is not a finite number; the file is damaged (compare its checksum)"
 #define TRY(call) \
     do { int status_ = (call); if (status_) return status_; } while (0)
 #endif

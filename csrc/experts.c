@@ -1,5 +1,5 @@
-/* experts.c -- the expert store: all experts lie in host memory, in the pages that files.c holds; what is left to say is
- * which device computes them. */
+/* experts.c -- the expert store: all experts lie in host memory, in the pages that files.c holds; what is left to say
+ * is which device computes them. */
 #include "experts.h"
 #include "error.h"
 #include "memory.h"
@@ -8,7 +8,7 @@
 struct experts {
     const layer_weights *layers;
     device *devices[MAX_SHARES];                               /* home first */
-    uint8_t *place;                                            /* by layer and expert: index of its device; NULL: all home */
+    uint8_t *place;                                            /* by layer and expert: its device; NULL: all home */
     ffn_group *groups[MAX_SHARES];                             /* n_expert for each device; made when needed */
     uint64_t n_pairs, n_bytes;
     int32_t n_layer, n_expert, n_devices;
@@ -17,7 +17,8 @@ struct experts {
 int experts_open(const ms4_shape *s, const layer_weights *layers, device *home, experts **out) {
     experts *store = memory_take(1, sizeof *store);
     FAIL_IF(!store, MS4_ENOMEM, "no memory for the expert table");
-    *store = (experts){ .layers = layers, .devices = { home }, .n_layer = s->n_layer, .n_expert = s->n_expert, .n_devices = 1 };
+    *store = (experts){ .layers = layers, .devices = { home }, .n_layer = s->n_layer, .n_expert = s->n_expert,
+                        .n_devices = 1 };
     store->groups[0] = memory_take((size_t)s->n_expert, sizeof *store->groups[0]);
     if (!store->groups[0]) {
         experts_close(store);
@@ -34,7 +35,8 @@ void experts_close(experts *store) {
 }
 static ffn_group group_of(const ffn_weights *all, int32_t expert, const picks *p) {
     return (ffn_group){
-        .w = { .gate = matrix_rows(&all->gate, expert, 0, all->gate.n_rows), .up = matrix_rows(&all->up, expert, 0, all->up.n_rows),
+        .w = { .gate = matrix_rows(&all->gate, expert, 0, all->gate.n_rows),
+               .up = matrix_rows(&all->up, expert, 0, all->up.n_rows),
                .down = matrix_rows(&all->down, expert, 0, all->down.n_rows), .gelu = all->gelu },
         .first = p->first[expert], .n = p->first[expert + 1] - p->first[expert],
     };
@@ -65,7 +67,8 @@ void experts_give(experts *store, int32_t layer, const picks *p) { (void)store; 
 
 int experts_place(experts *store, const uint8_t *place, device *const *others, int32_t n_others) {
     size_t n = (size_t)store->n_layer * (size_t)store->n_expert;
-    FAIL_IF(n_others < 0 || n_others >= MAX_SHARES, MS4_EARG, "%d devices for experts: at most %d", n_others + 1, MAX_SHARES);
+    FAIL_IF(n_others < 0 || n_others >= MAX_SHARES, MS4_EARG,
+            "%d devices for experts: at most %d", n_others + 1, MAX_SHARES);
     for (size_t i = 0; place && i < n; i++)
         FAIL_IF(place[i] > n_others, MS4_EARG, "an expert is to be on device %d of %d", place[i], n_others);
     if (place && !store->place) {

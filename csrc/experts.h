@@ -1,7 +1,9 @@
 /* experts.h -- which expert lies where, and the one door to their weights.
  *
  * A layer asks who computes what, has it computed share by share, and gives the experts back:
- *     experts_take(store, layer, p, shares, &n);  ... experts_ready(store, &shares[i]) ...;  experts_give(store, layer, p);
+ *     experts_take(store, layer, p, shares, &n);
+ *     ... experts_ready(store, &shares[i]) ...;
+ *     experts_give(store, layer, p);
  * Between take and give the weights stay where the shares say.  Today every expert lies in host memory with the rest of
  * the file, and belongs to the home device unless experts_place says otherwise; slots in VRAM and on disk come behind
  * this door, and the layer does not notice: results are the same to the last bit.

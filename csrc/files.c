@@ -136,7 +136,8 @@ static int open_one(const char *path, one_file *file, int *fd) {
     file->bytes = (uint64_t)st.st_size;
     return MS4_OK;
 }
-static int fill_one(one_file *file, int fd, int32_t load, uint64_t done, uint64_t total, const files_options *o, pool *p) {
+static int fill_one(one_file *file, int fd, int32_t load, uint64_t done, uint64_t total, const files_options *o,
+                    pool *p) {
     if (load == MS4_LOAD_COPY) {
         file->data = memory_take_pages(file->bytes, 1);
         FAIL_IF(!file->data, MS4_ENOMEM, "%s: no room for a copy of %llu bytes; use --load map", file->path,
@@ -197,7 +198,9 @@ void files_close(files *f) {
     memory_give(f->file);
     memory_give(f);
 }
-uint64_t files_bytes(const files *f, int32_t index) { return index >= 0 && (size_t)index < f->n ? f->file[index].bytes : 0; }
+uint64_t files_bytes(const files *f, int32_t index) {
+    return index >= 0 && (size_t)index < f->n ? f->file[index].bytes : 0;
+}
 const uint8_t *files_at(const files *f, int32_t index, uint64_t offset, uint64_t bytes) {
     if (index < 0 || (size_t)index >= f->n) return NULL;
     const one_file *file = &f->file[index];

@@ -249,7 +249,8 @@ static int check_positions(const kv_store *s, const int16_t *rows, const float *
         int good = is_short(rows, (size_t)s->rank) && is_short(rows + s->rank, (size_t)s->d_rope);
         for (int i = 0; i < KV_SCALES; i++) good &= scales[i] >= 0 && scales[i] < INFINITY;
         good &= scales[2] == largest_of(rows, (size_t)s->rank);
-        FAIL_IF(!good, MS4_EMODEL, "the saved session holds numbers that this engine cannot have written; it is of no use");
+        FAIL_IF(!good, MS4_EMODEL,
+                "the saved session holds numbers that this engine cannot have written; it is of no use");
     }
     return MS4_OK;
 }
@@ -257,7 +258,8 @@ static int load_block(kv_cache *kv, int32_t i, size_t n, uint64_t sum, int fd) {
     const kv_store *s = kv->store;
     uint64_t stored;
     for (int32_t layer = 0; layer < s->n_layer; layer++) {
-        uint8_t *rows = kv->blocks[i]->data + (size_t)layer * s->layer_bytes, *scales = rows + SEGMENT_KEYS * row_bytes(s);
+        uint8_t *rows = kv->blocks[i]->data + (size_t)layer * s->layer_bytes;
+        uint8_t *scales = rows + SEGMENT_KEYS * row_bytes(s);
         TRY(read_all(fd, rows, n * row_bytes(s)));
         TRY(read_all(fd, scales, n * SCALE_BYTES));
         sum = checksum(checksum(sum, rows, n * row_bytes(s)), scales, n * SCALE_BYTES);
@@ -265,20 +267,23 @@ static int load_block(kv_cache *kv, int32_t i, size_t n, uint64_t sum, int fd) {
     TRY(read_all(fd, &stored, sizeof stored));
     FAIL_IF(stored != sum, MS4_EMODEL, "the saved session is damaged (a checksum is wrong); it is of no use any more");
     for (int32_t layer = 0; layer < s->n_layer; layer++)
-        TRY(check_positions(s, kv_cache_row(kv, layer, i * SEGMENT_KEYS), kv_cache_scales(kv, layer, i * SEGMENT_KEYS), n));
+        TRY(check_positions(s, kv_cache_row(kv, layer, i * SEGMENT_KEYS),
+                            kv_cache_scales(kv, layer, i * SEGMENT_KEYS), n));
     return MS4_OK;
 }
 static int load_header(const kv_store *s, uint64_t fingerprint, int32_t n_ctx, int fd, kv_header *h) {
     TRY(read_all(fd, h, sizeof *h));
     FAIL_IF(memcmp(h->magic, magic, sizeof magic), MS4_EMODEL, "this is not a saved session");
-    FAIL_IF(h->format != KV_FORMAT, MS4_EMODEL, "the saved session has format %u; this version reads %d", h->format, KV_FORMAT);
+    FAIL_IF(h->format != KV_FORMAT, MS4_EMODEL,
+            "the saved session has format %u; this version reads %d", h->format, KV_FORMAT);
     FAIL_IF(h->checksum != checksum(0, (const uint8_t *)h, offsetof(kv_header, checksum)), MS4_EMODEL,
             "the saved session is damaged (its header's checksum is wrong); it is of no use any more");
     const kv_header want = header_of(s, fingerprint, (int32_t)h->length);
     FAIL_IF(h->fingerprint != want.fingerprint || h->n_layer != want.n_layer || h->rank != want.rank
                 || h->d_rope != want.d_rope || h->n_scales != want.n_scales,
             MS4_EMODEL, "the saved session belongs to another model");
-    FAIL_IF(h->length > (uint32_t)n_ctx, MS4_EFULL, "the saved session has %u tokens; the context holds %d", h->length, n_ctx);
+    FAIL_IF(h->length > (uint32_t)n_ctx, MS4_EFULL,
+            "the saved session has %u tokens; the context holds %d", h->length, n_ctx);
     return MS4_OK;
 }
 int kv_cache_load(kv_cache *kv, uint64_t fingerprint, int32_t n_ctx, int fd, int32_t *length) {

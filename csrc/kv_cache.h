@@ -1,12 +1,12 @@
 /* kv_cache.h -- what sessions remember: latents and rope keys, in counted blocks that sessions may share.
  *
- * A block holds SEGMENT_KEYS positions of all layers; a session's cache is a list of blocks, the last one filled in part.
- * A block has one or more owners.  Who writes into one that others own, too, gets a copy of its own first (of the
- * positions in use only), so a shared prefix costs its memory once.  The format of a position is known to kv_cache.c and
- * to the kernels that ops->quantize_16 and ops->open_segment stand for.
+ * A block holds SEGMENT_KEYS positions of all layers; a session's cache is a list of blocks, the last one filled in
+ * part.  A block has one or more owners.  Who writes into one that others own, too, gets a copy of its own first (of
+ * the positions in use only), so a shared prefix costs its memory once.  The format of a position is known to
+ * kv_cache.c and to the kernels that ops->quantize_16 and ops->open_segment stand for.
  *
- * Threads: a session's cache is used by one thread at a time, but for kv_cache_share, which may read from a cache that a
- * step is just appending to: what it takes over lies before the step's positions.
+ * Threads: a session's cache is used by one thread at a time, but for kv_cache_share, which may read from a cache that
+ * a step is just appending to: what it takes over lies before the step's positions.
  */
 #ifndef MS4_KV_CACHE_H
 #define MS4_KV_CACHE_H
@@ -31,8 +31,10 @@ int kv_cache_open(kv_store *store, int32_t n_ctx, kv_cache *out);
 void kv_cache_close(kv_cache *kv);
 /* Makes positions [length, length + n) writable: takes blocks, and copies the last one where others own it, too. */
 int kv_cache_room(kv_cache *kv, int32_t length, int32_t n);
-void kv_cache_cut(kv_cache *kv, int32_t length);              /* gives back the blocks behind the first `length` positions */
-void kv_cache_share(kv_cache *to, const kv_cache *from, int32_t length);      /* `to` holds from's first positions, and only them */
+/* Gives back the blocks behind the first `length` positions. */
+void kv_cache_cut(kv_cache *kv, int32_t length);
+/* `to` holds from's first positions, and only them. */
+void kv_cache_share(kv_cache *to, const kv_cache *from, int32_t length);
 
 /* Where position pos of a layer lies: kv_rank + d_rope integers, and KV_SCALES floats. */
 int16_t *kv_cache_row(const kv_cache *kv, int32_t layer, int32_t pos);

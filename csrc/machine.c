@@ -72,8 +72,10 @@ int ms4_measure(ms4_engine *e, uint64_t most, ms4_limits *out) {
     turn_take(&e->turn);
     int reads = read && most / read < PASSES ? (int)(most / read) : PASSES;
     out->read_bytes_per_s = best_of(reads < 1 ? 1 : reads, e->pool, read_item, job, n, (double)read);
-    out->int8_macs_per_s = best_of(PASSES, e->pool, int8_item, job, items, items * (double)e->ops->int8_peak(PEAK_ROUNDS));
-    out->float_macs_per_s = best_of(PASSES, e->pool, float_item, job, items, items * (double)e->ops->float_peak(PEAK_ROUNDS));
+    out->int8_macs_per_s = best_of(PASSES, e->pool, int8_item, job, items,
+                                   items * (double)e->ops->int8_peak(PEAK_ROUNDS));
+    out->float_macs_per_s = best_of(PASSES, e->pool, float_item, job, items,
+                                    items * (double)e->ops->float_peak(PEAK_ROUNDS));
     turn_give(&e->turn);
     memory_give(job);
     return files_check(e->files);

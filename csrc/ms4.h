@@ -126,10 +126,10 @@ typedef struct {
 } ms4_stats;
 void ms4_engine_stats(ms4_engine *engine, ms4_stats *out);
 
-/* The limits of this machine for this engine and its threads, as they are now: bytes per second, reading the first `most`
- * bytes of its weights once in order (caches hold less than a large model, so nothing else would do; fewer bytes are read
- * up to five times), and multiply-adds per second of the kernel table's ISA in registers, 8-bit and float.  On a shared
- * machine they change by the second: measure close to what is compared with them. */
+/* The limits of this machine for this engine and its threads, as they are now: bytes per second, reading the first
+ * `most` bytes of its weights once in order (caches hold less than a large model, so nothing else would do; fewer bytes
+ * are read up to five times), and multiply-adds per second of the kernel table's ISA in registers, 8-bit and float.  On
+ * a shared machine they change by the second: measure close to what is compared with them. */
 typedef struct { double read_bytes_per_s, int8_macs_per_s, float_macs_per_s; } ms4_limits;
 int ms4_measure(ms4_engine *engine, uint64_t most, ms4_limits *out);
 
@@ -146,8 +146,8 @@ int ms4_session_save(const ms4_session *session, int fd);
 int ms4_session_load(ms4_session *session, int fd);
 void ms4_session_progress(const ms4_session *session, uint64_t *done, uint64_t *total);   /* layer-tokens of its step */
 
-/* n >= 1 positions to be appended to a session.  tokens[i] >= 0 is a token; MS4_ROW takes the next row of `rows` (d_model
- * floats each: image features). */
+/* n >= 1 positions to be appended to a session.  tokens[i] >= 0 is a token; MS4_ROW takes the next row of `rows`
+ * (d_model floats each: image features). */
 typedef struct {
     ms4_session *session;
     const int32_t *tokens;

@@ -11,8 +11,8 @@
  *                         32-blocks        t = fma(d_b, (float)I_b, t) over the blocks b of the superblock, from t = 0
  *                                          (types with mins then t = fma(m_b, (float)S_b, t)); y = fma(x.d, t, y)
  *   float weights       16 partial sums, sum j takes elements k = j (mod 16) in ascending order by fma; then they are
- *                       added as a tree: j with j+8, then +4, +2, +1.  (With 64, products on CPUs would take up to twice
- *                       as long: their sums would no longer fit the registers.)
+ *                       added as a tree: j with j+8, then +4, +2, +1.  (With 64, products on CPUs would take up to
+ *                       twice as long: their sums would no longer fit the registers.)
  *   one row             sums over numbers of one row (squares for a norm or a length, exp for the router's choice): 64
  *                       partial sums likewise, then the tree from j with j+32 on.
  * A kernel for one token and a kernel for many must therefore agree bit for bit; across ISAs only ref differs (it
@@ -36,8 +36,8 @@ struct ms4_mul {
 };
 typedef void mul_fn(const struct ms4_mul *m);
 
-/* Attention in floats, as the vision tower wants it: n_q query rows over one tile of at most ATTEND_KEYS keys, with running
- * softmax (SPEC 2.2):
+/* Attention in floats, as the vision tower wants it: n_q query rows over one tile of at most ATTEND_KEYS keys, with
+ * running softmax (SPEC 2.2):
  *   s = q . k;  m' = max(m, max s);  o = o * exp(m - m') + sum exp(s - m') v;  l likewise.
  * Scales are already folded into q.  Tiles begin at multiples of ATTEND_KEYS, so a row's numbers depend on its own
  * position only.  A row with n_keys[i] == 0 is left untouched. */
@@ -66,18 +66,18 @@ struct ms4_attend {
 struct ms4_segment {
     int32_t rank, d_rope;      /* of a row: latents, then rope key; multiples of 8 */
     int32_t n_keys;
-    int16_t *keys;             /* blocks of 32 keys: (rank + d_rope) / 2 rows of 32 pairs: numbers 2i, 2i + 1 of each key */
+    int16_t *keys;             /* blocks of 32 keys: (rank + d_rope) / 2 rows of 32 pairs: their numbers 2i, 2i + 1 */
     int16_t *values;           /* blocks of 32 latents: SEGMENT_KEYS / 2 rows of 32 pairs: of the keys 2j, 2j + 1 */
-    float *d;                  /* SEGMENT_KEYS scales of the latents, of the rope keys; largest magnitudes of the latents */
+    float *d;                  /* SEGMENT_KEYS scales of the latents, of the rope keys; largest magnitudes of latents */
 };                             /* numbers of absent keys and columns, as far as a block is begun, are zero */
 static inline size_t segment_keys_size(int32_t rank, int32_t d_rope) { return (size_t)(rank + d_rope) * SEGMENT_KEYS; }
 static inline size_t segment_values_size(int32_t rank) {
     return (size_t)((rank + SEGMENT_BLOCK - 1) / SEGMENT_BLOCK) * SEGMENT_BLOCK * SEGMENT_KEYS;
 }
 /* Attention of n_q query rows over one segment: out[row] = { m, l, o[rank] } with m = max s, l = sum exp(s - m),
- * o = sum exp(s - m) v over the keys that they see, the first n_keys of the segment, one or more.  Scales are folded into
- * q_d.  The weights of the values, exp(s - m) d, are rounded to 16 bits of their largest, or less where the sum would not
- * fit. */
+ * o = sum exp(s - m) v over the keys that they see, the first n_keys of the segment, one or more.  Scales are folded
+ * into q_d.  The weights of the values, exp(s - m) d, are rounded to 16 bits of their largest, or less where the sum
+ * would not fit. */
 struct ms4_attend_segment {
     const struct ms4_segment *segment;
     const int16_t *q;          /* n_q rows of rank + d_rope numbers, one after the other */
@@ -126,8 +126,8 @@ struct ms4_ops {
     void (*transpose_keys)(float *kt, const float *k, size_t k_stride, int32_t n_keys, int32_t d);
     /* tops[b] = the highest of block b of n >= 1 logits; returns whether all of them are finite */
     int (*block_tops)(float *tops, const float *x, size_t n);
-    /* w[i] = e^((x[i] - highest) / temperature), i < n <= WEIGH_BLOCK, 0 from there to the end of the block; sums = of the
-     * likely ones, of the others: each added as a tree: i with i + 64, then + 32, and so on */
+    /* w[i] = e^((x[i] - highest) / temperature), i < n <= WEIGH_BLOCK, 0 from there to the end of the block; sums = of
+     * the likely ones, of the others: each added as a tree: i with i + 64, then + 32, and so on */
     void (*weigh)(double *w, const float *x, size_t n, const struct ms4_weighing *how, double *sums);
     /* Loops in registers (peak.h): multiply-adds that the rounds were, 8-bit and float. */
     uint64_t (*int8_peak)(uint64_t rounds);

@@ -4,7 +4,8 @@
 #include "memory.h"
 
 int ms4_session_open(ms4_engine *e, int32_t n_ctx, ms4_session **out) {
-    FAIL_IF(n_ctx < 1 || n_ctx > e->shape.n_ctx_train, MS4_EARG, "context of %d tokens: 1 to %d", n_ctx, e->shape.n_ctx_train);
+    FAIL_IF(n_ctx < 1 || n_ctx > e->shape.n_ctx_train, MS4_EARG,
+            "context of %d tokens: 1 to %d", n_ctx, e->shape.n_ctx_train);
     ms4_session *s = memory_take(1, sizeof *s);
     FAIL_IF(!s, MS4_ENOMEM, "no memory for a session");
     int status = kv_cache_open(e->kv, n_ctx, &s->kv);
@@ -39,9 +40,12 @@ int ms4_session_share(ms4_session *s, const ms4_session *from, int32_t length) {
     atomic_store(&s->length, length);
     return MS4_OK;
 }
-static uint64_t fingerprint(const ms4_session *s) { return text_weights_fingerprint(&s->engine->weights, &s->engine->shape); }
-
-int ms4_session_save(const ms4_session *s, int fd) { return kv_cache_save(&s->kv, fingerprint(s), atomic_load(&s->length), fd); }
+static uint64_t fingerprint(const ms4_session *s) {
+    return text_weights_fingerprint(&s->engine->weights, &s->engine->shape);
+}
+int ms4_session_save(const ms4_session *s, int fd) {
+    return kv_cache_save(&s->kv, fingerprint(s), atomic_load(&s->length), fd);
+}
 int ms4_session_load(ms4_session *s, int fd) {
     int32_t length = 0;
     atomic_store(&s->length, 0);

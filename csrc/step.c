@@ -98,8 +98,10 @@ static void fill_positions(const step *st) {
 static int embed(const run *r) {
     const step *st = &r->st;
     device *d = r->e->home;
-    for (int32_t i = 0; i < st->n_spans; i++)
-        TRY(DO(d, embed, &r->e->weights.token_embd, r->part[i]->tokens, r->part[i]->rows, st->spans[i].first, st->spans[i].n));
+    for (int32_t i = 0; i < st->n_spans; i++) {
+        const ms4_span *s = r->part[i];
+        TRY(DO(d, embed, &r->e->weights.token_embd, s->tokens, s->rows, st->spans[i].first, st->spans[i].n));
+    }
     return MS4_OK;
 }
 static int run_layers(run *r) {
@@ -138,7 +140,8 @@ static int logits(run *r) {
     TRY(DO(e->home, logits, &e->weights.output, st->n, out));
     for (int32_t i = 0; i < st->n_spans && !in_one; i++) {
         const ms4_span *s = r->part[i];
-        if (s->n_logits) memcpy(s->logits, out + (size_t)st->spans[i].first * n_vocab, s->n_logits * n_vocab * sizeof(float));
+        if (s->n_logits)
+            memcpy(s->logits, out + (size_t)st->spans[i].first * n_vocab, s->n_logits * n_vocab * sizeof(float));
     }
     return MS4_OK;
 }
@@ -191,8 +194,8 @@ static int check_span(const ms4_engine *e, const ms4_span *s) {
     const int32_t length = atomic_load(&s->session->length);
     FAIL_IF(s->session->engine != e, MS4_EARG, "a session of another engine");
     FAIL_IF(s->n < 1, MS4_EARG, "no tokens to feed");
-    FAIL_IF(s->n > (size_t)(s->session->n_ctx - length), MS4_EFULL, "%zu tokens after %d do not fit into a context of %d", s->n,
-            length, s->session->n_ctx);
+    FAIL_IF(s->n > (size_t)(s->session->n_ctx - length), MS4_EFULL,
+            "%zu tokens after %d do not fit into a context of %d", s->n, length, s->session->n_ctx);
     FAIL_IF(s->n_logits > s->n, MS4_EARG, "the logits of %zu of %zu positions", s->n_logits, s->n);
     FAIL_IF(s->n_logits && !s->logits, MS4_EARG, "no room for the logits");
     for (size_t i = 0; i < s->n; i++) {
@@ -200,7 +203,8 @@ static int check_span(const ms4_engine *e, const ms4_span *s) {
                 "token id %d: the vocabulary has 0 to %d", s->tokens[i], e->shape.n_vocab - 1);
         row_tokens += s->tokens[i] == MS4_ROW;
     }
-    FAIL_IF(row_tokens != s->n_rows, MS4_EARG, "%zu positions take a row, but there are %zu rows", row_tokens, s->n_rows);
+    FAIL_IF(row_tokens != s->n_rows, MS4_EARG,
+            "%zu positions take a row, but there are %zu rows", row_tokens, s->n_rows);
     return MS4_OK;
 }
 static int check(const ms4_engine *e, const ms4_span *spans, size_t n_spans) {

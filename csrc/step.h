@@ -1,4 +1,5 @@
-/* step.h -- the tokens that are computed together: spans of one or more sessions, and the buffers that hold their rows. */
+/* step.h -- the tokens that are computed together: spans of one or more sessions, and the buffers that hold their
+ * rows. */
 #ifndef MS4_STEP_H
 #define MS4_STEP_H
 #include "kv_cache.h"
@@ -11,7 +12,7 @@ typedef struct { const kv_cache *kv; int32_t first, n, pos, n_out; } span;
 typedef struct {
     const ms4_shape *shape;
     span *spans;
-    float *rope;               /* n x d_rope: cos, sin of each pair at the row's position; what the host knows in double */
+    float *rope;               /* n x d_rope: cos, sin of each pair at the row's position, from doubles of the host */
     float *scale;              /* n: attn_scale times the query temperature at the row's position */
     int32_t *keep;             /* n: scratch, for the rows that go on */
     int32_t n_spans, n, n_out;

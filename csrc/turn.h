@@ -1,5 +1,5 @@
-/* turn.h -- a lock whose waiters come in the order in which they asked, so that nobody waits longer than one turn of each
- * of the others. */
+/* turn.h -- a lock whose waiters come in the order in which they asked, so that nobody waits longer than one turn of
+ * each of the others. */
 #ifndef MS4_TURN_H
 #define MS4_TURN_H
 #include <pthread.h>

@@ -47,7 +47,8 @@ static int tower_layer_forward(const image *im, const tower_layer *w) {
     TRY(DO(d, products, &out, 1, im->n));
     TRY(DO(d, norm, BUF_H, &w->ln2, eps, BUF_X, im->n));
     for (int32_t t = 0; t < im->n; t += FFN_PATCHES) {
-        const ffn_share share = { .on = d, .every = &w->ffn, .row = t, .n = int_min(FFN_PATCHES, im->n - t), .whole = 1 };
+        const int32_t n = int_min(FFN_PATCHES, im->n - t);
+        const ffn_share share = { .on = d, .every = &w->ffn, .row = t, .n = n, .whole = 1 };
         TRY(DO(d, ffn, &share, NULL));
     }
     return MS4_OK;
@@ -63,8 +64,10 @@ static int embed_patches(const image *im, const float *pixels) {
         float *to = im->patches;
         for (size_t i = (size_t)t; i < (size_t)(t + n); i++)
             for (size_t c = 0; c < 3; c++)
-                for (size_t r = 0; r < side; r++, to += side)
-                    memcpy(to, pixels + (c * height + i / columns * side + r) * width + i % columns * side, side * sizeof *to);
+                for (size_t r = 0; r < side; r++, to += side) {
+                    const size_t row = c * height + i / columns * side + r, column = i % columns * side;
+                    memcpy(to, pixels + row * width + column, side * sizeof *to);
+                }
         TRY(DO(im->d, write, BUF_PATCH, n, im->patches));
         TRY(DO(im->d, products, &p, 1, n));
     }
@@ -77,7 +80,8 @@ static int project(const image *im, float *features) {
     device *d = im->d;
     const int32_t total = im->n / (im->grid.merge * im->grid.merge);
     const buffer from = w->input_norm.data ? BUF_X : BUF_H, merged = w->patch_merger.data ? BUF_O : BUF_MERGED;
-    const product merger = { .m = &w->patch_merger, .x = BUF_MERGED, .y = BUF_O }, one = { .m = &w->mm_1, .x = merged, .y = BUF_HIDDEN };
+    const product merger = { .m = &w->patch_merger, .x = BUF_MERGED, .y = BUF_O };
+    const product one = { .m = &w->mm_1, .x = merged, .y = BUF_HIDDEN };
     const product two = { .m = &w->mm_2, .x = BUF_HIDDEN, .y = BUF_FEATURES };
     if (w->input_norm.data) TRY(DO(d, norm, BUF_H, &w->input_norm, im->v->shape.eps, BUF_X, im->n));
     for (int32_t t = 0; t < total; t += PROJECTED) {
@@ -111,7 +115,8 @@ static int image_open(image *im) {
     const ms4_vision_shape *s = &im->v->shape;
     const tower_weights *w = &im->v->weights;
     const size_t d = (size_t)s->d_model, merged = d * (size_t)(s->merge * s->merge);
-    const int32_t n = im->n, most = im->grid.rows > im->grid.columns ? im->grid.rows : im->grid.columns, blocks = w->quantised;
+    const int32_t n = im->n, blocks = w->quantised;
+    const int32_t most = im->grid.rows > im->grid.columns ? im->grid.rows : im->grid.columns;
     const int32_t chunk = int_min(n, FFN_PATCHES), out = int_min(n / (s->merge * s->merge), PROJECTED);
     const buffer_shape shapes[N_BUFFERS] = {
         [BUF_H] = { d, n, 0 }, [BUF_X] = { d, n, blocks }, [BUF_Q] = { d, n, 0 }, [BUF_K] = { d, n, 0 },
@@ -152,10 +157,11 @@ static int run_tower(image *im, const float *pixels, float *features) {
     turn_give(t);
     return status;
 }
-int ms4_vision_encode(ms4_vision *v, const float *pixels, int32_t width, int32_t height, float *features, const int32_t *stop) {
+int ms4_vision_encode(ms4_vision *v, const float *pixels, int32_t width, int32_t height, float *features,
+                      const int32_t *stop) {
     const int32_t side = v->shape.patch_size * v->shape.merge;
-    FAIL_IF(width < side || height < side || width % side || height % side || width > 1 << 14 || height > 1 << 14, MS4_EARG,
-            "an image of %d x %d pixels: both sides must be multiples of %d", width, height, side);
+    FAIL_IF(width < side || height < side || width % side || height % side || width > 1 << 14 || height > 1 << 14,
+            MS4_EARG, "an image of %d x %d pixels: both sides must be multiples of %d", width, height, side);
     image im = { .v = v, .stop = stop,
                  .grid = { .columns = width / v->shape.patch_size, .rows = height / v->shape.patch_size,
                            .merge = v->shape.merge, .n_head = v->shape.n_head } };
@@ -180,8 +186,8 @@ void ms4_vision_progress(const ms4_vision *v, uint64_t *done, uint64_t *total) {
 static int open_vision(ms4_vision *v, const ms4_tensor *tensors, size_t n_tensors, const char *path) {
     const ms4_vision_shape *s = &v->shape;
     const files_options how = { .load = MS4_LOAD_MAP };
-    FAIL_IF(s->d_out != v->engine->shape.d_model, MS4_EMODEL, "%s: projects to %d values; the text model takes %d", path, s->d_out,
-            v->engine->shape.d_model);
+    FAIL_IF(s->d_out != v->engine->shape.d_model, MS4_EMODEL,
+            "%s: projects to %d values; the text model takes %d", path, s->d_out, v->engine->shape.d_model);
     FAIL_IF(s->n_layer < 1 || s->n_layer > 1024 || s->n_head < 1 || s->d_model < 1 || s->d_model > 1 << 16
                 || s->d_model % s->n_head || d_head(v) % 8 || s->d_ffn < 1 || s->d_ffn > 1 << 20 || s->patch_size < 1
                 || s->patch_size > 256 || s->merge < 1 || s->merge > 8 || !(s->eps >= 0) || !(s->rope_theta > 0),

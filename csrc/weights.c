@@ -45,22 +45,23 @@ static int bind(const binder *b, const ms4_tensor *t, matrix *out) {
     const int64_t most = INT32_MAX / 2;
     int type = type_of(t->type);
     FAIL_IF(out->data, MS4_EMODEL, "%stensor role %d of layer %d appears twice", b->prefix, t->role, t->layer);
-    FAIL_IF(type < 0, MS4_EMODEL, "%stensor role %d of layer %d: type %d is not supported", b->prefix, t->role, t->layer,
-            t->type);
+    FAIL_IF(type < 0, MS4_EMODEL, "%stensor role %d of layer %d: type %d is not supported",
+            b->prefix, t->role, t->layer, t->type);
     const struct ms4_type_info *info = &ms4_type_infos[type];
     for (int i = 0; i < 3; i++)
-        FAIL_IF(t->dims[i] < 1 || t->dims[i] > most, MS4_EMODEL, "%stensor role %d of layer %d: bad dimensions", b->prefix,
-                t->role, t->layer);
-    FAIL_IF(t->dims[0] % info->weights, MS4_EMODEL, "%stensor role %d of layer %d: its rows end inside a block", b->prefix,
-            t->role, t->layer);
+        FAIL_IF(t->dims[i] < 1 || t->dims[i] > most, MS4_EMODEL, "%stensor role %d of layer %d: bad dimensions",
+                b->prefix, t->role, t->layer);
+    FAIL_IF(t->dims[0] % info->weights, MS4_EMODEL, "%stensor role %d of layer %d: its rows end inside a block",
+            b->prefix, t->role, t->layer);
     uint64_t row = (uint64_t)(t->dims[0] / info->weights) * (uint64_t)info->bytes, slice, bytes;
     FAIL_IF(__builtin_mul_overflow(row, (uint64_t)t->dims[1], &slice)
                 || __builtin_mul_overflow(slice, (uint64_t)t->dims[2], &bytes) || bytes != t->bytes,
-            MS4_EMODEL, "%stensor role %d of layer %d: its dimensions do not give %llu bytes", b->prefix, t->role, t->layer,
-            (unsigned long long)t->bytes);
+            MS4_EMODEL, "%stensor role %d of layer %d: its dimensions do not give %llu bytes",
+            b->prefix, t->role, t->layer, (unsigned long long)t->bytes);
     const uint8_t *data = files_at(b->files, t->file, t->offset, bytes);
     FAIL_IF(!data, MS4_EMODEL, "%stensor role %d of layer %d lies outside its file", b->prefix, t->role, t->layer);
-    FAIL_IF((uintptr_t)data % 4, MS4_EMODEL, "%stensor role %d of layer %d is not aligned", b->prefix, t->role, t->layer);
+    FAIL_IF((uintptr_t)data % 4, MS4_EMODEL, "%stensor role %d of layer %d is not aligned",
+            b->prefix, t->role, t->layer);
     *out = (matrix){ .data = data, .row_bytes = row, .slice_bytes = slice, .type = type, .n_rows = (int32_t)t->dims[1],
                      .n_cols = (int32_t)t->dims[0], .n_slices = (int32_t)t->dims[2] };
     if (!t->scales) return MS4_OK;
@@ -90,8 +91,8 @@ static int bind_optional(const binder *b, const matrix *m, const char *name, int
     return m->data ? bind_vector(b, m, name, -1, n, out) : MS4_OK;
 }
 /* Puts the tensors of a table into `roles`: n_roles for each layer, and once more for what is in no layer. */
-static int bind_table(const binder *b, const ms4_tensor *tensors, size_t n, int32_t n_layer, int32_t n_roles, matrix *roles,
-                      uint64_t *bytes) {
+static int bind_table(const binder *b, const ms4_tensor *tensors, size_t n, int32_t n_layer, int32_t n_roles,
+                      matrix *roles, uint64_t *bytes) {
     for (size_t i = 0; i < n; i++) {
         const ms4_tensor *t = &tensors[i];
         FAIL_IF(t->role < 0 || t->role >= n_roles || t->layer < -1 || t->layer >= n_layer, MS4_EMODEL,
@@ -109,7 +110,8 @@ static int any_quantised(const matrix *roles, size_t n) {
 }
 /* --- the text model ----------------------------------------------------------------------- */
 /* k_b and v_b out of attn_kv_b: per head d_nope rows of W_uk, then d_value rows of W_uv.  W_uk is transposed there:
- * d_nope rows of kv_rank, where attn_k_b has kv_rank rows of d_nope.  The scale of the one tensor is that of every head. */
+ * d_nope rows of kv_rank, where attn_k_b has kv_rank rows of d_nope.  The scale of the one tensor is that of every
+ * head. */
 static int split_kv_b(const binder *b, const ms4_shape *s, const matrix *kv_b, layer_weights *w) {
     w->k_b = w->v_b = *kv_b;
     w->k_b.slice_bytes = w->v_b.slice_bytes = (size_t)(s->d_nope + s->d_value) * kv_b->row_bytes;
@@ -149,8 +151,8 @@ static int bind_attention(const binder *b, const ms4_shape *s, const matrix *r, 
     w->v_b = r[MS4_ATTN_V_B];
     return MS4_OK;
 }
-static int check_ffn(const binder *b, const ffn_weights *f, const char *name, int32_t layer, int32_t d_model, int32_t d_hidden,
-                     int32_t n) {
+static int check_ffn(const binder *b, const ffn_weights *f, const char *name, int32_t layer, int32_t d_model,
+                     int32_t d_hidden, int32_t n) {
     TRY(expect(b, &f->gate, name, layer, d_model, d_hidden, n));
     TRY(expect(b, &f->up, name, layer, d_model, d_hidden, n));
     return expect(b, &f->down, name, layer, d_hidden, d_model, n);
@@ -180,8 +182,9 @@ static int bind_ffn(const binder *b, const ms4_shape *s, const matrix *r, int32_
     w->every = (ffn_weights){ .gate = r[MS4_FFN_GATE_SHEXP], .up = r[MS4_FFN_UP_SHEXP], .down = r[MS4_FFN_DOWN_SHEXP] };
     return check_ffn(b, &w->every, "ffn_*_shexp", layer, s->d_model, s->d_shared, 1);
 }
-static uint64_t ffn_bytes(const ffn_weights *f) { return matrix_bytes(&f->gate) + matrix_bytes(&f->up) + matrix_bytes(&f->down); }
-
+static uint64_t ffn_bytes(const ffn_weights *f) {
+    return matrix_bytes(&f->gate) + matrix_bytes(&f->up) + matrix_bytes(&f->down);
+}
 static int bind_text(const binder *b, const ms4_shape *s, const matrix *roles, text_weights *w) {
     const matrix *whole = &roles[(size_t)s->n_layer * MS4_N_ROLES];
     w->token_embd = whole[MS4_TOKEN_EMBD];
@@ -194,9 +197,9 @@ static int bind_text(const binder *b, const ms4_shape *s, const matrix *roles, t
         layer_weights *l = &w->layers[i];
         TRY(bind_attention(b, s, r, i, l));
         TRY(bind_ffn(b, s, r, i, l));
-        l->bytes_per_step = matrix_bytes(&l->q_a) + matrix_bytes(&l->q_b) + matrix_bytes(&l->kv_a) + matrix_bytes(&l->output)
-                          + (uint64_t)s->n_head * (matrix_bytes(&l->k_b) + matrix_bytes(&l->v_b)) + matrix_bytes(&l->router)
-                          + ffn_bytes(&l->every);
+        l->bytes_per_step = matrix_bytes(&l->q_a) + matrix_bytes(&l->q_b) + matrix_bytes(&l->kv_a)
+                          + (uint64_t)s->n_head * (matrix_bytes(&l->k_b) + matrix_bytes(&l->v_b))
+                          + matrix_bytes(&l->output) + matrix_bytes(&l->router) + ffn_bytes(&l->every);
         l->bytes_per_expert = ffn_bytes(&l->experts);
     }
     return MS4_OK;
@@ -206,8 +209,8 @@ int text_weights_open(text_weights *w, const ms4_shape *s, const ms4_tensor *ten
     const binder b = { f, ops, &w->owned, "" };
     size_t n_roles = ((size_t)s->n_layer + 1) * MS4_N_ROLES;
     for (size_t i = 0; i < n; i++)
-        FAIL_IF((tensors[i].layer < 0) != (tensors[i].role <= MS4_OUTPUT), MS4_EMODEL, "tensor role %d cannot be in layer %d",
-                tensors[i].role, tensors[i].layer);
+        FAIL_IF((tensors[i].layer < 0) != (tensors[i].role <= MS4_OUTPUT), MS4_EMODEL,
+                "tensor role %d cannot be in layer %d", tensors[i].role, tensors[i].layer);
     matrix *roles = memory_take(n_roles, sizeof *roles);
     w->layers = memory_take((size_t)s->n_layer, sizeof *w->layers);
     int status = roles && w->layers ? bind_table(&b, tensors, n, s->n_layer, MS4_N_ROLES, roles, &w->bytes)
@@ -238,8 +241,8 @@ static uint64_t mix_ffn(uint64_t h, const ffn_weights *f) {
     return mix_matrix(mix_matrix(mix_matrix(h, &f->gate), &f->up), &f->down);
 }
 uint64_t text_weights_fingerprint(const text_weights *w, const ms4_shape *s) {
-    const int32_t numbers[] = { s->n_layer, s->n_dense_layer, s->n_vocab, s->d_model, s->n_head, s->d_nope, s->d_rope, s->d_value,
-                                s->kv_rank, s->n_expert, s->n_expert_used, s->router_norm, s->temp_length };
+    const int32_t numbers[] = { s->n_layer, s->n_dense_layer, s->n_vocab, s->d_model, s->n_head, s->d_nope, s->d_rope,
+                                s->d_value, s->kv_rank, s->n_expert, s->n_expert_used, s->router_norm, s->temp_length };
     const double reals[] = { s->norm_eps, s->router_scale, s->attn_scale, s->temp_beta };
     uint64_t h = mix(mix(0xcbf29ce484222325u, numbers, sizeof numbers), reals, sizeof reals);
     h = mix(h, s->rope_freq, (size_t)s->d_rope / 2 * sizeof *s->rope_freq);
@@ -254,7 +257,8 @@ uint64_t text_weights_fingerprint(const text_weights *w, const ms4_shape *s) {
     return h;
 }
 /* --- the vision tower --------------------------------------------------------------------- */
-static int bind_tower_layer(const binder *b, const ms4_vision_shape *s, const matrix *r, int32_t layer, tower_layer *w) {
+static int bind_tower_layer(const binder *b, const ms4_vision_shape *s, const matrix *r, int32_t layer,
+                            tower_layer *w) {
     int32_t d = s->d_model;
     TRY(bind_vector(b, &r[MS4_V_LN1], "ln1", layer, d, &w->ln1));
     TRY(bind_vector(b, &r[MS4_V_LN2], "ln2", layer, d, &w->ln2));
@@ -266,7 +270,8 @@ static int bind_tower_layer(const binder *b, const ms4_vision_shape *s, const ma
     w->k = r[MS4_V_ATTN_K];
     w->v = r[MS4_V_ATTN_V];
     w->out = r[MS4_V_ATTN_OUT];
-    w->ffn = (ffn_weights){ .gate = r[MS4_V_FFN_GATE], .up = r[MS4_V_FFN_UP], .down = r[MS4_V_FFN_DOWN], .gelu = s->gelu };
+    w->ffn = (ffn_weights){ .gate = r[MS4_V_FFN_GATE], .up = r[MS4_V_FFN_UP], .down = r[MS4_V_FFN_DOWN],
+                            .gelu = s->gelu };
     return check_ffn(b, &w->ffn, "ffn_gate, ffn_up or ffn_down", layer, d, s->d_ffn, 1);
 }
 static int bind_tower(const binder *b, const ms4_vision_shape *s, const matrix *roles, tower_weights *w) {

@@ -1,7 +1,7 @@
 /* weights.h -- the tensors of a model, bound to their places and checked, once, when it is opened.
  *
- * A matrix says where weights lie and how they are laid out, in the words of the file.  Its address is one of the device
- * that holds it; only that device may look there.  Here, at opening, everything lies in host memory.
+ * A matrix says where weights lie and how they are laid out, in the words of the file.  Its address is one of the
+ * device that holds it; only that device may look there.  Here, at opening, everything lies in host memory.
  */
 #ifndef MS4_WEIGHTS_H
 #define MS4_WEIGHTS_H
@@ -15,9 +15,9 @@ typedef struct {
     size_t row_bytes, slice_bytes;
     const float *scales;                                      /* per slice, or NULL: multiplies the results (NVFP4) */
     int32_t type, n_rows, n_cols, n_slices;
-    int32_t transposed;                                       /* 1: k_b out of attn_kv_b, its rows are columns elsewhere */
+    int32_t transposed;                                       /* k_b out of attn_kv_b: its rows are columns elsewhere */
 } matrix;
-typedef struct { const float *data; int32_t n; } vector;      /* norms and biases, as floats.  data NULL: there is none */
+typedef struct { const float *data; int32_t n; } vector;      /* norms and biases, as floats; data NULL: none */
 
 /* A feed-forward network, y = down (act(gate x) * (up x)); one slice, or one for each expert. */
 typedef struct { matrix gate, up, down; int32_t gelu; } ffn_weights;           /* act: 0 SiLU, 1 GELU */
@@ -30,7 +30,7 @@ typedef struct {
     uint64_t bytes_per_step, bytes_per_expert;                /* what every step reads; what one expert has */
 } layer_weights;
 
-typedef struct owned_list { void **item; size_t n, room; } owned_list;         /* copies of small tensors, to be freed */
+typedef struct owned_list { void **item; size_t n, room; } owned_list;         /* copies of small tensors, to free */
 
 typedef struct {
     layer_weights *layers;                                    /* n_layer */

@@ -10,8 +10,9 @@
 #include "numbers.h"
 #include "pool.h"
 
-int cpu_ops_here(const struct ms4_ops **out);                 /* the kernel table of MS4_ISA, or the best that runs here */
-int cpu_device_open(const struct ms4_ops *ops, pool *p, device **out);         /* several may share a pool, one at a time */
+int cpu_ops_here(const struct ms4_ops **out);                 /* the kernels of MS4_ISA, or the best that run here */
+/* Several may share a pool, one at a time. */
+int cpu_device_open(const struct ms4_ops *ops, pool *p, device **out);
 
 #define TOKEN_TILE 128         /* tokens that one item of work takes at most: their activations stay in the L2 cache */
 
@@ -37,9 +38,12 @@ int cpu_scratch(cpu_device *d, size_t floats);                /* at least so man
 typedef struct { const float *f; const block_q8 *q; size_t f_stride, q_stride; } activations;
 static inline activations cpu_x(const cpu_device *d, buffer b, int32_t row) {
     const cpu_rows *r = &d->rows[b];
-    return (activations){ r->f + (size_t)row * r->width, r->q ? r->q + (size_t)row * r->blocks : NULL, r->width, r->blocks };
+    const block_q8 *q = r->q ? r->q + (size_t)row * r->blocks : NULL;
+    return (activations){ r->f + (size_t)row * r->width, q, r->width, r->blocks };
 }
-static inline float *cpu_row(const cpu_device *d, buffer b, int32_t row) { return d->rows[b].f + (size_t)row * d->rows[b].width; }
+static inline float *cpu_row(const cpu_device *d, buffer b, int32_t row) {
+    return d->rows[b].f + (size_t)row * d->rows[b].width;
+}
 /* The blocks of a row anew, if this buffer has blocks. */
 static inline void cpu_quantize_row(const cpu_device *d, buffer b, int32_t row) {
     const cpu_rows *r = &d->rows[b];
@@ -47,8 +51,8 @@ static inline void cpu_quantize_row(const cpu_device *d, buffer b, int32_t row) 
 }
 /* y[t * y_stride + r] = rows of m (slice 0) times row x_rows[t] (NULL: t) of x, in the calling thread.
  * next: weights that the thread will read afterwards, or NULL: a hint for prefetching. */
-void cpu_mul(const struct ms4_ops *ops, const matrix *m, const activations *x, const int32_t *x_rows, int32_t n_tokens, float *y,
-             size_t y_stride, const uint8_t *next);
+void cpu_mul(const struct ms4_ops *ops, const matrix *m, const activations *x, const int32_t *x_rows, int32_t n_tokens,
+             float *y, size_t y_stride, const uint8_t *next);
 int32_t cpu_rows_per_item(const pool *p, int32_t n_rows, int32_t n_tokens);    /* so that threads get some items each */
 
 /* The calls of device.h. */

@@ -2,9 +2,9 @@
  *
  * DESIGN.  The items of a run are cut into one range per thread.  A thread takes its own items from the front, one
  * after the other, so that it reads neighbouring weights and prefetching goes on across items; when it has none left
- * it makes the second half of another's range its own.  The caller works too.  What it waits for at the end is not "every
- * worker" but "every worker that came in": `gate` holds an OPEN bit and the number of workers inside.  A worker that
- * the system did not wake in time therefore costs nothing (its range is taken by the others), and when no item is
+ * it makes the second half of another's range its own.  The caller works too.  What it waits for at the end is not
+ * "every worker" but "every worker that came in": `gate` holds an OPEN bit and the number of workers inside.  A worker
+ * that the system did not wake in time therefore costs nothing (its range is taken by the others), and when no item is
  * left the caller closes the gate and waits only for items that are under way.
  *
  * Waiting is spinning for at most SPIN_NS, then sleeping on a futex.  Sleeping is not only polite: on a machine with
@@ -195,7 +195,8 @@ void pool_run(pool *p, pool_fn *fn, void *context, int32_t n_items, const atomic
 int32_t pool_size(const pool *p) { return p->n_threads; }
 
 int pool_open(int32_t n_threads, pool **out) {
-    FAIL_IF(n_threads < 1 || n_threads > POOL_MAX_THREADS, MS4_EARG, "%d threads: 1 to %d", n_threads, POOL_MAX_THREADS);
+    FAIL_IF(n_threads < 1 || n_threads > POOL_MAX_THREADS, MS4_EARG,
+            "%d threads: 1 to %d", n_threads, POOL_MAX_THREADS);
     pool *p = memory_take(1, sizeof *p);
     worker *workers = memory_take((size_t)n_threads, sizeof *workers);
     range *ranges = memory_take((size_t)n_threads, sizeof *ranges);

@@ -6,8 +6,8 @@
  * and W_uv is applied to what they collect.  Query and cache are 16-bit integers there (ops.h), at twice the speed of
  * floats, so it is the faster form for long prompts, too.  Keys are cut into segments of SEGMENT_KEYS, one block of the
  * cache each; a query attends to each segment afresh and the results are folded in order, in groups of SEGMENT_GROUP.
- * So decode can hand out segments as items of work, and a token's numbers are the same whether it came alone, in a chunk,
- * or beside others.
+ * So decode can hand out segments as items of work, and a token's numbers are the same whether it came alone, in a
+ * chunk, or beside others.
  */
 #include "cpu_device.h"
 #include "error.h"
@@ -16,8 +16,8 @@
 
 #define ROW_TOKENS 4           /* tokens of one item in prefill: they share an opened segment */
 
-/* A span's part of the work.  split: an item is one token, one segment and some of the heads, folded later; else an item
- * is per_item tokens, all their segments and all heads, folded on the way. */
+/* A span's part of the work.  split: an item is one token, one segment and some of the heads, folded later; else an
+ * item is per_item tokens, all their segments and all heads, folded on the way. */
 typedef struct {
     const span *sp;
     int32_t n_segments, split, n_parts, per_item, first_item;
@@ -35,14 +35,16 @@ typedef struct {
 } attend_run;
 
 static size_t latent_width(const attend_run *run) { return (size_t)(run->st->shape->kv_rank + run->st->shape->d_rope); }
-static size_t result_width(const attend_run *run) { return (size_t)run->st->shape->kv_rank + 2; }     /* { m, l, o[kv_rank] } */
+/* Floats of a result: { m, l, o[kv_rank] } */
+static size_t result_width(const attend_run *run) { return (size_t)run->st->shape->kv_rank + 2; }
 static size_t heads(const attend_run *run) { return (size_t)run->st->shape->n_head; }
 
 /* --- W_uk and W_uv -------------------------------------------------------------------------- */
 #define ROWS_AT_ONCE 4         /* dequantised by one call */
-/* Dequantised rows [first, first + n_rows) of one head of k_b or v_b.  Decode reads each head's once: with every few rows
- * it asks for the same ones of the next head. */
-static void load_rows(const struct ms4_ops *ops, const matrix *m, int32_t head, int32_t first, int32_t n_rows, float *out) {
+/* Dequantised rows [first, first + n_rows) of one head of k_b or v_b.  Decode reads each head's once: with every few
+ * rows it asks for the same ones of the next head. */
+static void load_rows(const struct ms4_ops *ops, const matrix *m, int32_t head, int32_t first, int32_t n_rows,
+                      float *out) {
     const matrix s = matrix_rows(m, head, first, n_rows);
     size_t n = (size_t)s.n_cols, ahead = head + 1 < m->n_slices ? s.slice_bytes : 0;
     for (int32_t r = 0; r < s.n_rows; r += ROWS_AT_ONCE) {
@@ -58,18 +60,19 @@ static void load_rows(const struct ms4_ops *ops, const matrix *m, int32_t head, 
 static void load_transposed(const struct ms4_ops *ops, const matrix *m, int32_t head, float *out, float *spare) {
     load_rows(ops, m, head, 0, m->n_rows, spare);
     for (size_t r = 0; r < (size_t)m->n_rows; r++)
-        for (size_t c = 0; c < (size_t)m->n_cols; c++) out[c * (size_t)m->n_rows + r] = spare[r * (size_t)m->n_cols + c];
+        for (size_t c = 0; c < (size_t)m->n_cols; c++)
+            out[c * (size_t)m->n_rows + r] = spare[r * (size_t)m->n_cols + c];
 }
-static void mul_float(const struct ms4_ops *ops, const float *w, int32_t rows, int32_t columns, const float *x, size_t x_stride,
-                      int32_t n, float *y, size_t y_stride) {
+static void mul_float(const struct ms4_ops *ops, const float *w, int32_t rows, int32_t columns, const float *x,
+                      size_t x_stride, int32_t n, float *y, size_t y_stride) {
     struct ms4_mul mul = { .w = (const uint8_t *)w, .row_bytes = (size_t)columns * sizeof(float), .n_rows = rows,
                            .n_cols = columns, .x = x, .x_stride = x_stride * sizeof(float), .n_tokens = n, .y = y,
                            .y_stride = y_stride };
     ops->mul[MS4_TYPE_f32](&mul);
 }
 /* y = one head of m times n rows x.  Few tokens take a few rows of m at a time, which then stay in the L1 cache. */
-static void mul_slice(const struct ms4_ops *ops, const matrix *m, int32_t head, const float *x, size_t x_stride, int32_t n,
-                      float *y, size_t y_stride, float *scratch) {
+static void mul_slice(const struct ms4_ops *ops, const matrix *m, int32_t head, const float *x, size_t x_stride,
+                      int32_t n, float *y, size_t y_stride, float *scratch) {
     int32_t rows = n < 8 ? 16 : m->n_rows;
     for (int32_t r = 0; r < m->n_rows; r += rows) {
         int32_t part = int_min(rows, m->n_rows - r);
@@ -99,7 +102,8 @@ static void absorb_item(void *context, int32_t item, int32_t thread) {
     }
 }
 /* --- segments ------------------------------------------------------------------------------- */
-static int32_t seen(int32_t position, int32_t key, int32_t most) {       /* keys of the `most` at `key` that `position` may see */
+/* Keys of the `most` at `key` that `position` may see. */
+static int32_t seen(int32_t position, int32_t key, int32_t most) {
     int32_t n = position + 1 - key;
     return n < 0 ? 0 : n > most ? most : n;
 }
@@ -112,8 +116,8 @@ static void start_results(float *out, size_t n, size_t row) {         /* n of th
     for (size_t i = 0; i < n; i++) out[i * row] = -INFINITY;
 }
 /* One segment for tokens [first, first + n) of a span and heads [head, last_head): out[(t * n_head + h)] */
-static void attend_segment(const attend_run *run, const span *sp, int32_t first, int32_t n, int32_t segment, int32_t head,
-                           int32_t last_head, float *out, float *buffer) {
+static void attend_segment(const attend_run *run, const span *sp, int32_t first, int32_t n, int32_t segment,
+                           int32_t head, int32_t last_head, float *out, float *buffer) {
     const ms4_shape *s = run->st->shape;
     const size_t row = result_width(run), width = latent_width(run);
     int32_t key = segment * SEGMENT_KEYS, next = key + SEGMENT_KEYS, last = sp->pos + first + n - 1;
@@ -124,9 +128,11 @@ static void attend_segment(const attend_run *run, const span *sp, int32_t first,
                               seen(last, key, SEGMENT_KEYS));
     for (int32_t t = 0; t < n; t++) {
         size_t at = (size_t)(sp->first + first + t) * heads(run) + (size_t)head;
-        struct ms4_attend_segment a = { .segment = &keys, .q = run->absorbed + at * width, .q_d = run->absorbed_d + 2 * at,
+        struct ms4_attend_segment a = { .segment = &keys, .q = run->absorbed + at * width,
+                                        .q_d = run->absorbed_d + 2 * at,
                                         .out = out + ((size_t)t * heads(run) + (size_t)head) * row,
-                                        .n_keys = seen(sp->pos + first + t, key, SEGMENT_KEYS), .n_q = last_head - head };
+                                        .n_keys = seen(sp->pos + first + t, key, SEGMENT_KEYS),
+                                        .n_q = last_head - head };
         if (!t && next <= last) {
             a.next = (const uint8_t *)kv_cache_row(sp->kv, run->layer, next);
             a.next_lines = (int32_t)((size_t)seen(last, next, SEGMENT_KEYS) * width * sizeof(int16_t) / 64);
@@ -149,14 +155,16 @@ static void attend_item(void *context, int32_t item, int32_t thread) {
     if (w->split) {
         int32_t part = item % w->n_parts, n_head = run->st->shape->n_head;
         item /= w->n_parts;
+        float *out = run->partial + (w->first_partial + (size_t)item * heads(run)) * row;
         attend_segment(run, w->sp, item / w->n_segments, 1, item % w->n_segments, part * n_head / w->n_parts,
-                       (part + 1) * n_head / w->n_parts, run->partial + (w->first_partial + (size_t)item * heads(run)) * row, scratch);
+                       (part + 1) * n_head / w->n_parts, out, scratch);
         return;
     }
     int32_t first = item * w->per_item, n = int_min(w->per_item, w->sp->n - first), segment = 0;
     const int32_t last_segment = (w->sp->pos + first + n - 1) / SEGMENT_KEYS;
     const size_t n_rows = (size_t)n * heads(run);
-    float *all = run->partial + (w->first_partial + (size_t)first * heads(run)) * row, *group = result + ROW_TOKENS * heads(run) * row;
+    float *all = run->partial + (w->first_partial + (size_t)first * heads(run)) * row;
+    float *group = result + ROW_TOKENS * heads(run) * row;
     start_results(all, n_rows, row);
     while (segment <= last_segment) {
         start_results(group, n_rows, row);
@@ -172,7 +180,8 @@ static const float *result_of(const attend_run *run, int32_t t, int32_t head, fl
     const span_work *w = &run->spans[run->row_span[t]];
     const size_t row = result_width(run), at = (size_t)(t - w->sp->first);
     if (!w->split) return run->partial + (w->first_partial + at * heads(run) + (size_t)head) * row;
-    const float *from = run->partial + (w->first_partial + at * (size_t)w->n_segments * heads(run) + (size_t)head) * row;
+    const size_t first = at * (size_t)w->n_segments * heads(run) + (size_t)head;
+    const float *from = run->partial + (w->first_partial + first) * row;
     float *out = room, *group = room + row;
     start_results(out, 1, row);
     for (int32_t segment = 0; segment < w->n_segments; from += heads(run) * row) {
@@ -193,13 +202,15 @@ static void collect_item(void *context, int32_t item, int32_t thread) {
         const float *from = result_of(run, first + t, head, folded);
         for (size_t i = 0; i < rank; i++) x[(size_t)t * rank + i] = from[2 + i] / from[1];
     }
-    mul_slice(run->d->ops, run->v_b, head, x, rank, n, cpu_row(run->d, BUF_O, first) + (size_t)head * (size_t)s->d_value, d_o, w);
+    float *o = cpu_row(run->d, BUF_O, first) + (size_t)head * (size_t)s->d_value;
+    mul_slice(run->d->ops, run->v_b, head, x, rank, n, o, d_o, w);
 }
 static void quantize_item(void *context, int32_t item, int32_t thread) {
     const attend_run *run = context;
     int32_t per_item = run->st->n < 8 ? 1 : 8;
     (void)thread;
-    for (int32_t t = item * per_item; t < int_min((item + 1) * per_item, run->st->n); t++) cpu_quantize_row(run->d, BUF_O, t);
+    for (int32_t t = item * per_item; t < int_min((item + 1) * per_item, run->st->n); t++)
+        cpu_quantize_row(run->d, BUF_O, t);
 }
 /* --- the whole ------------------------------------------------------------------------------ */
 /* Floats of scratch that one thread needs, whatever the step. */
@@ -216,13 +227,15 @@ static int32_t cut(attend_run *run, size_t *n_partial) {
     for (int32_t i = 0; i < run->st->n_spans; i++) {
         const span *sp = &run->st->spans[i];
         span_work *w = &run->spans[i];
-        *w = (span_work){ .sp = sp, .split = sp->n < 8, .n_segments = (sp->pos + sp->n + SEGMENT_KEYS - 1) / SEGMENT_KEYS };
+        const int32_t n_segments = (sp->pos + sp->n + SEGMENT_KEYS - 1) / SEGMENT_KEYS;
+        *w = (span_work){ .sp = sp, .split = sp->n < 8, .n_segments = n_segments };
         if (w->split) splits += sp->n * w->n_segments;
         for (int32_t t = sp->first; t < sp->first + sp->n; t++) run->row_span[t] = i;
     }
     for (int32_t i = 0; i < run->st->n_spans; i++) {
         span_work *w = &run->spans[i];
-        w->n_parts = w->split && splits ? int_min((pool_size(run->d->pool) - 1) / splits + 1, run->st->shape->n_head) : 1;
+        w->n_parts = w->split && splits ? int_min((pool_size(run->d->pool) - 1) / splits + 1, run->st->shape->n_head)
+                                        : 1;
         w->per_item = w->split ? 1 : ROW_TOKENS;
         w->first_item = items;
         w->first_partial = *n_partial;

@@ -1,7 +1,7 @@
 /* run_ffn.c -- feed-forward networks: the router's choice, then gate/up/down of routed, shared or dense ones.
  *
- * Tokens are grouped by expert, so an expert's weights are read once for all its tokens.  Two runs of the pool: gate and
- * up with the activation, then down.  In the second, an item owns some rows of the output for all tokens, and adds
+ * Tokens are grouped by expert, so an expert's weights are read once for all its tokens.  Two runs of the pool: gate
+ * and up with the activation, then down.  In the second, an item owns some rows of the output for all tokens, and adds
  * shared expert first, then experts in ascending order: the sum of a token never depends on the grouping, nor on which
  * device computed what, as sum_pairs adds in the same order.
  * act(gate) * up stays float32 or int8 with float32 scales: it leaves the range of float16 (SPEC 2.5).
@@ -39,8 +39,8 @@ static void choose_item(void *context, int32_t item, int32_t thread) {
     (void)thread;
     for (int32_t t = item * CHOOSE_TOKENS; t < int_min((item + 1) * CHOOSE_TOKENS, run->p->n); t++) {
         size_t at = (size_t)t * (size_t)run->p->k;
-        run->d->ops->choose(cpu_row(run->d, BUF_ROUTER, t), run->s->n_expert, run->p->k, run->s->router_scale, run->s->router_norm,
-                            run->p->expert + at, run->p->weight + at);
+        run->d->ops->choose(cpu_row(run->d, BUF_ROUTER, t), run->s->n_expert, run->p->k, run->s->router_scale,
+                            run->s->router_norm, run->p->expert + at, run->p->weight + at);
     }
 }
 /* By token -> by expert: first, used; row, token and weight of each pair. */
@@ -77,27 +77,31 @@ static const uint8_t *after_chunk(const ffn_run *run, const ffn_job *job, int32_
     if (column + HIDDEN_CHUNK < gate->n_rows) return gate->data + (size_t)(column + HIDDEN_CHUNK) * gate->row_bytes;
     return job + 1 < run->jobs + run->n_jobs ? job[1].w->gate.data : NULL;
 }
-static void gate_up_tile(const ffn_run *run, const ffn_job *job, int32_t column, int32_t first, int32_t n, float *gate) {
+static void gate_up_tile(const ffn_run *run, const ffn_job *job, int32_t column, int32_t first, int32_t n,
+                         float *gate) {
     const struct ms4_ops *ops = run->d->ops;
     const int32_t columns = int_min(HIDDEN_CHUNK, job->w->gate.n_rows - column);
     float *up = gate + TOKEN_TILE * HIDDEN_CHUNK;
     const activations x = cpu_x(run->d, BUF_X, job->tokens ? 0 : job->x_row + first);
     const int32_t *tokens = job->tokens ? job->tokens + first : NULL;
-    const matrix gate_rows = matrix_rows(&job->w->gate, 0, column, columns), up_rows = matrix_rows(&job->w->up, 0, column, columns);
+    const matrix gate_rows = matrix_rows(&job->w->gate, 0, column, columns);
+    const matrix up_rows = matrix_rows(&job->w->up, 0, column, columns);
     cpu_mul(ops, &gate_rows, &x, tokens, n, gate, HIDDEN_CHUNK, up_rows.data);
     cpu_mul(ops, &up_rows, &x, tokens, n, up, HIDDEN_CHUNK, after_chunk(run, job, column));
     for (int32_t t = 0; t < n; t++) {
         const float *row = gate + (size_t)t * HIDDEN_CHUNK;
         const size_t at = (size_t)(first + t);
-        float *hidden = job->hidden_f ? job->hidden_f + at * job->f_stride + (size_t)column : gate + (size_t)t * HIDDEN_CHUNK;
+        float *hidden = job->hidden_f ? job->hidden_f + at * job->f_stride + (size_t)column
+                                      : gate + (size_t)t * HIDDEN_CHUNK;
         (job->w->gelu ? ops->gelu_mul : ops->silu_mul)(hidden, row, up + (size_t)t * HIDDEN_CHUNK, (size_t)columns);
         if (job->hidden_q)
             ops->quantize(job->hidden_q + at * job->q_stride + (size_t)column / SUPERBLOCK, hidden, (size_t)columns);
     }
 }
 static int32_t hidden_chunks(const ffn_job *job) { return (job->w->gate.n_rows + HIDDEN_CHUNK - 1) / HIDDEN_CHUNK; }
-static int32_t gate_up_items(const ffn_job *job) { return hidden_chunks(job) * ((job->n + TOKEN_TILE - 1) / TOKEN_TILE); }
-
+static int32_t gate_up_items(const ffn_job *job) {
+    return hidden_chunks(job) * ((job->n + TOKEN_TILE - 1) / TOKEN_TILE);
+}
 static void gate_up_item(void *context, int32_t item, int32_t thread) {
     const ffn_run *run = context;
     const ffn_job *job = run->jobs;
@@ -109,7 +113,8 @@ static void gate_up_item(void *context, int32_t item, int32_t thread) {
 }
 /* --- down ------------------------------------------------------------------------------------- */
 /* Rows [row, row + n_rows) of one job's results, of tokens [t, t + n): to H, or to where pairs wait. */
-static void put_down(const ffn_run *run, const ffn_job *job, int32_t t, int32_t n, int32_t row, int32_t n_rows, const float *sum) {
+static void put_down(const ffn_run *run, const ffn_job *job, int32_t t, int32_t n, int32_t row, int32_t n_rows,
+                     const float *sum) {
     const size_t d = run->d->rows[BUF_H].width;
     for (int32_t i = 0; i < n; i++, sum += run->rows) {
         const int32_t at = t + i;
@@ -123,7 +128,8 @@ static void put_down(const ffn_run *run, const ffn_job *job, int32_t t, int32_t 
 }
 static void down_item(void *context, int32_t item, int32_t thread) {
     const ffn_run *run = context;
-    const int32_t d_model = (int32_t)run->d->rows[BUF_H].width, row = item * run->rows, n_rows = int_min(run->rows, d_model - row);
+    const int32_t d_model = (int32_t)run->d->rows[BUF_H].width;
+    const int32_t row = item * run->rows, n_rows = int_min(run->rows, d_model - row);
     const ffn_job *end = run->jobs + run->n_jobs;
     float *sum = run->d->scratch[thread];
     for (const ffn_job *job = run->jobs; job < end; job++) {
@@ -133,7 +139,8 @@ static void down_item(void *context, int32_t item, int32_t thread) {
         for (int32_t t = 0; t < job->n; t += DOWN_TILE) {
             int32_t n = int_min(DOWN_TILE, job->n - t);
             const activations hidden = { job->hidden_f ? job->hidden_f + (size_t)t * job->f_stride : NULL,
-                                         job->hidden_q ? job->hidden_q + (size_t)t * job->q_stride : NULL, job->f_stride, job->q_stride };
+                                         job->hidden_q ? job->hidden_q + (size_t)t * job->q_stride : NULL,
+                                         job->f_stride, job->q_stride };
             cpu_mul(run->d->ops, &part, &hidden, NULL, n, sum, (size_t)run->rows, next);
             put_down(run, job, t, n, row, n_rows, sum);
         }
@@ -172,8 +179,8 @@ int cpu_ffn(device *base, const ffn_share *share, const picks *p) {
     ffn_job *jobs = d->jobs.at;
     if (share->every) jobs[n_jobs++] = (ffn_job){ .w = share->every, .x_row = share->row, .n = share->n };
     for (const ffn_group *g = share->groups; g < share->groups + share->n_groups; g++)
-        jobs[n_jobs++] = (ffn_job){ .w = &g->w, .tokens = p->token + g->first, .weights = p->pair_weight + g->first, .n = g->n,
-                                    .pairs = share->whole ? NULL : cpu_row(d, BUF_PAIRS, g->first) };
+        jobs[n_jobs++] = (ffn_job){ .w = &g->w, .tokens = p->token + g->first, .weights = p->pair_weight + g->first,
+                                    .n = g->n, .pairs = share->whole ? NULL : cpu_row(d, BUF_PAIRS, g->first) };
     TRY(place_hidden(d, jobs, n_jobs));
     for (int32_t i = 0; i < n_jobs; i++) {
         jobs[i].first_item = items;

@@ -1,7 +1,7 @@
 /* run_patches.c -- the vision tower's own steps (SPEC 3.3, 3.4): attention of all patches to all, merging, biases.
  *
- * Keys are taken a tile of ATTEND_KEYS at a time with a running softmax, so memory grows with the patches, not with their
- * square.
+ * Keys are taken a tile of ATTEND_KEYS at a time with a running softmax, so memory grows with the patches, not with
+ * their square.
  */
 #include "cpu_device.h"
 #include "error.h"
@@ -76,8 +76,9 @@ static void attend_item(void *context, int32_t item, int32_t thread) {
         for (int32_t i = 0; i < ATTEND_ROWS; i++) n_keys[i] = int_min(ATTEND_KEYS, run->n - key);
         for (int32_t t = first; t < end; t += ATTEND_ROWS) {
             struct ms4_attend a = {
-                .q = cpu_row(run->d, BUF_Q, t) + head * width, .q_stride = d, .o = cpu_row(run->d, BUF_X, t) + head * width,
-                .o_stride = d, .kt = keys_at(run, head, tile), .v = cpu_row(run->d, BUF_V, key) + head * width, .v_stride = d,
+                .q = cpu_row(run->d, BUF_Q, t) + head * width, .q_stride = d,
+                .o = cpu_row(run->d, BUF_X, t) + head * width, .o_stride = d,
+                .kt = keys_at(run, head, tile), .v = cpu_row(run->d, BUF_V, key) + head * width, .v_stride = d,
                 .m = m + t - first, .l = l + t - first, .n_keys = n_keys, .n_q = int_min(ATTEND_ROWS, end - t),
                 .d_k = (int32_t)width, .d_v = (int32_t)width };
             run->d->ops->attend(&a);

@@ -4,8 +4,8 @@
 #define MAX_CHUNK_ROWS 256
 #define MAX_PRODUCTS 4         /* of one run */
 
-void cpu_mul(const struct ms4_ops *ops, const matrix *m, const activations *x, const int32_t *x_rows, int32_t n_tokens, float *y,
-             size_t y_stride, const uint8_t *next) {
+void cpu_mul(const struct ms4_ops *ops, const matrix *m, const activations *x, const int32_t *x_rows, int32_t n_tokens,
+             float *y, size_t y_stride, const uint8_t *next) {
     int quantised = matrix_quantised(m);
     struct ms4_mul mul = {
         .w = m->data, .row_bytes = m->row_bytes, .n_rows = m->n_rows, .n_cols = m->n_cols, .n_tokens = n_tokens,
@@ -25,7 +25,8 @@ int32_t cpu_rows_per_item(const pool *p, int32_t n_rows, int32_t n_tokens) {
     return rows < step ? step : rows > most ? most : rows;
 }
 
-typedef struct { const matrix *m; activations x; float *y; size_t y_stride; int32_t add; } placed;   /* a product's addresses */
+/* A product's addresses. */
+typedef struct { const matrix *m; activations x; float *y; size_t y_stride; int32_t add; } placed;
 typedef struct {
     const struct ms4_ops *ops;
     placed products[MAX_PRODUCTS];
@@ -61,7 +62,8 @@ static void product_item(void *context, int32_t item, int32_t thread) {
         int32_t n = int_min(STEP, n_tokens - t);
         cpu_mul(run->ops, &part, &rest, NULL, n, sum, MAX_CHUNK_ROWS, NULL);
         for (int32_t i = 0; i < n; i++)
-            run->ops->add_scaled(y + (size_t)(t + i) * p->y_stride, sum + (size_t)i * MAX_CHUNK_ROWS, 1, (size_t)n_rows);
+            run->ops->add_scaled(y + (size_t)(t + i) * p->y_stride, sum + (size_t)i * MAX_CHUNK_ROWS, 1,
+                                 (size_t)n_rows);
     }
 }
 static void run_products(const cpu_device *d, product_run *run, int32_t n_products) {
@@ -80,8 +82,8 @@ int cpu_products(device *base, const product *p, int32_t n_products, int32_t n) 
     const cpu_device *d = (const cpu_device *)base;
     product_run run = { .n_tokens = n };
     for (int32_t i = 0; i < n_products; i++)
-        run.products[i] = (placed){ p[i].m, cpu_x(d, p[i].x, p[i].x_row), cpu_row(d, p[i].y, p[i].y_row), d->rows[p[i].y].width,
-                                    p[i].add };
+        run.products[i] = (placed){ p[i].m, cpu_x(d, p[i].x, p[i].x_row), cpu_row(d, p[i].y, p[i].y_row),
+                                    d->rows[p[i].y].width, p[i].add };
     run_products(d, &run, n_products);
     return MS4_OK;
 }

@@ -25,8 +25,8 @@ static void norm_item(void *context, int32_t item, int32_t thread) {
     const row_run *run = context;
     (void)thread;
     for (int32_t t = item * run->per_item; t < end_of(run, item); t++) {
-        run->d->ops->rms_norm(cpu_row(run->d, run->y, t), cpu_row(run->d, run->x, t), run->weight->data, (size_t)run->weight->n,
-                              run->eps);
+        run->d->ops->rms_norm(cpu_row(run->d, run->y, t), cpu_row(run->d, run->x, t), run->weight->data,
+                              (size_t)run->weight->n, run->eps);
         cpu_quantize_row(run->d, run->y, t);
     }
 }
@@ -64,8 +64,8 @@ static void latent_item(void *context, int32_t item, int32_t thread) {
     }
 }
 int cpu_latents(device *d, const step *st, int32_t layer, const vector *norm, float eps) {
-    return run_rows(&(row_run){ .d = (cpu_device *)d, .st = st, .weight = norm, .eps = eps, .layer = layer, .n = st->n },
-                    latent_item);
+    row_run run = { .d = (cpu_device *)d, .st = st, .weight = norm, .eps = eps, .layer = layer, .n = st->n };
+    return run_rows(&run, latent_item);
 }
 /* Q: rope part rotated, all of it times the row's factor (SPEC 1.3) */
 static void query_item(void *context, int32_t item, int32_t thread) {
