@@ -125,7 +125,7 @@ def tekken(model):
 
 
 def bravo_config():
-    """config.json of the checkpoint that bravo-f16.gguf was made of, as far as it says something about the weights."""
+    """config.json of the checkpoint in tests/data, as far as it says something about the weights."""
     return {
         "model_type": "mistral3",
         "multimodal_projector_bias": False,

@@ -5,12 +5,12 @@ is right at all, test_reference.py and test_golden.py say.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import bad_gguf
 import numpy as np
 import pytest
 from conftest import SEED
+from fixtures import MMPROJ, MODEL, bravo, references
 from make_mmproj import write_mmproj
 from yardstick import assert_engine_has_the_bits, assert_near, assert_same_bits, errors
 
@@ -24,7 +24,6 @@ from ms4.quant.blocks import BLOCKS, IDS
 from ms4.quant.gguf_file import GgufFile
 from ms4.quant.tiny import Tiny, write_tiny
 
-DATA = Path(__file__).parent / "data"
 not_in_double = pytest.mark.skipif(ms4.probe().isa == "ref", reason="ref sums in double: its bits are its own")
 
 # Shapes whose rows end inside a superblock, and layouts as converters write them.
@@ -133,14 +132,14 @@ def test_many_segments_give_the_bits(tmp_path, ids):
 
 
 @not_in_double
-@pytest.mark.parametrize("name, scale", [("f16", "mscale2"), ("Q4_K_M", "plain"), ("IQ3_S", "mscale2")])
+@pytest.mark.parametrize("name, scale", [("F16", "mscale2"), ("Q4_K_M", "plain")])
 def test_the_fixtures_have_the_bits(name, scale):
-    tokens = np.load(DATA / "bravo-refs.npz")["ids"][: 100 if name == "f16" else 200]
-    assert_engine_has_the_bits(DATA / f"bravo-{name}.gguf", tokens, scale)
+    tokens = references()["ids"][: 100 if name == "F16" else 200]
+    assert_engine_has_the_bits(bravo(name), tokens, scale)
 
 
 def assert_rows_have_the_bits(path, pixels):
-    with Model.open(DATA / "bravo-Q4_K_M.gguf") as model:
+    with Model.open(MODEL) as model:
         vision = VisionEncoder(model.engine, pixtral.Tower.read(path)).vision
         got = vision.encode(pixels)
     s = vision.shape
@@ -151,7 +150,7 @@ def assert_rows_have_the_bits(path, pixels):
 @not_in_double
 @pytest.mark.parametrize("size", [(28, 28), (252, 196), (28, 280)])
 def test_rows_of_an_image_have_the_bits(size, rng):
-    assert_rows_have_the_bits(DATA / "bravo-mmproj-f16.gguf", rng.standard_normal((3, *size)).astype(np.float32))
+    assert_rows_have_the_bits(MMPROJ, rng.standard_normal((3, *size)).astype(np.float32))
 
 
 @not_in_double

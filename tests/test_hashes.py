@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fixtures import bravo, image_references, references
 
 import ms4
 from ms4.models import pixtral
@@ -26,7 +27,7 @@ from ms4.quant.tiny import Tiny, write_tiny
 
 DATA = Path(__file__).parent / "data"
 HASHES = DATA / "logits.sha256"
-IMAGE = np.load(DATA / "bravo-image-ref.npz")["ids"]
+IMAGE = image_references()["ids"]
 FLOAT = dict.fromkeys(("embedding", "output", "attention", "experts", "shared"), "F32")
 SHAPES = {
     "fused": Tiny(),
@@ -50,7 +51,7 @@ def tiny_cases():
 
 
 CASES = dict(tiny_cases())
-FIXTURES = ("f16", "Q4_K_M", "IQ3_S")
+FIXTURES = ("F32", "Q4_K_M")
 
 
 def digest(logits):
@@ -79,8 +80,8 @@ def of_chunks():
 
 
 def of_fixture(name):
-    ids = np.load(DATA / "bravo-refs.npz")["ids"]
-    with Model.open(DATA / f"bravo-{name}.gguf", attn_scale="mscale2") as model, model.session(256) as session:
+    ids = references()["ids"]
+    with Model.open(bravo(name), attn_scale="mscale2") as model, model.session(256) as session:
         return digest(session.feed(ids, all_logits=True))
 
 
