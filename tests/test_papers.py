@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+NAMED = re.compile(r"\b((?:cli|csrc|models|quant|tests|docs)/[\w./-]+\.(?:py|c|h|md|csv|json|sha256))\b")
 LONGEST_README = 200
 CITED = re.compile(r"\bSPEC (appendix [A-Z]|\d+(?:\.\d+)?)((?:,| and| to) \d+\.\d+)*")
 
@@ -20,6 +21,18 @@ def test_links_between_the_papers_lead_somewhere():
     links = [(paper, link) for paper in papers for link in LINK.findall(paper.read_text(encoding="utf-8"))]
     assert len(links) > 10
     assert not [(paper.name, link) for paper, link in links if not (paper.parent / link).exists()]
+
+
+def test_files_that_the_papers_name_are_there():
+    papers = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")]
+    named = {name for paper in papers for name in NAMED.findall(paper.read_text(encoding="utf-8"))}
+    assert len(named) > 40
+    assert not {name for name in named if not (ROOT / name).exists()}
+    table = re.findall(r"^\| (.*?) \|", (DOCS / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE)
+    c_files = {name for row in table for name in re.findall(r"`(?:cpu/)?(\w+\.[ch])`", row)}
+    there = {path.name for folder in ("", "cpu") for path in (ROOT / "csrc" / folder).glob("*.[ch]")}
+    assert len(c_files) > 20 and not c_files - there
+    assert not there - c_files - {"clock.h", "numbers.h"} - {name.replace(".c", ".h") for name in c_files}
 
 
 def test_the_tables_of_speed_are_those_of_its_csv_files():
