@@ -15,6 +15,8 @@
  *                       twice as long: their sums would no longer fit the registers.)
  *   one row             sums over numbers of one row (squares for a norm or a length, exp for the router's choice): 64
  *                       partial sums likewise, then the tree from j with j+32 on.
+ * No integer is taken from a NaN: which bits a NaN has depends on the machine.  What is not finite becomes zeros with a
+ * scale of NaN (quantize, quantize_16, the weights of a segment), so all that is computed with it is NaN again.
  * A kernel for one token and a kernel for many must therefore agree bit for bit; across ISAs only ref differs (it
  * sums in double: it is the definition, and the yardstick for the rounding error of the others).
  */

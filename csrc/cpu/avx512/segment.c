@@ -57,7 +57,7 @@ static inline void segment_weights_512(int16_t *weights, const int32_t *latent, 
     for (int j = 0; j < n; j += 16) {
         const __m512 p = exp_512(_mm512_sub_ps(score[j / 16], shift));
         part = _mm512_add_ps(part, p);
-        score[j / 16] = _mm512_mul_ps(p, _mm512_loadu_ps(s->d + j));
+        score[j / 16] = _mm512_maskz_mul_ps(lanes_512(n_keys - j), p, _mm512_loadu_ps(s->d + j));    /* not 0 * NaN */
         top = _mm512_max_ps(top, score[j / 16]);
         sum = _mm512_fmadd_ps(score[j / 16], _mm512_loadu_ps(s->d + 2 * SEGMENT_KEYS + j), sum);
     }

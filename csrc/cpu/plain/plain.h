@@ -76,7 +76,7 @@ static inline void rms_norm_plain(float *out, const float *x, const float *weigh
     for (size_t i = 0; i < n; i++) out[i] = x[i] * factor * weight[i];
 }
 /* e^x within 1 ulp or so: x = k ln 2 + r, a polynomial for e^r, then 2^k in two halves, because 2^k itself may be
- * beyond the range of float.  -inf gives 0, NaN stays NaN. */
+ * beyond the range of float.  -inf gives 0, NaN stays NaN (and whatever its bits make of k, it times that is NaN). */
 static inline float exp_plain(float x) {
     x = x < -104.0f ? -104.0f : x;
     x = x > 89.0f ? 89.0f : x;

@@ -78,7 +78,7 @@ static inline void segment_weights_plain(int16_t *weights, const int32_t *latent
     for (int j = 0; j < n; j++) score[j] = exp_plain(score[j] - shift);
     for (int i = 0; i < n; i += 16)
         for (int j = 0; j < 16; j++) part[j] += score[i + j];
-    for (int j = 0; j < n; j++) score[j] *= s->d[j];
+    for (int j = 0; j < n; j++) score[j] = j < n_keys ? score[j] * s->d[j] : 0;    /* not 0 * NaN */
     for (int j = 0; j < 16; j++) top[j] = 0;
     for (int i = 0; i < n; i += 16)
         for (int j = 0; j < 16; j++) {
@@ -130,6 +130,7 @@ INLINE void attend_rows_16(const struct ms4_attend_segment *a, int row, int n_ro
     for (int r = 0; r < n_rows; r++) {
         float *out = a->out + (size_t)(row + r) * (rank + 2);
         to_weights(weights[r], latent[r], rope[r], s, a->q_d + 2 * (row + r), a->n_keys, out, out + 1, unit + r);
+        if (!(unit[r] < INFINITY)) memset(weights[r], 0, sizeof weights[r]);      /* no integer is taken from a NaN */
     }
     for (size_t i = 0; i < rank; i += SEGMENT_BLOCK) {
         product(c[0], SEGMENT_BLOCK, w, s->values + i * SEGMENT_KEYS, n_blocks * SEGMENT_BLOCK / 2, n_rows, NULL, 0);
