@@ -2,23 +2,52 @@
  *
  * Kernels take pointers and counts, allocate nothing, log nothing and cannot fail; callers check shapes at load.
  *
- * One order of arithmetic, so that a token's numbers do not depend on how many tokens are computed together:
+ * ONE ARITHMETIC.  Every number that depends on weights comes from IEEE single operations (to nearest even, denormals
+ * kept) and from integers, in the order written here: the same bits on every ISA and device, for any number of threads,
+ * and whatever is computed beside a token.  Only ref differs: it sums in double, is the definition of what is meant,
+ * and the yardstick for the rounding of the others.  docs/arithmetic.md says the same at length, with the reasons.
+ *
+ * fma(a, b, c) is rounded once; a * b + c is rounded twice, and may not be contracted.  (float)I of an integer is
+ * rounded, too.  rint() is (x + 1.5 * 2^23) - 1.5 * 2^23.  exp and erf are exp_plain and erf_plain (cpu/plain/plain.h).
+ *   sums of 16, 64      partial sum j takes the elements k = j (mod 16 or 64) in ascending order, from 0; then the
+ *                       partial sums are added as a tree: j with j + 32, then + 16, 8, 4, 2, 1 (of 16: from + 8 on).
  *   quantised weights   inside a superblock all sums are integers (exact, any order); across superblocks, for each
- *                       output element on its own and in ascending order, with fused multiply-adds:
+ *                       output element on its own and in ascending order, from y = 0:
  *                         K and IQ types   y = fma(x.d, fma(-dmin, (float)J, d * (float)I), y)
  *                                          I = sum of scale_b * (q . x.q)_b,  J = sum of min_b * sum(x.q)_b;
  *                                          types without mins: y = fma(x.d, d * (float)I, y)
  *                         32-blocks        t = fma(d_b, (float)I_b, t) over the blocks b of the superblock, from t = 0
  *                                          (types with mins then t = fma(m_b, (float)S_b, t)); y = fma(x.d, t, y)
- *   float weights       16 partial sums, sum j takes elements k = j (mod 16) in ascending order by fma; then they are
- *                       added as a tree: j with j+8, then +4, +2, +1.  (With 64, products on CPUs would take up to
- *                       twice as long: their sums would no longer fit the registers.)
- *   one row             sums over numbers of one row (squares for a norm or a length, exp for the router's choice): 64
- *                       partial sums likewise, then the tree from j with j+32 on.
+ *   float weights       a sum of 16, by p = fma(w, x, p).  (With 64, products on CPUs would take up to twice as long:
+ *                       their sums would no longer fit the registers.)
+ *   rms_norm            S = sum of 64, by p = fma(x, x, p);  f = 1 / sqrt(S / n + eps);  x * f * weight
+ *   quantize            a = largest magnitude of the superblock;  d = a / 127;  q = rint(x * (127 / a));
+ *                       a < 2^-121: d = 0, all q = 0
+ *   quantize_16         a = largest magnitude;  u = x * (1 / a);  S = sum of 64, by p = fma(u, u, p);
+ *                       top = min(LENGTH_16 / sqrt(S), 32767);  f = top * (1 / a);  q = rint(x * f);  d = a / top;
+ *                       largest = rint(a * f);  a < 2^-100: d = 0, all q = 0
+ *   silu_mul            gate / (1 + exp(-gate)) * up
+ *   gelu, gelu_mul      0.5 * x * (1 + erf(x * 0.70710678)), then * up
+ *   choose              e = exp(logit - max);  total = the chosen e one by one from 0, ascending by id, or where norm
+ *                       is 0 the sum of 64 of all e, by p = p + e;  weight = scale * e / total
+ *   attend_segment      I, R = integer sums over latents and over the rope key;
+ *                       s = fma(q_d[0] * d[0], (float)I, q_d[1] * d[1] * (float)R);  m = largest s;  p = exp(s - m)
+ *                       (if m is -inf: exp(s - 0));  l = sum of 16 over the keys;  w = p * d[0];
+ *                       unit = max(S * (1 / (0x1.fp+30)), largest w * (1 / 32767)), S = sum of 16 over the keys, by
+ *                       part = fma(w, largest latent, part);  W = rint(w * (1 / unit)), 0 if unit < 2^-100;
+ *                       o = (float)(integer sum of W * latent) * unit
+ *   fold                m = max(m1, m2);  l = fma(l2, exp(m2 - m), l1 * exp(m1 - m));  each o likewise.  The segments
+ *                       of a group of SEGMENT_GROUP (by position, from 0) into { -inf, 0, 0 } in ascending order; the
+ *                       groups likewise.  Where l2 is 0, nothing changes.  In the end o / l.
+ *   attend              s = from 0 by fma over the columns, ascending;  m' = max(m, largest s);  f = exp(m - m');
+ *                       p = exp(s - m'), 0 for keys that are not seen;  (if m' is -inf: minus 0;)
+ *                       l = fma(l, f, tree of all 32 p, + 16 first);  o = o * f, then o = fma(p, v, o) over the keys,
+ *                       ascending.  Tiles ascending; in the end o / l.
+ * Results of experts are added one by one, shared expert first, then ascending by id: h = fma(weight, y, h).
+ *
  * No integer is taken from a NaN: which bits a NaN has depends on the machine.  What is not finite becomes zeros with a
- * scale of NaN (quantize, quantize_16, the weights of a segment), so all that is computed with it is NaN again.
- * A kernel for one token and a kernel for many must therefore agree bit for bit; across ISAs only ref differs (it
- * sums in double: it is the definition, and the yardstick for the rounding error of the others).
+ * scale of NaN (quantize, quantize_16, the weights of a segment), so all that is computed with it is NaN again.  Which
+ * NaN, the sign of an m that is zero, and m where l is NaN, are left open: nothing depends on them.
  */
 #ifndef MS4_OPS_H
 #define MS4_OPS_H
@@ -68,9 +97,9 @@ struct ms4_attend {
 struct ms4_segment {
     int32_t rank, d_rope;      /* of a row: latents, then rope key; multiples of 8 */
     int32_t n_keys;
-    int16_t *keys;             /* blocks of 32 keys: (rank + d_rope) / 2 rows of 32 pairs: their numbers 2i, 2i + 1 */
+    int16_t *keys;             /* blocks of 32 keys: (rank + d_rope) / 2 rows of 32 pairs: a key's numbers 2i, 2i + 1 */
     int16_t *values;           /* blocks of 32 latents: SEGMENT_KEYS / 2 rows of 32 pairs: of the keys 2j, 2j + 1 */
-    float *d;                  /* SEGMENT_KEYS scales of the latents, of the rope keys; largest magnitudes of latents */
+    float *d;                  /* SEGMENT_KEYS scales of latents, as many of rope keys; largest magnitudes of latents */
 };                             /* numbers of absent keys and columns, as far as a block is begun, are zero */
 static inline size_t segment_keys_size(int32_t rank, int32_t d_rope) { return (size_t)(rank + d_rope) * SEGMENT_KEYS; }
 static inline size_t segment_values_size(int32_t rank) {
