@@ -86,7 +86,7 @@ static void fill_weights(int type, uint8_t *w, size_t n_weights, int extreme) {
         uint8_t *block = w + i * (size_t)info->bytes;
         uint8_t same = rnd() & 1 ? 0xff : 0;
         for (int j = 0; j < info->bytes; j++) block[j] = extreme ? same : (uint8_t)rnd();
-        uint32_t d = (rnd() & 0x8000) | (extreme ? 0x7bff : 0x2000 + rnd() % 0x2800), m = rnd() % 0x4000;
+        uint32_t sign = rnd() & 0x8000, d = sign | (extreme ? 0x7bff : 0x2000 + rnd() % 0x2800), m = rnd() % 0x4000;
         float number = uniform();
         uint32_t bits;
         memcpy(&bits, &number, 4);
@@ -119,7 +119,8 @@ static double magnitude_of(int type, const uint8_t *row, size_t n, const float *
 static void fill_blocks(block_q8 *x, size_t n, int extreme) {
     for (size_t i = 0; i * SUPERBLOCK < n; i++) {
         memset(x + i, 0, sizeof *x);
-        x[i].d = ldexpf(0.75f + 0.25f * uniform(), between(-6, 6));
+        x[i].d = 0.75f + 0.25f * uniform();
+        x[i].d = ldexpf(x[i].d, between(-6, 6));        /* (arguments would be drawn in any order) */
         int same = rnd() & 1 ? 127 : -127;
         for (size_t j = 0; j < SUPERBLOCK && i * SUPERBLOCK + j < n; j++) {
             int q = extreme == 1 ? same : extreme == 2 ? (rnd() & 1 ? 127 : -127) : between(-127, 127);
