@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import accumulate
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -330,8 +331,7 @@ class Engine:
         table = ffi.new("ms4_span[]", len(spans))
         n_logits = [span.n_logits for span in spans]
         out = np.empty((sum(n_logits), self.shape.n_vocab), np.float32)
-        ends = np.cumsum(n_logits, dtype=np.int64)
-        logits = [out[end - n : end] for end, n in zip(ends, n_logits, strict=True)]
+        logits = [out[end - n : end] for end, n in zip(accumulate(n_logits), n_logits, strict=True)]
         for row, span, room in zip(table, spans, logits, strict=True):
             keep += span_row(row, span, room, self.shape.d_model)
         status = lib.ms4_step(self._live(), table, len(spans))
@@ -486,15 +486,14 @@ class Session(_Handle):
             message = f"{n} tokens after {start} do not fit into a context of {self.n_ctx}"
             raise ContextFull(message, lib.MS4_EFULL)
         wanted = n if all_logits else n_logits
-        taken = np.concatenate([[0], np.cumsum(tokens == ROW)])
-        n_rows = 0 if rows is None else len(rows)
-        if taken[-1] != n_rows:
-            raise ValueError(f"{taken[-1]} positions take a row, but there are {n_rows} rows")
+        places, n_rows = np.flatnonzero(tokens == ROW), 0 if rows is None else len(rows)
+        if len(places) != n_rows:
+            raise ValueError(f"{len(places)} positions take a row, but there are {n_rows} rows")
         found = []
         try:
             for at in range(0, n, n_batch):
                 end = min(at + n_batch, n)
-                part = None if rows is None else rows[taken[at] : taken[end]]
+                part = None if rows is None else rows[slice(*np.searchsorted(places, (at, end)))]
                 self._fed = (at * n_layer, n * n_layer)
                 span = Span(self, tokens[at:end], part, max(0, min(end - at, end - n + wanted)), stop)
                 (logits,) = self.engine.step([span])
