@@ -36,7 +36,7 @@ class ImageOptions:
 def price(image: Image, images: ImageInput) -> str:
     """doc.png 2480x3508 -> 1092x1540, 2200 tokens"""
     (width, height), size = image.size, images.size(image)
-    first = ", first frame" if image.animated else ""
+    first = (", first frame" if image.animated else "") + (f", {image.note}" if image.note else "")
     return f"{image.name[-80:]} {width}x{height}{first} -> {size.width}x{size.height}, {size.n_tokens} tokens"
 
 

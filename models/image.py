@@ -20,13 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import ms4
 from ms4.models.untrusted import InputError, check_size, read_file, shown, sniff
 
 if TYPE_CHECKING:  # at run time only where a picture is opened: text-only prompts start without it
     from PIL.Image import Image as Picture
 
-MAX_BYTES = 32 << 20
-MAX_PIXELS = 40_000_000
+MAX_BYTES = 128 << 20
+MAX_PIXELS = 200_000_000  # as the largest sensors of phones have; the memory at hand may allow fewer
+WHOLE_PIXELS = 40_000_000  # above, a JPEG is decoded at a half or a quarter of its size, which the tower halves anyway
+SMALL = 64 << 20  # bytes of pixels for which nobody asks how much memory is free
+KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "HEIF", "AVIF")  # what Pillow is allowed to open
 MAX_SIDE = 65_535
 MAX_SCANS = 200  # of a progressive JPEG: each costs a pass over the picture, and can be a few bytes long
 
@@ -54,11 +58,13 @@ class Image:
     digest: bytes = field(repr=False)  # of the file, so that equal pictures are known as equal
     orientation: int = 1  # EXIF's, 1 to 8
     animated: bool = False  # only the first frame is used
+    note: str = ""  # what was wrong with it and did not matter
+    whole: tuple[int, int] | None = None  # the size in the file, where it was decoded smaller
 
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) as a viewer shows it."""
-        width, height = self.picture.size
+        width, height = self.whole or self.picture.size
         return (height, width) if self.orientation >= 5 else (width, height)
 
 
@@ -141,7 +147,7 @@ def load_image(source: str | os.PathLike[str] | bytes, name: str = "image") -> I
     if not isinstance(source, bytes):
         source, name = read_file(source, MAX_BYTES, ImageError), os.fsdecode(source)
     image = _open(source, name)
-    _decoding(image.name, image.picture.load)
+    _decoding(image.name, lambda: _load(image.picture))
     # A frame may turn out larger than what the header said.
     _decoding(image.name, lambda: _check_pixels(*image.picture.size))
     return image
@@ -152,34 +158,101 @@ def _open(data: bytes, name: str) -> Image:
     name = shown(name)
     check_size(data, MAX_BYTES, name, ImageError)
     kind = sniff(data)
-    if kind not in ("PNG", "JPEG", "WEBP", "GIF"):
-        raise ImageError(f"{name}: not a PNG, JPEG, WebP or GIF")
-    picture, animated = _decoding(name, lambda: _open_kind(data, kind))
-    return Image(name, picture, hashlib.sha256(data).digest(), _orientation(picture), animated)
+    if kind not in KINDS:
+        raise ImageError(f"{name}: not a PNG, JPEG, WebP, GIF, BMP, TIFF, HEIC or AVIF; save it as one of these")
+    picture, animated, orientation, note = _decoding(name, lambda: _open_kind(data, kind))
+    return Image(name, picture, hashlib.sha256(data).digest(), orientation, animated, note, picture.size)
 
 
-def _open_kind(data: bytes, kind: str) -> tuple[Picture, bool]:
+def _open_kind(data: bytes, kind: str) -> tuple[Picture, bool, int, str]:
+    """(picture, whether it has more frames, EXIF's orientation, a note)."""
     from PIL import Image as Pillow
 
-    animated = False
+    Pillow.MAX_IMAGE_PIXELS = MAX_PIXELS  # _check_pixels comes first
+    animated, pixels = False, data
     if kind == "PNG":
         data, animated = _clean_png(data)
-    if kind == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
-        raise ImageError(f"damaged: more than {MAX_SCANS} scans")
-    picture = Pillow.open(BytesIO(data), formats=[kind])
+        pixels = data
+    elif kind == "JPEG":
+        if data.count(b"\xff\xda") > MAX_SCANS:
+            raise ImageError(f"damaged: more than {MAX_SCANS} scans")
+        pixels = _clean_jpeg(data)
+    elif kind in ("HEIF", "AVIF"):
+        kind = _iso_reader(kind)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        picture = Pillow.open(BytesIO(pixels), formats=[kind])
     _check_pixels(*picture.size)
-    if kind in ("WEBP", "GIF"):
-        animated = bool(getattr(picture, "is_animated", False))
-    return picture, animated
+    if kind not in ("PNG", "JPEG"):
+        animated = _has_pages(picture) if kind == "TIFF" else bool(getattr(picture, "is_animated", False))
+    # Pillow turns a TIFF by itself.
+    orientation, damaged = (1, False) if kind == "TIFF" else _orientation(data, kind)
+    return picture, animated, orientation, "damaged metadata ignored" if damaged or said else ""
+
+
+def _has_pages(picture: Picture) -> bool:
+    """Whether a TIFF has a second page; counting them all would go through a chain of any length."""
+    try:
+        picture.seek(1)
+        return True
+    except EOFError:
+        return False
+    except Exception:  # there is one, and it is damaged
+        return True
+    finally:
+        picture.seek(0)
+
+
+def _iso_reader(kind: str) -> str:
+    """The name by which Pillow opens HEIC or AVIF, which not every Pillow does by itself."""
+    from PIL import Image as Pillow
+    from PIL import features
+
+    if kind == "AVIF" and features.check("avif"):
+        return kind
+    try:
+        import pillow_heif
+    except ImportError:
+        name = "HEIC" if kind == "HEIF" else kind
+        raise ImageError(f"reading {name} needs pillow-heif: pip install pillow-heif; or save it as JPEG") from None
+    register = getattr(pillow_heif, "register_heif_opener" if kind == "HEIF" else "register_avif_opener", None)
+    if register is not None:
+        register()
+    if kind not in Pillow.OPEN:
+        raise ImageError(f"this pillow-heif reads no {kind}; save it as JPEG or PNG")
+    return kind
+
+
+def _load(picture: Picture) -> None:
+    """Decodes the pixels, large JPEGs smaller, if there is memory for them."""
+    width, height = picture.size
+    reduced = 1
+    while width * height > WHOLE_PIXELS * reduced**2:
+        reduced *= 2
+    if reduced > 1:
+        picture.draft(None, (width // reduced, height // reduced))  # for other kinds than JPEG it does nothing
+    each = 1 if picture.mode in ("1", "L", "P") else 2 if picture.mode.startswith("I;16") else 4
+    need = picture.width * picture.height * each
+    if "progressive" in picture.info:  # libjpeg keeps the coefficients of the whole picture
+        need += width * height * 6
+    if need > SMALL:
+        room = ms4.allowed().room
+        if room is not None and need > room:
+            raise ImageError(f"decoding it needs {need / 2**30:.1f} GiB; {room / 2**30:.1f} GiB are free")
+    picture.load()
 
 
 def _decoding(name: str, step: Any) -> Any:
-    """step(), with whatever it raises turned into one line; what Pillow only warns of is an error."""
+    """step(), with whatever it raises turned into one line.
+
+    What Pillow only warns of is metadata: pixels that are missing or damaged are errors already.
+    """
     from PIL import Image as Pillow
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Pillow.DecompressionBombWarning)
             return step()
     except ImageError as e:
         reason = str(e)
@@ -196,21 +269,48 @@ def _decoding(name: str, step: Any) -> Any:
 
 def _check_pixels(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise ImageError(f"{width} x {height} is {width * height / 1e6:.1f} million pixels; the limit is 40")
+        raise ImageError(
+            f"{width} x {height} is {width * height / 1e6:.1f} million pixels; the limit is {MAX_PIXELS // 10**6}"
+        )
     if not 0 < min(width, height) <= max(width, height) <= MAX_SIDE:
         raise ImageError(f"{width} x {height} pixels; a side has 1 to {MAX_SIDE}")
 
 
-def _orientation(picture: Picture) -> int:
-    if "exif" not in picture.info:  # where it is missing, Pillow would decode the pixels in search of it
-        return 1
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            value = picture.getexif().get(0x0112)
-    except Exception:  # metadata that cannot be read says nothing
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+def _orientation(data: bytes, kind: str) -> tuple[int, bool]:
+    """(EXIF's orientation, whether the metadata is damaged)."""
+    from PIL import Image as Pillow
+
+    value = 1
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            with Pillow.open(BytesIO(data), formats=[kind]) as picture:
+                if "exif" not in picture.info:  # Pillow would decode the pixels in search of it
+                    return 1, bool(said)
+                value = picture.getexif().get(0x0112, 1)
+                header = picture.info["exif"].removeprefix(b"Exif\0\0")[:4]
+        except Exception:  # metadata that cannot be read says nothing
+            return 1, True
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1, bool(said) or header not in (b"II*\0", b"MM\0*")
+
+
+def _clean_jpeg(data: bytes) -> bytes:
+    """The same picture without the parts that only speak about it, which cameras and editors often write wrongly."""
+    kept, at = [data[:2]], 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xFF:  # filling
+            at += 1
+            continue
+        if length < 2:
+            break
+        part = data[at : at + 2 + length]
+        # Of what is not the picture itself, JFIF and Adobe say how its colours are meant.
+        colours = (part[4:8] == b"JFIF" and length >= 16) or (part[4:9] == b"Adobe" and length >= 14)
+        if colours or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            kept.append(part)
+        at += 2 + length
+    return b"".join(kept) + data[at:]
 
 
 # Pillow accepts PNGs with wrong checksums, missing rows or no palette, inflates metadata that nobody asked for and
@@ -230,8 +330,10 @@ def _clean_png(data: bytes) -> tuple[bytes, bool]:
     for kind, body in _png_chunks(data):
         if kind == b"IDAT":
             idat.append(body)
+        elif kind == b"eXIf":
+            parts.setdefault(kind, body)
         elif kind in _PNG_KEPT:
-            if kind in parts or (idat and kind != b"eXIf"):
+            if kind in parts or idat:
                 raise ImageError(f"damaged: {kind.decode()} in the wrong place")
             parts[kind] = body
         elif kind[0] & 0x20 == 0 and kind != b"IEND":
@@ -264,7 +366,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         if at + 12 + length > len(data):
             raise ImageError("truncated")
         body = data[at + 8 : at + 8 + length]
-        if kind in (*_PNG_KEPT, b"IDAT", b"IEND"):
+        if kind in (*_PNG_KEPT, b"IDAT", b"IEND") and kind != b"eXIf":
             (crc,) = struct.unpack_from(">I", data, at + 8 + length)
             if crc != zlib.crc32(kind + body):
                 raise ImageError(f"damaged: wrong checksum in {kind.decode()}")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import stat
 
+BMP_HEADERS = tuple(bytes([n]) for n in (12, 40, 52, 56, 64, 108, 124))
+
 
 class InputError(ValueError):
     """Something that the user attached cannot be used; the message is one printable line that names it."""
@@ -42,7 +44,7 @@ def check_size(data: bytes, limit: int, name: str, error: type[InputError] = Inp
 
 
 def sniff(data: bytes) -> str | None:
-    """What the first bytes say: "PNG", "JPEG", "WEBP", "GIF", "PDF", or None."""
+    """What the first bytes say: "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "HEIF", "AVIF", "PDF", or None."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG"
     if data.startswith(b"\xff\xd8\xff"):
@@ -51,6 +53,18 @@ def sniff(data: bytes) -> str | None:
         return "WEBP"
     if data[:6] in (b"GIF87a", b"GIF89a"):
         return "GIF"
+    # Two letters alone may be a text: the sizes of the header and the zeros before them are no text.
+    if data[:2] == b"BM" and data[6:10] == bytes(4) and data[15:18] == bytes(3) and data[14:15] in BMP_HEADERS:
+        return "BMP"
+    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "TIFF"
+    if data[4:8] == b"ftyp":
+        # The main brand, or for the general ones of a collection of pictures the first of the others that tells.
+        for brand in (data[i : i + 4] for i in (8, *range(16, min(64, int.from_bytes(data[:4], "big")), 4))):
+            if brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"):
+                return "HEIF"
+            if brand in (b"avif", b"avis"):
+                return "AVIF"
     # Readers of PDF accept some bytes of rubbish before the header; a text that only speaks of it has no such end.
     header = data.find(b"%PDF-", 0, 1024)
     return "PDF" if header == 0 or (header > 0 and b"startxref" in data[-2048:]) else None

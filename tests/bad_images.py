@@ -73,22 +73,22 @@ def strangers() -> Iterator[Sample]:
         "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
         "psd": b"8BPS" + struct.pack(">HIHHII", 1, 0, 0, 3, 30000, 30000) + bytes(20),
         "fits": b"SIMPLE  =                    T" + b" " * 2850,
-        "bmp": b"BM" + struct.pack("<IHHI", 70, 0, 0, 54) + struct.pack("<Iii", 40, -(1 << 31), -(1 << 31)) + bytes(40),
-        "tiff": encoded(Pillow.new("RGB", (8, 8), RED), "TIFF"),
     }
     for id, data in firsts.items():
-        yield Sample(id, data, "not a PNG, JPEG, WebP or GIF")
+        yield Sample(id, data, "not a PNG, JPEG, WebP, GIF, BMP, TIFF, HEIC or AVIF")
 
 
 def bombs() -> Iterator[Sample]:
     one = chunk(b"IDAT", zlib.compress(b"\0"))
-    for width, height in ((65500, 65500), (1 << 31, 1), (0x7FFFFFFF, 0x7FFFFFFF), (10_000, 4001)):
+    for width, height in ((65500, 65500), (1 << 31, 1), (0x7FFFFFFF, 0x7FFFFFFF), (20_000, 10_001)):
         yield Sample(f"declares-{width}x{height}", assemble(header(width, height), one), "million pixels")
     yield Sample("too-wide", assemble(header(70_000, 1), one), "a side has 1 to 65535")
     for width, height in ((0, 8), (8, 0)):
         yield Sample(f"declares-{width}x{height}", assemble(header(width, height), one), "a side has 1 to")
-    gray = chunk(b"IDAT", zeros(12_000 * 1501))
-    yield Sample("bomb-1-bit", assemble(header(12_000, 12_000, 1, 0), gray), "144.0 million pixels")
+    gray = chunk(b"IDAT", zeros(24_000 * 3001))
+    yield Sample("bomb-1-bit", assemble(header(24_000, 24_000, 1, 0), gray), "576.0 million pixels")
+    huge = b"BM" + struct.pack("<IHHI", 70, 0, 0, 54) + struct.pack("<IiiHH", 40, *[-(1 << 31)] * 2, 1, 24)
+    yield Sample("bmp-2^31", huge + bytes(40), "million pixels")
     for kind in (b"iCCP", b"zTXt"):
         bomb = chunk(kind, b"x\0\0" + zeros(1 << 26))
         yield Sample(f"bomb-{kind.decode()}", png(8, 8, extra=bomb), None, (8, 8), RED)
@@ -189,3 +189,7 @@ def others() -> Iterator[Sample]:
     yield Sample("webp-cut", webp[:-8], "damaged")
     both = encoded(red, "WEBP", lossless=True, save_all=True, append_images=[blue])
     yield Sample("webp-2-frames", both, None, (8, 8), RED)
+    for kind in ("BMP", "TIFF"):
+        data = encoded(red, kind)
+        yield Sample(kind.lower(), data, None, (8, 8), RED)
+        yield Sample(f"{kind.lower()}-cut", data[:-40], "damaged")
