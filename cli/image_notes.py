@@ -40,12 +40,21 @@ def price(image: Image, images: ImageInput) -> str:
     return f"{image.name[-80:]} {width}x{height}{first} -> {size.width}x{size.height}, {size.n_tokens} tokens"
 
 
+def doubt(images: ImageInput) -> None:
+    """Says, once, that the vision tower may not be the model's."""
+    if images.doubt:
+        errors.note(images.doubt)
+        images.doubt = ""
+
+
 def announce(messages: Sequence[Mapping[str, Any]], images: ImageInput, quiet: bool) -> list[dict[str, Any]]:
     """Says on stderr what each image costs; returns the same as JSON has it."""
     chunks = [chunk for message in messages for chunk in message["content"] if isinstance(chunk, dict)]
     found = []
     for image in (chunk["image"] for chunk in chunks if chunk["type"] == "image"):
         size = images.size(image)
+        if not quiet:
+            doubt(images)
         found.append({"px": [size.width, size.height], "tokens": size.n_tokens})
         if not quiet:
             errors.note(price(image, images))

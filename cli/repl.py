@@ -110,7 +110,11 @@ def loop(talk: Talk, source: lines.Lines) -> int:
 
 def note(part: Attachment, images: ImageInput) -> str:
     """What an attachment costs."""
-    return f"text of {len(part)} characters" if isinstance(part, str) else image_notes.price(part, images)
+    if isinstance(part, str):
+        return f"text of {len(part)} characters"
+    cost = image_notes.price(part, images)
+    doubt, images.doubt = images.doubt, ""
+    return f"{cost}; {doubt}" if doubt else cost
 
 
 class Talk:

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 
 import ms4
-from ms4.models import mistral4, pixtral
+from ms4.models import companion, mistral4
 from ms4.models.vocabulary import Vocabulary
 from ms4.quant.blocks import BLOCKS
 from ms4.quant.gguf_file import GgufFile, TensorInfo
@@ -77,7 +77,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
     n_lookup = shape.n_vocab * shape.d_model if "output.weight" in gguf.tensors else 0
     template = gguf.metadata.get(TEMPLATE)
     name = gguf.metadata.get("general.name")
-    beside = pixtral.find(gguf.path)
+    beside = companion.choose(gguf.path, gguf)
     return Description(
         paths=gguf.paths,
         bytes=sum(gguf.sizes),
@@ -91,8 +91,8 @@ def describe(path: str | os.PathLike[str]) -> Description:
         text_problem=vocabulary.problem,
         template_sha256=hashlib.sha256(template.encode()).hexdigest() if type(template) is str else None,
         template_bytes=len(template.encode()) if type(template) is str else 0,
-        mmproj=None if beside is None else os.fspath(beside),
-        warnings=gguf.warnings,
+        mmproj=None if beside.path is None else os.fspath(beside.path),
+        warnings=(*gguf.warnings, *filter(None, (beside.doubt, beside.problem))),
     )
 
 

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,20 +55,6 @@ class Tower:
         values = _hyperparameters(gguf)
         shape = _shape(gguf, values)
         return cls(gguf.path, shape, _pixel_rule(gguf, values), tuple(_table(gguf, shape)), gguf)
-
-
-def find(model: str | os.PathLike[str]) -> Path | None:
-    """The mmproj file that lies beside a model: the only one, or the one whose name has most in common with it."""
-    path = Path(model)
-    beside = sorted(p for p in path.parent.glob("*.gguf") if "mmproj" in p.name.lower() and p.name != path.name)
-    words = set(re.split(r"[^a-z0-9]+", path.stem.lower()))
-
-    def common(p: Path) -> int:
-        return len(words & set(re.split(r"[^a-z0-9]+", p.stem.lower())))
-
-    if len(beside) > 1 and common(max(beside, key=common)) == 0:
-        return None
-    return max(beside, key=common, default=None)
 
 
 def _check_kind(gguf: GgufFile) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 import ms4
+from ms4.models.companion import choose
 from ms4.models.image import Image, Pixels, chunk_image, measure, preprocess
 from ms4.models.mistral4 import ModelError
-from ms4.models.pixtral import Tower, find
+from ms4.models.pixtral import Tower
 from ms4.models.prompt import ImagePlace
 
 CACHE_BYTES = 256 << 20  # of rows that no prompt at hand needs: five of the largest pictures of Mistral Small 4
@@ -76,6 +77,7 @@ class ImageInput:
         self.model = model
         self.mmproj = mmproj
         self.max_tokens = max_tokens
+        self.doubt = ""  # a line to say: whether the tower belongs to the model
         self.seconds = 0.0  # spent on the images of the last prompt
         self._encoder: VisionEncoder | None = None
         self._rows: dict[tuple[bytes, int, int], np.ndarray] = {}  # those used last at the end
@@ -87,10 +89,12 @@ class ImageInput:
             if not Path(self.mmproj).exists():
                 raise NoTowerError(f"{self.mmproj[-80:]}: no such file")
             return Tower.read(self.mmproj)
-        found = find(self.model)
-        if found is None:
-            raise NoTowerError("images need the vision tower, and there is no mmproj file beside the model")
-        return Tower.read(found)
+        found = choose(self.model)
+        if found.path is None:
+            reason = "images need the vision tower, and there is no mmproj file beside the model or one folder up"
+            raise NoTowerError(found.problem or reason)
+        self.doubt = found.doubt
+        return Tower.read(found.path)
 
     def measure(self, chunk: Mapping[str, Any]) -> tuple[int, int, bytes]:
         """(columns, rows, digest) of an image chunk, as `prompt.render` asks for it."""

@@ -2,16 +2,21 @@
 
 import struct
 from io import BytesIO
+from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from bad_images import encoded
 from PIL import Image as Pillow
 
+from ms4.cli import image_notes, repl
+from ms4.models import companion, vision
 from ms4.models import image as img
-from ms4.models.image import ImageError, load_image, measure, preprocess
+from ms4.models.image import Image, ImageError, load_image, measure, preprocess
 from ms4.models.untrusted import sniff
 
+DATA = Path(__file__).parent / "data"
 DAMAGED = "damaged metadata ignored"
 
 
@@ -167,3 +172,122 @@ def test_b10_memory_is_the_limit(monkeypatch):
         load_image(data)
     Allowed.room = None
     assert load_image(data).size == (7000, 7000)
+
+
+# --- B2, B3 -------------------------------------------------------------------------------------------------------
+
+KEYS = {"name": "general.name", "basename": "general.basename", "size": "general.size_label"}
+
+
+def header(path, width: int = 64, kind: int | None = None, tower: bool = False, **names: str):
+    """A GGUF file that holds no more than what names a model and how wide it is."""
+    writer = gguf.GGUFWriter(path, "clip" if tower else "mistral4")
+    for key, value in names.items():
+        writer.add_string(KEYS[key], value)
+    writer.add_uint32("clip.vision.projection_dim" if tower else "mistral4.embedding_length", width)
+    if kind is not None:
+        writer.add_uint32("general.file_type", kind)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+NAME = "Mistral Small 4 119B 2603"
+
+
+@pytest.mark.parametrize(
+    "files, found",
+    [
+        (["model-Q4_K_M.gguf", "mmproj-BF16.gguf", "mmproj-F16.gguf", "mmproj-F32.gguf"], "mmproj-F16.gguf"),
+        (["model.gguf", "mmproj-F32.gguf", "mmproj-Q8_0.gguf"], "mmproj-Q8_0.gguf"),
+        (["model.gguf", "mmproj-Q8_0.gguf", "mmproj-bf16.gguf"], "mmproj-bf16.gguf"),
+        (["Q4_K_M/model-00001-of-00002.gguf", "mmproj-F32.gguf", "mmproj-F16.gguf"], "mmproj-F16.gguf"),
+        (["Q4/model.gguf", "Q4/mmproj-F32.gguf", "mmproj-F16.gguf"], "Q4/mmproj-F32.gguf"),
+        (["Q4/model.gguf", "other/mmproj-F16.gguf"], None),
+    ],
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_b2_the_tower_is_found_where_repositories_put_it(tmp_path, monkeypatch, files, found, named):
+    for name in files:
+        if named:
+            header(tmp_path / name, tower="mmproj" in name, name=NAME)
+        else:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+    want = found and tmp_path / found
+    assert companion.find(tmp_path / files[0]) == want
+    monkeypatch.chdir((tmp_path / files[0]).parent)
+    assert companion.find((tmp_path / files[0]).name) == want
+    assert bool(companion.choose(tmp_path / files[0]).doubt) == bool(found and not named)
+
+
+def test_b2_the_type_in_the_header_counts_before_the_one_in_the_name(tmp_path):
+    model = header(tmp_path / "m.gguf", name=NAME)
+    header(tmp_path / "mmproj-a.gguf", kind=0, tower=True, name=NAME)
+    header(tmp_path / "mmproj-b.gguf", kind=1, tower=True, name=NAME)
+    header(tmp_path / "mmproj-f16.gguf", kind=7, tower=True, name=NAME)
+    assert companion.find(model) == tmp_path / "mmproj-b.gguf"
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, verdict",
+    [
+        ({"name": NAME}, {"name": "mistral-small-4-119b-2603"}, "agree"),
+        ({"name": NAME}, {"name": "Mistral Small 4"}, "agree"),
+        ({"name": NAME, "size": "128x3.9B"}, {"name": NAME, "size": "439M"}, "agree"),
+        ({"name": "Our Tune", "basename": "Mistral-Small-4"}, {"name": NAME}, "agree"),
+        ({"name": NAME}, {"name": "Mistral Small 3.1 24B 2503"}, "refuse"),
+        ({"name": NAME}, {"name": "Mistral Small 4 119B 2512"}, "refuse"),
+        ({"name": NAME}, {"name": "Pixtral 12B"}, "refuse"),
+        ({"name": "Mistral Small", "size": "119B"}, {"name": "Mistral Small", "size": "24B"}, "refuse"),
+        ({"name": "Mistral Small Reasoning"}, {"name": "Mistral Small Base"}, "doubt"),
+        ({"name": NAME}, {}, "doubt"),
+        ({}, {"name": NAME}, "doubt"),
+        ({"name": NAME}, {"name": NAME, "width": 128}, "refuse"),
+    ],
+)
+def test_b3_what_the_headers_name_counts(tmp_path, ours, theirs, verdict):
+    # The names of the files say the contrary, or what all of them say.
+    model = header(tmp_path / "q4,k,m.gguf", **ours)
+    header(tmp_path / "mmproj-q4,k,m.gguf", tower=True, **theirs)
+    choice = companion.choose(model)
+    assert (choice.path is None) == (verdict == "refuse") == bool(choice.problem)
+    assert bool(choice.doubt) == (verdict == "doubt") and (choice.doubt + choice.problem).isprintable()
+
+
+def test_b3_a_type_in_a_name_is_no_name(tmp_path):
+    model = tmp_path / "mistral-small-4,119b,2603,q4,k,m.gguf"
+    for path in (model, tmp_path / "mmproj-other,q4,k,m.gguf", tmp_path / "mmproj-4,119b,2603.gguf"):
+        path.touch()
+    choice = companion.choose(model)
+    assert choice.path == tmp_path / "mmproj-4,119b,2603.gguf" and not choice.doubt
+
+
+def test_b3_the_right_tower_among_several_and_one_folder_up(tmp_path):
+    model = header(tmp_path / "q4" / "m.gguf", name=NAME)
+    header(tmp_path / "q4" / "mmproj-F16.gguf", tower=True, name="Pixtral 12B")
+    assert "Pixtral" not in companion.choose(model).doubt and "12b pixtral" in companion.choose(model).problem
+    right = header(tmp_path / "mmproj-BF16.gguf", tower=True, name=NAME)
+    header(tmp_path / "mmproj-F16.gguf", tower=True, name="Pixtral 12B")
+    assert companion.choose(model) == companion.Choice(right)
+
+
+def test_b3_a_contradiction_is_an_error_that_mmproj_overrides(tmp_path, monkeypatch, capsys):
+    model, tower = tmp_path / "m.gguf", tmp_path / "mmproj-m.gguf"
+    model.symlink_to(DATA / "bravo-Q4_K_M.gguf")
+    data = (DATA / "bravo-mmproj-f16.gguf").read_bytes()
+    tower.write_bytes(data.replace(b"Hf Bravo", b"Hf Delta", 1))
+    image = Image("x.png", Pillow.new("RGB", (28, 28)), b"")
+    with pytest.raises(vision.NoTowerError, match="belongs to another model: it names delta hf, the model bravo hf"):
+        vision.ImageInput(model).size(image)
+    assert vision.ImageInput(model, mmproj=str(tower)).size(image).n_tokens == 2
+    tower.write_bytes(data.replace(b"general.name", b"general.nome", 1))
+    images = vision.ImageInput(model)
+    messages = [{"role": "user", "content": [{"type": "image", "image": image}] * 2}]
+    image_notes.announce(messages, images, quiet=True)
+    assert capsys.readouterr().err == ""
+    assert "may belong" in repl.note(image, vision.ImageInput(model))
+    image_notes.announce(messages, images, quiet=False)
+    assert capsys.readouterr().err.count("may belong to another model") == 1

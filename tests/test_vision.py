@@ -11,7 +11,7 @@ from fixtures import IMAGE, MMPROJ, MODEL, bravo, image_references
 from yardstick import assert_near
 
 import ms4
-from ms4.models import pixtral, reference, vision
+from ms4.models import companion, pixtral, reference, vision
 from ms4.models.image import load_image, preprocess
 from ms4.models.mistral4 import ModelError
 from ms4.models.model import Model
@@ -75,10 +75,10 @@ def test_a_text_model_given_as_mmproj_is_refused_and_the_reverse():
 def test_the_mmproj_beside_a_model_is_found(tmp_path):
     for name in ("m-119b-Q4_K_M.gguf", "mmproj-m-119b-F16.gguf"):
         (tmp_path / name).touch()
-    assert pixtral.find(tmp_path / "m-119b-Q4_K_M.gguf") == tmp_path / "mmproj-m-119b-F16.gguf"
+    assert companion.find(tmp_path / "m-119b-Q4_K_M.gguf") == tmp_path / "mmproj-m-119b-F16.gguf"
     (tmp_path / "mmproj-other-F16.gguf").touch()
-    assert pixtral.find(tmp_path / "m-119b-Q4_K_M.gguf") == tmp_path / "mmproj-m-119b-F16.gguf"
-    assert pixtral.find(tmp_path / "absent" / "m.gguf") is None
+    assert companion.find(tmp_path / "m-119b-Q4_K_M.gguf") == tmp_path / "mmproj-m-119b-F16.gguf"
+    assert companion.find(tmp_path / "absent" / "m.gguf") is None
 
 
 @pytest.mark.parametrize(

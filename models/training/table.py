@@ -23,9 +23,10 @@ import numpy as np
 from ms4.models import prompt
 from ms4.models.answer import Answer
 from ms4.models.answer_parser import Text, Thinking, ToolCall
+from ms4.models.companion import find
 from ms4.models.image import Image, measure, preprocess
 from ms4.models.model import Model
-from ms4.models.pixtral import Tower, find
+from ms4.models.pixtral import Tower
 from ms4.models.sampling import Sampler, SamplingParams
 from ms4.models.scheduler import Scheduler
 from ms4.models.tokenizer import Tokenizer
