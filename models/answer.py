@@ -123,7 +123,8 @@ class Answer:
 
     def choose(self, logits: np.ndarray) -> list[Event]:
         """Chooses the token after which these logits stand, and takes it."""
-        return self.take(self._sampler.pick(logits, self._logprobs))
+        # What only fills up the vocabulary is no answer, however likely a model that never learnt it finds it.
+        return self.take(self._sampler.pick(logits[: self._tokenizer.n_used], self._logprobs))
 
     def take(self, choice: Choice) -> list[Event]:
         """What the next token adds.  None may be taken once `reason` is set."""

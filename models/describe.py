@@ -92,7 +92,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
         template_sha256=hashlib.sha256(template.encode()).hexdigest() if type(template) is str else None,
         template_bytes=len(template.encode()) if type(template) is str else 0,
         mmproj=None if beside.path is None else os.fspath(beside.path),
-        warnings=(*gguf.warnings, *filter(None, (beside.doubt, beside.problem))),
+        warnings=(*gguf.warnings, *vocabulary.notes, *filter(None, (beside.doubt, beside.problem))),
     )
 
 

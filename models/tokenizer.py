@@ -44,6 +44,8 @@ class Vocabulary(Protocol):
     def n_vocab(self) -> int: ...
     @property
     def n_control(self) -> int: ...
+    @property
+    def n_used(self) -> int: ...
     def mergeable_ranks(self) -> dict[bytes, int]: ...
     def spelling(self, token: int, /) -> bytes: ...
 
@@ -74,6 +76,7 @@ class Tokenizer:
         self._encoding = tiktoken.Encoding("tekken", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
         self.n_vocab = vocabulary.n_vocab
         self.n_control = vocabulary.n_control
+        self.n_used = vocabulary.n_used
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text.  Never a control id, and no BOS."""

@@ -6,6 +6,8 @@ Everything works on whole arrays, because a start may not wait for 131,072 token
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +20,8 @@ from ms4.quant.gguf_file import GgufFile, Strings, shown
 from ms4.quant.spelling import NEWLINE, unspell_lines
 
 MAX_TOKEN_BYTES = 64 * 1024
-NORMAL, BYTE = 1, 6  # token types; those of control, unknown and added tokens lie between
+NORMAL, UNUSED, BYTE = 1, 5, 6  # token types; those of control, unknown and added tokens lie between
+PADDING = re.compile(rb"\[PAD\d*\]")  # what converters fill a vocabulary with, up to the rows of the embedding
 PREFIX = "tokenizer.ggml."
 SPACE = 32
 
@@ -32,10 +35,12 @@ class Vocabulary:
     pre: str
     n_vocab: int
     n_control: int  # ids below are control tokens
+    n_used: int  # ids from here on fill up the vocabulary, and are never produced
     bos: int
     eos: int
     strings: Strings
     types: np.ndarray
+    notes: tuple[str, ...] = ()  # keys that are wrong and not needed
 
     @classmethod
     def from_gguf(cls, gguf: GgufFile) -> Vocabulary:
@@ -49,14 +54,13 @@ class Vocabulary:
         if len(types) and not 1 <= int(types.min()) <= int(types.max()) <= BYTE:
             wrong = types[(types < 1) | (types > BYTE)][0]
             raise ModelError(gguf.path, f"{PREFIX}token_type holds {wrong}; the range is 1 to {BYTE}")
-        scores = _numbers(gguf, "scores", n, ("float32", "int32"))
-        if scores is not None and not np.isfinite(scores).all():
-            raise ModelError(gguf.path, f"{PREFIX}scores holds numbers that are not finite")
-        special = {name: _special(gguf, name, n) for name in ("bos", "eos", "unknown", "padding")}
+        bos, eos = _special(gguf, "bos", n), _special(gguf, "eos", n)
         ordinary = np.flatnonzero((types == NORMAL) | (types == BYTE))
         n_control = int(ordinary[0]) if len(ordinary) else n
-        bos, eos = special["bos"], special["eos"]
-        found = cls(gguf.path, model, pre, n, n_control, bos, eos, strings, types)
+        n_used = n
+        while n_used > n_control and (types[n_used - 1] == UNUSED or _is_padding(strings, types, n_used - 1)):
+            n_used -= 1
+        found = cls(gguf.path, model, pre, n, n_control, n_used, bos, eos, strings, types, tuple(_notes(gguf, n)))
         found.mergeable_ranks()
         if model == "gpt2":
             found._check_merges(gguf.metadata.get(PREFIX + "merges"))
@@ -70,9 +74,10 @@ class Vocabulary:
     @cached_property
     def _spelled(self) -> bytes:
         """The ordinary tokens as the file spells them, a newline before each."""
-        ends, first = self.strings.ends, self.n_control
+        ends, first = self.strings.ends[: self.n_used], self.n_control
         begin = int(ends[first - 1]) if first else 0
-        joined = Strings(self.strings.raw[begin:], ends[first:] - begin).joined()
+        raw = self.strings.raw[begin : int(ends[-1]) if len(ends) else begin]
+        joined = Strings(raw, ends[first:] - begin).joined()
         if joined is None:
             raise ModelError(self.path, f"{PREFIX}tokens: a token holds a control character, not its GPT-2 spelling")
         return joined
@@ -86,7 +91,7 @@ class Vocabulary:
             except ValueError as e:
                 raise ModelError(self.path, f"{PREFIX}tokens: {e}") from e
         else:
-            tokens = [self.strings[i] for i in range(self.n_control, self.n_vocab)]
+            tokens = [self.strings[i] for i in range(self.n_control, self.n_used)]
         ranks = dict(zip(tokens, range(len(tokens)), strict=True))
         if len(ranks) < len(tokens):
             rank = next(i for i, token in enumerate(tokens) if ranks[token] != i)
@@ -117,7 +122,8 @@ class Vocabulary:
         """The bytes of an ordinary token; the name of a control token."""
         if not 0 <= token < self.n_vocab:
             raise IndexError(f"token {token} of a vocabulary of {self.n_vocab}")
-        return self.strings[token] if token < self.n_control else self._bytes[token - self.n_control]
+        named = token < self.n_control or token >= self.n_used
+        return self.strings[token] if named else self._bytes[token - self.n_control]
 
     @cached_property
     def problem(self) -> str | None:
@@ -126,7 +132,7 @@ class Vocabulary:
             return None
         if not self._has_all_bytes():
             reason = "it lacks some of the 256 single bytes"
-        elif bool((self.types[self.n_control :] != NORMAL).any()):
+        elif bool((self.types[self.n_control : self.n_used] != NORMAL).any()):
             reason = "control tokens stand among the ordinary ones"
         elif self.bos < 0 or self.eos < 0:
             reason = f"{PREFIX}bos_token_id or eos_token_id is missing"
@@ -205,6 +211,25 @@ def _numbers(gguf: GgufFile, name: str, n: int, types: tuple[str, ...]) -> np.nd
     if len(values) != n:
         raise ModelError(gguf.path, f"{key} has a length of {len(values)}; there are {n} tokens")
     return values
+
+
+def _is_padding(strings: Strings, types: np.ndarray, token: int) -> bool:
+    return types[token] != NORMAL and PADDING.fullmatch(strings[token]) is not None
+
+
+def _notes(gguf: GgufFile, n: int) -> Iterator[str]:
+    """What is wrong with keys that ms4 has no use for: no reason to refuse a file."""
+    try:
+        scores = _numbers(gguf, "scores", n, ("float32", "int32"))
+        if scores is not None and not np.isfinite(scores).all():
+            yield f"{PREFIX}scores holds numbers that are not finite; not needed"
+    except ModelError as e:
+        yield f"{e.reason}; not needed"
+    for name in ("unknown", "padding", "separator", "cls", "mask", "eot", "eom"):
+        try:
+            _special(gguf, name, n)
+        except ModelError as e:
+            yield f"{e.reason}; not needed"
 
 
 def _special(gguf: GgufFile, name: str, n: int) -> int:

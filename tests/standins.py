@@ -22,7 +22,7 @@ class Vocabulary:
     def __init__(self, model="gpt2", pre="tekken", n_control=1000, tokens=None):
         self.model, self.pre, self.n_control = model, pre, n_control
         self.tokens = read_tokens() if tokens is None else tokens
-        self.n_vocab = n_control + len(self.tokens)
+        self.n_vocab = self.n_used = n_control + len(self.tokens)
 
     def mergeable_ranks(self):
         return {token: rank for rank, token in enumerate(self.tokens)}

@@ -4,18 +4,27 @@ import struct
 from io import BytesIO
 from pathlib import Path
 
+import bad_gguf
 import gguf
 import numpy as np
 import pytest
+import test_cli
 from bad_images import encoded
 from PIL import Image as Pillow
 
 from ms4.cli import image_notes, repl
 from ms4.models import companion, vision
 from ms4.models import image as img
+from ms4.models.answer import Answer
 from ms4.models.image import Image, ImageError, load_image, measure, preprocess
+from ms4.models.prompt import Prompt
+from ms4.models.sampling import Sampler, SamplingParams
+from ms4.models.tokenizer import Tokenizer
 from ms4.models.untrusted import sniff
+from ms4.models.vocabulary import Vocabulary
+from ms4.quant.gguf_file import GgufFile
 
+command = test_cli.ms4  # command(arguments..., stdin=bytes) -> its exit code and what it wrote
 DATA = Path(__file__).parent / "data"
 DAMAGED = "damaged metadata ignored"
 
@@ -291,3 +300,57 @@ def test_b3_a_contradiction_is_an_error_that_mmproj_overrides(tmp_path, monkeypa
     assert "may belong" in repl.note(image, vision.ImageInput(model))
     image_notes.announce(messages, images, quiet=False)
     assert capsys.readouterr().err.count("may belong to another model") == 1
+
+
+# --- B8 -----------------------------------------------------------------------------------------------------------
+
+
+def padded(path: Path, kinds: list[int], names: list[str]) -> Path:
+    """The vocabulary of a checkpoint whose last tokens are padding."""
+    image = bad_gguf.take_apart((DATA / "bravo-Q4_K_M.gguf").read_bytes())
+    n = len(image.strings("tokenizer.ggml.tokens"))
+    for i, name in enumerate(names):
+        bad_gguf.token(n - len(names) + i, name.encode())(image)
+    merges = [merge.decode() for merge in image.strings("tokenizer.ggml.merges")]
+    known = {token.decode() for token in image.strings("tokenizer.ggml.tokens")}
+    whole = [merge for merge in merges if set(merge.split(" ")) <= known]
+    image.put("tokenizer.ggml.merges", bad_gguf.ARR, bad_gguf.array(bad_gguf.STR, whole))
+    types = [3] * 1000 + [1] * (n - 1000 - len(names)) + kinds
+    image.put("tokenizer.ggml.token_type", bad_gguf.ARR, bad_gguf.array(bad_gguf.I32, types))
+    image.put("tokenizer.ggml.padding_token_id", bad_gguf.I32, -1)
+    path.write_bytes(image.encoded())
+    return path
+
+
+@pytest.mark.parametrize(
+    "kinds, names",
+    [
+        ([5], ["[PAD7]"]),
+        ([5, 5, 5], ["[PAD0]", "[PAD1]", "[PAD2]"]),
+        ([3, 4], ["[PAD1254]", "[PAD1255]"]),
+        ([5, 5], ["<unused0>", "<unused1>"]),
+        ([5, 5], ["a", "b"]),  # unused tokens that spell what another one does
+    ],
+)
+def test_b8_padding_behind_the_vocabulary_is_not_refused_and_never_produced(tmp_path, kinds, names):
+    vocabulary = Vocabulary.from_gguf(GgufFile.open(padded(tmp_path / "m.gguf", kinds, names)))
+    assert vocabulary.problem is None and vocabulary.n_used == vocabulary.n_vocab - len(names)
+    assert vocabulary.notes == (
+        f"tokenizer.ggml.padding_token_id is -1, out of range: there are {vocabulary.n_vocab} tokens; not needed",
+    )
+    tokenizer = Tokenizer(vocabulary)
+    assert tokenizer.text(tokenizer.encode(" ".join(names))) == " ".join(names)
+    assert tokenizer.piece(vocabulary.n_vocab - 1) == b""
+    assert tokenizer.spelling(vocabulary.n_vocab - 1) == names[-1].encode()
+    logits = np.zeros(vocabulary.n_vocab, np.float32)
+    logits[vocabulary.n_used :] = 50
+    logits[vocabulary.n_used - 1] = 9
+    answer = Answer(Prompt([1]), Sampler(SamplingParams(0.0)), tokenizer, 9, logprobs=20)
+    answer.choose(logits)
+    assert answer.ids == [vocabulary.n_used - 1]
+
+
+def test_b8_such_a_file_answers_and_info_notes_what_is_wrong(tmp_path, command):
+    path = str(padded(tmp_path / "m.gguf", [5] * 3, ["[PAD0]", "[PAD1]", "[PAD2]"]))
+    assert command("run", "-m", path, "--greedy", "-n", 4, "hi").code == 0
+    assert "padding_token_id is -1" in command("info", path).out

@@ -169,7 +169,7 @@ class Tokens:
     """The vocabulary as `Tokenizer` wants it."""
 
     model, pre = "gpt2", "tekken"
-    n_vocab, n_control = N_VOCAB, N_CONTROL
+    n_vocab, n_control, n_used = N_VOCAB, N_CONTROL, N_VOCAB
 
     def __init__(self, ordinary: tuple[bytes, ...]) -> None:
         self.ordinary = ordinary
