@@ -44,6 +44,7 @@ class ImagePart:
 
 
 Part = TextPart | ThoughtPart | ImagePart
+SAME_ROLES = {"developer": "system"}  # as newer clients of the API call it
 CHUNKS = {
     "system": {"text"},
     "user": {"text", "image", "image_url"},
@@ -150,8 +151,9 @@ def _tool(where: str, tool: Any) -> dict[str, Any]:
 
 def _message(where: str, message: Any, is_last: bool) -> Message:
     role = _mapping(where, message).get("role")
+    role = SAME_ROLES.get(role, role) if isinstance(role, str) else role
     if not isinstance(role, str) or role not in FOLLOWERS:
-        raise PromptError(f"{where}: role must be system, user, assistant or tool")
+        raise PromptError(f"{where}: role must be system, developer, user, assistant or tool")
     content = message.get("content")
     if content is None and role != "assistant":
         raise PromptError(f"{where}: a {role} message needs content")

@@ -131,10 +131,12 @@ def image_bytes(chunk: Mapping[str, Any]) -> bytes:
     if not isinstance(url, str):
         raise ImageError("an image chunk needs image_url.url")
     head, comma, body = url.partition(",")
+    head = head.strip().lower()
     if not (comma and head.startswith("data:") and head.endswith(";base64")):
         raise ImageError("an image must be given as a data URL (data:image/png;base64,...); ms4 fetches nothing")
     try:
-        return base64.b64decode(body, validate=True)
+        # Many encoders break the lines, as for mail.
+        return base64.b64decode("".join(body.split()), validate=True)
     except (binascii.Error, ValueError):
         raise ImageError("the data URL of an image is not base64") from None
 

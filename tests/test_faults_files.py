@@ -1,5 +1,7 @@
 """Faults that users met with what they attach and name, each test named after its row in the list."""
 
+import base64
+import json
 import struct
 from io import BytesIO
 from pathlib import Path
@@ -354,3 +356,35 @@ def test_b8_such_a_file_answers_and_info_notes_what_is_wrong(tmp_path, command):
     path = str(padded(tmp_path / "m.gguf", [5] * 3, ["[PAD0]", "[PAD1]", "[PAD2]"]))
     assert command("run", "-m", path, "--greedy", "-n", 4, "hi").code == 0
     assert "padding_token_id is -1" in command("info", path).out
+
+
+# --- B9 -----------------------------------------------------------------------------------------------------------
+
+
+def tokenized(command, *messages: dict):
+    return command("tokenize", "--chat", "-", stdin=json.dumps({"messages": messages}).encode())
+
+
+@pytest.mark.parametrize("content", ["Be brief.", [{"type": "text", "text": "Be brief."}]])
+def test_b9_a_developer_is_the_system(command, content):
+    user = {"role": "user", "content": "Hi"}
+    got = tokenized(command, {"role": "developer", "content": content}, user)
+    assert got.code == 0 and got.out == tokenized(command, {"role": "system", "content": content}, user).out
+    assert 17 in json.loads(got.out) and 18 in json.loads(got.out)  # [SYSTEM_PROMPT] and its end
+    two = [{"role": "system", "content": "A"}, {"role": "developer", "content": "B"}, user]
+    same = [{"role": "system", "content": "A"}, {"role": "system", "content": "B"}, user]
+    assert tokenized(command, *two).out == tokenized(command, *same).out
+    assert "role must be system, developer, user" in tokenized(command, {"role": ["user"], "content": "x"}).err
+
+
+@pytest.mark.parametrize("between", ["\n", "\r\n", " ", "\n  ", "\t"])
+@pytest.mark.parametrize("head", ["data:image/png;base64,", "data:image/png;charset=utf-8;base64,", "Data:;BASE64,"])
+def test_b9_base64_may_be_broken_into_lines(head, between):
+    data = encoded(Pillow.new("RGB", (60, 40), (255, 0, 0)), "PNG")
+    text = base64.b64encode(data).decode()
+    lines = between.join(text[i : i + 76] for i in range(0, len(text), 76)) + between
+    for url in (head + lines, {"url": head + lines}):
+        assert measure({"type": "image_url", "image_url": url})[:2] == (3, 2)
+        assert img.image_bytes({"type": "image_url", "image_url": url}) == data
+    with pytest.raises(ImageError, match="not base64"):
+        img.image_bytes({"type": "image_url", "image_url": head + "@" + lines})
