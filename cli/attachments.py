@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from ms4.cli import streams
 from ms4.cli.errors import MissingError, UnreadableError, UsageError
 from ms4.models import document
-from ms4.models.document import MAX_PDF_BYTES, Attachment
+from ms4.models.document import MAX_PDF_BYTES, UTF_8, Attachment
 from ms4.models.image import MAX_BYTES, Image, load_image
-from ms4.models.untrusted import shown, sniff
+from ms4.models.untrusted import TextRule, shown, sniff
 
 if TYPE_CHECKING:
     from ms4.models.dialogue import Content
@@ -40,6 +40,7 @@ class Sources:
     images: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     pdf: str = "auto"
+    rule: TextRule = TextRule()  # of texts: --encoding, --lossy
 
     def __bool__(self) -> bool:
         return bool(self.images or self.files)
@@ -57,16 +58,16 @@ def gather(sources: Sources, words: Sequence[str]) -> Content:
     taken = sources.take_stdin()
     parts: list[Attachment] = [open_image(path) for path in sources.images]
     for spec in sources.files:
-        parts += open_file(spec, sources.pdf)
+        parts += open_file(spec, sources.pdf, sources.rule)
     piped = None
     if not taken:
         data = streams.read_bytes()
         if data is not None and sniff(data):
             more = streams.read_bytes(MAX_PDF_BYTES) or b""
-            parts = [*document.load_bytes(data + more, "stdin", None, sources.pdf), *parts]
+            parts = [*document.load_bytes(data + more, "stdin", None, sources.pdf, rule=sources.rule), *parts]
         elif data is not None:
-            piped = streams.stdin_text(data)
-    return content(parts, streams.join_prompt(piped, words, alone=bool(parts)))
+            piped = streams.stdin_text(data, sources.rule)
+    return content(parts, streams.join_prompt(piped, words, alone=bool(parts), rule=sources.rule))
 
 
 def content(parts: Sequence[Attachment], text: str) -> Content:
@@ -96,20 +97,20 @@ def open_image(path: str) -> Image:
         raise
 
 
-def open_file(spec: str, pdf: str = "auto") -> list[Attachment]:
+def open_file(spec: str, pdf: str = "auto", rule: TextRule = UTF_8) -> list[Attachment]:
     """The parts of PATH or PATH:PAGES; - is stdin."""
     path, pages = document.split_spec(spec)
     if path == "-":
-        return document.load_bytes(stdin_bytes(MAX_PDF_BYTES), "stdin", pages, pdf)
+        return document.load_bytes(stdin_bytes(MAX_PDF_BYTES), "stdin", pages, pdf, rule=rule)
     refuse_address(path)
-    return document.load_file(spec, pdf)
+    return document.load_file(spec, pdf, rule=rule)
 
 
-def open_path(spec: str, pdf: str = "auto") -> list[Attachment]:
+def open_path(spec: str, pdf: str = "auto", rule: TextRule = UTF_8) -> list[Attachment]:
     """As open_file, where stdin is taken: its lines are the messages of a chat."""
     if document.split_spec(spec)[0] == "-":
         raise UsageError("in a chat, stdin holds the messages and cannot be attached")
-    return open_file(spec, pdf)
+    return open_file(spec, pdf, rule)
 
 
 def typed_path(text: str) -> str:

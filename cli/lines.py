@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ms4.cli import errors, streams
+from ms4.cli.errors import UsageError
+from ms4.models.untrusted import TextRule
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
@@ -23,11 +25,16 @@ class Lines(Protocol):
 class PipedLines:
     """One message a line, by the rules of stdin."""
 
+    def __init__(self, rule: TextRule | None = None) -> None:
+        if rule is not None and rule.encoding and "\n".encode(rule.encoding) != b"\n":
+            raise UsageError(f"the lines of a chat cannot be {rule.encoding}", f"iconv -f {rule.encoding} -t UTF-8")
+        self._rule = rule
+
     def next(self) -> str | None:
         if sys.stdin is None:
             return None
         data = sys.stdin.buffer.readline(streams.MOST_INPUT)
-        return streams.decode(data, "stdin").rstrip("\r\n") if data else None
+        return streams.decode(data, "stdin", self._rule).rstrip("\r\n") if data else None
 
 
 class EditedLines:

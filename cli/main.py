@@ -7,6 +7,7 @@ from typer.core import TyperCommand
 
 from ms4.cli import options as opt
 from ms4.cli.errors import UsageError
+from ms4.models.untrusted import TextRule
 
 
 class Command(TyperCommand):
@@ -86,6 +87,8 @@ def run(
     image: opt.Images = None,
     file: Files = None,
     pdf: Pdf = "auto",
+    encoding: opt.Encoding = "",
+    lossy: opt.Lossy = False,
     mmproj: opt.Mmproj = None,
     image_max_tokens: opt.ImageMaxTokens = None,
     system: System = None,
@@ -119,7 +122,7 @@ def run(
     sampling = opt.Sampling(effort, greedy, temp, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
     request = one_shot.Request(
         words=tuple(prompt or ()),
-        attached=one_shot.Sources(tuple(image or ()), tuple(file or ()), pdf),
+        attached=one_shot.Sources(tuple(image or ()), tuple(file or ()), pdf, rule=TextRule(encoding, lossy)),
         images=one_shot.ImageOptions(mmproj, image_max_tokens),
         system=system,
         prefill=prefill,
@@ -142,6 +145,8 @@ def chat(
     files: Annotated[list[str] | None, typer.Argument(metavar="FILE", help="Goes with the first message.")] = None,
     model: opt.Model = None,
     pdf: Pdf = "auto",
+    encoding: opt.Encoding = "",
+    lossy: opt.Lossy = False,
     mmproj: opt.Mmproj = None,
     image_max_tokens: opt.ImageMaxTokens = None,
     system: System = None,
@@ -166,7 +171,9 @@ def chat(
     sampling = opt.Sampling(effort, greedy, temp, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
     engine = opt.engine_options(model, threads, load, attn_scale, quiet)
     images = repl.ImageOptions(mmproj, image_max_tokens)
-    settings = repl.ChatSettings(sampling, system, think, max_tokens, ctx, tuple(files or ()), pdf, images)
+    settings = repl.ChatSettings(
+        sampling, system, think, max_tokens, ctx, tuple(files or ()), pdf, images, TextRule(encoding, lossy)
+    )
     return repl.chat(settings, engine)
 
 
@@ -242,6 +249,8 @@ def perplexity(
         int | None,
         typer.Option("--segments", metavar="N", parser=opt.whole(1, opt.MOST_CTX), help="Only the first N."),
     ] = None,
+    encoding: opt.Encoding = "",
+    lossy: opt.Lossy = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     threads: opt.Threads = None,
     load: opt.Load = "auto",
@@ -252,7 +261,7 @@ def perplexity(
     from ms4.cli import perplexity as command
 
     engine = opt.engine_options(model, threads, load, attn_scale, quiet)
-    return command.perplexity(file, ctx, segments, engine, as_json=json)
+    return command.perplexity(file, ctx, segments, engine, TextRule(encoding, lossy), as_json=json)
 
 
 @app.command(cls=Command)
@@ -263,12 +272,14 @@ def tokenize(
         typer.Option("--chat", metavar="FILE", help="Conversations, one JSON object a line; - is stdin."),
     ] = None,
     count: Annotated[bool, typer.Option("--count", help="Only how many.")] = False,
+    encoding: opt.Encoding = "",
+    lossy: opt.Lossy = False,
     image_max_tokens: opt.ImageMaxTokens = None,
 ) -> int:
     """Turn the text on stdin, or conversations, into token ids (JSON)."""
     from ms4.cli import tokenize as command
 
-    return command.tokenize(opt.engine_options(model), chat, count, image_max_tokens)
+    return command.tokenize(opt.engine_options(model), chat, count, image_max_tokens, TextRule(encoding, lossy))
 
 
 @app.command(cls=Command)

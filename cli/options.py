@@ -89,6 +89,17 @@ def picture(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def encoding(name: str) -> str:
+    """The name of an encoding of text that Python knows."""
+    try:
+        b"a".decode(name or "utf-8")  # the default passes here too
+    except UnicodeError:  # half a character of UTF-16
+        pass
+    except (LookupError, ValueError):
+        raise typer.BadParameter(f"{name} is no encoding such as latin-1, cp1252, utf-16 or shift_jis") from None
+    return name
+
+
 Model = Annotated[str | None, typer.Option("-m", "--model", metavar="PATH", envvar="MS4_MODEL", help="The GGUF file.")]
 Threads = Annotated[
     int | None,
@@ -111,6 +122,10 @@ ImageMaxTokens = Annotated[
     int | None,
     typer.Option("--image-max-tokens", metavar="N", parser=whole(2, MOST_CTX), help="Most tokens of an image."),
 ]
+Encoding = Annotated[
+    str, typer.Option("--encoding", metavar="NAME", parser=encoding, help="Of texts on stdin and in files; else UTF-8.")
+]
+Lossy = Annotated[bool, typer.Option("--lossy", help="Show what is no text as U+FFFD instead of refusing it.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no notes on stderr.")]
 
 

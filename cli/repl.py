@@ -18,6 +18,7 @@ from ms4.cli.follow import follow
 from ms4.cli.image_notes import ImageOptions
 from ms4.cli.options import EngineOptions, Sampling
 from ms4.cli.run import system_text
+from ms4.models.untrusted import TextRule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,16 +59,17 @@ class ChatSettings:
     files: tuple[str, ...] = ()
     pdf: str = "auto"
     images: ImageOptions = ImageOptions()
+    rule: TextRule = TextRule()  # of texts: --encoding, --lossy
 
 
 def chat(settings: ChatSettings, engine: EngineOptions) -> int:
     """Runs the loop until the input ends; returns the exit code."""
     settings.sampling.sampler()  # a setting out of range is said before the model is opened
     engine.require()
-    system = system_text(settings.system) if settings.system is not None else None
+    system = system_text(settings.system, settings.rule) if settings.system is not None else None
     status = render.StatusLine(engine.quiet)
     images = settings.images.open(engine.require())
-    attached = [part for path in settings.files for part in attachments.open_path(path, settings.pdf)]
+    attached = [part for path in settings.files for part in attachments.open_path(path, settings.pdf, settings.rule)]
     prices = [note(part, images) for part in attached]
     with loading.open_model(engine, status) as model:
         from ms4.models.dialogue import Dialogue
@@ -81,7 +83,7 @@ def chat(settings: ChatSettings, engine: EngineOptions) -> int:
             dialogue = Dialogue(tokenizer, system, settings.sampling.effort, images.measure)
             talk = Talk(settings, dialogue, scheduler, scheduler.open(n_ctx), output, status, images, interactive)
             talk.take(attached, prices)
-            source = lines.EditedLines(list(talk.commands)) if interactive else lines.PipedLines()
+            source = lines.EditedLines(list(talk.commands)) if interactive else lines.PipedLines(settings.rule)
             talk.say(f"context of {n_ctx} tokens · /help lists the commands · Ctrl-D leaves")
             return loop(talk, source)
 
@@ -215,7 +217,7 @@ class Talk:
         self.attach(lambda: [attachments.open_image(attachments.typed_path(value))])
 
     def add_file(self, value: str) -> None:
-        self.attach(lambda: attachments.open_file(attachments.typed_path(value), self.settings.pdf))
+        self.attach(lambda: attachments.open_file(attachments.typed_path(value), self.settings.pdf, self.settings.rule))
 
     def paste(self, _: str) -> None:
         self.attach(lambda: [attachments.clipboard_image()])

@@ -17,6 +17,7 @@ from ms4.cli.errors import IncompleteError, UsageError
 from ms4.cli.follow import follow
 from ms4.cli.image_notes import ImageOptions
 from ms4.cli.options import EngineOptions, Sampling
+from ms4.models.untrusted import TextRule
 
 if TYPE_CHECKING:
     from ms4.models.answer import Answer, ContextError, Done, Event
@@ -82,17 +83,17 @@ def build_messages(request: Request) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     question = gather(request.attached, request.words)
     if request.system is not None:
-        messages.append({"role": "system", "content": system_text(request.system)})
+        messages.append({"role": "system", "content": system_text(request.system, request.attached.rule)})
     messages.append({"role": "user", "content": question})
     if request.prefill:
-        text = streams.argument(request.prefill, "--prefill")
+        text = streams.argument(request.prefill, "--prefill", request.attached.rule)
         messages.append({"role": "assistant", "content": text, "prefix": True})
     return messages
 
 
-def system_text(given: str) -> str:
+def system_text(given: str, rule: TextRule) -> str:
     """The text of --system: given as it is, or in the file behind an @."""
-    return streams.read_text(given[1:]) if given.startswith("@") else streams.argument(given, "--system")
+    return streams.read_text(given[1:], rule) if given.startswith("@") else streams.argument(given, "--system", rule)
 
 
 def show_prompt(

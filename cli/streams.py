@@ -4,17 +4,16 @@ Owns the rules for pipes and terminals: UTF-8 whatever the locale, stdout for th
 every chunk flushed, text from stdin checked before it is used.  Knows nothing about models.
 """
 
-import codecs
 import io
 import os
 import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from ms4.cli.errors import CliError, ReaderGone, UnreadableError, UsageError
+from ms4.cli.errors import ENCODING_HINT, CliError, ReaderGone, UnreadableError, UsageError
+from ms4.models.untrusted import TextRule, decode_text
 
 MOST_INPUT = 16 << 20  # bytes read from stdin
-UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def prepare() -> None:
@@ -59,19 +58,19 @@ def read_bytes(limit: int = MOST_INPUT) -> bytes | None:
         raise UnreadableError(f"stdin cannot be read: {error.strerror}") from None
 
 
-def read_stdin() -> str | None:
+def read_stdin(rule: TextRule | None = None) -> str | None:
     """The text on stdin; None if stdin is a terminal or closed."""
     data = read_bytes()
-    return None if data is None else stdin_text(data)
+    return None if data is None else stdin_text(data, rule)
 
 
-def stdin_text(data: bytes) -> str:
+def stdin_text(data: bytes, rule: TextRule | None = None) -> str:
     if len(data) > MOST_INPUT:
         raise UnreadableError(f"stdin holds more than {MOST_INPUT >> 20} MiB; a prompt may not")
-    return decode(data, "stdin")
+    return decode(data, "stdin", rule)
 
 
-def read_text(path: str) -> str:
+def read_text(path: str, rule: TextRule | None = None) -> str:
     """A text file, by the same rules as stdin."""
     try:
         with open(path, "rb") as file:
@@ -80,31 +79,36 @@ def read_text(path: str) -> str:
         raise UnreadableError(f"{path}: {error.strerror}") from None
     if len(data) > MOST_INPUT:
         raise UnreadableError(f"{path} holds more than {MOST_INPUT >> 20} MiB; a prompt may not")
-    return decode(data, path)
+    return decode(data, path, rule)
 
 
-def decode(data: bytes, name: str) -> str:
-    """Strict UTF-8; a byte order mark is dropped, UTF-16 is named."""
-    if data.startswith(UTF16_MARKS):
-        raise UnreadableError(f"{name} is UTF-16, not UTF-8", "iconv -f UTF-16 -t UTF-8 turns it into UTF-8")
+def decode(data: bytes, name: str, rule: TextRule | None = None) -> str:
+    """The text in some bytes; a byte order mark is dropped, UTF-16 is named.
+
+    rule: what --encoding and --lossy say; None is UTF-8, where there are no such options.
+    """
+    hint = "iconv turns it into UTF-8" if rule is None else ENCODING_HINT
+    rule = rule or TextRule()
     try:
-        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
-    except UnicodeDecodeError as error:
-        skipped = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
-        raise UnreadableError(f"{name} is not UTF-8 (byte {error.start + skipped})") from None
+        return decode_text(data, rule)
+    except UnicodeError as error:
+        if getattr(error, "reason", "") == "UTF-16":
+            raise UnreadableError(f"{name} is UTF-16, not UTF-8", hint) from None
+        where = f" (byte {error.start})" if isinstance(error, UnicodeDecodeError) else ""
+        raise UnreadableError(f"{name} is not {rule.name}{where}", hint) from None
 
 
-def argument(text: str, name: str) -> str:
-    """An argument of the command line as text: its bytes must be UTF-8, whatever the locale is."""
-    return decode(os.fsencode(text), name)
+def argument(text: str, name: str, rule: TextRule | None = None) -> str:
+    """An argument of the command line as text: its bytes must be UTF-8, whatever the locale or --encoding is."""
+    return decode(os.fsencode(text), name, rule and TextRule(lossy=rule.lossy))
 
 
-def join_prompt(piped: str | None, words: Sequence[str], alone: bool = False) -> str:
+def join_prompt(piped: str | None, words: Sequence[str], alone: bool = False, rule: TextRule | None = None) -> str:
     """What was piped, a blank line, the arguments; or the one of them that is there.
 
     alone: with attachments there may also be no text at all, which gives "".
     """
-    typed = argument(" ".join(words), "the prompt")
+    typed = argument(" ".join(words), "the prompt", rule)
     parts = [part for part in (piped, typed) if part and not part.isspace()]
     if not parts and not alone:
         if piped is None and not words:

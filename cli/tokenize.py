@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 from ms4.cli import errors, loading, streams
 from ms4.cli.errors import UnreadableError, UsageError
 from ms4.cli.options import EngineOptions
+from ms4.models.untrusted import TextRule
 
 if TYPE_CHECKING:
     from ms4.models.tokenizer import Tokenizer
 
 
-def tokenize(engine: EngineOptions, chat: str | None, count: bool, image_max_tokens: int | None = None) -> int:
+def tokenize(engine: EngineOptions, chat: str | None, count: bool, image_max_tokens: int | None, rule: TextRule) -> int:
     """Stdin to one list; or the conversations in the file `chat` to one list a line."""
     path = engine.require()
-    text = streams.read_stdin() if chat in (None, "-") else streams.read_text(chat or "")
+    text = streams.read_stdin(rule) if chat in (None, "-") else streams.read_text(chat or "", rule)
     if text is None:
         raise UsageError("nothing on stdin", f'echo "some text" | ms4 tokenize -m {path}')
     tokenizer = loading.open_tokenizer(path)

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from ms4.models.image import MAX_BYTES, Image, PixelRule, load_image
-from ms4.models.untrusted import InputError, check_size, read_file, shown, sniff
+from ms4.models.untrusted import InputError, TextRule, check_size, decode_text, read_file, shown, sniff
 
 MAX_TEXT_BYTES = 16 << 20
 MAX_PDF_BYTES = 128 << 20
 MAX_PDF_IMAGES = 100
+UTF_8 = TextRule()
 PDF_MODES = ("auto", "text", "image")
 _PAGES = re.compile(r"(.+):(\d+(?:-\d*)?(?:,\d+(?:-\d*)?)*)")
 
@@ -30,19 +31,24 @@ class DocumentError(InputError):
     """This document cannot be used."""
 
 
-def load_file(spec: str, pdf: str = "auto", side: int = SIDE) -> list[Attachment]:
+class EncodingError(DocumentError):
+    """This text is in another encoding than the one that was expected."""
+
+
+def load_file(spec: str, pdf: str = "auto", side: int = SIDE, rule: TextRule = UTF_8) -> list[Attachment]:
     """The parts of `PATH` or `PATH:PAGES`, for example `report.pdf:1-3,7`; `load_bytes` explains the rest."""
     path, pages = split_spec(spec)
-    return load_bytes(read_file(path, MAX_PDF_BYTES, DocumentError), path, pages, pdf, side)
+    return load_bytes(read_file(path, MAX_PDF_BYTES, DocumentError), path, pages, pdf, side, rule)
 
 
 def load_bytes(
-    data: bytes, name: str, pages: str | None = None, pdf: str = "auto", side: int = SIDE
+    data: bytes, name: str, pages: str | None = None, pdf: str = "auto", side: int = SIDE, rule: TextRule = UTF_8
 ) -> list[Attachment]:
     """The parts of a file's bytes.
 
     pages: as in `1-3,7`, for a PDF; None takes all.  pdf: `text` takes the text layer, `image` a picture of the page
     with `side` pixels on its longer side, `auto` the text, and the picture too if the page has pictures or no text.
+    rule: how the bytes of a text become text.
     """
     name, kind = shown(name), sniff(data)
     if kind == "PDF":
@@ -54,7 +60,7 @@ def load_bytes(
         check_size(data, MAX_BYTES, name, DocumentError)
         return [load_image(data, name)]
     check_size(data, MAX_TEXT_BYTES, name, DocumentError)
-    return [f"{name}:\n{_text(data, name)}"]
+    return [f"{name}:\n{_text(data, name, rule)}"]
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:
@@ -79,11 +85,14 @@ def select_pages(pages: str, n_pages: int, name: str) -> list[int]:
     return chosen
 
 
-def _text(data: bytes, name: str) -> str:
+def _text(data: bytes, name: str, rule: TextRule) -> str:
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise DocumentError(f"{name}: neither a PDF, a picture nor UTF-8 text (byte {e.start})") from None
+        text = decode_text(data, rule)
+    except UnicodeError as e:
+        if getattr(e, "reason", "") == "UTF-16":
+            raise EncodingError(f"{name}: a text in UTF-16, not UTF-8") from None
+        where = f" (byte {e.start})" if isinstance(e, UnicodeDecodeError) else ""
+        raise EncodingError(f"{name}: neither a PDF, a picture nor {rule.name} text{where}") from None
     if "\0" in text:
         raise DocumentError(f"{name}: neither a PDF, a picture nor text (it holds NUL bytes)")
     return text

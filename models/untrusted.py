@@ -6,14 +6,36 @@ refusal is an `InputError` of one line.
 
 from __future__ import annotations
 
+import codecs
 import os
 import stat
+from dataclasses import dataclass
 
 BMP_HEADERS = tuple(bytes([n]) for n in (12, 40, 52, 56, 64, 108, 124))
 
 
 class InputError(ValueError):
     """Something that the user attached cannot be used; the message is one printable line that names it."""
+
+
+@dataclass(frozen=True)
+class TextRule:
+    """How bytes become text: strict UTF-8, unless the user says otherwise."""
+
+    encoding: str = ""  # a name that Python knows
+    lossy: bool = False  # what cannot be decoded becomes U+FFFD
+
+    @property
+    def name(self) -> str:
+        return self.encoding or "UTF-8"
+
+
+def decode_text(data: bytes, rule: TextRule) -> str:
+    """The text in some bytes, without a byte order mark.  UnicodeError, if they are none."""
+    if not rule.encoding and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UnicodeDecodeError("utf-8", data[:2], 0, 2, "UTF-16")
+    text = data.decode(rule.encoding or "utf-8", "replace" if rule.lossy else "strict")
+    return text.removeprefix("\ufeff")
 
 
 def shown(name: str) -> str:

@@ -91,7 +91,7 @@ class ImageInput:
             return Tower.read(self.mmproj)
         found = choose(self.model)
         if found.path is None:
-            reason = "images need the vision tower, and there is no mmproj file beside the model or one folder up"
+            reason = "images need the vision tower, and there is no mmproj file beside the model"
             raise NoTowerError(found.problem or reason)
         self.doubt = found.doubt
         return Tower.read(found.path)

@@ -388,3 +388,66 @@ def test_b9_base64_may_be_broken_into_lines(head, between):
         assert img.image_bytes({"type": "image_url", "image_url": url}) == data
     with pytest.raises(ImageError, match="not base64"):
         img.image_bytes({"type": "image_url", "image_url": head + "@" + lines})
+
+
+# --- B11 ----------------------------------------------------------------------------------------------------------
+
+LATIN = "naïve café\n".encode("latin-1")
+TELLS = "--encoding NAME says what it is (latin-1, utf-16), --lossy shows what is no text as U+FFFD"
+
+
+def shown(command, *arguments, stdin: bytes = b"") -> str:
+    got = command("run", "-m", test_cli.MODEL, "--show-prompt", *arguments, stdin=stdin)
+    assert got.code == 0, got
+    return got.out
+
+
+def test_b11_text_that_is_not_utf8_has_a_way_out_wherever_it_comes_from(command, tmp_path):
+    path = tmp_path / "a.diff"
+    path.write_bytes(LATIN)
+    ways = {"stdin": ((), LATIN), "-f": (("-f", path, "x"), b""), "-f -": (("-f", "-", "x"), LATIN)}
+    ways["@file"] = ("-s", f"@{path}", "x"), b""
+    for name, (arguments, stdin) in ways.items():
+        got = command("run", "-m", test_cli.MODEL, "--show-prompt", *arguments, stdin=stdin)
+        assert got.code == 7 and "(byte 2)" in got.err and TELLS in got.err, name
+        assert "naïve café" in shown(command, "--encoding", "latin-1", *arguments, stdin=stdin), name
+        assert "na\ufffdve caf\ufffd" in shown(command, "--lossy", *arguments, stdin=stdin), name
+    wrong = command("run", "-m", test_cli.MODEL, "--show-prompt", "--encoding", "ascii", stdin=LATIN)
+    assert wrong.code == 7 and "stdin is not ascii (byte 2)" in wrong.err
+    assert "日本語" in shown(command, "--encoding", "shift_jis", stdin="日本語".encode("shift_jis"))
+
+
+def test_b11_utf16_is_named_and_read(command, tmp_path):
+    for name in ("utf-16", "utf-16-le", "utf-16-be"):
+        data = "\ufeffnaïve".encode(name) if name != "utf-16" else "naïve".encode(name)
+        path = tmp_path / "a.txt"
+        path.write_bytes(data)
+        got = command("run", "-m", test_cli.MODEL, "--count", "-f", path)
+        assert got.code == 7 and "a text in UTF-16, not UTF-8" in got.err and TELLS in got.err
+        out = shown(command, "--encoding", name, "-f", path)
+        assert "naïve" in out and "\ufeff" not in out
+        assert "naïve" in shown(command, "--encoding", name, stdin=data)
+    assert "\ufeff" not in shown(command, stdin="\ufeffhello".encode())
+
+
+def test_b11_arguments_are_utf8_whatever_the_files_are(command):
+    assert "é" in shown(command, "--encoding", "latin-1", "é")
+    assert "a\ufffd" in shown(command, "--lossy", "a\udce9")
+    assert command("run", "--encoding", "base64", "x").code == 2
+    assert command("run", "--encoding", "nonsense\0", "x").code == 2
+
+
+def test_b11_the_other_commands_that_read_texts(command, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(LATIN * 40)
+    want = command("tokenize", stdin="naïve café\n".encode()).out
+    assert command("tokenize", "--encoding", "latin-1", stdin=LATIN).out == want
+    assert TELLS in command("tokenize", stdin=LATIN).err
+    assert command("perplexity", "-m", test_cli.MODEL, "--ctx", 64, "--segments", 1, path).code == 7
+    got = command("perplexity", "-m", test_cli.MODEL, "--ctx", 64, "--segments", 1, "--encoding", "latin-1", path)
+    assert got.code == 0
+    chat = ("chat", "-m", test_cli.MODEL, "--greedy", "-n", 2)
+    assert command(*chat, stdin=LATIN).code == 7 and command(*chat, "--lossy", stdin=LATIN).code == 0
+    assert command(*chat, "--encoding", "latin-1", path, stdin=LATIN).code == 0
+    assert "cannot be utf-16" in command(*chat, "--encoding", "utf-16", stdin="a\n".encode("utf-16")).err
+    assert "iconv" in command("logits", "-m", test_cli.MODEL, "--ids", path, "-o", tmp_path / "o.npy").err
