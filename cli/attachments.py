@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from ms4.cli import streams
 from ms4.cli.errors import MissingError, UnreadableError, UsageError
@@ -117,22 +118,48 @@ def typed_path(text: str) -> str:
     """A path as it is typed, or dropped on a terminal: with ~, quotes or backslashes."""
     if os.path.lexists(text):
         return text
-    try:
-        words = shlex.split(text)
-    except ValueError:
-        words = []
-    path = words[0] if len(words) == 1 else text
+    words = split(text)
+    path = local_path(words[0] if len(words) == 1 else text)
     if not path or document.split_spec(path)[0] == "-":
         raise UsageError("name a file: /image PATH or /file PATH[:PAGES]")
     return os.path.expanduser(path)
 
 
-def is_file(text: str) -> bool:
-    """True if a line is nothing but the path of a file."""
+def split(text: str) -> list[str]:
+    """The words of a line, by the rules of the shell; none if it breaks them."""
     try:
-        return os.path.isfile(typed_path(text.strip()))
-    except (UsageError, ValueError):
-        return False
+        return shlex.split(text)
+    except ValueError:
+        return []
+
+
+def local_path(text: str) -> str:
+    """The path in a file:// address of this machine; anything else as it is."""
+    if not text.lower().startswith("file://"):
+        return text
+    host, _, path = text[7:].partition("/")
+    return "/" + unquote(path) if host in ("", "localhost") else text
+
+
+def dropped(line: str) -> list[str]:
+    """The files that a line names and nothing else, as terminals write them when they are dropped there.
+
+    A bare name is no such line: it may as well be a word.
+    """
+    line = line.strip()
+    found = []
+    for text in [line] if os.path.isfile(line) else split(line):
+        path = os.path.expanduser(local_path(text))
+        # A path that is quoted, or an address, has become absolute here; ./ and ~ are as they were typed.
+        if not text.startswith(("./", "../")) and not os.path.isabs(path):
+            return []
+        try:
+            if not os.path.isfile(path):
+                return []
+        except ValueError:  # a NUL
+            return []
+        found.append(path)
+    return found
 
 
 def refuse_address(path: str) -> None:

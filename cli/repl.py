@@ -105,7 +105,7 @@ def loop(talk: Talk, source: lines.Lines) -> int:
             break
         if text.startswith("/"):
             talk.command(text)
-        elif text.strip():
+        elif text.strip() and not talk.take_dropped(text):
             talk.send(text.removeprefix(" ") if text.startswith(" /") else text)
     return errors.OK
 
@@ -178,8 +178,7 @@ class Talk:
         if name in self.commands:
             self.commands[name](argument.strip())
             return
-        if self.interactive and attachments.is_file(text):  # dropped on the terminal
-            self.add_file(text)
+        if self.take_dropped(text):
             return
         near = difflib.get_close_matches(name, self.commands, 1)
         self.tell(f"no command {errors.escape(name, 40)}; " + (f"{near[0]}?" if near else "/help lists them"))
@@ -218,6 +217,14 @@ class Talk:
 
     def add_file(self, value: str) -> None:
         self.attach(lambda: attachments.open_file(attachments.typed_path(value), self.settings.pdf, self.settings.rule))
+
+    def take_dropped(self, text: str) -> bool:
+        """Attaches the files of a line that is nothing but their paths, dropped on the terminal."""
+        paths = attachments.dropped(text) if self.interactive else []
+        pdf, rule = self.settings.pdf, self.settings.rule
+        if paths:
+            self.attach(lambda: [part for path in paths for part in attachments.open_file(path, pdf, rule)])
+        return bool(paths)
 
     def paste(self, _: str) -> None:
         self.attach(lambda: [attachments.clipboard_image()])

@@ -14,7 +14,8 @@ import test_cli
 from bad_images import encoded
 from PIL import Image as Pillow
 
-from ms4.cli import image_notes, repl
+from ms4.cli import attachments, image_notes, repl
+from ms4.cli import options as opt
 from ms4.models import companion, vision
 from ms4.models import image as img
 from ms4.models.answer import Answer
@@ -451,3 +452,66 @@ def test_b11_the_other_commands_that_read_texts(command, tmp_path):
     assert command(*chat, "--encoding", "latin-1", path, stdin=LATIN).code == 0
     assert "cannot be utf-16" in command(*chat, "--encoding", "utf-16", stdin="a\n".encode("utf-16")).err
     assert "iconv" in command("logits", "-m", test_cli.MODEL, "--ids", path, "-o", tmp_path / "o.npy").err
+
+
+# --- B13 ----------------------------------------------------------------------------------------------------------
+
+
+def test_b13_paths_as_terminals_write_them(tmp_path, monkeypatch):
+    for name in ("x.png", "my image.png", "50%.png", "it's.png", "é.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    here = str(tmp_path)
+    for line, names in {
+        f"file://{here}/x.png": ["x.png"],
+        f"file://localhost{here}/my%20image.png\n": ["my image.png"],
+        f"'{here}/my image.png' ": ["my image.png"],
+        f'"{here}/my image.png"': ["my image.png"],
+        f"{here}/my\\ image.png": ["my image.png"],
+        f"{here}/my image.png": ["my image.png"],
+        f"{here}/50%.png": ["50%.png"],
+        f"{here}/it\\'s.png": ["it's.png"],
+        f"file://{here}/%C3%A9.png": ["é.png"],
+        "~/x.png": ["x.png"],
+        f"{here}/x.png '{here}/my image.png'": ["x.png", "my image.png"],
+    }.items():
+        assert attachments.dropped(line) == [f"{here}/{name}" for name in names], line
+    assert attachments.dropped("./x.png") == ["./x.png"]
+    for text in (
+        *("x.png", "", "what is ./x.png", "./x.png what is this?", f"file://{here}/none.png", "./none.png", "don't"),
+        *(f"file://elsewhere{here}/x.png", f"{here}/folder", "~", "./x.png\0", "https://example.org/x.png"),
+    ):
+        assert attachments.dropped(text) == [], text
+    assert attachments.typed_path(f"file://{here}/my%20image.png") == f"{here}/my image.png"
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+def test_b13_a_dropped_file_is_attached_and_said_and_other_lines_are_messages(tmp_path, monkeypatch, interactive):
+    (tmp_path / "a b.txt").write_text("some text")
+    monkeypatch.chdir(tmp_path)
+    texts = iter(["'./a b.txt'", "./none.png", None])
+    said, sent = [], []
+    talk = repl.Talk.__new__(repl.Talk)
+    talk.settings, talk.attached, talk.images, talk.interactive, talk.over = (
+        repl.ChatSettings(opt.Sampling(), None, "auto", None, 9, ()),
+        [],
+        None,
+        interactive,
+        False,
+    )
+    monkeypatch.setattr(talk, "send", sent.append)
+    monkeypatch.setattr(talk, "tell", said.append)
+
+    class Source:
+        def next(self):
+            return next(texts)
+
+    talk.commands = {}
+    assert repl.loop(talk, Source()) == 0
+    if interactive:
+        assert sent == ["./none.png"] and talk.attached == ["./a b.txt:\nsome text"]
+        assert "goes with the next message; /drop leaves it out" in said
+    else:
+        assert sent == ["'./a b.txt'", "./none.png"] and not talk.attached and not said
