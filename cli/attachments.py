@@ -21,7 +21,7 @@ from ms4.cli.errors import MissingError, UnreadableError, UsageError
 from ms4.models import document
 from ms4.models.document import MAX_PDF_BYTES, UTF_8, Attachment
 from ms4.models.image import MAX_BYTES, Image, load_image
-from ms4.models.untrusted import TextRule, shown, sniff
+from ms4.models.untrusted import TextRule, drop_line_end, shown, sniff
 
 if TYPE_CHECKING:
     from ms4.models.dialogue import Content
@@ -67,7 +67,7 @@ def gather(sources: Sources, words: Sequence[str]) -> Content:
             more = streams.read_bytes(MAX_PDF_BYTES) or b""
             parts = [*document.load_bytes(data + more, "stdin", None, sources.pdf, rule=sources.rule), *parts]
         elif data is not None:
-            piped = streams.stdin_text(data, sources.rule)
+            piped = drop_line_end(streams.stdin_text(data, sources.rule))
     return content(parts, streams.join_prompt(piped, words, alone=bool(parts), rule=sources.rule))
 
 
@@ -78,7 +78,7 @@ def content(parts: Sequence[Attachment], text: str) -> Content:
         if isinstance(part, Image):
             chunks.append({"type": "image", "image": part})
         elif part and chunks and chunks[-1]["type"] == "text":
-            chunks[-1]["text"] = chunks[-1]["text"].rstrip("\n") + "\n\n" + part
+            chunks[-1]["text"] += "\n\n" + part
         elif part:
             chunks.append({"type": "text", "text": part})
     return text if not parts else chunks

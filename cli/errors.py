@@ -1,12 +1,14 @@
 """What goes wrong, as one line and an exit code.
 
 Owns the exceptions of the command line and the table that gives every exception of ms4 its exit code.  It imports
-nothing of ours, so that an error costs no start-up time.  Printing is the business of `start.py`.
+nothing of ours that takes time to load, so that an error costs none.  Printing is the business of `start.py`.
 """
 
 import os
 import sys
 import traceback
+
+from ms4.quant import visible
 
 OK, FAILURE, USAGE, INCOMPLETE, MISSING, NO_ROOM, UNREADABLE = 0, 1, 2, 3, 5, 6, 7
 INTERRUPTED, BROKEN_PIPE = 130, 141
@@ -73,15 +75,9 @@ HINTS = {
 
 
 def escape(text: str, longest: int = LONGEST) -> str:
-    """The text with everything that does not print written as an escape, cut to `longest` characters."""
-    shown = "".join(c if c.isprintable() else _escaped(ord(c)) for c in text[: longest + 1])
+    """The text on one line, with what could command a terminal written as an escape, cut to `longest` characters."""
+    shown = visible.line(text[: longest + 1])
     return shown if len(shown) <= longest else shown[: longest - 1] + "…"
-
-
-def _escaped(code: int) -> str:
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that was not UTF-8, as Python keeps it in arguments and file names
-        code -= 0xDC00
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{{{code:x}}}"
 
 
 def describe(error: BaseException) -> tuple[int, str, str]:

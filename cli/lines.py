@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ms4.cli import errors, streams
 from ms4.cli.errors import UsageError
-from ms4.models.untrusted import TextRule
+from ms4.models.untrusted import TextRule, drop_line_end
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
@@ -34,7 +34,7 @@ class PipedLines:
         if sys.stdin is None:
             return None
         data = sys.stdin.buffer.readline(streams.MOST_INPUT)
-        return streams.decode(data, "stdin", self._rule).rstrip("\r\n") if data else None
+        return drop_line_end(streams.decode(data, "stdin", self._rule)) if data else None
 
 
 class EditedLines:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ms4.cli import streams
+from ms4.quant import visible
 
 if TYPE_CHECKING:
     from ms4.models.answer import Statistics
@@ -123,7 +124,7 @@ class Screen:
 
     def _write(self, part: str, text: str) -> None:
         if self.output.terminal:
-            text = streams.printable(text)
+            text = visible.text(text)
         if part != self._part:
             text = text.lstrip("\n")
         body = text.rstrip("\n")

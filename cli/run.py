@@ -17,7 +17,8 @@ from ms4.cli.errors import IncompleteError, UsageError
 from ms4.cli.follow import follow
 from ms4.cli.image_notes import ImageOptions
 from ms4.cli.options import EngineOptions, Sampling
-from ms4.models.untrusted import TextRule
+from ms4.models.untrusted import TextRule, drop_line_end
+from ms4.quant import visible
 
 if TYPE_CHECKING:
     from ms4.models.answer import Answer, ContextError, Done, Event
@@ -93,7 +94,9 @@ def build_messages(request: Request) -> list[dict[str, Any]]:
 
 def system_text(given: str, rule: TextRule) -> str:
     """The text of --system: given as it is, or in the file behind an @."""
-    return streams.read_text(given[1:], rule) if given.startswith("@") else streams.argument(given, "--system", rule)
+    if not given.startswith("@"):
+        return streams.argument(given, "--system", rule)
+    return drop_line_end(streams.read_text(given[1:], rule))
 
 
 def show_prompt(
@@ -109,7 +112,7 @@ def show_prompt(
         output.write(f"{len(ids)}\n")
     else:
         spelled = b"".join(tokenizer.spelling(id) for id in ids).decode("utf-8", "replace")
-        output.write((streams.printable(spelled) if output.terminal else spelled) + "\n")
+        output.write((visible.text(spelled) if output.terminal else spelled) + "\n")
     output.close()
     return errors.OK
 

@@ -115,15 +115,8 @@ def join_prompt(piped: str | None, words: Sequence[str], alone: bool = False, ru
             raise UsageError("no prompt", 'ms4 run "your question"   or   echo "your question" | ms4 run')
         raise UsageError("empty prompt")
     if len(parts) == 2:
-        return parts[0].rstrip("\n") + "\n\n" + parts[1]
+        return "\n\n".join(parts)
     return "".join(parts)
-
-
-def printable(text: str) -> str:
-    """Text of a model as a terminal may show it: control characters become visible."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 
 class Output:

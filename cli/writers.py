@@ -9,6 +9,7 @@ from ms4.cli import render, streams
 from ms4.models import usage
 from ms4.models.answer import Done, Event, Prefill, Token
 from ms4.models.answer_parser import Text, Thinking, ToolCall
+from ms4.quant import visible
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class TextWriter:
         elif isinstance(event, Thinking) and self._on_screen:
             self.screen.thinking(event.text)
         elif isinstance(event, Thinking) and self._beside:
-            sys.stderr.write(streams.printable(event.text))
+            sys.stderr.write(visible.text(event.text))
             sys.stderr.flush()
             self._open_line = not event.text.endswith("\n")
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ms4.models.image import MAX_BYTES, Image, PixelRule, load_image
-from ms4.models.untrusted import InputError, TextRule, check_size, decode_text, read_file, shown, sniff
+from ms4.models.untrusted import InputError, TextRule, check_size, decode_text, drop_line_end, read_file, shown, sniff
 
 MAX_TEXT_BYTES = 16 << 20
 MAX_PDF_BYTES = 128 << 20
@@ -60,7 +60,7 @@ def load_bytes(
         check_size(data, MAX_BYTES, name, DocumentError)
         return [load_image(data, name)]
     check_size(data, MAX_TEXT_BYTES, name, DocumentError)
-    return [f"{name}:\n{_text(data, name, rule)}"]
+    return [f"{name}:\n{drop_line_end(_text(data, name, rule))}"]
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:

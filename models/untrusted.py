@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 BMP_HEADERS = tuple(bytes([n]) for n in (12, 40, 52, 56, 64, 108, 124))
 
+from ms4.quant import visible
+
 
 class InputError(ValueError):
     """Something that the user attached cannot be used; the message is one printable line that names it."""
@@ -39,8 +41,13 @@ def decode_text(data: bytes, rule: TextRule) -> str:
 
 
 def shown(name: str) -> str:
-    """A file name as it may be printed: control characters and undecodable bytes escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
+    """A file name as it may be printed."""
+    return visible.line(name)
+
+
+def drop_line_end(text: str) -> str:
+    """A text without its last line end, LF or CRLF, which an editor or `echo` has added; those before it stay."""
+    return text[: -2 if text.endswith("\r\n") else -1] if text.endswith("\n") else text
 
 
 def read_file(path: str | os.PathLike[str], limit: int, error: type[InputError] = InputError) -> bytes:

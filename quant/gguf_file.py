@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ms4.quant import visible
 from ms4.quant.blocks import BLOCKS
 
 MIB = 1 << 20
@@ -67,11 +68,11 @@ _STRANGERS: tuple[tuple[bytes, str], ...] = (
 
 
 def shown(text: str | bytes, limit: int = 80) -> str:
-    """Text out of a file as it may be printed: control and non-ASCII characters escaped, cut at `limit`."""
+    """Text out of a file as it may be printed: on one line, cut at `limit`."""
     if isinstance(text, bytes):
         text = text[:limit].decode("utf-8", "backslashreplace")
     text = text[:limit]
-    safe = "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode("ascii") for c in text)
+    safe = visible.line(text)
     return safe if len(safe) <= limit else safe[: limit - 3] + "..."
 
 

@@ -85,7 +85,7 @@ def test_images_come_first_then_files_then_texts(run, tmp_path, two_pages):
     note.write_text("42 EUR\n")
     made = shown_prompt(run, "-f", note, "-i", IMAGE, "-i", IMAGE, "-f", f"{two_pages}:2", "Total?", stdin=b"Hello\n")
     assert made == f"<image><image>{note}:\n42 EUR\n\n{two_pages}, page 2:<image>Hello\n\nTotal?"
-    assert shown_prompt(run, "-f", note) == f"{note}:\n42 EUR\n"
+    assert shown_prompt(run, "-f", note) == f"{note}:\n42 EUR"
     assert shown_prompt(run, "-f", "-:1", "Sum?", stdin=two_pages.read_bytes()) == "stdin, page 1:<image>Sum?"
     assert shown_prompt(run, "Sum?", stdin=two_pages.read_bytes()).count("<image>") == 2
 

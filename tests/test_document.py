@@ -153,7 +153,7 @@ def test_too_many_pages_as_images_are_refused(monkeypatch):
 
 
 def test_text_files_and_pictures():
-    assert load_bytes(b"\xef\xbb\xbfgr\xc3\xbc\xc3\x9fe\n", "a.txt") == ["a.txt:\ngrüße\n"]
+    assert load_bytes(b"\xef\xbb\xbfgr\xc3\xbc\xc3\x9fe\n", "a.txt") == ["a.txt:\ngrüße"]
     assert outline(load_bytes(png(8, 6), "a.png")) == [(8, 6)]
     with pytest.raises(DocumentError, match="only a PDF has pages"):
         load_bytes(b"hello", "a.txt", "1")

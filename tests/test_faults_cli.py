@@ -1,0 +1,134 @@
+"""Faults of the command line and the terminal that users met, each test named after its row in the list."""
+
+import io
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from ms4.cli import errors, render, start, streams
+from ms4.models import untrusted
+from ms4.quant import gguf_file, visible
+
+ROOT = Path(__file__).parents[1]
+MODEL = str(ROOT / "tests" / "data" / "bravo-Q4_K_M.gguf")
+
+
+class Stream(io.TextIOWrapper):
+    """A standard stream of this process, which may say that it is a terminal."""
+
+    def __init__(self, data=b"", terminal=False):
+        super().__init__(io.BytesIO(data), encoding="ascii")
+        self._terminal = terminal
+
+    def isatty(self):
+        return self._terminal
+
+
+@pytest.fixture
+def ms4(monkeypatch):
+    """ms4(arguments..., stdin=bytes, terminal=names of streams) -> (exit code, stdout, stderr), in this process."""
+    for name in [n for n in os.environ if n.startswith("MS4_") and n != "MS4_ISA"]:
+        monkeypatch.delenv(name)
+
+    def run(*arguments, stdin=b"", terminal=()):
+        made = {
+            name: Stream(stdin if name == "stdin" else b"", name in terminal) for name in ("stdin", "stdout", "stderr")
+        }
+        for name, stream in made.items():
+            monkeypatch.setattr(sys, name, stream)
+        monkeypatch.setattr(sys, "argv", ["ms4", *map(str, arguments)])
+        code = start.main()
+        return code, *(made[name].buffer.getvalue().decode() for name in ("stdout", "stderr"))
+
+    return run
+
+
+# --- A1: characters of somebody's language are no control characters
+
+LEGITIMATE = [
+    "Voil\u00e0\u00a0: 12\u202f000",
+    "\u6771\u4eac\u3000\u5927\u962a",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+    "\u200f\u05e9\u05dc\u05d5\u05dd\u200e \u061c",
+    "soft\u00adhyphen zero\u200bwidth \u2060joiner",
+    "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
+    "private \ue0b0 use, variation \u2764\ufe0f, new \U0001fae9",
+]
+COMMANDS = {
+    "\x1b[2J": r"\x1b[2J",
+    "\r\b\x00\x7f": r"\x0d\x08\x00\x7f",
+    "\x85\x9b1m": r"\x85\x9b1m",
+    "\u202egnp.exe\u202c": r"\u{202e}gnp.exe\u{202c}",
+    "\u2066a\u2069": r"\u{2066}a\u{2069}",
+    "\ud83d \udcff": r"\u{d83d} \xff",
+}
+
+
+@pytest.mark.parametrize("text", LEGITIMATE)
+def test_a1_characters_of_a_language_stay(text):
+    assert visible.text(text) == visible.line(text) == errors.escape(text) == untrusted.shown(text) == text
+    assert gguf_file.shown(text) == gguf_file.shown(text.encode()) == text
+
+
+@pytest.mark.parametrize("given", COMMANDS)
+def test_a1_what_commands_a_terminal_is_made_visible(given):
+    for show in (visible.text, visible.line, errors.escape, untrusted.shown, gguf_file.shown):
+        assert show(f"a{given}b") == f"a{COMMANDS[given]}b"
+
+
+def test_a1_every_control_character_is_made_visible():
+    for code in [*range(32), *range(127, 160)]:
+        kept = {"\n", "\t"} & {chr(code)}
+        assert (chr(code) in visible.text(chr(code))) == bool(kept)
+        assert chr(code) not in visible.line(chr(code))
+
+
+def test_a1_a_terminal_gets_the_characters(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    stream = Stream(terminal=True)
+    stream.reconfigure(encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stream)
+    screen = render.Screen(streams.Output())
+    for text in [*LEGITIMATE, "\x1b[31m"]:
+        screen.text(text)
+    screen.end()
+    assert stream.buffer.getvalue().decode() == "".join(LEGITIMATE) + "\\x1b[31m\n"
+
+
+# --- A2: the last line end of a text is not part of it
+
+
+@pytest.mark.parametrize(
+    "given, kept",
+    [
+        (b"a\n", "a"),
+        (b"a\r\n", "a"),
+        (b"a", "a"),
+        (b"a\n\n", "a\n"),
+        (b"a\r\n\r\n", "a\r\n"),
+        (b"a\r\nb\n", "a\r\nb"),
+        (b" a \n", " a "),
+        (b"a\r", "a\r"),
+        (b"a\n\r", "a\n\r"),
+    ],
+)
+def test_a2_one_line_end_is_dropped_and_the_rest_stays(ms4, tmp_path, given, kept):
+    file = tmp_path / "text"
+    file.write_bytes(given)
+    show = ("run", "-m", MODEL, "--show-prompt")
+    assert f"[INST]{kept}[/INST]" in ms4(*show, stdin=given)[1]
+    assert f"[INST]{kept}\n\nand this[/INST]" in ms4(*show, "and this", stdin=given)[1]
+    assert f"[SYSTEM_PROMPT]{kept}[/SYSTEM_PROMPT]" in ms4(*show, "-s", f"@{file}", "x")[1]
+    assert f"[INST]{file}:\n{kept}[/INST]" in ms4(*show, "-f", file)[1]
+    assert f"[INST]stdin:\n{kept}\n\nx[/INST]" in ms4(*show, "-f", "-", "x", stdin=given)[1]
+
+
+def test_a2_an_argument_is_taken_as_it_is(ms4):
+    assert "[INST]a\n[/INST]" in ms4("run", "-m", MODEL, "--show-prompt", "a\n")[1]
+
+
+def test_a2_tokenize_keeps_every_byte(ms4):
+    assert ms4("tokenize", "-m", MODEL, stdin=b"a\r\n")[1] != ms4("tokenize", "-m", MODEL, stdin=b"a")[1]
