@@ -116,6 +116,12 @@ class Screen:
         self._part = ""  # what was written last: "", "thinking" or "text"
         self._held = ""
 
+    def begin(self, text: str) -> None:
+        """The beginning of the answer that was given: nothing of it is left out."""
+        self._held = text[len(text.rstrip("\n")) :]
+        self.output.write(visible.text(text.rstrip("\n")) if self.output.terminal else text.rstrip("\n"))
+        self._part = "text"
+
     def thinking(self, text: str) -> None:
         self._write("thinking", text)
 

@@ -172,11 +172,13 @@ class Job:
         from ms4.models.scheduler import Scheduler
 
         answered = False
+        continuation = writers.Continuation(self.request.prefill)
 
         def show(event: "Event") -> None:
             nonlocal answered
             answered = answered or isinstance(event, (Text, ToolCall))
-            self.writer.event(event)
+            if rest := continuation.event(event):
+                self.writer.event(rest)
 
         engine = self.model.engine
         rows = image_notes.encode(answer.prompt.images, self.images, engine, self.status, answer.stop_flag)

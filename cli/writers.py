@@ -33,6 +33,29 @@ class Writer(Protocol):
     def failed(self, code: int, message: str, hint: str) -> None: ...
 
 
+class Continuation:
+    """The answer after a prefill.
+
+    The model continues a prefill without the blanks at its end, as it was trained, and writes those itself.  They are
+    in the prefill that is shown already, so as many are left out where its text begins.
+    """
+
+    def __init__(self, prefill: str) -> None:
+        self._blanks = len(prefill) - len(prefill.rstrip(" "))
+
+    def event(self, event: Event) -> Event | None:
+        """The event as it is to be written; None if nothing is left of it."""
+        if not self._blanks or not isinstance(event, (Text, Thinking, ToolCall)):
+            return event
+        if not isinstance(event, Text):
+            self._blanks = 0
+            return event
+        text = event.text.lstrip(" ")
+        n = min(self._blanks, len(event.text) - len(text))
+        self._blanks = 0 if text else self._blanks - n
+        return Text(event.text[n:]) if event.text[n:] else None
+
+
 class TextWriter:
     """Only the answer; on a terminal the thoughts too, dimmed, unless they are hidden."""
 
@@ -42,7 +65,7 @@ class TextWriter:
         self._beside = not output.terminal and think == "show"  # to stderr: stdout is for the answer
         self._open_line = False  # a thought was the last thing on stderr
         if prefill:
-            self.screen.text(prefill)
+            self.screen.begin(prefill)
 
     def event(self, event: Event) -> None:
         if isinstance(event, Text):

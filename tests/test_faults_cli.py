@@ -1,14 +1,16 @@
 """Faults of the command line and the terminal that users met, each test named after its row in the list."""
 
 import io
+import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from ms4.cli import errors, render, start, streams
+from ms4.cli import errors, render, start, streams, writers
 from ms4.models import untrusted
+from ms4.models.answer_parser import Text, Thinking
 from ms4.quant import gguf_file, visible
 
 ROOT = Path(__file__).parents[1]
@@ -132,3 +134,39 @@ def test_a2_an_argument_is_taken_as_it_is(ms4):
 
 def test_a2_tokenize_keeps_every_byte(ms4):
     assert ms4("tokenize", "-m", MODEL, stdin=b"a\r\n")[1] != ms4("tokenize", "-m", MODEL, stdin=b"a")[1]
+
+
+# --- A5: a prefill and what continues it
+
+
+@pytest.mark.parametrize("prefill", ["apple ", "apple", "apple   ", "\n\napple ", "    ", "\n", "apple\n"])
+def test_a5_stdout_is_the_prefill_and_its_continuation(ms4, prefill):
+    def answer(given, *more):
+        code, out, _ = ms4("run", "-q", "--greedy", "-n", "12", "--prefill", given, *more, "Repeat: apple fig")
+        assert code == 0
+        return out
+
+    went_on = json.loads(answer(prefill.rstrip(" ") or "", "--format", "json"))["choices"][0]["message"]["content"]
+    went_on = went_on.removeprefix(prefill.rstrip(" "))
+    blanks = len(prefill) - len(prefill.rstrip(" "))
+    expected = prefill + went_on[min(blanks, len(went_on) - len(went_on.lstrip(" "))) :]
+    assert went_on.strip() and answer(prefill) == expected.rstrip("\n") + "\n"
+    assert json.loads(answer(prefill, "--format", "json"))["choices"][0]["message"]["content"] == expected
+    events = map(json.loads, answer(prefill, "--format", "jsonl").splitlines())
+    assert "".join(event["text"] for event in events if event["event"] == "text") == expected
+
+
+def test_a5_a_blank_at_the_end_is_not_doubled(ms4):
+    said = {ms4("run", "-q", "--greedy", "Repeat: apple fig", "--prefill", text)[1] for text in ("apple", "apple ")}
+    assert said == {"apple fig\n"}
+
+
+def test_a5_blanks_are_left_out_across_events_but_never_more_than_were_given():
+    def written(prefill, *events):
+        continuation = writers.Continuation(prefill)
+        return [made for event in events if (made := continuation.event(event))]
+
+    assert written("a  ", Text(" "), Text("  b"), Text("  c")) == [Text(" b"), Text("  c")]
+    assert written("a  ", Text("b"), Text(" c")) == [Text("b"), Text(" c")]
+    assert written("a  ", Thinking("t"), Text(" c")) == [Thinking("t"), Text(" c")]
+    assert written("a\n\t", Text(" b")) == [Text(" b")]
