@@ -36,12 +36,13 @@ CLIPBOARDS = (  # programs that write the image on the clipboard to stdout
 
 @dataclass(frozen=True)
 class Sources:
-    """What the options --image, --file and --pdf name."""
+    """What the options --image, --file and --pdf name, and whether stdin may be read."""
 
     images: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     pdf: str = "auto"
     rule: TextRule = TextRule()  # of texts: --encoding, --lossy
+    stdin: bool = True
 
     def __bool__(self) -> bool:
         return bool(self.images or self.files)
@@ -51,6 +52,8 @@ class Sources:
         n = self.images.count("-") + sum(document.split_spec(spec)[0] == "-" for spec in self.files)
         if n > 1:
             raise UsageError("stdin can be attached only once")
+        if n and not self.stdin:
+            raise UsageError("--no-stdin, and - attaches stdin: they exclude each other")
         return n == 1
 
 
@@ -61,7 +64,7 @@ def gather(sources: Sources, words: Sequence[str]) -> Content:
     for spec in sources.files:
         parts += open_file(spec, sources.pdf, sources.rule)
     piped = None
-    if not taken:
+    if not taken and sources.stdin:
         data = streams.read_bytes()
         if data is not None and sniff(data):
             more = streams.read_bytes(MAX_PDF_BYTES) or b""

@@ -110,6 +110,7 @@ def run(
     strict: Annotated[bool, typer.Option("--strict", help="Exit 3 if --max-tokens cuts the answer.")] = False,
     show_prompt: Annotated[bool, typer.Option("--show-prompt", help="Show the rendered prompt and stop.")] = False,
     count: Annotated[bool, typer.Option("--count", help="Count the prompt's tokens and stop.")] = False,
+    no_stdin: Annotated[bool, typer.Option("--no-stdin", help="Leave stdin alone, as in a loop over it.")] = False,
     ctx: opt.Context = opt.N_CTX_DEFAULT,
     threads: opt.Threads = None,
     load: opt.Load = "auto",
@@ -122,7 +123,9 @@ def run(
     sampling = opt.Sampling(effort, greedy, temp, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
     request = one_shot.Request(
         words=tuple(prompt or ()),
-        attached=one_shot.Sources(tuple(image or ()), tuple(file or ()), pdf, rule=TextRule(encoding, lossy)),
+        attached=one_shot.Sources(
+            tuple(image or ()), tuple(file or ()), pdf, rule=TextRule(encoding, lossy), stdin=not no_stdin
+        ),
         images=one_shot.ImageOptions(mmproj, image_max_tokens),
         system=system,
         prefill=prefill,

@@ -7,13 +7,14 @@ the answers alone.
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ms4.cli import attachments, errors, image_notes, lines, loading, render, streams
-from ms4.cli.errors import IncompleteError
+from ms4.cli.errors import IncompleteError, UsageError
 from ms4.cli.follow import follow
 from ms4.cli.image_notes import ImageOptions
 from ms4.cli.options import EngineOptions, Sampling
@@ -46,7 +47,11 @@ HELP = """\
 /help              this list
 /exit              leave (also Ctrl-D)
 Enter sends, Alt-Enter begins a new line, Ctrl-C stops an answer and keeps what there is.
-A message that begins with / needs a space before it."""
+A message that looks like a command needs a space before it."""
+# A line that looks like a command; all else that begins with a slash (a path, a comment) is a message.
+COMMAND = re.compile(r"(/[a-zA-Z?]+)(?:\s(.*))?", re.DOTALL)
+ALIASES = {"/quit": "/exit", "/bye": "/exit", "/q": "/exit", "/clear": "/new", "/reset": "/new", "/?": "/help"}
+GOODBYES = ("exit", "quit")  # the whole line, at a terminal
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,9 @@ def loop(talk: Talk, source: lines.Lines) -> int:
         again = False
         if text is None:
             break
-        if text.startswith("/"):
-            talk.command(text)
-        elif text.strip() and not talk.take_dropped(text):
-            talk.send(text.removeprefix(" ") if text.startswith(" /") else text)
+        if not text.strip() or talk.command(text):
+            continue
+        talk.send(text.removeprefix(" ") if text.startswith(" /") else text)
     return errors.OK
 
 
@@ -173,15 +177,26 @@ class Talk:
 
     # --- commands
 
-    def command(self, text: str) -> None:
-        name, _, argument = text.partition(" ")
-        if name in self.commands:
-            self.commands[name](argument.strip())
-            return
+    def command(self, text: str) -> bool:
+        """Carries out a line that is no message; False if it is one.  From a pipe, an unknown command is an error."""
+        if self.interactive and text.strip() in GOODBYES:
+            self.leave("")
+            return True
+        match = COMMAND.fullmatch(text)
+        name = ALIASES.get(match[1], match[1]) if match else ""
+        if match and name in self.commands:
+            self.commands[name]((match[2] or "").strip())
+            return True
         if self.take_dropped(text):
-            return
-        near = difflib.get_close_matches(name, self.commands, 1)
-        self.tell(f"no command {errors.escape(name, 40)}; " + (f"{near[0]}?" if near else "/help lists them"))
+            return True
+        if not match:
+            return False
+        near = difflib.get_close_matches(name, [*self.commands, *ALIASES], 1)
+        said, hint = f"no command {errors.escape(name, 40)}", f"{near[0]}?" if near else "/help lists them"
+        if not self.interactive:
+            raise UsageError(said, f"{hint} A message that looks like a command needs a space before it.")
+        self.tell(f"{said}; {hint}")
+        return True
 
     def set_effort(self, value: str) -> None:
         if value not in ("none", "high"):

@@ -170,3 +170,60 @@ def test_a5_blanks_are_left_out_across_events_but_never_more_than_were_given():
     assert written("a  ", Text("b"), Text(" c")) == [Text("b"), Text(" c")]
     assert written("a  ", Thinking("t"), Text(" c")) == [Thinking("t"), Text(" c")]
     assert written("a\n\t", Text(" b")) == [Text(" b")]
+
+
+# --- A10: slashes from a pipe
+
+
+@pytest.fixture
+def chat(ms4):
+    def run(*lines, options=("--greedy", "-n", "4")):
+        return ms4("chat", "-m", MODEL, *options, stdin="".join(f"{line}\n" for line in lines).encode())
+
+    return run
+
+
+@pytest.mark.parametrize("line", ["// x", "/* x */", "/usr/bin/env: what is it?", "/", "/ x", "/2", "/etc"])
+def test_a10_a_line_that_only_begins_with_a_slash_is_a_message(chat, line):
+    answered = chat(line)
+    if line == "/etc":
+        assert answered[:2] == (2, "") and "no command /etc" in answered[2]
+        line = f" {line}"
+        answered = chat(line)
+    assert answered[0] == 0 and answered[1].strip() and answered[2] == ""
+    # It is one turn with exactly this text: the same as `ms4 run` answers to it.
+    assert answered[1] == chat(line, "/undo", "/stats")[1]
+
+
+def test_a10_an_unknown_command_from_a_pipe_ends_it(chat):
+    code, out, err = chat("Hi", "/effrot high", "more")
+    assert code == 2 and out == chat("Hi")[1]
+    assert "ms4: error: no command /effrot\nhint: /effort?" in err
+
+
+def test_a10_known_commands_work_from_a_pipe(chat):
+    assert chat("/effort high")[::2] == (0, "effort high\n")
+    for leave in ("/exit", "/quit", "/bye", "/exit now"):
+        assert chat(leave, "Hi") == (0, "", "")
+    assert chat("Hi", "/clear", "Hi")[1] == 2 * chat("Hi")[1]
+    assert chat("exit")[1].strip(), "from a pipe this is a message"
+
+
+# --- A11: a list on stdin, and ms4 in the loop over it
+
+
+def test_a11_no_stdin_leaves_the_list_alone(ms4):
+    show = ("run", "-m", MODEL, "--show-prompt")
+    code, out, err = ms4(*show, "--no-stdin", "one", stdin=b"two\nthree\n")
+    assert (code, err) == (0, "") and out.endswith("[INST]one[/INST]\n")
+    assert sys.stdin.buffer.read() == b"two\nthree\n"
+    assert ms4(*show, "one", stdin=b"two\nthree\n")[1].endswith("[INST]two\nthree\n\none[/INST]\n")
+    code, out, err = ms4(*show, "--no-stdin", stdin=b"two\n")
+    assert (code, out) == (2, "") and "no prompt" in err
+    code, out, err = ms4(*show, "--no-stdin", "-f", "-", stdin=b"two\n")
+    assert (code, out) == (2, "") and "--no-stdin" in err
+
+
+def test_a11_the_readme_says_so():
+    text = (ROOT / "README.md").read_text()
+    assert "--no-stdin" in text and "</dev/null" in text
