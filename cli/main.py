@@ -5,15 +5,23 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from ms4.cli import elsewhere
 from ms4.cli import options as opt
 from ms4.cli.errors import UsageError
 from ms4.models.untrusted import TextRule
 
 
 class Command(TyperCommand):
-    """A command that takes each of its options once, unless it is a list."""
+    """A command that takes each of its options once, unless it is a list, and says what another's option is here."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ours: dict[str, str | None] = {}
+        for option in self.get_params(ctx):
+            if option.param_type_name == "option":
+                ours |= dict.fromkeys(option.opts, None if option.is_flag else option.metavar or "TEXT")  # type: ignore
+        if name := elsewhere.stranger(args, ours):
+            hint = elsewhere.option_hint(name, ctx.command_path, ours)
+            raise UsageError(f"no such option: {name}", hint)
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for param in order:
             if order.count(param) > 1 and not getattr(param, "multiple", True):

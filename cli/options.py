@@ -52,7 +52,8 @@ def real(least: float, most: float, *, above: bool = False) -> Callable[[str], f
         try:
             value = float(text)
         except ValueError:
-            value = float("nan")
+            between = f"{'above ' if above else ''}{least:g} to {most:g}"
+            raise typer.BadParameter(f"{text} is not a number such as 0.7, {between}") from None
         if not (least < value if above else least <= value) or not value <= most:
             raise typer.BadParameter(f"{text} is outside {'above ' if above else ''}{least:g} to {most:g}")
         return value

@@ -194,7 +194,7 @@ class Talk:
         near = difflib.get_close_matches(name, [*self.commands, *ALIASES], 1)
         said, hint = f"no command {errors.escape(name, 40)}", f"{near[0]}?" if near else "/help lists them"
         if not self.interactive:
-            raise UsageError(said, f"{hint} A message that looks like a command needs a space before it.")
+            raise UsageError(said, f"{hint.rstrip('?')}; a message that looks like a command needs a space before it.")
         self.tell(f"{said}; {hint}")
         return True
 

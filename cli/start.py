@@ -4,6 +4,7 @@ Answers --version and --help without importing Typer, numpy or the engine.  The 
 """
 
 import os
+import re
 import sys
 
 import ms4
@@ -42,6 +43,7 @@ exit codes:
   2  wrong usage                 7    unreadable input
   3  the answer is incomplete    130  interrupted
 """
+COMMANDS = re.findall(r"^  (\w+)  +\w", HELP.partition("commands:")[2].partition("options:")[0], re.MULTILINE)
 
 
 def main() -> int:
@@ -68,6 +70,15 @@ def dispatch(args: list[str]) -> int:
     if args[0] in ("-h", "--help", "--version"):
         streams.Output().write(f"ms4 {ms4.__version__}\n" if args[0] == "--version" else HELP)
         return errors.OK
+    if args[0] == "help":
+        return dispatch([args[1], "--help"] if args[1:] else ["--help"])
+    if args == ["version"]:
+        return dispatch(["--version"])
+    if args[0] not in COMMANDS:
+        from ms4.cli import elsewhere
+
+        kind = "option:" if args[0].startswith("-") else "command"
+        raise errors.UsageError(f"no such {kind} {args[0]}", elsewhere.command_hint(args, COMMANDS))
     os.environ["TYPER_USE_RICH"] = "0"
     from ms4.cli import main as commands
 

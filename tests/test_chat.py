@@ -108,8 +108,8 @@ def test_a_system_prompt_can_be_set(chat):
 def test_an_unknown_command_is_not_a_message(chat):
     code, out, err = chat("/efort high", "Hi")
     assert (code, out) == (2, "")
-    assert err.startswith("ms4: error: no command /efort\nhint: /effort?")
-    assert "no command /zzz\nhint: /help lists them." in chat("/zzz")[2]
+    assert err.startswith("ms4: error: no command /efort\nhint: /effort; a message")
+    assert "no command /zzz\nhint: /help lists them; " in chat("/zzz")[2]
 
 
 def test_a_slash_after_a_space_is_a_message(chat):

@@ -102,7 +102,7 @@ def test_every_command_has_help(ms4, command, flag):
         (["run", "x", "--temp=-1"], r"--temp: -1 is outside 0 to 10"),
         (["run", "x", "--top-p", "0"], r"--top-p: 0 is outside above 0 to 1"),
         (["run", "x", "--top-p", "1.1"], r"--top-p: 1.1 is outside"),
-        (["run", "x", "--min-p", "x"], r"--min-p: x is outside"),
+        (["run", "x", "--min-p", "x"], r"--min-p: x is not a number such as 0.7, 0 to 1"),
         (["run", "x", "--seed", str(2**64)], r"--seed: \d+ is outside 0 to 18446744073709551615"),
         (["run", "x", "--ctx", "0"], r"--ctx: 0 is outside 1 to 1048576"),
         (["run", "x", "--ctx", "-1"], r"--ctx: -1 is not a whole number .*1 to 1048576"),

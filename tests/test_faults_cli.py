@@ -3,12 +3,15 @@
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
-from ms4.cli import errors, render, start, streams, writers
+from ms4.cli import elsewhere, errors, render, start, streams, writers
+from ms4.cli.main import app
 from ms4.models import untrusted
 from ms4.models.answer_parser import Text, Thinking
 from ms4.quant import gguf_file, visible
@@ -198,7 +201,7 @@ def test_a10_a_line_that_only_begins_with_a_slash_is_a_message(chat, line):
 def test_a10_an_unknown_command_from_a_pipe_ends_it(chat):
     code, out, err = chat("Hi", "/effrot high", "more")
     assert code == 2 and out == chat("Hi")[1]
-    assert "ms4: error: no command /effrot\nhint: /effort?" in err
+    assert "ms4: error: no command /effrot\nhint: /effort; a message" in err
 
 
 def test_a10_known_commands_work_from_a_pipe(chat):
@@ -227,3 +230,110 @@ def test_a11_no_stdin_leaves_the_list_alone(ms4):
 def test_a11_the_readme_says_so():
     text = (ROOT / "README.md").read_text()
     assert "--no-stdin" in text and "</dev/null" in text
+
+
+# --- C5: what people type elsewhere
+
+OURS = {
+    command.callback.__name__: {
+        option: None if kind.is_flag else kind.metavar or "TEXT"
+        for kind in typer.main.get_command_from_info(
+            command, pretty_exceptions_short=False, rich_markup_mode=None
+        ).params
+        if kind.param_type_name == "option"
+        for option in kind.opts
+    }
+    for command in app.registered_commands
+}
+ROWS = [(spelling, row) for row in elsewhere.OPTIONS for spelling in row.spellings]
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "bench"])
+@pytest.mark.parametrize("spelling, row", ROWS)
+def test_c5_an_option_of_another_program_is_refused_with_what_it_is_here(ms4, command, spelling, row):
+    if spelling in OURS[command]:
+        pytest.skip("an option of ms4")
+    for arguments in ([spelling, "99"], [f"{spelling}=99"], ["x", spelling]):
+        code, out, err = ms4(command, "-m", MODEL, *arguments)
+        assert (code, out) == (2, "") and err.startswith(f"ms4: error: no such option: {spelling}\nhint: "), err
+        if set(row.options) <= {*OURS[command], "--version"}:
+            assert f"hint: {row.ours}; ms4 {command} --help\n" in err
+        else:
+            assert f"ms4 {command} --help" in err and row.ours not in err
+
+
+def test_c5_the_table_names_options_and_commands_that_there_are():
+    everywhere = {option for options in OURS.values() for option in options} | {"--version"}
+    for row in (*elsewhere.OPTIONS, *elsewhere.COMMANDS):
+        assert set(row.options) <= everywhere, row
+        assert set(re.findall(r"\bms4 (\w+)(?= (?:FILE|\")|$)", row.ours)) <= {*start.COMMANDS}, row
+    for rows in (elsewhere.OPTIONS, elsewhere.COMMANDS):
+        spellings = [spelling for row in rows for spelling in row.spellings]
+        assert len(spellings) == len(set(spellings))
+    assert not {spelling for row in elsewhere.COMMANDS for spelling in row.spellings} & {*start.COMMANDS}
+    for option in ("-c", "-ngl", "-p", "-hf", "--temperature", "--ctx-size", "--n-predict", "--mmproj-url"):
+        assert option in dict(ROWS)
+
+
+@pytest.mark.parametrize("word, row", [(word, row) for row in elsewhere.COMMANDS for word in row.spellings])
+def test_c5_a_command_of_another_program_is_refused_with_what_it_is_here(ms4, word, row):
+    assert ms4(word, "x") == (2, "", f"ms4: error: no such command {word}\nhint: {row.ours}; ms4 --help\n")
+
+
+def test_c5_the_page_is_made_from_the_table():
+    assert (ROOT / "docs" / "coming-from.md").read_text() == elsewhere.page()
+
+
+@pytest.mark.parametrize(
+    "arguments, hint",
+    [
+        (["question"], 'ms4 run "question"'),
+        (["What is it?"], 'ms4 run "What is it?"'),
+        (["what", "is", "it?"], 'ms4 run "what is it?"'),
+        (["It costs $5"], "ms4 run 'It costs $5'"),
+        (["rnu", "hi"], "ms4 run hi"),
+        (["model.gguf"], "ms4 chat -m model.gguf"),
+        (["-m", "a.gguf", "hi"], "ms4 run -m a.gguf hi"),
+        (["-p", "hi"], 'ms4 run "your question"'),
+        (["help", "rnu"], "ms4 run"),
+        (["run", "--timeout", "3", "x"], "timeout 60"),
+        (["run", "--max-toks", "3"], "--max-tokens?"),
+        (["run", "--temp-erature", "3"], "--temp?"),
+        (["run", "--frobnicate"], "ms4 run --help; text that begins with - goes after --"),
+        (["run", "-qh"], "ms4 run --help"),
+        (["run", "-nfoo"], "ms4 run --help"),
+        (["run", "-rmedium"], "ms4 run --help"),
+        # C12
+        (["run", "- item"], 'ms4 run -- "- item"'),
+        (["run", "-q", "-5 + 3 = ?"], 'ms4 run -- "-5 + 3 = ?"'),
+        (["run", "-hx"], "ms4 run --help"),
+    ],
+)
+def test_c5_what_cannot_be_meant_says_what_can(ms4, arguments, hint):
+    code, out, err = ms4(*arguments)
+    assert (code, out) == (2, "") and err.startswith("ms4: error: no such ")
+    assert hint in err.splitlines()[1] and err.count("\n") == 2
+    assert "--image" not in err
+
+
+@pytest.mark.parametrize("arguments", [["-n3"], ["-qn3"], ["-q", "-n", "3"], ["-rhigh", "-n3"], ["-sBe terse.", "-n3"]])
+def test_c5_options_of_ours_may_be_written_in_one_word(ms4, arguments):
+    assert ms4("run", "-m", MODEL, "--greedy", *arguments, "Hi")[0] == 0
+    shown = ms4("run", "-m", MODEL, "--show-prompt", "--", *arguments)[1]
+    assert shown.endswith(f"[INST]{' '.join(arguments)}[/INST]\n")
+
+
+def test_c5_a_value_may_begin_with_a_dash(ms4):
+    assert "[SYSTEM_PROMPT]-hf[/SYSTEM_PROMPT]" in ms4("run", "-m", MODEL, "--show-prompt", "-s", "-hf", "x")[1]
+    assert "[SYSTEM_PROMPT]-ngl[/SYSTEM_PROMPT]" in ms4("run", "-m", MODEL, "--show-prompt", "--system=-ngl", "x")[1]
+
+
+def test_c5_help_and_version_are_commands_too(ms4):
+    assert ms4("help") == ms4("--help") and ms4("version") == ms4("--version")
+    for command in start.COMMANDS:
+        assert ms4("help", command) == ms4(command, "--help")
+
+
+def test_c5_what_is_no_number_is_not_outside_a_range(ms4):
+    for option in ("--temp", "--top-p", "--min-p"):
+        assert f"{option}: abc is not a number" in ms4("run", "x", option, "abc")[2]
