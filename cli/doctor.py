@@ -48,7 +48,11 @@ def doctor(model: str | None, *, as_json: bool) -> int:
 
 
 def gib(n: int) -> str:
-    return f"{n / GIB:.1f} GiB"
+    """In the largest unit of which there is one."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n} bytes"
 
 
 def check_kernels() -> Check:

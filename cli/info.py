@@ -101,7 +101,7 @@ def summary(d: "Description") -> list[tuple[str, str]]:
         ("layers", f"{s.n_layer}, the first {s.n_dense_layer} dense" if s.n_dense_layer else str(s.n_layer)),
         ("experts", f"{s.n_expert} of width {s.d_expert}, {s.n_expert_used} used; shared expert of {s.d_shared}"),
         ("attention", f"{s.n_head} heads, latent of {s.kv_rank}, query rank {s.q_rank}; hidden size {s.d_model}"),
-        ("context", f"{s.n_ctx_train} tokens, {render.gigabytes(kv_bytes(s, 32768))} for each 32k of them"),
+        ("context", f"{s.n_ctx_train} tokens, {render.gigabytes(kv_bytes(s, 32768))} for each 32K of them"),
         ("vocabulary", f"{s.n_vocab} tokens"),
     ]
     rows += [("", f"{c.name:<14} {types(c)}") for c in d.classes]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ms4.cli import errors, streams
+from ms4.cli import errors, state, streams
 from ms4.cli.errors import UsageError
 from ms4.models.untrusted import TextRule, drop_line_end
 
@@ -84,7 +83,7 @@ def open_history() -> History:
 
     if os.environ.get("MS4_NO_HISTORY"):
         return InMemoryHistory()
-    path = history_path()
+    path = state.folder() / "history"
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -93,8 +92,3 @@ def open_history() -> History:
         errors.note(f"no input history: {error.strerror}: {path}")
         return InMemoryHistory()
     return FileHistory(str(path))
-
-
-def history_path() -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
-    return Path(state, "ms4", "history")

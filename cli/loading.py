@@ -8,7 +8,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from ms4.cli import errors, options
+from ms4.cli import errors, options, render, state
 from ms4.cli.errors import INTERRUPTED, UsageError
 from ms4.cli.options import N_CTX_DEFAULT, EngineOptions
 from ms4.cli.render import StatusLine
@@ -19,15 +19,12 @@ if TYPE_CHECKING:
     from ms4.models.vocabulary import Vocabulary
 
 GRACE = 0.5  # seconds that an interrupted opening has to end by itself
-DEMO_NOTE = (
-    "no model is named, so the small demonstration checkpoint answers; for the real one, download a GGUF of "
-    "Mistral-Small-4-119B-2603 (Hugging Face has several) and add -m FILE"
-)
+DEMO_NOTE = "the demonstration model answers, a toy; -m FILE names a real one"
 
 
 def name_demo(path: str, quiet: bool) -> None:
-    """Says so, if this is the checkpoint that comes with ms4: nobody shall take it for the real one."""
-    if path == options.DEMO and not quiet:
+    """Says so, if this is the checkpoint that comes with ms4: nobody shall take it for the real one.  Once a day."""
+    if path == options.DEMO and not quiet and state.first_today("demo-noted"):
         errors.note(DEMO_NOTE)
 
 
@@ -44,7 +41,8 @@ def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0) -> "
 
     def progress(done: int, total: int) -> bool:
         if time.monotonic() - begun > 0.3:
-            status.show(f"loading {100 * done // max(total, 1)} %  {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+            share = 100 * done // max(total, 1)
+            status.show(f"loading {share} %  {render.gigabytes(done)} of {render.gigabytes(total)}")
         return stop.is_set()
 
     def work() -> None:
@@ -97,9 +95,8 @@ def usable(vocabulary: "Vocabulary") -> "Tokenizer":
     return Tokenizer(vocabulary)
 
 
-def open_tokenizer(path: str, quiet: bool = False) -> "Tokenizer":
-    """The tokenizer of a model file; its weights, if it has any, stay closed."""
-    name_demo(path, quiet)
+def open_tokenizer(path: str) -> "Tokenizer":
+    """The tokenizer of a model file; its weights, if it has any, stay closed.  No model answers, so none is named."""
     from ms4.models.vocabulary import Vocabulary
     from ms4.quant.gguf_file import GgufFile
 

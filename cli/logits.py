@@ -41,7 +41,7 @@ def logits(
         image_rows = image_notes.encode(places, images, model.engine, status)
         if places:
             ids = [ms4.ROW if id == Control.IMG else id for id in ids]
-        with open(output, "wb") as file, model.session(len(ids)) as session, interruptible() as stop:
+        with streams.open_bytes(output) as file, model.session(len(ids)) as session, interruptible() as stop:
             with status.watching(render.prefilling(session.progress, len(ids))):
                 rows = session.feed(ids, image_rows, all_logits=True, stop=stop)
             header = {"descr": "<f4", "fortran_order": False, "shape": (len(ids), shape.n_vocab)}

@@ -112,7 +112,7 @@ def run(
     stop: Stop = None,
     prefill: Annotated[str, typer.Option(metavar="TEXT", help="The answer begins with TEXT.")] = "",
     format: Format = "auto",
-    output: Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="Not to stdout.")] = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="Not to stdout (-).")] = None,
     stats: Stats = False,
     logprobs: Logprobs = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 3 if --max-tokens cuts the answer.")] = False,
@@ -296,7 +296,7 @@ def tokenize(
 @app.command(cls=Command)
 def logits(
     ids: Annotated[str, typer.Option("--ids", metavar="FILE", help="A JSON list of token ids; - is stdin.")],
-    output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="The .npy file.")],
+    output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="The .npy file; - is stdout.")],
     model: opt.Model = None,
     chunk: Annotated[
         int | None,

@@ -84,9 +84,11 @@ def prefilling(progress: Callable[[], tuple[int, int]], n_tokens: int = 0) -> Ca
 
 
 def short(n: int) -> str:
-    """A count of tokens in few characters: 812, 2.4k, 32k."""
+    """A count of tokens in few characters: 812, 2.4k, 32k; as --ctx takes it, 32K is 32,768."""
     if n < 1000:
         return str(n)
+    if n % 1024 == 0:
+        return f"{n // 1024}K"
     return f"{n / 1000:.1f}k" if n < 10_000 else f"{round(n / 1000)}k"
 
 
@@ -97,13 +99,18 @@ def gigabytes(n: int) -> str:
     return f"{n} bytes"
 
 
+def rate(s: "Statistics") -> str:
+    """Tokens per second.  The first token comes out of the prompt: one alone has no rate."""
+    return f"{s.decode_per_second:.1f} tok/s" if s.n_decode else ""
+
+
 def statistics(s: "Statistics", s_images: float = 0.0) -> str:
     images = f"images {s_images:.1f} s · " if s_images else ""
     cached = f" ({s.n_cached} cached)" if s.n_cached else ""
     thinking = f" ({s.n_thinking} thinking)" if s.n_thinking else ""
+    wrote = f"wrote {s.n_answer} tok {rate(s)}".rstrip()
     return (
-        f"{images}read {s.n_prompt} tok{cached} {s.s_prefill:.1f} s · "
-        f"wrote {s.n_answer} tok {s.decode_per_second:.1f} tok/s{thinking} · "
+        f"{images}read {s.n_prompt} tok{cached} {s.s_prefill:.1f} s · {wrote}{thinking} · "
         f"ctx {short(s.n_context)}/{short(s.n_ctx)}"
     )
 

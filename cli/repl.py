@@ -370,7 +370,5 @@ class Talk:
         elif done.reason == "length":
             self.say("cut by --max-tokens")
         s = done.statistics
-        self.say(
-            f"{s.decode_per_second:.1f} tok/s · ctx {render.short(s.n_context)}/{render.short(s.n_ctx)} · "
-            f"effort {self.dialogue.effort}"
-        )
+        context = f"ctx {render.short(s.n_context)}/{render.short(s.n_ctx)}"
+        self.say(" · ".join(filter(None, [render.rate(s), context, f"effort {self.dialogue.effort}"])))

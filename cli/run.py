@@ -105,7 +105,7 @@ def show_prompt(
     """--count and --show-prompt: the tokenizer is enough, the weights stay closed."""
     from ms4.models import prompt as prompts
 
-    tokenizer = loading.open_tokenizer(engine.require(), engine.quiet)
+    tokenizer = loading.open_tokenizer(engine.require())
     ids = prompts.render(messages, tokenizer, effort=sampling.effort, measure=images.measure).ids
     output = streams.Output(request.output)
     if request.only == "count":
@@ -207,6 +207,8 @@ def verdict(done: "Done", answered: bool, strict: bool) -> tuple[int, str]:
         return errors.INTERRUPTED, ""
     if done.reason == "context":
         return errors.INCOMPLETE, f"the context of {s.n_ctx} tokens is full; --ctx allows more"
+    if not answered and s.n_thinking and done.reason == "stop":
+        return errors.INCOMPLETE, f"the model ended by itself after {s.n_thinking} tokens of thought, without an answer"
     if not answered and s.n_thinking and done.reason != "tool_calls":
         return errors.INCOMPLETE, f"{s.n_thinking} tokens of thought and no answer; allow more with --max-tokens"
     if done.reason == "length" and strict:

@@ -8,7 +8,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 from ms4.cli.errors import ENCODING_HINT, CliError, ReaderGone, UnreadableError, UsageError
 from ms4.models.untrusted import TextRule, decode_text
@@ -119,11 +119,20 @@ def join_prompt(piped: str | None, words: Sequence[str], alone: bool = False, ru
     return "".join(parts)
 
 
+def open_bytes(path: str) -> BinaryIO:
+    """A new file for bytes; - is stdout, unless that is a terminal."""
+    if path != "-":
+        return open(path, "wb")
+    if sys.stdout is None or is_terminal(sys.stdout):
+        raise UsageError("stdout is no place for bytes: it is a terminal or closed", "name a file after -o")
+    return os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+
+
 class Output:
-    """Where the answer goes: stdout, or the file of --output.  Each write is flushed."""
+    """Where the answer goes: stdout, or the file of --output (- is stdout, too).  Each write is flushed."""
 
     def __init__(self, path: str | None = None) -> None:
-        self.path = path
+        self.path = path = None if path == "-" else path
         self._started = False
         self._file = os.fdopen(self._open(path), "w", encoding="utf-8", newline="\n") if path else sys.stdout
         if self._file is None:

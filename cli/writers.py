@@ -162,6 +162,7 @@ class JsonlWriter:
             self._put(
                 "tool_call",
                 index=event.index,
+                id=event.id,
                 name=event.name,
                 arguments=event.arguments,
                 complete=event.complete,

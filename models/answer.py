@@ -41,9 +41,18 @@ class Token:
     """A chosen token, where log-probabilities were asked for."""
 
     id: int
-    text: str  # with U+FFFD where a character is spread over several tokens
+    piece: bytes
     logprob: float
-    top: tuple[tuple[int, float], ...]
+    top: tuple[tuple[int, float, bytes], ...]  # (id, log-probability, bytes)
+
+    @property
+    def text(self) -> str:
+        return text_of(self.piece)
+
+
+def text_of(piece: bytes) -> str:
+    """The text of one token alone, with U+FFFD where a character is spread over several tokens."""
+    return piece.decode("utf-8", "replace")
 
 
 @dataclass(frozen=True)
@@ -132,8 +141,8 @@ class Answer:
         self.ids.append(choice.id)
         events: list[Event] = []
         if self._logprobs is not None:
-            text = self._tokenizer.piece(choice.id).decode("utf-8", "replace")
-            events.append(Token(choice.id, text, choice.logprob, choice.top))
+            top = tuple((id, logprob, self._tokenizer.piece(id)) for id, logprob in choice.top)
+            events.append(Token(choice.id, self._tokenizer.piece(choice.id), choice.logprob, top))
         events += self._parser.feed(choice.id)
         self.reason = self._ending()
         return events

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import secrets
+import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ms4.models.control import Control
 from ms4.models.tokenizer import StreamDecoder, Tokenizer
@@ -26,6 +28,11 @@ class Text:
     text: str
 
 
+def call_id() -> str:
+    """Nine letters and digits, as the chat format of the model's family has them."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+
+
 @dataclass(frozen=True)
 class ToolCall:
     """One call, when it has ended.  `complete`: it was not cut off, and its arguments are JSON."""
@@ -34,6 +41,7 @@ class ToolCall:
     name: str
     arguments: str
     complete: bool
+    id: str = field(default_factory=call_id, compare=False)  # what its result will name
 
 
 Piece = Thinking | Text | ToolCall

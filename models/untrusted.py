@@ -11,9 +11,9 @@ import os
 import stat
 from dataclasses import dataclass
 
-BMP_HEADERS = tuple(bytes([n]) for n in (12, 40, 52, 56, 64, 108, 124))
-
 from ms4.quant import visible
+
+BMP_HEADERS = tuple(bytes([n]) for n in (12, 40, 52, 56, 64, 108, 124))
 
 
 class InputError(ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ms4.models.answer import Statistics, Token
+from ms4.models.answer import Statistics, Token, text_of
 from ms4.models.answer_parser import ToolCall
 
 
@@ -35,7 +35,11 @@ def token_logprob(token: Token) -> dict[str, Any]:
         "id": token.id,
         "token": token.text,
         "logprob": token.logprob,
-        "top_logprobs": [{"id": id, "logprob": logprob} for id, logprob in token.top],
+        "bytes": list(token.piece),
+        "top_logprobs": [
+            {"id": id, "token": text_of(piece), "logprob": logprob, "bytes": list(piece)}
+            for id, logprob, piece in token.top
+        ],
     }
 
 
@@ -45,8 +49,10 @@ def message(text: str, thinking: str = "", calls: Sequence[ToolCall] = ()) -> di
     if thinking:
         value["reasoning_content"] = thinking
     if calls:
-        functions = [{"name": call.name, "arguments": call.arguments} for call in calls]
-        value["tool_calls"] = [{"type": "function", "function": function} for function in functions]
+        value["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in calls
+        ]
     return value
 
 

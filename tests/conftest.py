@@ -25,6 +25,12 @@ def pytest_report_header():
     return f"random input: MS4_TEST_SEED={SEED}"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_folder(tmp_path_factory):
+    """What ms4 remembers between calls is not written into the folder of who runs the tests."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture
 def rng(request):
     return np.random.default_rng([SEED, *request.node.name.encode()])

@@ -311,7 +311,7 @@ def test_output_goes_to_a_file(run, tmp_path):
 
 def test_statistics_are_on_stderr(run):
     result = run("-n", "5", "--stats", "Hi")
-    assert re.fullmatch(r"ms4: read 24 tok \d+\.\d s · wrote 5 tok \d+\.\d tok/s · ctx 28/1.0k\n", result.err), result
+    assert re.fullmatch(r"ms4: read 24 tok \d+\.\d s · wrote 5 tok \d+\.\d tok/s · ctx 28/1K\n", result.err), result
 
 
 def test_a_cut_answer_fails_only_if_strict(run):

@@ -33,16 +33,23 @@ def test_a_message_has_only_what_was_said():
     assert message("Hi") == {"role": "assistant", "content": "Hi"}
     said = message("", "hm", [ToolCall(0, "f", "{}", True)])
     assert said["reasoning_content"] == "hm"
-    assert said["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    (call,) = said["tool_calls"]
+    assert call == {"id": call["id"], "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 def test_tokens_are_there_where_they_were_asked_for():
     said = message("a")
     assert choice(said, "stop") == {"index": 0, "finish_reason": "stop", "message": said}
-    (token,) = choice(said, "stop", [Token(1097, "a", -0.5, ((1097, -0.5), (7, -2.0)))])["logprobs"]["content"]
+    (token,) = choice(said, "stop", [Token(1097, b"a", -0.5, ((1097, -0.5, b"a"), (7, -2.0, b"\xc3")))])["logprobs"][
+        "content"
+    ]
     assert token == {
         "id": 1097,
         "token": "a",
         "logprob": -0.5,
-        "top_logprobs": [{"id": 1097, "logprob": -0.5}, {"id": 7, "logprob": -2.0}],
+        "bytes": [97],
+        "top_logprobs": [
+            {"id": 1097, "token": "a", "logprob": -0.5, "bytes": [97]},
+            {"id": 7, "token": "\ufffd", "logprob": -2.0, "bytes": [195]},
+        ],
     }

@@ -1,0 +1,43 @@
+"""What ms4 remembers between calls: the folder for it, and what was said today."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def folder() -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    return Path(state, "ms4")
+
+
+def first_today(name: str) -> bool:
+    """True once a day for each terminal (and once where stderr is none); always, if nothing can be remembered.
+
+    The file holds the day, then the terminals.
+    """
+    path, day, where = folder() / name, time.strftime("%Y-%m-%d"), terminal()
+    try:
+        said = path.read_text("utf-8", "replace").splitlines()
+    except OSError:
+        said = []
+    if said[:1] != [day]:
+        said = [day]
+    if where in said[1:]:
+        return False
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.write_text("".join(f"{line}\n" for line in [*said, where]), "utf-8")
+    except OSError:
+        pass
+    return True
+
+
+def terminal() -> str:
+    """The terminal that stderr is, as a line of text."""
+    try:
+        return os.ttyname(sys.stderr.fileno())
+    except (OSError, ValueError, AttributeError):
+        return "none"
