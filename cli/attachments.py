@@ -43,6 +43,7 @@ class Sources:
     pdf: str = "auto"
     rule: TextRule = TextRule()  # of texts: --encoding, --lossy
     stdin: bool = True
+    quiet: bool = False  # about waiting for stdin
 
     def __bool__(self) -> bool:
         return bool(self.images or self.files)
@@ -60,14 +61,14 @@ class Sources:
 def gather(sources: Sources, words: Sequence[str]) -> Content:
     """The content of a message: images, files, then the text from stdin and from the arguments."""
     taken = sources.take_stdin()
-    parts: list[Attachment] = [open_image(path) for path in sources.images]
+    parts: list[Attachment] = [open_image(path, sources.quiet) for path in sources.images]
     for spec in sources.files:
-        parts += open_file(spec, sources.pdf, sources.rule)
+        parts += open_file(spec, sources.pdf, sources.rule, sources.quiet)
     piped = None
     if not taken and sources.stdin:
-        data = streams.read_bytes()
+        data = streams.read_bytes(quiet=sources.quiet)
         if data is not None and sniff(data):
-            more = streams.read_bytes(MAX_PDF_BYTES) or b""
+            more = streams.read_bytes(MAX_PDF_BYTES, sources.quiet) or b""
             parts = [*document.load_bytes(data + more, "stdin", None, sources.pdf, rule=sources.rule), *parts]
         elif data is not None:
             piped = drop_line_end(streams.stdin_text(data, sources.rule))
@@ -87,10 +88,10 @@ def content(parts: Sequence[Attachment], text: str) -> Content:
     return text if not parts else chunks
 
 
-def open_image(path: str) -> Image:
+def open_image(path: str, quiet: bool = False) -> Image:
     """The image in a file; - is stdin."""
     if path == "-":
-        data = stdin_bytes(MAX_BYTES)
+        data = stdin_bytes(MAX_BYTES, quiet)
         return load_image(data, "stdin")
     refuse_address(path)
     try:
@@ -101,11 +102,11 @@ def open_image(path: str) -> Image:
         raise
 
 
-def open_file(spec: str, pdf: str = "auto", rule: TextRule = UTF_8) -> list[Attachment]:
+def open_file(spec: str, pdf: str = "auto", rule: TextRule = UTF_8, quiet: bool = False) -> list[Attachment]:
     """The parts of PATH or PATH:PAGES; - is stdin."""
     path, pages = document.split_spec(spec)
     if path == "-":
-        return document.load_bytes(stdin_bytes(MAX_PDF_BYTES), "stdin", pages, pdf, rule=rule)
+        return document.load_bytes(stdin_bytes(MAX_PDF_BYTES, quiet), "stdin", pages, pdf, rule=rule)
     refuse_address(path)
     return document.load_file(spec, pdf, rule=rule)
 
@@ -170,8 +171,8 @@ def refuse_address(path: str) -> None:
         raise UnreadableError(f"{shown(path)}: ms4 fetches nothing", "curl -sL ADDRESS | ms4 run -i - ...")
 
 
-def stdin_bytes(limit: int) -> bytes:
-    data = streams.read_bytes(limit)
+def stdin_bytes(limit: int, quiet: bool = False) -> bytes:
+    data = streams.read_bytes(limit, quiet)
     if data is None:
         raise UsageError("nothing on stdin to attach", 'cat page.png | ms4 run -i - "your question"')
     return data

@@ -29,7 +29,7 @@ def logits(
     from ms4.models.interrupt import interruptible
 
     path = engine.require()
-    ids = read_ids(ids_file)
+    ids = read_ids(ids_file, engine.quiet)
     status = render.StatusLine(engine.quiet)
     images = options.open(path)
     places = [images.place(open_image(picture)) for picture in pictures]
@@ -57,9 +57,9 @@ def check_places(ids: list[int], n_rows: int) -> None:
         raise UnreadableError(f"the ids have {n_places} [IMG] positions (id {Control.IMG:d}); the images fill {n_rows}")
 
 
-def read_ids(name: str) -> list[int]:
+def read_ids(name: str, quiet: bool = False) -> list[int]:
     """A JSON list of whole numbers, from a file or stdin."""
-    text = streams.read_stdin() if name == "-" else streams.read_text(name)
+    text = streams.read_stdin(quiet=quiet) if name == "-" else streams.read_text(name)
     name = "stdin" if name == "-" else name
     if text is None:
         raise UsageError("nothing on stdin", "ms4 logits --ids ids.json")

@@ -132,7 +132,7 @@ def run(
     request = one_shot.Request(
         words=tuple(prompt or ()),
         attached=one_shot.Sources(
-            tuple(image or ()), tuple(file or ()), pdf, rule=TextRule(encoding, lossy), stdin=not no_stdin
+            tuple(image or ()), tuple(file or ()), pdf, TextRule(encoding, lossy), not no_stdin, quiet
         ),
         images=one_shot.ImageOptions(mmproj, image_max_tokens),
         system=system,

@@ -36,7 +36,7 @@ def perplexity(path: str, n_ctx: int, most: int | None, engine: EngineOptions, r
     from ms4.models.interrupt import interruptible
 
     engine.require()
-    text = streams.read_stdin(rule) if path == "-" else streams.read_text(path, rule)
+    text = streams.read_stdin(rule, engine.quiet) if path == "-" else streams.read_text(path, rule)
     if not text:
         raise UnreadableError(f"{path}: no text")
     status = render.StatusLine(engine.quiet)

@@ -1,11 +1,13 @@
 """What a person sees while they wait: the status line on stderr, dimmed thoughts, the line of statistics."""
 
+import os
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from ms4.cli import streams
 from ms4.quant import visible
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
 
 DIM, PLAIN, ERASE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
 PERIOD = 0.1  # seconds between two looks at the progress
-PATIENCE = 0.5  # seconds before progress is shown at all
 
 
 class StatusLine:
@@ -31,7 +32,10 @@ class StatusLine:
             return
         with self._lock:
             self._shown = True
-            sys.stderr.write(f"{ERASE}{DIM}{text}{PLAIN}")
+            # One cell is left free: at the last one some terminals begin a new line.
+            text = fitting(text, columns(sys.stderr) - 1)
+            style, plain = (DIM, PLAIN) if streams.use_colour(sys.stderr) else ("", "")
+            sys.stderr.write(f"{ERASE}{style}{text}{plain}")
             sys.stderr.flush()
 
     def clear(self) -> None:
@@ -50,7 +54,7 @@ class StatusLine:
         over = threading.Event()
 
         def poll() -> None:
-            if not over.wait(PATIENCE):
+            if not over.wait(streams.PATIENCE):
                 while not over.is_set():
                     self.show(look())
                     over.wait(PERIOD)
@@ -63,6 +67,25 @@ class StatusLine:
             over.set()
             thread.join()
             self.clear()
+
+
+def columns(stream: TextIO) -> int:
+    """The width of a terminal now; 80 if it does not say."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def fitting(text: str, width: int) -> str:
+    """As much of a text as is at most `width` cells wide."""
+    if text.isascii():
+        return text[: max(width, 0)]
+    for n, c in enumerate(text):
+        width -= 0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        if width < 0:
+            return text[:n]
+    return text
 
 
 def prefilling(progress: Callable[[], tuple[int, int]], n_tokens: int = 0) -> Callable[[], str]:

@@ -208,10 +208,16 @@ class Talk:
         self.tell(f"effort {value}{self.price()}")
 
     def price(self) -> str:
-        """What it costs that the beginning of the prompt has changed."""
+        """What it costs if the beginning of the prompt has changed: the tokens that will be read again."""
         if not self.dialogue.turns:
             return ""
-        n = len(self.dialogue.prompt().ids) + len(self.dialogue.turns[-1].answer or ())
+        import numpy as np
+
+        keys = np.concatenate([self.dialogue.prompt().keys, np.array(self.dialogue.turns[-1].answer or (), np.int64)])
+        held = self.timeline.common(keys)
+        if held == min(self.timeline.length, len(keys)):
+            return ""
+        n = len(keys) - held
         rate = self.last.prefill_per_second if self.last else 0.0
         seconds = f", about {n / rate:.0f} s" if rate and n / rate >= 1 else ""
         return f": the next message reads the conversation again ({n} tokens{seconds})"

@@ -6,13 +6,16 @@ every chunk flushed, text from stdin checked before it is used.  Knows nothing a
 
 import io
 import os
+import select
 import sys
+import threading
 from collections.abc import Sequence
 from typing import BinaryIO, TextIO
 
-from ms4.cli.errors import ENCODING_HINT, CliError, ReaderGone, UnreadableError, UsageError
+from ms4.cli.errors import ENCODING_HINT, CliError, ReaderGone, UnreadableError, UsageError, note
 from ms4.models.untrusted import TextRule, decode_text
 
+PATIENCE = 0.5  # seconds before something is said about waiting
 MOST_INPUT = 16 << 20  # bytes read from stdin
 
 
@@ -27,6 +30,12 @@ def prepare() -> None:
     os.close(fd)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # lives as long as the process
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and isinstance(stream.buffer, io.RawIOBase):
+            # PYTHONUNBUFFERED: what the kernel does not take at once would be lost without a word.
+            whole = io.TextIOWrapper(io.BufferedWriter(stream.buffer), line_buffering=True)
+            setattr(sys, name, whole)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -48,19 +57,28 @@ def use_colour(stream: TextIO | None) -> bool:
     return is_terminal(stream) and not is_plain() and not os.environ.get("NO_COLOR")
 
 
-def read_bytes(limit: int = MOST_INPUT) -> bytes | None:
-    """Up to one byte more than `limit` of stdin; None if stdin is a terminal or closed."""
+def read_bytes(limit: int = MOST_INPUT, quiet: bool = False) -> bytes | None:
+    """Up to one byte more than `limit` of stdin; None if stdin is a terminal or closed.
+
+    Unless quiet, a person at a terminal is told what is waited for.
+    """
     if sys.stdin is None or is_terminal(sys.stdin):
         return None
+    notice = threading.Timer(PATIENCE, note, ["reading stdin; Ctrl-D ends it"])
+    notice.daemon = True
+    if is_terminal(sys.stderr) and not quiet:
+        notice.start()
     try:
         return sys.stdin.buffer.read(limit + 1)
     except OSError as error:
         raise UnreadableError(f"stdin cannot be read: {error.strerror}") from None
+    finally:
+        notice.cancel()
 
 
-def read_stdin(rule: TextRule | None = None) -> str | None:
+def read_stdin(rule: TextRule | None = None, quiet: bool = False) -> str | None:
     """The text on stdin; None if stdin is a terminal or closed."""
-    data = read_bytes()
+    data = read_bytes(quiet=quiet)
     return None if data is None else stdin_text(data, rule)
 
 
@@ -137,6 +155,10 @@ class Output:
         self._file = os.fdopen(self._open(path), "w", encoding="utf-8", newline="\n") if path else sys.stdout
         if self._file is None:
             raise CliError("stdout is closed: there is nowhere to write the answer")
+        try:
+            self._fd: int | None = self._file.fileno()
+        except (OSError, ValueError):  # no file of the system: a test's
+            self._fd = None
         self.terminal = is_terminal(self._file)
         self.colour = use_colour(self._file)
 
@@ -152,12 +174,25 @@ class Output:
             if self.path and not self._started:  # the old content goes only when there is new content
                 os.ftruncate(self._file.fileno(), 0)
             self._started = True
-            self._file.write(text)
-            self._file.flush()
+            self._put(text.encode("utf-8", "backslashreplace"))
         except BrokenPipeError:
             raise ReaderGone from None
         except OSError as error:
             raise CliError(f"cannot write the answer: {error.strerror}") from None
+
+    def _put(self, data: bytes) -> None:
+        """All of it, however little is taken at a time, and however long a pipe that does not block is full."""
+        if self._fd is None:
+            self._file.buffer.write(data)
+            self._file.flush()
+            return
+        self._file.flush()
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[os.write(self._fd, rest) :]
+            except BlockingIOError:
+                select.select([], [self._fd], [])
 
     def close(self) -> None:
         if self.path:

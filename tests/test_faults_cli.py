@@ -1,12 +1,17 @@
 """Faults of the command line and the terminal that users met, each test named after its row in the list."""
 
 import dataclasses
+import fcntl
 import io
 import json
 import os
+import pty
 import re
+import select
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -466,3 +471,132 @@ def test_c12_a_dash_after_o_is_stdout(ms4, monkeypatch, tmp_path):
         subprocess.run([*logits, "file"], input=b"[1, 2]", check=True)
     assert Path("out").read_bytes() == Path("file").read_bytes()
     assert sorted(os.listdir()) == ["file", "out"]
+
+
+# --- C1, C2, D2: streams
+
+MS4 = [sys.executable, "-c", "import sys; from ms4.cli.start import main; sys.exit(main())"]
+RUN = [*MS4, "run", "-m", MODEL, "--greedy"]
+
+
+class Terminal:
+    """A terminal of a given width; `text` is all that was written to it."""
+
+    def __init__(self, width=80):
+        self.controller, self.fd = pty.openpty()
+        self.resize(width)
+        self.text = ""
+
+    def resize(self, width):
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("4H", 24, width, 0, 0))
+
+    def until(self, wanted):
+        """Reads until the text matches, or for a minute."""
+        while not re.search(wanted, self.text):
+            assert select.select([self.controller], [], [], 60)[0], self.text
+            self.text += os.read(self.controller, 4096).decode("utf-8", "replace")
+        return self.text
+
+    def rest(self):
+        """All that is written; for when nobody else writes."""
+        while select.select([self.controller], [], [], 0)[0]:
+            self.text += os.read(self.controller, 4096).decode("utf-8", "replace")
+        return self.text
+
+    def stream(self):
+        return open(self.fd, "w", encoding="utf-8", closefd=False)
+
+
+@pytest.fixture
+def terminal():
+    made = Terminal()
+    yield made
+    os.close(made.controller)
+    os.close(made.fd)
+
+
+def test_c1_a_person_is_told_that_stdin_is_waited_for(terminal):
+    process = subprocess.Popen(
+        [*RUN, "-n", "1", "hi"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=terminal.fd
+    )
+    terminal.until(r"ms4: reading stdin; Ctrl-D ends it\r\n")
+    assert process.poll() is None
+    process.communicate(b"more")
+    assert process.returncode == 0
+
+
+def test_c1_nobody_is_told_who_has_asked_for_quiet_or_does_not_look(monkeypatch):
+    reader, writer = os.pipe()
+    asked = []
+    monkeypatch.setattr(streams, "PATIENCE", 0.0)
+    monkeypatch.setattr(streams, "note", lambda text: (asked.append(text), os.write(writer, b"x"), os.close(writer)))
+    monkeypatch.setattr(sys, "stdin", open(reader))
+    monkeypatch.setattr(sys, "stderr", Stream(terminal=True))
+    assert streams.read_bytes() == b"x" and len(asked) == 1, "it ends only once the note is there"
+    for quiet, seen in ((True, True), (False, False)):
+        monkeypatch.setattr(sys, "stdin", Stream(b"abc"))
+        monkeypatch.setattr(sys, "stderr", Stream(terminal=seen))
+        monkeypatch.setattr(streams.threading.Timer, "start", lambda self: asked.append("started"))
+        assert streams.read_bytes(quiet=quiet) == b"abc" and len(asked) == 1
+
+
+@pytest.mark.parametrize("width", [1, 2, 10, 20, 40, 80, 200])
+def test_c2_the_status_is_cut_to_the_width_whatever_it_is(terminal, monkeypatch, width):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal.stream())
+    status = render.StatusLine()
+    for now in (width, 40, width):  # it changes, too
+        terminal.resize(now)
+        for text in ("reading 33 %  12345/45678 tokens  123 s left, and more of it" * 4, "読む 東京大阪" * 30, "short"):
+            terminal.text = ""
+            status.show(text)
+            shown = re.fullmatch(r"\r\x1b\[K\x1b\[2m(.*)\x1b\[0m", terminal.rest())[1]
+            assert text.startswith(shown) and cells(shown) < max(now, 2)
+            assert shown == text or cells(text[: len(shown) + 1]) >= now
+
+
+def cells(text):
+    return sum(2 if ord(c) > 0x2E80 else 1 for c in text)
+
+
+def test_c2_no_color_is_respected(terminal, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys, "stderr", terminal.stream())
+    render.StatusLine().show("reading")
+    assert terminal.rest() == "\r\x1b[Kreading"
+
+
+def test_c6_the_price_is_what_will_be_read(chat, ms4):
+    assert chat("Hi", "/system", "/effort none")[2] == "no system prompt\neffort none\n"
+    there, back = chat("Hi", "/effort high", "/effort none")[2].splitlines()
+    assert "reads the conversation again" in there and back == "effort none"
+    assert chat("Hi", "/system Be terse.", "/system")[2].splitlines()[1] == "no system prompt"
+    _, _, err = chat("Hi", "/system Be terse.", "more", "/stats", options=("--greedy", "-n", "6"))
+    price, stats = err.splitlines()
+    read, cached = (int(n) for n in re.search(r"read (\d+) tok \((\d+) cached\)", stats).groups())
+    # Besides what is read again there is the new message: its [INST], its text, its [/INST].
+    n_new = 2 + int(ms4("tokenize", "-m", MODEL, "--count", stdin=b"more")[1])
+    assert int(re.search(r"\((\d+) tokens", price)[1]) == read - cached - n_new
+
+
+@pytest.mark.parametrize("unbuffered", ["1", ""])
+@pytest.mark.parametrize("form", ["text", "json", "jsonl"])
+def test_d2_all_arrives_through_writes_that_take_a_part(tmp_path, unbuffered, form):
+    """A pipe of one page that does not block: the kernel takes parts, and then nothing for a while."""
+    command = [*RUN, "-n", "30", "--format", form, "--seed", "1", "Hi"]
+    if form == "text":
+        command = [*RUN, "--show-prompt", "word " * 20_000]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    whole = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    os.set_blocking(writer, False)
+    process = subprocess.Popen(command, env=environment, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    got = b""
+    while piece := os.read(reader, 700):
+        got += piece
+    assert process.wait() == 0 and process.stderr.read() == b""
+    assert re.sub(rb'_?(ms|second)": ?[\d.]+', b"", got) == re.sub(rb'_?(ms|second)": ?[\d.]+', b"", whole)
