@@ -600,3 +600,43 @@ def test_d2_all_arrives_through_writes_that_take_a_part(tmp_path, unbuffered, fo
         got += piece
     assert process.wait() == 0 and process.stderr.read() == b""
     assert re.sub(rb'_?(ms|second)": ?[\d.]+', b"", got) == re.sub(rb'_?(ms|second)": ?[\d.]+', b"", whole)
+
+
+# --- D3: Ctrl-C before there is anything to interrupt
+
+
+@pytest.mark.parametrize("where", ["ms4/__init__.py", "ms4/cli/__init__.py", "ms4/cli/start.py"])
+def test_d3_ctrl_c_during_the_imports_is_130_and_silence(tmp_path, where):
+    """A package of the same name, in which Ctrl-C is pressed at each of its imports."""
+    for name in ("ms4/__init__.py", "ms4/cli/__init__.py", "ms4/cli/start.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("def main(): return 7\n")
+    (tmp_path / where).write_text(
+        "import os\nos.kill(os.getpid(), 2)\nfor _ in range(9**6): pass\nraise SystemExit(3)\n"
+    )
+    command = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import ms4_command; sys.exit(ms4_command.main())"
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+def test_d3_ctrl_c_at_the_end_is_too_late_to_be_seen(tmp_path):
+    command = (
+        "import atexit, os, sys; atexit.register(lambda: os.kill(os.getpid(), 2));"
+        "sys.argv = ['ms4', '--version']; import ms4_command; sys.exit(ms4_command.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stdout[:4], done.stderr) == (0, b"ms4 ", b"")
+
+
+def test_d3_an_ignored_interrupt_stays_ignored():
+    command = (
+        "import os, signal, sys; signal.signal(2, signal.SIG_IGN); import ms4_command;"
+        "sys.argv = ['ms4', '--version']; code = ms4_command.main(); os.kill(os.getpid(), 2); sys.exit(code)"
+    )
+    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_d3_it_is_what_the_command_runs():
+    assert '\nms4 = "ms4_command:main"\n' in (ROOT / "pyproject.toml").read_text()
+    imports = re.findall(r"^(?:import|from) (\w+)", (ROOT / "ms4_command.py").read_text(), re.MULTILINE)
+    assert imports == ["os", "_signal"]
