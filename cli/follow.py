@@ -23,18 +23,32 @@ def follow(
     image_rows: np.ndarray | None,
     status: render.StatusLine,
     show: Callable[[Event], None],
+    hidden: bool = False,
 ) -> Done:
-    """Submits the answer and shows each of its events but the last, which it returns."""
-    from ms4.models.answer import Done, Prefill
+    """Submits the answer and shows each of its events but the last, which it returns.
+
+    hidden: `show` shows no thoughts, so the status says that there are some, up to the first text.
+    """
+    from ms4.models.answer import Done, Prefill, Token
+    from ms4.models.answer_parser import Thinking
     from ms4.models.interrupt import interruptible
 
     with interruptible(answer.stop_flag), ExitStack() as until_next_event:
         running = scheduler.submit(answer, timeline, image_rows)
+        thinking = False
         for event in running:
+            if thinking and isinstance(event, (Thinking, Token)):
+                show(event)
+                continue
             until_next_event.close()
             if isinstance(event, Done):
                 return event
             show(event)
+            thinking = hidden and isinstance(event, Thinking)
+            if thinking:
+                until_next_event.enter_context(status.watching(render.thinking(lambda: len(answer.ids))))
+            # What has been written stands on the line on which the status would.
+            hidden = hidden and isinstance(event, (Prefill, Token))
             if isinstance(event, Prefill):
                 until_next_event.enter_context(status.watching(render.prefilling(running.progress)))
     raise AssertionError("an answer ends in Done")

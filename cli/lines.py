@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from ms4.cli import errors, state, streams
 from ms4.cli.errors import UsageError
@@ -39,9 +39,10 @@ class PipedLines:
 class EditedLines:
     """prompt_toolkit's editor: Enter sends, Alt-Enter or Ctrl-J begins a new line, a paste is one message."""
 
-    def __init__(self, commands: Sequence[str]) -> None:
+    def __init__(self, commands: Sequence[str], shown: TextIO) -> None:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import WordCompleter
+        from prompt_toolkit.output import create_output
 
         self._session: PromptSession[str] = PromptSession(
             history=open_history(),
@@ -51,6 +52,8 @@ class EditedLines:
             multiline=True,
             prompt_continuation="  ",
             enable_history_search=True,
+            enable_suspend=True,
+            output=create_output(stdout=shown),
         )
 
     def next(self) -> str | None:
@@ -73,6 +76,13 @@ def bindings() -> KeyBindings:
     @keys.add("c-j")
     def new_line(event: Any) -> None:
         event.current_buffer.insert_text("\n")
+
+    @keys.add("c-c")
+    def clear(event: Any) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
 
     return keys
 

@@ -106,6 +106,12 @@ def prefilling(progress: Callable[[], tuple[int, int]], n_tokens: int = 0) -> Ca
     return look
 
 
+def thinking(n_tokens: Callable[[], int]) -> Callable[[], str]:
+    """What to show while the model has a thought that is not shown."""
+    begun, before = time.monotonic(), n_tokens()
+    return lambda: f"thinking  {n_tokens() - before} tokens  {time.monotonic() - begun:.0f} s"
+
+
 def short(n: int) -> str:
     """A count of tokens in few characters: 812, 2.4k, 32k; as --ctx takes it, 32K is 32,768."""
     if n < 1000:
@@ -168,10 +174,16 @@ class Screen:
             self._held += text
             return
         if part != self._part:
-            self._held = "\n\n" if self._part else ""
+            self._held = ("\n\n" if self._part else "") + self._label(part)
         style, plain = (DIM, PLAIN) if part == "thinking" and self.output.colour else ("", "")
         self.output.write(f"{self._held}{style}{body}{plain}")
         self._part, self._held = part, text[len(body) :]
+
+    def _label(self, part: str) -> str:
+        """What says where thoughts begin and end, on a terminal that cannot dim them."""
+        if not self.output.terminal or self.output.colour:
+            return ""
+        return "thinking:\n" if part == "thinking" else "answer:\n" if self._part else ""
 
     def end(self) -> None:
         """Exactly one newline after the last word."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -46,11 +47,12 @@ HELP = """\
 /stats             what the last turn cost
 /help              this list
 /exit              leave (also Ctrl-D)
-Enter sends, Alt-Enter begins a new line, Ctrl-C stops an answer and keeps what there is.
+Enter sends, Alt-Enter begins a new line, Ctrl-C clears what is typed, or stops an answer and keeps what there is.
 A message that looks like a command needs a space before it."""
 # A line that looks like a command; all else that begins with a slash (a path, a comment) is a message.
 COMMAND = re.compile(r"(/[a-zA-Z?]+)(?:\s(.*))?", re.DOTALL)
 ALIASES = {"/quit": "/exit", "/bye": "/exit", "/q": "/exit", "/clear": "/new", "/reset": "/new", "/?": "/help"}
+TWICE = 2.0  # seconds in which the second Ctrl-C leaves
 GOODBYES = ("exit", "quit")  # the whole line, at a terminal
 
 
@@ -83,29 +85,31 @@ def chat(settings: ChatSettings, engine: EngineOptions) -> int:
         tokenizer = loading.usable(model.vocabulary)
         n_ctx = loading.context_for(model, settings.n_ctx)
         output = streams.Output()
-        interactive = output.terminal and streams.is_terminal(sys.stdin)
+        seen = sys.stdout if output.terminal else sys.stderr  # `ms4 chat | tee log`: the prompt is on stderr
+        interactive = streams.is_terminal(seen) and streams.is_terminal(sys.stdin)
         with Scheduler(model.engine) as scheduler:
             dialogue = Dialogue(tokenizer, system, settings.sampling.effort, images.measure)
             talk = Talk(settings, dialogue, scheduler, scheduler.open(n_ctx), output, status, images, interactive)
             talk.take(attached, prices)
-            source = lines.EditedLines(list(talk.commands)) if interactive else lines.PipedLines(settings.rule)
+            commands = [*talk.commands, *ALIASES]
+            source = lines.EditedLines(commands, seen) if interactive else lines.PipedLines(settings.rule)
             talk.say(f"context of {n_ctx} tokens · /help lists the commands · Ctrl-D leaves")
             return loop(talk, source)
 
 
 def loop(talk: Talk, source: lines.Lines) -> int:
-    """Message after message.  Ctrl-C twice at an empty prompt leaves."""
-    again = False
+    """Message after message.  Ctrl-C twice at an empty prompt, within two seconds, leaves."""
+    last = float("-inf")  # when Ctrl-C was pressed
     while not talk.over:
         try:
             text = source.next()
         except KeyboardInterrupt:
-            if again or not talk.interactive:
+            before, last = last, time.monotonic()
+            if last - before <= TWICE or not talk.interactive:
                 return errors.INTERRUPTED
-            again = True
             talk.say("Ctrl-C once more, or Ctrl-D, leaves")
             continue
-        again = False
+        last = float("-inf")
         if text is None:
             break
         if not text.strip() or talk.command(text):
@@ -360,7 +364,7 @@ class Talk:
             elif isinstance(event, Thinking) and thoughts:
                 screen.thinking(event.text)
 
-        done = follow(self.scheduler, answer, self.timeline, rows, self.status, show)
+        done = follow(self.scheduler, answer, self.timeline, rows, self.status, show, not thoughts)
         screen.end()
         return done
 

@@ -183,7 +183,8 @@ class Job:
         engine = self.model.engine
         rows = image_notes.encode(answer.prompt.images, self.images, engine, self.status, answer.stop_flag)
         with Scheduler(engine) as scheduler:
-            done = follow(scheduler, answer, scheduler.open(answer.n_ctx), rows, self.status, show)
+            timeline = scheduler.open(answer.n_ctx)
+            done = follow(scheduler, answer, timeline, rows, self.status, show, self.writer.hides_thoughts)
         return done, answered
 
 

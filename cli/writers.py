@@ -26,6 +26,10 @@ class About:
 
 
 class Writer(Protocol):
+    @property
+    def hides_thoughts(self) -> bool:
+        """True if a thought changes nothing that a person sees, and a status would stand on no text of the answer."""
+
     def event(self, event: Event) -> None: ...
 
     def done(self, done: Done, code: int) -> None: ...
@@ -64,6 +68,7 @@ class TextWriter:
         self._on_screen = output.terminal and think != "hide"
         self._beside = not output.terminal and think == "show"  # to stderr: stdout is for the answer
         self._open_line = False  # a thought was the last thing on stderr
+        self.hides_thoughts = not self._on_screen and not self._beside and not (output.terminal and prefill)
         if prefill:
             self.screen.begin(prefill)
 
@@ -100,6 +105,7 @@ class JsonWriter:
     thinking: str = ""
     calls: list[ToolCall] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
+    hides_thoughts: bool = True
 
     def __post_init__(self) -> None:
         self.text = self.about.prefill
@@ -137,6 +143,8 @@ class JsonWriter:
 
 class JsonlWriter:
     """One event a line, as it happens."""
+
+    hides_thoughts = False
 
     def __init__(self, output: streams.Output, about: About) -> None:
         self.output = output

@@ -8,20 +8,24 @@ import os
 import pty
 import re
 import select
+import shlex
 import struct
 import subprocess
 import sys
 import termios
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import typer
 
-from ms4.cli import doctor, elsewhere, errors, options, render, start, state, streams, writers
+from ms4 import StopFlag
+from ms4.cli import doctor, elsewhere, errors, options, render, repl, start, state, streams, writers
 from ms4.cli import run as one_shot
+from ms4.cli.follow import follow
 from ms4.cli.main import app
 from ms4.models import untrusted, usage
-from ms4.models.answer import Done, Statistics
+from ms4.models.answer import Done, Prefill, Statistics
 from ms4.models.answer_parser import Text, Thinking, ToolCall
 from ms4.quant import gguf_file, visible
 
@@ -491,9 +495,9 @@ class Terminal:
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("4H", 24, width, 0, 0))
 
     def until(self, wanted):
-        """Reads until the text matches, or for a minute."""
-        while not re.search(wanted, self.text):
-            assert select.select([self.controller], [], [], 60)[0], self.text
+        """Reads until the text matches, or for half a minute."""
+        while not re.search(wanted, self.text, re.DOTALL):
+            assert select.select([self.controller], [], [], 30)[0], self.text
             self.text += os.read(self.controller, 4096).decode("utf-8", "replace")
         return self.text
 
@@ -640,3 +644,191 @@ def test_d3_it_is_what_the_command_runs():
     assert '\nms4 = "ms4_command:main"\n' in (ROOT / "pyproject.toml").read_text()
     imports = re.findall(r"^(?:import|from) (\w+)", (ROOT / "ms4_command.py").read_text(), re.MULTILINE)
     assert imports == ["os", "_signal"]
+
+
+# --- A7, C9: keys of a chat, on a terminal of its own
+
+CHAT = [*MS4, "chat", "-m", MODEL, "--greedy", "-n", "3"]
+READY = r"\?2004h[^>]*>.*\?25h"  # a prompt has been drawn
+DRAWN = r"\?25h"
+
+
+@pytest.fixture
+def talk(terminal, tmp_path):
+    """talk() starts a chat on the terminal; talk.stdout=... puts its answers elsewhere."""
+    started = []
+
+    def start(command=CHAT, **more):
+        environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "MS4_MODEL", "MS4_DEBUG")}
+        environment |= {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(tmp_path), "PS1": "$ "}
+        fds = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.fd) | more
+
+        def own():
+            fcntl.ioctl(terminal.fd, termios.TIOCSCTTY, 0)
+
+        started.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=own, **fds))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def typed(terminal, keys, then):
+    """Types keys; waits for what comes after them."""
+    terminal.text = ""
+    os.write(terminal.controller, keys.encode())
+    return terminal.until(then)
+
+
+def test_a7_ctrl_c_clears_a_line_and_leaves_only_from_an_empty_one(talk, terminal):
+    process = talk()
+    terminal.until(READY)
+    for text in ("one", "two", "three"):
+        typed(terminal, text, text)
+        typed(terminal, "\x03", DRAWN)
+    typed(terminal, "Hi\r", rf"ctx \d+/1K.*effort none.*{READY}")
+    typed(terminal, "\x03", rf"once more.*{READY}")
+    typed(terminal, "word", "word")
+    typed(terminal, "\x03", DRAWN)
+    typed(terminal, "x", "x")
+    assert process.poll() is None
+    typed(terminal, "\x03", DRAWN)
+    os.write(terminal.controller, b"\x03\x03")
+    assert process.wait(60) == 130
+
+
+def test_a7_the_second_ctrl_c_counts_for_two_seconds(monkeypatch):
+    def left(*events):
+        """The exit code, where an event is the time of a Ctrl-C at an empty prompt, or a message."""
+        said, todo, now = [], list(events), [0.0]
+
+        class Source:
+            def next(self):
+                if not todo:
+                    return None
+                event = todo.pop(0)
+                if isinstance(event, str):
+                    return event
+                now[0] = event
+                raise KeyboardInterrupt
+
+        class Talk:
+            over, interactive = False, True
+            say = said.append
+            command = staticmethod(lambda text: True)
+
+        monkeypatch.setattr(repl.time, "monotonic", lambda: now[0])
+        return repl.loop(Talk, Source()), len(todo)
+
+    assert left(10.0, 11.9, "x") == (130, 1)
+    assert left(10.0, 12.1, "x") == (0, 0)
+    assert left(10.0, 12.1, 14.0) == (130, 0)
+    assert left(10.0, "/stats", 10.5, "x") == (0, 0)
+
+
+@pytest.mark.parametrize("words", ["exit", "quit", "/quit", "/bye", "/exit"])
+def test_c9_the_words_that_leave_elsewhere_leave(talk, terminal, words):
+    process = talk()
+    terminal.until(READY)
+    os.write(terminal.controller, f"{words}\r".encode())
+    assert process.wait(60) == 0
+
+
+def test_c9_the_prompt_is_on_stderr_where_stdout_is_no_terminal(talk, terminal, ms4):
+    process = talk(stdout=subprocess.PIPE)
+    terminal.until(READY)
+    typed(terminal, "Hi\r", rf"effort none.*{READY}")
+    os.write(terminal.controller, b"\x04")
+    out = process.stdout.read().decode()
+    assert process.wait(60) == 0 and out == ms4("chat", *CHAT[4:], stdin=b"Hi\n")[1]
+
+
+def test_c9_ctrl_z_suspends(talk, terminal):
+    shell = talk(["bash", "--norc", "--noprofile", "-i"])
+    terminal.until(r"\$ ")
+    typed(terminal, " ".join(map(shlex.quote, CHAT)) + "\r", READY)
+    typed(terminal, "half", "half")
+    assert "^Z" not in typed(terminal, "\x1a", "Stopped")
+    typed(terminal, "fg\r", "> half")
+    typed(terminal, "\x03", DRAWN)
+    typed(terminal, "exit\r", r"\$ ")
+    os.write(terminal.controller, b"exit\r")
+    assert shell.wait(60) == 0
+
+
+# --- C3, C10: thoughts
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_c10_thoughts_and_answer_are_told_apart_without_colour(terminal, monkeypatch, no_color):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(sys, "stdout", terminal.stream())
+    writer = writers.TextWriter(streams.Output(), "auto", "")
+    for event in (Thinking("hm,"), Thinking(" hm"), Text("\n\nYes"), Text(".\n")):
+        writer.event(event)
+    writer.done(None, 0)
+    shown = terminal.rest().replace("\r\n", "\n")
+    if no_color:
+        assert shown == "thinking:\nhm, hm\n\nanswer:\nYes.\n"
+    else:
+        assert shown == "\x1b[2mhm,\x1b[0m\x1b[2m hm\x1b[0m\n\nYes.\n"
+
+
+def test_c10_an_answer_alone_has_no_label(terminal, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys, "stdout", terminal.stream())
+    screen = render.Screen(streams.Output())
+    screen.text("Yes.")
+    screen.end()
+    assert terminal.rest().replace("\r\n", "\n") == "Yes.\n"
+
+
+class Running(list):
+    """What a scheduler gives for a submitted answer: its events."""
+
+    progress = staticmethod(lambda: (1, 1))
+
+    def submit(self, *_):
+        return self
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_c3_a_hidden_thought_gives_a_sign_of_life(hidden):
+    shown, seen = [], []
+
+    class Status:
+        @contextmanager
+        def watching(self, look):
+            seen.append(look())
+            yield
+            seen.append(look())
+
+    class Ids(list):
+        stop_flag = StopFlag()
+        ids = []
+
+    def show(event):
+        shown.append(event)
+        Ids.ids.append(1)
+
+    done = Done("stop", statistics())
+    events = [Prefill(9, 0), Thinking("a"), Thinking("b"), Thinking("c"), Text("d"), Thinking("e"), Text("f")]
+    assert follow(Running([*events, done]), Ids(), None, None, Status(), show, hidden) is done
+    assert shown == events
+    thoughts = [text for text in seen if text.startswith("thinking")]
+    assert thoughts == (["thinking  0 tokens  0 s", "thinking  2 tokens  0 s"] if hidden else [])
+
+
+def test_c3_where_thoughts_are_hidden(terminal, monkeypatch):
+    about = writers.About("m", "0", "high", 1, "", 0)
+    for stream, shows in ((Stream(), ["show"]), (terminal.stream(), ["auto", "show"])):
+        monkeypatch.setattr(sys, "stdout", stream)
+        output = streams.Output()
+        for think in ("auto", "show", "hide"):
+            assert writers.TextWriter(output, think, "").hides_thoughts == (think not in shows)
+        assert writers.JsonWriter(output, about).hides_thoughts
+        assert not writers.JsonlWriter(output, about).hides_thoughts
+    assert not writers.TextWriter(output, "hide", "The line on which the status would stand").hides_thoughts
