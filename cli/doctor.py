@@ -48,9 +48,9 @@ def doctor(model: str | None, *, as_json: bool) -> int:
 
 
 def gib(n: int) -> str:
-    """In the largest unit of which there is one."""
+    """In the largest unit of which there is one; nothing is nothing in GiB."""
     for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if n >= size:
+        if n >= size or not n:
             return f"{n / size:.1f} {unit}"
     return f"{n} bytes"
 

@@ -263,7 +263,7 @@ class Talk:
             code, text, hint = errors.describe(error)
             if not self.interactive or code not in (errors.USAGE, errors.MISSING, errors.UNREADABLE):
                 raise
-            self.tell(f"{text}; {hint}" if hint else text)
+            self.tell(errors.escape(f"{text}; {hint}" if hint else text))
             return
         self.take(parts, prices)
 

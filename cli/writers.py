@@ -69,10 +69,17 @@ class TextWriter:
         self._beside = not output.terminal and think == "show"  # to stderr: stdout is for the answer
         self._open_line = False  # a thought was the last thing on stderr
         self.hides_thoughts = not self._on_screen and not self._beside and not (output.terminal and prefill)
-        if prefill:
-            self.screen.begin(prefill)
+        self._prefill = prefill  # until it is written: a status would wipe it away
+
+    def _begin(self) -> None:
+        if self._prefill:
+            self.screen.begin(self._prefill)
+        self._prefill = ""
 
     def event(self, event: Event) -> None:
+        if isinstance(event, Prefill):
+            return
+        self._begin()
         if isinstance(event, Text):
             self.screen.text(event.text)
         elif isinstance(event, Thinking) and self._on_screen:
@@ -83,6 +90,7 @@ class TextWriter:
             self._open_line = not event.text.endswith("\n")
 
     def done(self, done: Done, code: int) -> None:
+        self._begin()
         self._end()
 
     def failed(self, code: int, message: str, hint: str) -> None:
@@ -185,4 +193,5 @@ class JsonlWriter:
 
 
 def write_json(output: streams.Output, value: dict[str, Any]) -> None:
-    output.write(json.dumps(value, ensure_ascii=False) + "\n")
+    text = json.dumps(value, ensure_ascii=False)
+    output.write((visible.json(text) if output.terminal else text) + "\n")
