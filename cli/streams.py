@@ -4,16 +4,20 @@ Owns the rules for pipes and terminals: UTF-8 whatever the locale, stdout for th
 every chunk flushed, text from stdin checked before it is used.  Knows nothing about models.
 """
 
+from __future__ import annotations
+
 import io
 import os
 import select
 import sys
 import threading
 from collections.abc import Sequence
-from typing import BinaryIO, TextIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 from ms4.cli.errors import ENCODING_HINT, CliError, ReaderGone, UnreadableError, UsageError, note
-from ms4.models.untrusted import TextRule, decode_text
+
+if TYPE_CHECKING:  # at run time only where bytes become text: `ms4 --version` starts without it
+    from ms4.models.untrusted import TextRule
 
 PATIENCE = 0.5  # seconds before something is said about waiting
 MOST_INPUT = 16 << 20  # bytes read from stdin
@@ -105,6 +109,8 @@ def decode(data: bytes, name: str, rule: TextRule | None = None) -> str:
 
     rule: what --encoding and --lossy say; None is UTF-8, where there are no such options.
     """
+    from ms4.models.untrusted import TextRule, decode_text
+
     hint = "iconv turns it into UTF-8" if rule is None else ENCODING_HINT
     rule = rule or TextRule()
     try:
@@ -118,6 +124,8 @@ def decode(data: bytes, name: str, rule: TextRule | None = None) -> str:
 
 def argument(text: str, name: str, rule: TextRule | None = None) -> str:
     """An argument of the command line as text: its bytes must be UTF-8, whatever the locale or --encoding is."""
+    from ms4.models.untrusted import TextRule
+
     return decode(os.fsencode(text), name, rule and TextRule(lossy=rule.lossy))
 
 
