@@ -49,10 +49,10 @@ bench: all
 # --- checking it
 
 test: all
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: all
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist worksteal
 
 lint: all
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

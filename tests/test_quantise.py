@@ -135,7 +135,7 @@ def test_what_is_not_finite_is_refused(kind, bad):
         quantize(x, kind)
 
 
-@pytest.mark.parametrize("kind", set(ENCODERS) - {"F32"})
+@pytest.mark.parametrize("kind", sorted(set(ENCODERS) - {"F32"}))
 def test_what_is_too_large_for_the_type_is_refused(kind):
     with pytest.raises(ValueError, match="too large"):
         quantize(np.linspace(-3.4e38, 3.4e38, SMALL, dtype=np.float32), kind)
