@@ -6,13 +6,15 @@ become in the prompt is the business of `models/vision.py`.
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -21,7 +23,7 @@ from ms4.cli.errors import MissingError, UnreadableError, UsageError
 from ms4.models import document
 from ms4.models.document import MAX_PDF_BYTES, UTF_8, Attachment
 from ms4.models.image import MAX_BYTES, Image, load_image
-from ms4.models.untrusted import TextRule, drop_line_end, shown, sniff
+from ms4.models.untrusted import Reading, drop_line_end, shown, sniff
 
 if TYPE_CHECKING:
     from ms4.models.dialogue import Content
@@ -41,7 +43,7 @@ class Sources:
     images: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     pdf: str = "auto"
-    rule: TextRule = TextRule()  # of texts: --encoding, --lossy
+    rule: Reading = Reading()  # --encoding, --lossy, --pdf-password
     stdin: bool = True
     quiet: bool = False  # about waiting for stdin
 
@@ -102,16 +104,22 @@ def open_image(path: str, quiet: bool = False) -> Image:
         raise
 
 
-def open_file(spec: str, pdf: str = "auto", rule: TextRule = UTF_8, quiet: bool = False) -> list[Attachment]:
+def open_file(spec: str, pdf: str = "auto", rule: Reading = UTF_8, quiet: bool = False) -> list[Attachment]:
     """The parts of PATH or PATH:PAGES; - is stdin."""
     path, pages = document.split_spec(spec)
     if path == "-":
         return document.load_bytes(stdin_bytes(MAX_PDF_BYTES, quiet), "stdin", pages, pdf, rule=rule)
     refuse_address(path)
-    return document.load_file(spec, pdf, rule=rule)
+    try:
+        return document.load_file(spec, pdf, rule=rule)
+    except document.PasswordError as error:
+        if rule.password or not (streams.is_terminal(sys.stdin) and streams.is_terminal(sys.stderr)):
+            raise
+        password = getpass.getpass(f"{error}: ", stream=sys.stderr)
+        return document.load_file(spec, pdf, rule=replace(rule, password=password))
 
 
-def open_path(spec: str, pdf: str = "auto", rule: TextRule = UTF_8) -> list[Attachment]:
+def open_path(spec: str, pdf: str = "auto", rule: Reading = UTF_8) -> list[Attachment]:
     """As open_file, where stdin is taken: its lines are the messages of a chat."""
     if document.split_spec(spec)[0] == "-":
         raise UsageError("in a chat, stdin holds the messages and cannot be attached")

@@ -59,6 +59,7 @@ CODES = {
     "ms4.models.sampling.SamplingError": USAGE,
     "ms4.models.image.ImageError": UNREADABLE,
     "ms4.models.document.EncodingError": UNREADABLE,
+    "ms4.models.document.PasswordError": UNREADABLE,
     "ms4.models.untrusted.InputError": UNREADABLE,
     "ms4.models.answer.ContextError": INCOMPLETE,
     "ms4.models.vision.NoTowerError": MISSING,
@@ -69,6 +70,7 @@ CODES = {
 ENCODING_HINT = "--encoding NAME says what it is (latin-1, utf-16), --lossy shows what is no text as U+FFFD"
 HINTS = {
     "ms4.models.document.EncodingError": ENCODING_HINT,
+    "ms4.models.document.PasswordError": "--pdf-password TEXT gives it; at a terminal, ms4 asks for it",
     "ms4.models.vision.NoTowerError": "the mmproj GGUF comes from where the model came from; put it beside the model, "
     "or name it with --mmproj FILE",
 }

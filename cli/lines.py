@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from ms4.cli import errors, state, streams
 from ms4.cli.errors import UsageError
-from ms4.models.untrusted import TextRule, drop_line_end
+from ms4.models.untrusted import Reading, drop_line_end
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
@@ -24,7 +24,7 @@ class Lines(Protocol):
 class PipedLines:
     """One message a line, by the rules of stdin."""
 
-    def __init__(self, rule: TextRule | None = None) -> None:
+    def __init__(self, rule: Reading | None = None) -> None:
         if rule is not None and rule.encoding and "\n".encode(rule.encoding) != b"\n":
             raise UsageError(f"the lines of a chat cannot be {rule.encoding}", f"iconv -f {rule.encoding} -t UTF-8")
         self._rule = rule

@@ -8,7 +8,7 @@ from typer.core import TyperCommand
 from ms4.cli import elsewhere
 from ms4.cli import options as opt
 from ms4.cli.errors import UsageError
-from ms4.models.untrusted import TextRule
+from ms4.models.untrusted import Reading
 
 
 class Command(TyperCommand):
@@ -76,6 +76,7 @@ Files = Annotated[
 Pdf = Annotated[
     str, opt.choice(("auto", "text", "image"), "Pages as text, as images, or as images where they need it.", "--pdf")
 ]
+PdfPassword = Annotated[str, typer.Option("--pdf-password", metavar="TEXT", help="Opens a PDF that needs one.")]
 Logprobs = Annotated[
     int | None,
     typer.Option(metavar="N", parser=opt.whole(0, 20), help="Log-probabilities of the N likeliest, in JSON."),
@@ -95,6 +96,7 @@ def run(
     image: opt.Images = None,
     file: Files = None,
     pdf: Pdf = "auto",
+    pdf_password: PdfPassword = "",
     encoding: opt.Encoding = "",
     lossy: opt.Lossy = False,
     mmproj: opt.Mmproj = None,
@@ -132,7 +134,7 @@ def run(
     request = one_shot.Request(
         words=tuple(prompt or ()),
         attached=one_shot.Sources(
-            tuple(image or ()), tuple(file or ()), pdf, TextRule(encoding, lossy), not no_stdin, quiet
+            tuple(image or ()), tuple(file or ()), pdf, Reading(encoding, lossy, pdf_password), not no_stdin, quiet
         ),
         images=one_shot.ImageOptions(mmproj, image_max_tokens),
         system=system,
@@ -156,6 +158,7 @@ def chat(
     files: Annotated[list[str] | None, typer.Argument(metavar="FILE", help="Goes with the first message.")] = None,
     model: opt.Model = None,
     pdf: Pdf = "auto",
+    pdf_password: PdfPassword = "",
     encoding: opt.Encoding = "",
     lossy: opt.Lossy = False,
     mmproj: opt.Mmproj = None,
@@ -183,7 +186,15 @@ def chat(
     engine = opt.engine_options(model, threads, load, attn_scale, quiet)
     images = repl.ImageOptions(mmproj, image_max_tokens)
     settings = repl.ChatSettings(
-        sampling, system, think, max_tokens, ctx, tuple(files or ()), pdf, images, TextRule(encoding, lossy)
+        sampling,
+        system,
+        think,
+        max_tokens,
+        ctx,
+        tuple(files or ()),
+        pdf,
+        images,
+        Reading(encoding, lossy, pdf_password),
     )
     return repl.chat(settings, engine)
 
@@ -272,7 +283,7 @@ def perplexity(
     from ms4.cli import perplexity as command
 
     engine = opt.engine_options(model, threads, load, attn_scale, quiet)
-    return command.perplexity(file, ctx, segments, engine, TextRule(encoding, lossy), as_json=json)
+    return command.perplexity(file, ctx, segments, engine, Reading(encoding, lossy), as_json=json)
 
 
 @app.command(cls=Command)
@@ -290,7 +301,7 @@ def tokenize(
     """Turn the text on stdin, or conversations, into token ids (JSON)."""
     from ms4.cli import tokenize as command
 
-    return command.tokenize(opt.engine_options(model), chat, count, image_max_tokens, TextRule(encoding, lossy))
+    return command.tokenize(opt.engine_options(model), chat, count, image_max_tokens, Reading(encoding, lossy))
 
 
 @app.command(cls=Command)

@@ -15,7 +15,7 @@ import numpy as np
 from ms4.cli import errors, loading, render, streams
 from ms4.cli.errors import UnreadableError, UsageError
 from ms4.cli.options import EngineOptions
-from ms4.models.untrusted import TextRule
+from ms4.models.untrusted import Reading
 
 if TYPE_CHECKING:
     import ms4
@@ -30,7 +30,7 @@ class Result:
     n_judged: int
 
 
-def perplexity(path: str, n_ctx: int, most: int | None, engine: EngineOptions, rule: TextRule, *, as_json: bool) -> int:
+def perplexity(path: str, n_ctx: int, most: int | None, engine: EngineOptions, rule: Reading, *, as_json: bool) -> int:
     """Reads the file, judges its segments (at most `most`), prints the result."""
     from ms4.models.control import Control
     from ms4.models.interrupt import interruptible

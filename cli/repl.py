@@ -20,7 +20,7 @@ from ms4.cli.follow import follow
 from ms4.cli.image_notes import ImageOptions
 from ms4.cli.options import EngineOptions, Sampling
 from ms4.cli.run import system_text
-from ms4.models.untrusted import TextRule
+from ms4.models.untrusted import Reading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,7 +66,7 @@ class ChatSettings:
     files: tuple[str, ...] = ()
     pdf: str = "auto"
     images: ImageOptions = ImageOptions()
-    rule: TextRule = TextRule()  # of texts: --encoding, --lossy
+    rule: Reading = Reading()  # --encoding, --lossy, --pdf-password
 
 
 def chat(settings: ChatSettings, engine: EngineOptions) -> int:

@@ -17,7 +17,7 @@ from ms4.cli.errors import IncompleteError, UsageError
 from ms4.cli.follow import follow
 from ms4.cli.image_notes import ImageOptions
 from ms4.cli.options import EngineOptions, Sampling
-from ms4.models.untrusted import TextRule, drop_line_end
+from ms4.models.untrusted import Reading, drop_line_end
 from ms4.quant import visible
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def build_messages(request: Request) -> list[dict[str, Any]]:
     return messages
 
 
-def system_text(given: str, rule: TextRule) -> str:
+def system_text(given: str, rule: Reading) -> str:
     """The text of --system: given as it is, or in the file behind an @."""
     if not given.startswith("@"):
         return streams.argument(given, "--system", rule)

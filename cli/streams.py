@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO, TextIO
 from ms4.cli.errors import ENCODING_HINT, CliError, ReaderGone, UnreadableError, UsageError, note
 
 if TYPE_CHECKING:  # at run time only where bytes become text: `ms4 --version` starts without it
-    from ms4.models.untrusted import TextRule
+    from ms4.models.untrusted import Reading
 
 PATIENCE = 0.5  # seconds before something is said about waiting
 MOST_INPUT = 16 << 20  # bytes read from stdin
@@ -80,19 +80,19 @@ def read_bytes(limit: int = MOST_INPUT, quiet: bool = False) -> bytes | None:
         notice.cancel()
 
 
-def read_stdin(rule: TextRule | None = None, quiet: bool = False) -> str | None:
+def read_stdin(rule: Reading | None = None, quiet: bool = False) -> str | None:
     """The text on stdin; None if stdin is a terminal or closed."""
     data = read_bytes(quiet=quiet)
     return None if data is None else stdin_text(data, rule)
 
 
-def stdin_text(data: bytes, rule: TextRule | None = None) -> str:
+def stdin_text(data: bytes, rule: Reading | None = None) -> str:
     if len(data) > MOST_INPUT:
         raise UnreadableError(f"stdin holds more than {MOST_INPUT >> 20} MiB; a prompt may not")
     return decode(data, "stdin", rule)
 
 
-def read_text(path: str, rule: TextRule | None = None) -> str:
+def read_text(path: str, rule: Reading | None = None) -> str:
     """A text file, by the same rules as stdin."""
     try:
         with open(path, "rb") as file:
@@ -104,15 +104,15 @@ def read_text(path: str, rule: TextRule | None = None) -> str:
     return decode(data, path, rule)
 
 
-def decode(data: bytes, name: str, rule: TextRule | None = None) -> str:
+def decode(data: bytes, name: str, rule: Reading | None = None) -> str:
     """The text in some bytes; a byte order mark is dropped, UTF-16 is named.
 
     rule: what --encoding and --lossy say; None is UTF-8, where there are no such options.
     """
-    from ms4.models.untrusted import TextRule, decode_text
+    from ms4.models.untrusted import Reading, decode_text
 
     hint = "iconv turns it into UTF-8" if rule is None else ENCODING_HINT
-    rule = rule or TextRule()
+    rule = rule or Reading()
     try:
         return decode_text(data, rule)
     except UnicodeError as error:
@@ -122,14 +122,14 @@ def decode(data: bytes, name: str, rule: TextRule | None = None) -> str:
         raise UnreadableError(f"{name} is not {rule.name}{where}", hint) from None
 
 
-def argument(text: str, name: str, rule: TextRule | None = None) -> str:
+def argument(text: str, name: str, rule: Reading | None = None) -> str:
     """An argument of the command line as text: its bytes must be UTF-8, whatever the locale or --encoding is."""
-    from ms4.models.untrusted import TextRule
+    from ms4.models.untrusted import Reading
 
-    return decode(os.fsencode(text), name, rule and TextRule(lossy=rule.lossy))
+    return decode(os.fsencode(text), name, rule and Reading(lossy=rule.lossy))
 
 
-def join_prompt(piped: str | None, words: Sequence[str], alone: bool = False, rule: TextRule | None = None) -> str:
+def join_prompt(piped: str | None, words: Sequence[str], alone: bool = False, rule: Reading | None = None) -> str:
     """What was piped, a blank line, the arguments; or the one of them that is there.
 
     alone: with attachments there may also be no text at all, which gives "".

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from ms4.cli import errors, loading, streams
 from ms4.cli.errors import UnreadableError, UsageError
 from ms4.cli.options import EngineOptions
-from ms4.models.untrusted import TextRule
+from ms4.models.untrusted import Reading
 
 if TYPE_CHECKING:
     from ms4.models.tokenizer import Tokenizer
 
 
-def tokenize(engine: EngineOptions, chat: str | None, count: bool, image_max_tokens: int | None, rule: TextRule) -> int:
+def tokenize(engine: EngineOptions, chat: str | None, count: bool, image_max_tokens: int | None, rule: Reading) -> int:
     """Stdin to one list; or the conversations in the file `chat` to one list a line."""
     path = engine.require()
     text = streams.read_stdin(rule) if chat in (None, "-") else streams.read_text(chat or "", rule)

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from ms4.models.image import MAX_BYTES, Image, PixelRule, load_image
-from ms4.models.untrusted import InputError, TextRule, check_size, decode_text, drop_line_end, read_file, shown, sniff
+from ms4.models.untrusted import InputError, Reading, check_size, decode_text, drop_line_end, read_file, shown, sniff
 
 MAX_TEXT_BYTES = 16 << 20
 MAX_PDF_BYTES = 128 << 20
 MAX_PDF_IMAGES = 100
-UTF_8 = TextRule()
+UTF_8 = Reading()
 PDF_MODES = ("auto", "text", "image")
 _PAGES = re.compile(r"(.+):(\d+(?:-\d*)?(?:,\d+(?:-\d*)?)*)")
 
@@ -35,25 +35,29 @@ class EncodingError(DocumentError):
     """This text is in another encoding than the one that was expected."""
 
 
-def load_file(spec: str, pdf: str = "auto", side: int = SIDE, rule: TextRule = UTF_8) -> list[Attachment]:
+class PasswordError(DocumentError):
+    """This PDF opens only with its password."""
+
+
+def load_file(spec: str, pdf: str = "auto", side: int = SIDE, rule: Reading = UTF_8) -> list[Attachment]:
     """The parts of `PATH` or `PATH:PAGES`, for example `report.pdf:1-3,7`; `load_bytes` explains the rest."""
     path, pages = split_spec(spec)
     return load_bytes(read_file(path, MAX_PDF_BYTES, DocumentError), path, pages, pdf, side, rule)
 
 
 def load_bytes(
-    data: bytes, name: str, pages: str | None = None, pdf: str = "auto", side: int = SIDE, rule: TextRule = UTF_8
+    data: bytes, name: str, pages: str | None = None, pdf: str = "auto", side: int = SIDE, rule: Reading = UTF_8
 ) -> list[Attachment]:
     """The parts of a file's bytes.
 
     pages: as in `1-3,7`, for a PDF; None takes all.  pdf: `text` takes the text layer, `image` a picture of the page
     with `side` pixels on its longer side, `auto` the text, and the picture too if the page has pictures or no text.
-    rule: how the bytes of a text become text.
+    rule: how the bytes of a text become text, and the password of a PDF.
     """
     name, kind = shown(name), sniff(data)
     if kind == "PDF":
         check_size(data, MAX_PDF_BYTES, name, DocumentError)
-        return [part for page in _pages(data, name, pages, pdf, side) for part in page]
+        return [part for page in _pages(data, name, pages, pdf, side, rule.password) for part in page]
     if pages is not None:
         raise DocumentError(f"{name}: only a PDF has pages; leave out :{pages}")
     if kind is not None:
@@ -85,7 +89,7 @@ def select_pages(pages: str, n_pages: int, name: str) -> list[int]:
     return chosen
 
 
-def _text(data: bytes, name: str, rule: TextRule) -> str:
+def _text(data: bytes, name: str, rule: Reading) -> str:
     try:
         text = decode_text(data, rule)
     except UnicodeError as e:
@@ -101,7 +105,9 @@ def _text(data: bytes, name: str, rule: TextRule) -> str:
 # --- PDF ----------------------------------------------------------------------------------------------------------
 
 
-def _pages(data: bytes, name: str, pages: str | None, mode: str, side: int) -> Iterator[list[Attachment]]:
+def _pages(
+    data: bytes, name: str, pages: str | None, mode: str, side: int, password: str
+) -> Iterator[list[Attachment]]:
     if mode not in PDF_MODES:
         raise ValueError(f"pdf is {mode!r}; one of {', '.join(PDF_MODES)} was expected")
     try:
@@ -109,12 +115,12 @@ def _pages(data: bytes, name: str, pages: str | None, mode: str, side: int) -> I
     except ImportError:
         raise DocumentError(f"{name}: reading a PDF needs pypdfium2; `pip install pypdfium2`") from None
     try:
-        with pypdfium2.PdfDocument(data) as document:
+        with pypdfium2.PdfDocument(data, password=password or None) as document:
             document.init_forms()
             yield from _open_pages(document, hashlib.sha256(data).digest(), name, pages, mode, side)
     except pypdfium2.PdfiumError as e:
         if e.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD:
-            raise DocumentError(f"{name}: needs a password; save a copy without one") from None
+            raise PasswordError(f"{name}: {'not the right password' if password else 'needs a password'}") from None
         raise DocumentError(f"{name}: damaged PDF ({shown(' '.join(str(e).split()))[:120]})") from None
 
 

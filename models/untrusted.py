@@ -1,7 +1,7 @@
 """untrusted.py: bytes from outside: reads files and says what they are.  It decodes nothing.
 
-What a user attaches can be anything at all, so reading is bounded, devices and pipes are never waited for, and every
-refusal is an `InputError` of one line.
+What a user attaches can be anything at all, so reading is bounded, a pipe that nobody writes to is not waited for, and
+every refusal is an `InputError` of one line.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ms4.quant import visible
 
@@ -21,18 +21,19 @@ class InputError(ValueError):
 
 
 @dataclass(frozen=True)
-class TextRule:
-    """How bytes become text: strict UTF-8, unless the user says otherwise."""
+class Reading:
+    """How files are read: as strict UTF-8 and without a password, unless the user says otherwise."""
 
     encoding: str = ""  # a name that Python knows
     lossy: bool = False  # what cannot be decoded becomes U+FFFD
+    password: str = field(default="", repr=False)  # of PDFs
 
     @property
     def name(self) -> str:
         return self.encoding or "UTF-8"
 
 
-def decode_text(data: bytes, rule: TextRule) -> str:
+def decode_text(data: bytes, rule: Reading) -> str:
     """The text in some bytes, without a byte order mark.  UnicodeError, if they are none."""
     if not rule.encoding and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UnicodeDecodeError("utf-8", data[:2], 0, 2, "UTF-16")
@@ -51,16 +52,20 @@ def drop_line_end(text: str) -> str:
 
 
 def read_file(path: str | os.PathLike[str], limit: int, error: type[InputError] = InputError) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes."""
+    """The bytes of a file of at most `limit` bytes, or what comes out of a pipe or a device that ends."""
     name = shown(os.fsdecode(path))
     if "\0" in os.fsdecode(path):
         raise error(f"{name}: not a possible file name")
     try:
         # Without O_NONBLOCK, opening a pipe that nobody writes to would never return.
         with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise error(f"{name}: not a regular file; send its bytes to stdin and attach -")
+            mode = os.fstat(file.fileno()).st_mode
+            if os.isatty(file.fileno()):
+                raise error(f"{name}: a terminal, not a file")
+            os.set_blocking(file.fileno(), True)
             data = file.read(limit + 1)
+            if not data and not stat.S_ISREG(mode):
+                raise error(f"{name}: nothing came out of it; a pipe needs somebody who writes to it")
     except OSError as e:
         raise error(f"{name}: {(e.strerror or str(e)).lower()}") from None
     check_size(data, limit, name, error)

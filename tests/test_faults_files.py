@@ -2,7 +2,12 @@
 
 import base64
 import json
+import os
+import re
 import struct
+import threading
+import time
+from hashlib import md5
 from io import BytesIO
 from pathlib import Path
 
@@ -11,6 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import test_cli
+import test_document
 from bad_images import encoded
 from PIL import Image as Pillow
 
@@ -19,11 +25,12 @@ from ms4.cli import options as opt
 from ms4.models import companion, vision
 from ms4.models import image as img
 from ms4.models.answer import Answer
+from ms4.models.document import DocumentError, load_file
 from ms4.models.image import Image, ImageError, load_image, measure, preprocess
 from ms4.models.prompt import Prompt
 from ms4.models.sampling import Sampler, SamplingParams
 from ms4.models.tokenizer import Tokenizer
-from ms4.models.untrusted import sniff
+from ms4.models.untrusted import Reading, sniff
 from ms4.models.vocabulary import Vocabulary
 from ms4.quant.gguf_file import GgufFile
 
@@ -515,3 +522,79 @@ def test_b13_a_dropped_file_is_attached_and_said_and_other_lines_are_messages(tm
         assert "goes with the next message; /drop leaves it out" in said
     else:
         assert sent == ["'./a b.txt'", "./none.png"] and not talk.attached and not said
+
+
+# --- B12 ----------------------------------------------------------------------------------------------------------
+
+FILLING = bytes.fromhex("28bf4e5e4e758a4164004e56fffa01082e2e00b6d0683e802f0ca9fe6453697a")
+
+
+def rc4(key: bytes, data: bytes) -> bytes:
+    state, j, out = list(range(256)), 0, bytearray()
+    for i in range(256):
+        j = (j + state[i] + key[i % len(key)]) % 256
+        state[i], state[j] = state[j], state[i]
+    i = j = 0
+    for byte in data:
+        i = (i + 1) % 256
+        j = (j + state[i]) % 256
+        state[i], state[j] = state[j], state[i]
+        out.append(byte ^ state[(state[i] + state[j]) % 256])
+    return bytes(out)
+
+
+def locked(password: bytes) -> bytes:
+    """A PDF of one page that opens with this password: encryption of revision 2, by the book."""
+    plain, owner = test_document.pdf(test_document.TEXT), b"\xab" * 32
+    key = md5((password + FILLING)[:32] + owner + struct.pack("<i", -4) + b"\0").digest()[:5]
+
+    def lock(match: re.Match[bytes]) -> bytes:
+        one = md5(key + int(match[1]).to_bytes(3, "little") + b"\0\0").digest()[:10]
+        return match[0].replace(match[2], rc4(one, match[2]))
+
+    data = re.sub(rb"(\d) 0 obj\n<<[^\n]*>>stream\n(.*?)\nendstream", lock, plain, flags=re.DOTALL)
+    user = rc4(key, FILLING)
+    entry = f"/Encrypt<</Filter/Standard/V 1/R 2/P -4/O<{owner.hex()}>/U<{user.hex()}>>>/ID[<00><00>]".encode()
+    return data.replace(b"/Root 1 0 R", b"/Root 1 0 R" + entry)
+
+
+def test_b12_a_pdf_with_a_password(command, tmp_path, monkeypatch):
+    path = tmp_path / "a.pdf"
+    path.write_bytes(locked(b"se cret"))
+    got = command("run", "-m", test_cli.MODEL, "--count", "-f", path)
+    assert got.code == 7 and "needs a password" in got.err and "hint: --pdf-password TEXT" in got.err
+    got = command("run", "-m", test_cli.MODEL, "--count", "--pdf-password", "wrong", "-f", path)
+    assert got.code == 7 and "not the right password" in got.err and "wrong" not in got.err
+    for arguments, stdin in ((("-f", path), b""), ((), path.read_bytes()), (("-f", "-"), path.read_bytes())):
+        assert "Total due 42 EUR" in shown(command, "--pdf-password", "se cret", *arguments, stdin=stdin)
+    assert "secret" not in repr(Reading(password="secret"))
+    # At a terminal it is asked for, once.
+    monkeypatch.setattr(attachments.streams, "is_terminal", lambda stream: True)
+    asked = []
+    monkeypatch.setattr(attachments.getpass, "getpass", lambda text, stream: asked.append(text) or "se cret")
+    assert attachments.open_file(str(path)) == [f"{path}, page 1:\nTotal due 42 EUR"] and len(asked) == 1
+    monkeypatch.setattr(attachments.getpass, "getpass", lambda text, stream: "nonsense")
+    with pytest.raises(DocumentError, match="not the right password"):
+        attachments.open_file(str(path))
+
+
+def test_b12_what_comes_out_of_a_pipe_is_a_file(tmp_path):
+    picture = encoded(Pillow.new("RGB", (9, 7)), "PNG")
+    for data, kind in ((b"some text\n", str), (picture, Image), (test_document.pdf(test_document.TEXT), str)):
+        out, into = os.pipe()
+        writer = threading.Thread(target=lambda: (time.sleep(0.05), os.write(into, data), os.close(into)))  # noqa: B023
+        writer.start()
+        (part,) = load_file(f"/dev/fd/{out}")
+        assert isinstance(part, kind)
+        writer.join()
+        os.close(out)
+    out, into = os.pipe()
+    os.close(into)
+    with pytest.raises(DocumentError, match="nothing came out of it"):
+        load_file(f"/dev/fd/{out}")
+    os.close(out)
+    with pytest.raises(DocumentError, match="larger than 128 MiB"):
+        load_file("/dev/zero")
+    _, terminal = os.openpty()
+    with pytest.raises(DocumentError, match="a terminal, not a file"):
+        load_file(os.ttyname(terminal))

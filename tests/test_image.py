@@ -145,8 +145,9 @@ def test_what_is_not_a_file_is_refused_at_once(tmp_path):
     (tmp_path / "large.png").write_bytes(b"")
     os.truncate(tmp_path / "large.png", (128 << 20) + 1)
     for path, says in {
-        tmp_path / "pipe": "not a regular file",
-        "/dev/zero": "not a regular file",
+        tmp_path / "pipe": "nothing came out of it",
+        "/dev/zero": "larger than 128 MiB",
+        "/dev/null": "nothing came out of it",
         tmp_path: "is a directory",
         tmp_path / "none.png": "no such file",
         tmp_path / "large.png": "larger than 128 MiB",
