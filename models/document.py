@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from ms4.models import pdf_page
 from ms4.models.image import MAX_BYTES, Image, PixelRule, load_image
 from ms4.models.untrusted import InputError, Reading, check_size, decode_text, drop_line_end, read_file, shown, sniff
 
@@ -51,7 +52,8 @@ def load_bytes(
     """The parts of a file's bytes.
 
     pages: as in `1-3,7`, for a PDF; None takes all.  pdf: `text` takes the text layer, `image` a picture of the page
-    with `side` pixels on its longer side, `auto` the text, and the picture too if the page has pictures or no text.
+    with `side` pixels on its longer side, `auto` the text, and the picture too if the page has pictures, drawings,
+    filled forms or annotations, or no text.
     rule: how the bytes of a text become text, and the password of a PDF.
     """
     name, kind = shown(name), sniff(data)
@@ -133,9 +135,9 @@ def _open_pages(
     for number in select_pages(pages or "1-", n_pages, name):
         page = document[number - 1]
         label = f"{name}, page {number}"
-        text = "" if mode == "image" else _page_text(page)
+        text = "" if mode == "image" else "\n".join(filter(None, (_page_text(page), *pdf_page.kept_apart(page))))
         parts: list[Attachment] = [f"{label}:\n{text}"] if text else [f"{label}:"]
-        if mode == "image" or mode == "auto" and (not text or _has_pictures(page)):
+        if mode == "image" or mode == "auto" and (not text or pdf_page.has_pictures(page)):
             n_images += 1
             if n_images > MAX_PDF_IMAGES:
                 raise DocumentError(f"{name}: over {MAX_PDF_IMAGES} pages as images; choose some, as in {name}:1-20")
@@ -153,12 +155,6 @@ def _page_text(page: Any) -> str:
     layer.close()
     # pdfium marks a hyphen at the end of a line with U+FFFE or U+0002.
     return text.replace("\ufffe", "-").replace("\x02", "-").replace("\0", "").strip()
-
-
-def _has_pictures(page: Any) -> bool:
-    import pypdfium2
-
-    return any(page.get_objects(filter=[pypdfium2.raw.FPDF_PAGEOBJ_IMAGE]))
 
 
 def _page_image(page: Any, digest: bytes, label: str, side: int) -> Image:

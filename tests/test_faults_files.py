@@ -598,3 +598,62 @@ def test_b12_what_comes_out_of_a_pipe_is_a_file(tmp_path):
     _, terminal = os.openpty()
     with pytest.raises(DocumentError, match="a terminal, not a file"):
         load_file(os.ttyname(terminal))
+
+
+# --- A4 -----------------------------------------------------------------------------------------------------------
+
+
+def with_annotation(annotation: bytes, form: bytes = b"") -> bytes:
+    """A page of text with one annotation, object 3 of the file being the font."""
+    page = test_document.pdf(test_document.TEXT)
+    page = page.replace(b"/Type/Page/Parent", b"/Type/Page/Annots[<<%s>>]/Parent" % annotation)
+    return page.replace(b"<</Type/Catalog", b"<</Type/Catalog" + form)
+
+
+def seen(data: bytes, mode: str = "auto") -> tuple[str, bool]:
+    """The text of the page, and whether its picture comes with it."""
+    text, *pictures = test_document.doc.load_bytes(data, "a.pdf", pdf=mode)
+    return text, bool(pictures)
+
+
+@pytest.mark.parametrize(
+    "drawing, counts",
+    [
+        (b"0 0 1 rg 100 100 40 200 re f ", True),  # a bar
+        (b"100 100 m 150 180 l 200 120 l S ", True),  # a curve
+        (b"/P sh ", False),  # nothing: there is no such shading
+        (b"72 690 m 300 690 l S ", False),  # a line under the text
+        (b"72 690 300 1 re f ", False),
+        (b"1 1 1 rg 0 0 595 842 re f ", False),  # a background
+        (b"100 100 40 200 re W n ", False),  # a clipping
+    ],
+)
+def test_a4_a_page_with_drawings_counts_as_one_with_pictures(drawing, counts):
+    text, picture = seen(test_document.pdf(drawing + test_document.TEXT))
+    assert "Total due 42 EUR" in text and picture == counts
+    assert not seen(test_document.pdf(drawing + test_document.TEXT), "text")[1]
+
+
+NOTE = b"/Type/Annot/Subtype/FreeText/Rect[10 10 200 60]/DA(/F 12 Tf)/Contents(PAID in May)"
+FIELD = b"/Type/Annot/Subtype/Widget/FT/Tx/T(Name)/Rect[10 10 200 60]/DA(/F 12 Tf)"
+
+
+def test_a4_annotations_and_form_values_reach_the_model():
+    for mode in ("auto", "text"):
+        text, picture = seen(with_annotation(NOTE), mode)
+        assert "Total due 42 EUR\n[note on the page: PAID in May]" in text and picture == (mode == "auto")
+    for hidden in (NOTE + b"/F 2", NOTE.replace(b"FreeText", b"Link"), NOTE + b"/F 32"):
+        assert seen(with_annotation(hidden)) == ("a.pdf, page 1:\nTotal due 42 EUR", False)
+
+
+def test_a4_form_values(tmp_path):
+    def form(value: bytes) -> bytes:
+        page = test_document.pdf(test_document.TEXT)
+        data = page.replace(b"<</Type/Catalog", b"<</Type/Catalog/AcroForm<</Fields[9 0 R]/DA(/F 12 Tf)>>")
+        data = data.replace(b"/Type/Page/Parent", b"/Type/Page/Annots[9 0 R]/Parent")
+        return data.replace(b"xref\n", b"9 0 obj\n<<%s%s>>\nendobj\nxref\n" % (FIELD, value), 1)
+
+    for mode in ("auto", "text"):
+        text, picture = seen(form(b"/V(Ada Lovelace)"), mode)
+        assert "[form field Name: Ada Lovelace]" in text and picture == (mode == "auto")
+    assert seen(form(b"")) == ("a.pdf, page 1:\nTotal due 42 EUR", False)
