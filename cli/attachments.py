@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from ms4.cli import streams
-from ms4.cli.errors import MissingError, UnreadableError, UsageError
+from ms4.cli.errors import MissingError, UnreadableError, UsageError, escape
 from ms4.models import document
 from ms4.models.document import MAX_PDF_BYTES, UTF_8, Attachment
 from ms4.models.image import MAX_BYTES, Image, load_image
@@ -63,6 +63,7 @@ class Sources:
 def gather(sources: Sources, words: Sequence[str]) -> Content:
     """The content of a message: images, files, then the text from stdin and from the arguments."""
     taken = sources.take_stdin()
+    refuse_file_names(sources, words)
     parts: list[Attachment] = [open_image(path, sources.quiet) for path in sources.images]
     for spec in sources.files:
         parts += open_file(spec, sources.pdf, sources.rule, sources.quiet)
@@ -172,6 +173,27 @@ def dropped(line: str) -> list[str]:
             return []
         found.append(path)
     return found
+
+
+def refuse_file_names(sources: Sources, words: Sequence[str]) -> None:
+    """-i and -f take one file each: what stands behind it, as of *.jpg, would be taken for words of the prompt."""
+    lost = [word for word in words if sources and _is_document(word, bool(sources.files))]
+    if lost:
+        option, given = ("-f", sources.files) if sources.files else ("-i", sources.images)
+        right = " ".join(f"{option} {shlex.quote(path)}" for path in (*given, *lost))
+        raise UsageError(f"{shown(lost[0][-80:])} is a file, not a word of the prompt", escape(right, 200))
+
+
+def _is_document(word: str, texts: bool) -> bool:
+    """True if a word is the name of a picture or a PDF, or with `texts` of any file that has an extension."""
+    path = document.split_spec(word)[0]
+    try:
+        if not os.path.isfile(path):
+            return False
+        with open(path, "rb") as file:
+            return sniff(file.read(2048)) is not None or (texts and bool(os.path.splitext(path)[1]))
+    except (OSError, ValueError):
+        return False
 
 
 def refuse_address(path: str) -> None:

@@ -657,3 +657,25 @@ def test_a4_form_values(tmp_path):
         text, picture = seen(form(b"/V(Ada Lovelace)"), mode)
         assert "[form field Name: Ada Lovelace]" in text and picture == (mode == "auto")
     assert seen(form(b"")) == ("a.pdf, page 1:\nTotal due 42 EUR", False)
+
+
+# --- A3 -----------------------------------------------------------------------------------------------------------
+
+
+def test_a3_a_file_behind_a_file_is_no_word_of_the_prompt(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jpg", "b.jpg", "c d.jpg"):
+        (tmp_path / name).write_bytes(encoded(Pillow.new("RGB", (9, 7)), "JPEG"))
+    (tmp_path / "e.pdf").write_bytes(test_document.pdf(test_document.TEXT))
+    (tmp_path / "notes.txt").write_text("some text")
+    (tmp_path / "Makefile").write_text("all:\n")
+    for arguments, hint in {
+        ("-i", "a.jpg", "b.jpg", "What?"): "-i a.jpg -i b.jpg",
+        ("What?", "-i", "a.jpg", "b.jpg", "c d.jpg"): "-i a.jpg -i b.jpg -i 'c d.jpg'",
+        ("-f", "e.pdf", "notes.txt", "What?"): "-f e.pdf -f notes.txt",
+        ("-f", "notes.txt", "e.pdf:1", "What?"): "-f notes.txt -f e.pdf:1",
+    }.items():
+        got = command("run", "-m", test_cli.MODEL, *arguments)
+        assert test_cli.refused(got, 2, "is a file, not a word of the prompt") and f"hint: {hint}\n" in got.err
+    for words in (("notes.txt", "b.jpg"), ("-f", "notes.txt", "What", "of", "Makefile"), ("-f", "e.pdf", "is a.jpg?")):
+        assert command("run", "-m", test_cli.MODEL, "--count", *words).code == 0, words
