@@ -81,7 +81,11 @@ def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0) -> "
 
 def context_for(model: "Model", n_ctx: int) -> int:
     """The size of the kv cache: what was asked for, unless the model allows less."""
-    most = model.engine.shape.n_ctx_train
+    return context_within(model.engine.shape.n_ctx_train, n_ctx)
+
+
+def context_within(most: int, n_ctx: int) -> int:
+    """The same, of a model that allows `most`."""
     if n_ctx > most and n_ctx != N_CTX_DEFAULT:
         raise UsageError(f"--ctx {n_ctx}: the model allows at most {most} tokens")
     return min(n_ctx, most)

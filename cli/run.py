@@ -7,7 +7,7 @@ that cannot be answered.
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ms4
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from ms4.models.model import Model
     from ms4.models.sampling import Sampler
     from ms4.models.vision import ImageInput
+
+
+SHORT = 1024  # tokens that every context of a usable model holds
+OVERHEAD = 128  # tokens of a prompt that are not its texts
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,19 @@ def run(request: Request, sampling: Sampling, engine: EngineOptions) -> int:
     if request.only:
         return show_prompt(request, sampling, engine, messages, images)
     output = streams.Output(request.output)
+    name = os.path.basename(engine.require())
+    about = writers.About(name, ms4.__version__, sampling.effort, sampler.seed, request.prefill, 0, announced)
+    try:
+        check_length(request, sampling, engine, messages, images)
+    except BaseException as error:
+        new_writer(request, output, about).failed(*errors.describe(error))
+        output.close()
+        raise
     begun = time.monotonic()
     with loading.open_model(engine, status) as model:
         load_ms = round(1000 * (time.monotonic() - begun))
-        name = os.path.basename(engine.require())
-        about = writers.About(name, ms4.__version__, sampling.effort, sampler.seed, request.prefill, load_ms, announced)
-        job = Job(request, model, sampler, new_writer(request, output, about), status, images)
+        writer = new_writer(request, output, replace(about, load_ms=load_ms))
+        job = Job(request, model, sampler, writer, status, images)
         try:
             return job.answer(messages, sampling.effort)
         except BaseException as error:
@@ -97,6 +108,33 @@ def system_text(given: str, rule: Reading) -> str:
     if not given.startswith("@"):
         return streams.argument(given, "--system", rule)
     return drop_line_end(streams.read_text(given[1:], rule))
+
+
+def check_length(
+    request: Request, sampling: Sampling, engine: EngineOptions, messages: list[dict[str, Any]], images: "ImageInput"
+) -> None:
+    """An error for a prompt that is too long, before the weights are loaded: the tokenizer is enough.
+
+    A short text, which has no more tokens than bytes, is not worth a second look at the header of the file.
+    """
+    texts = [message["content"] for message in messages]
+    if all(isinstance(text, str) for text in texts):
+        n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
+        if n_bytes + (request.max_tokens or 1) + OVERHEAD <= min(request.n_ctx, SHORT):
+            return
+    from ms4.models import mistral4
+    from ms4.models import prompt as prompts
+    from ms4.models.answer import ContextError
+    from ms4.models.vocabulary import Vocabulary
+    from ms4.quant.gguf_file import GgufFile
+
+    gguf = GgufFile.open(engine.require())
+    most = mistral4.shape_of(gguf).n_ctx_train
+    n_ctx = loading.context_within(most, request.n_ctx)
+    tokenizer = loading.usable(Vocabulary.from_gguf(gguf))
+    n_prompt = len(prompts.render(messages, tokenizer, effort=sampling.effort, measure=images.measure).ids)
+    if n_prompt + (request.max_tokens or 1) > n_ctx:
+        raise no_room(ContextError(n_prompt, n_ctx, request.max_tokens), most)
 
 
 def show_prompt(

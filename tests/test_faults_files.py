@@ -679,3 +679,25 @@ def test_a3_a_file_behind_a_file_is_no_word_of_the_prompt(command, tmp_path, mon
         assert test_cli.refused(got, 2, "is a file, not a word of the prompt") and f"hint: {hint}\n" in got.err
     for words in (("notes.txt", "b.jpg"), ("-f", "notes.txt", "What", "of", "Makefile"), ("-f", "e.pdf", "is a.jpg?")):
         assert command("run", "-m", test_cli.MODEL, "--count", *words).code == 0, words
+
+
+# --- B7 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, stdin",
+    [
+        (("--ctx", 64), b"long " * 100),
+        ((), b"long " * 40_000),
+        (("--ctx", 256, "-n", 200, "-s", "long " * 100, "Hi"), b""),
+        (("--ctx", 40, "-i", DATA / "bravo-image.png", "Hi"), b""),
+    ],
+)
+def test_b7_a_prompt_that_is_too_long_is_refused_before_the_model_is_loaded(command, monkeypatch, arguments, stdin):
+    def open_model(*_):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(repl.loading, "open_model", open_model)
+    got = command("run", "-m", test_cli.MODEL, *arguments, stdin=stdin)
+    assert got.code == 3 and "tokens" in got.err and "loaded" not in got.err, got
+    assert "loaded" in command("run", "-m", test_cli.MODEL, "Hi").err  # one that fits gets that far
