@@ -47,6 +47,19 @@ class Sources:
     stdin: bool = True
     quiet: bool = False  # about waiting for stdin
 
+    @classmethod
+    def of(
+        cls,
+        images: Sequence[str] | None,
+        files: Sequence[str] | None,
+        pdf: str,
+        rule: Reading,
+        stdin: bool,
+        quiet: bool,
+    ) -> Sources:
+        """The same, from options as they come."""
+        return cls(tuple(images or ()), tuple(files or ()), pdf, rule, stdin, quiet)
+
     def __bool__(self) -> bool:
         return bool(self.images or self.files)
 

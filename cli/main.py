@@ -133,9 +133,7 @@ def run(
     sampling = opt.Sampling(effort, greedy, temp, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
     request = one_shot.Request(
         words=tuple(prompt or ()),
-        attached=one_shot.Sources(
-            tuple(image or ()), tuple(file or ()), pdf, Reading(encoding, lossy, pdf_password), not no_stdin, quiet
-        ),
+        attached=one_shot.Sources.of(image, file, pdf, Reading(encoding, lossy, pdf_password), not no_stdin, quiet),
         images=one_shot.ImageOptions(mmproj, image_max_tokens),
         system=system,
         prefill=prefill,
