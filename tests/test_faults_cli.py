@@ -662,7 +662,7 @@ def test_d3_an_ignored_interrupt_stays_ignored():
 
 def test_d3_it_is_what_the_command_runs():
     assert '\nms4 = "ms4_command:main"\n' in (ROOT / "pyproject.toml").read_text()
-    imports = re.findall(r"^(?:import|from) (\w+)", (ROOT / "ms4_command.py").read_text(), re.MULTILINE)
+    imports = re.findall(r"^(?:import|from) (\w+)", (ROOT / "cli" / "ms4_command.py").read_text(), re.MULTILINE)
     assert imports == ["os", "_signal"]
 
 

@@ -4,7 +4,9 @@ Everything else, the package itself included, takes time to import, and an inter
 """
 
 import os
-from _signal import SIG_DFL, SIG_IGN, SIGINT, default_int_handler, getsignal, signal  # `signal` itself takes time
+
+# `signal` itself takes time to import.
+from _signal import SIG_DFL, SIG_IGN, SIGINT, default_int_handler, getsignal, signal  # type: ignore[import-not-found]
 
 INTERRUPTED = 130
 
