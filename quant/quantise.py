@@ -209,6 +209,9 @@ def superblock_with_mins(
         _, its_error = integers(solved[0], scales, solved[1], mins)
         better = its_error.sum(1, keepdims=True) < error.sum(1, keepdims=True)
         d, dmin = np.where(better, solved[0], d), np.where(better, solved[1], dmin)
+    # Where all weights are tiny, halves are so coarse that zeros may be nearer.
+    worse = integers(d, scales, dmin, mins)[1].sum(1, keepdims=True) > dot(x, x).sum(1, keepdims=True)
+    d, dmin = np.where(worse, np.float32(0), d), np.where(worse, np.float32(0), dmin)
     return d, dmin, scales, mins, integers(d, scales, dmin, mins)[0].reshape(len(x), -1)
 
 
