@@ -242,7 +242,7 @@ class StopFlag:
         self._flag = ffi.new("int32_t *")
 
     def set(self) -> None:
-        self._flag[0] = 1
+        lib.ms4_stop(self._flag)  # a plain store would race with whoever looks
 
     def is_set(self) -> bool:
         return bool(self._flag[0])

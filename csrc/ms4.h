@@ -163,6 +163,7 @@ typedef struct {
  * appended, else the first other status of a span.  Only MS4_ECANCELED and MS4_ENUMBER concern a span alone: after any
  * other failure nothing has been appended.  What a span gets does not depend on the others, to the last bit. */
 int ms4_step(ms4_engine *engine, ms4_span *spans, size_t n_spans);
+void ms4_stop(int32_t *stop);                                    /* raises a flag, from any thread */
 
 /* --- images ------------------------------------------------------------------------------- */
 typedef struct ms4_vision ms4_vision;            /* a vision tower with its projector (SPEC 3); belongs to an engine */

@@ -278,6 +278,7 @@ static int take_turn(ms4_engine *e, run *r) {
     }
     return status;
 }
+void ms4_stop(int32_t *stop) { atomic_store((atomic_int *)stop, 1); }
 int ms4_step(ms4_engine *e, ms4_span *spans, size_t n_spans) {
     TRY(check(e, spans, n_spans));
     run r = { .e = e, .spans = spans, .n_spans = n_spans, .st = { .shape = &e->shape } };
