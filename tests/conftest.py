@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import sys
 
 # The threads of BLAS spin while they wait for one another: with other work on all cores that takes ten times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -53,3 +54,26 @@ def guarded():
         return view
 
     return place
+
+
+@pytest.fixture
+def ms4(monkeypatch):
+    """ms4(arguments..., stdin=bytes, terminal=names of streams) -> (exit code, stdout, stderr), in this process."""
+    from standins import Stream
+
+    from ms4.cli import start
+
+    for name in [n for n in os.environ if n.startswith("MS4_") and n != "MS4_ISA"]:
+        monkeypatch.delenv(name)
+
+    def run(*arguments, stdin=b"", terminal=()):
+        made = {
+            name: Stream(stdin if name == "stdin" else b"", name in terminal) for name in ("stdin", "stdout", "stderr")
+        }
+        for name, stream in made.items():
+            monkeypatch.setattr(sys, name, stream)
+        monkeypatch.setattr(sys, "argv", ["ms4", *map(str, arguments)])
+        code = start.main()
+        return code, *(made[name].buffer.getvalue().decode() for name in ("stdout", "stderr"))
+
+    return run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import lzma
 import zlib
 from functools import cache
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ms4 import ROW, Canceled, EngineError
+from ms4.models.answer import Statistics
 from ms4.models.control import Control
 from ms4.models.tokenizer import Tokenizer
 
@@ -146,3 +149,19 @@ class ScriptedEngine:
         except AssertionError as error:
             self.faults.append(error)
             raise
+
+
+class Stream(io.TextIOWrapper):
+    """A standard stream of this process, which may say that it is a terminal."""
+
+    def __init__(self, data=b"", terminal=False):
+        super().__init__(io.BytesIO(data), encoding="ascii")
+        self._terminal = terminal
+
+    def isatty(self):
+        return self._terminal
+
+
+def statistics(**more):
+    values = dict.fromkeys((field.name for field in dataclasses.fields(Statistics)), 0) | {"n_ctx": 32768}
+    return Statistics(**(values | more))

@@ -1,8 +1,6 @@
 """Faults of the command line and the terminal that users met, each test named after its row in the list."""
 
-import dataclasses
 import fcntl
-import io
 import json
 import os
 import pty
@@ -18,49 +16,19 @@ from pathlib import Path
 
 import pytest
 import typer
+from standins import Stream, statistics
 
 from ms4 import StopFlag
-from ms4.cli import doctor, elsewhere, errors, options, render, repl, start, state, streams, writers
-from ms4.cli import run as one_shot
+from ms4.cli import elsewhere, errors, render, repl, start, streams, writers
 from ms4.cli.follow import follow
 from ms4.cli.main import app
-from ms4.models import untrusted, usage
-from ms4.models.answer import Done, Prefill, Statistics
-from ms4.models.answer_parser import Text, Thinking, ToolCall
+from ms4.models import untrusted
+from ms4.models.answer import Done, Prefill
+from ms4.models.answer_parser import Text, Thinking
 from ms4.quant import gguf_file, visible
 
 ROOT = Path(__file__).parents[1]
 MODEL = str(ROOT / "tests" / "data" / "bravo-Q4_K_M.gguf")
-
-
-class Stream(io.TextIOWrapper):
-    """A standard stream of this process, which may say that it is a terminal."""
-
-    def __init__(self, data=b"", terminal=False):
-        super().__init__(io.BytesIO(data), encoding="ascii")
-        self._terminal = terminal
-
-    def isatty(self):
-        return self._terminal
-
-
-@pytest.fixture
-def ms4(monkeypatch):
-    """ms4(arguments..., stdin=bytes, terminal=names of streams) -> (exit code, stdout, stderr), in this process."""
-    for name in [n for n in os.environ if n.startswith("MS4_") and n != "MS4_ISA"]:
-        monkeypatch.delenv(name)
-
-    def run(*arguments, stdin=b"", terminal=()):
-        made = {
-            name: Stream(stdin if name == "stdin" else b"", name in terminal) for name in ("stdin", "stdout", "stderr")
-        }
-        for name, stream in made.items():
-            monkeypatch.setattr(sys, name, stream)
-        monkeypatch.setattr(sys, "argv", ["ms4", *map(str, arguments)])
-        code = start.main()
-        return code, *(made[name].buffer.getvalue().decode() for name in ("stdout", "stderr"))
-
-    return run
 
 
 # --- A1: characters of somebody's language are no control characters
@@ -370,131 +338,6 @@ def test_c5_help_and_version_are_commands_too(ms4):
 def test_c5_what_is_no_number_is_not_outside_a_range(ms4):
     for option in ("--temp", "--top-p", "--min-p"):
         assert f"{option}: abc is not a number" in ms4("run", "x", option, "abc")[2]
-
-
-# --- C4: what is said when an answer ends
-
-
-def statistics(**more):
-    values = dict.fromkeys((field.name for field in dataclasses.fields(Statistics)), 0) | {"n_ctx": 32768}
-    return Statistics(**(values | more))
-
-
-@pytest.mark.parametrize(
-    "reason, answered, code, says",
-    [
-        ("stop", False, 3, "the model ended by itself after 7 tokens of thought, without an answer"),
-        ("length", False, 3, "7 tokens of thought and no answer; allow more with --max-tokens"),
-        ("context", False, 3, "the context of 32768 tokens is full; --ctx allows more"),
-        ("interrupted", False, 130, ""),
-        ("tool_calls", False, 0, ""),
-        ("stop", True, 0, ""),
-        ("length", True, 0, ""),
-    ],
-)
-def test_c4_what_ended_a_thought_is_what_is_said(reason, answered, code, says):
-    assert one_shot.verdict(Done(reason, statistics(n_thinking=7, n_answer=7)), answered, strict=False) == (code, says)
-
-
-# --- C7: the note about the demonstration
-
-
-@pytest.fixture
-def demo(ms4, monkeypatch, tmp_path):
-    """Two calls of ms4 on the demonstration: their stderr."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    return lambda *arguments, n=2: [ms4(*arguments)[2] for _ in range(n)]
-
-
-def test_c7_the_note_is_short_and_comes_once_a_day_and_terminal(demo, monkeypatch, tmp_path):
-    run = ("run", "--greedy", "-n", "1", "Hi")
-    first, second = demo(*run)
-    assert first.startswith("ms4: ") and "demonstration" in first and "-m FILE" in first
-    assert first.count("\n") == 1 and len(first) <= 80 and second == ""
-    monkeypatch.setattr(state, "terminal", lambda: "/dev/pts/7")
-    assert demo(*run, n=3) == [first, "", ""]
-    monkeypatch.setattr(state.time, "strftime", lambda form: "2026-01-01")
-    assert demo(*run) == [first, ""]
-    monkeypatch.setattr(state, "terminal", lambda: "none")
-    assert demo(*run) == [first, ""]
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["demo-noted"]
-
-
-@pytest.mark.parametrize("more", [["-q"], ["--count"], ["--show-prompt"]])
-def test_c7_never_where_it_is_not_asked_for(demo, more):
-    assert demo("run", "--greedy", "-n", "1", *more, "Hi", n=1) == [""]
-    assert "demonstration" in demo("run", "--greedy", "-n", "1", "Hi")[0], "it was not used up"
-
-
-def test_c7_a_folder_that_cannot_be_written_is_no_obstacle(demo, monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    assert all("demonstration" in said for said in demo("run", "--greedy", "-n", "1", "Hi"))
-
-
-# --- C11: numbers
-
-
-def test_c11_sizes_are_shown_as_they_are_typed():
-    shown = {n: render.short(n) for n in (0, 812, 1000, 1024, 2400, 4096, 10_000, 32_000, 32_768, 33_100, 1 << 20)}
-    assert [*shown.values()] == ["0", "812", "1.0k", "1K", "2.4k", "4K", "10k", "32k", "32K", "33k", "1024K"]
-    for text, value in (("32K", 32768), ("32k", 32000)):
-        assert options.size(text) == value and render.short(value) == text
-    assert render.statistics(statistics()).endswith("ctx 0/32K")
-
-
-def test_c11_one_token_has_no_rate():
-    assert " · wrote 1 tok · ctx" in render.statistics(statistics(n_answer=1, s_decode=0.0))
-    assert " · wrote 1 tok (1 thinking) · ctx" in render.statistics(statistics(n_answer=1, n_thinking=1))
-    assert " · wrote 3 tok 4.0 tok/s · ctx" in render.statistics(statistics(n_answer=3, n_decode=2, s_decode=0.5))
-
-
-def test_c11_units_fit(ms4):
-    given = (0, 1023, 1024, 300 << 10, 5 << 20, (1 << 30) - 1, 1 << 30, 70 << 30)
-    wanted = ["0.0 GiB", "1023 bytes", "1.0 KiB", "300.0 KiB", "5.0 MiB", "1024.0 MiB", "1.0 GiB", "70.0 GiB"]
-    assert [doctor.gib(n) for n in given] == wanted
-    assert "0.0 GiB" not in next(line for line in ms4("doctor", "-m", MODEL)[1].splitlines() if " model " in line)
-
-
-# --- C12: shapes
-
-
-def test_c12_tool_calls_carry_an_id():
-    calls = [ToolCall(n, "f", "{}", True) for n in range(100)]
-    said = usage.message("", calls=calls)["tool_calls"]
-    assert [call["id"] for call in said] == [call.id for call in calls] and len({call["id"] for call in said}) == 100
-    assert all(re.fullmatch("[a-zA-Z0-9]{9}", call["id"]) for call in said)
-    assert {*said[0]} == {"id", "type", "function"} and said[0]["type"] == "function"
-
-
-def test_c12_the_stream_carries_it_too(monkeypatch):
-    stream = Stream()
-    monkeypatch.setattr(sys, "stdout", stream)
-    writer = writers.JsonlWriter(streams.Output(), writers.About("m", "0", "none", 1, "", 0))
-    call = ToolCall(0, "f", "{}", True)
-    writer.event(call)
-    assert json.loads(stream.buffer.getvalue().splitlines()[-1])["id"] == call.id
-
-
-def test_c12_alternatives_say_their_token(ms4):
-    out = ms4("run", "-m", MODEL, "--greedy", "-n", "3", "--format", "json", "--logprobs", "3", "Hi")[1]
-    for token in json.loads(out)["choices"][0]["logprobs"]["content"]:
-        for one in (token, *token["top_logprobs"]):
-            assert bytes(one["bytes"]).decode("utf-8", "replace") == one["token"]
-        assert len(token["top_logprobs"]) == 3 and token["top_logprobs"][0]["token"] == token["token"]
-
-
-def test_c12_a_dash_after_o_is_stdout(ms4, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    run = ("run", "-m", MODEL, "--greedy", "-n", "3", "Hi")
-    assert ms4(*run, "-o", "-") == ms4(*run) and ms4(*run, "--show-prompt", "-o", "-")[1]
-    with open("out", "wb") as file:
-        command = "import sys; from ms4.cli.start import main; sys.exit(main())"
-        logits = [sys.executable, "-c", command, "logits", "-m", MODEL, "--ids", "-", "-o"]
-        subprocess.run([*logits, "-"], input=b"[1, 2]", stdout=file, check=True)
-        subprocess.run([*logits, "file"], input=b"[1, 2]", check=True)
-    assert Path("out").read_bytes() == Path("file").read_bytes()
-    assert sorted(os.listdir()) == ["file", "out"]
 
 
 # --- C1, C2, D2: streams
