@@ -1,0 +1,192 @@
+/* kernels.h -- what host and device say to each other: every kernel, its arguments, its grid.
+ *
+ * Included by the host's C (cuda_*.c), by device code (*.cu, as nvcc or g++ compile it) and by the emulated driver of
+ * the tests.  Every kernel takes one struct by value.  Pointers are addresses of the device, or of pinned memory that
+ * the device sees at the same address (job lists, what the router chose).  The arithmetic is that of ops.h; shapes are
+ * those of device.h: rows of floats, and of block_q8 (64-byte aligned) where a buffer has blocks (q NULL: it has none).
+ */
+#ifndef MS4_CUDA_KERNELS_H
+#define MS4_CUDA_KERNELS_H
+#include "quant.h"
+
+/* --- products: y = w x for one or more matrices of one type; kernels mul_<type> and gemm_<type> ----------------- */
+/* y[t * y_stride + r] = (add ? y + : ) (row r of w) . (row x_rows ? x_rows[t] : t of x), times scale where scaled.
+ * w: the file's bytes, at an address aligned as in the file (32 bytes a tensor; rows follow without gaps), so a row of
+ * a 2-byte or 1-byte aligned type begins anywhere; memory behind the last row may be read up to the next multiple of 16
+ * bytes.  x: block_q8 for quantised types, floats for f32, f16, bf16; x_stride in bytes. */
+typedef struct {
+    const uint8_t *w;
+    size_t row_bytes;
+    const void *x;
+    size_t x_stride;
+    const int32_t *x_rows;
+    float *y;
+    size_t y_stride;
+    float scale;
+    int32_t scaled, add, n_rows, n_cols, n_tokens;
+    int32_t first_block;                                      /* of the grid; ascending by job */
+} mul_job;
+typedef struct { const mul_job *jobs; int32_t n_jobs; } mul_args;
+#define MUL_THREADS 256        /* mul: few tokens */
+#define MUL_ROWS 32
+#define MUL_TOKENS 4           /* of one block; more tokens are more blocks */
+#define GEMM_THREADS 256       /* gemm: many tokens, on tensor cores where the type is quantised */
+#define GEMM_ROWS 128
+#define GEMM_TOKENS 64
+#define GEMM_FROM 8            /* tokens of a job from which gemm is the faster one */
+static inline int32_t mul_blocks(const mul_job *j) {
+    return (j->n_rows + MUL_ROWS - 1) / MUL_ROWS * ((j->n_tokens + MUL_TOKENS - 1) / MUL_TOKENS);
+}
+static inline int32_t gemm_blocks(const mul_job *j) {
+    return (j->n_rows + GEMM_ROWS - 1) / GEMM_ROWS * ((j->n_tokens + GEMM_TOKENS - 1) / GEMM_TOKENS);
+}
+
+/* --- rows; grid (n rows) unless said otherwise ------------------------------------------------------------------ */
+typedef struct {               /* y = rms_norm(x) * weight, and its blocks; x and y may be the same */
+    const float *x, *weight;
+    float *y;
+    block_q8 *q;
+    size_t x_stride, y_stride, blocks;                        /* floats, floats, blocks of a row */
+    int32_t n, width;
+    float eps;
+} norm_args;
+typedef struct { const float *x; block_q8 *q; size_t x_stride, blocks; int32_t n, width; } quantize_args;
+typedef struct {               /* hidden = act(gate) * up, as floats (f), as blocks (q), or both; act: SiLU or GELU */
+    const float *gate, *up;                                   /* rows of width floats, without gaps */
+    float *f;                                                 /* likewise, or NULL */
+    block_q8 *q;                                              /* rows of `blocks`, or NULL */
+    size_t blocks;
+    int32_t n, width, gelu;
+} act_args;
+typedef struct {               /* b += bias (or NULL), then GELU if asked for, then its blocks */
+    float *b;
+    const float *bias;
+    block_q8 *q;
+    size_t stride, blocks;
+    int32_t n, width, gelu;
+} bias_args;
+typedef struct {               /* rows[i] >= i, ascending: to row i of `to`, another place than `from` */
+    const float *from;
+    float *to;
+    const int32_t *rows;
+    size_t stride;                                            /* of both, in floats (a block_q8 is 80) */
+    int32_t n, width;                                         /* width in floats, too */
+} gather_args;
+/* h[t] = fma(weight, pairs[row], h[t]) for the k pairs of token t, ascending; row, weight: n x k. */
+typedef struct {
+    float *h;
+    const float *pairs, *weight;
+    const int32_t *row;
+    size_t stride;                                            /* of h and pairs */
+    int32_t n, k, width;
+} sum_args;
+typedef struct {               /* ops.h, choose: ids, weights: n x k, ascending by id */
+    const float *logits;
+    int32_t *ids;
+    float *weights;
+    size_t stride;
+    int32_t n, n_expert, k, norm;
+    float scale;
+} choose_args;
+
+/* --- attention -------------------------------------------------------------------------------------------------- */
+/* Where a row of the step lies in the kv cache: its block (all layers; kv_cache.c has the picture) and its number in
+ * it.  In a layer: KV_ROWS rows of rank + d_rope int16_t, then KV_ROWS times three floats. */
+#define KV_ROWS 128
+typedef struct { uint8_t *block; int32_t at, pad; } kv_place;
+typedef struct {               /* kv: latent normalised, rope key rotated, both to the cache as 16-bit integers */
+    float *kv;                                                /* stride floats a row; overwritten */
+    const float *weight, *rope;                               /* rope: d_rope floats a row: cos, sin of each pair */
+    const kv_place *places;
+    size_t stride, layer_offset;                              /* bytes into a block */
+    int32_t n, rank, d_rope;
+    float eps;
+} latents_args;
+typedef struct {               /* q: rope part of every head rotated, then all of it times the row's factor */
+    float *q;
+    const float *rope, *scale;
+    size_t stride;
+    int32_t n, n_head, d_nope, d_rope;
+} queries_args;
+/* absorbed (row t, head h: rank floats at (t * n_head + h) * rank) and the rope part of q, each to 16-bit integers:
+ * rank + d_rope of them and two scales for each row and head.  Grid (n_head, n). */
+typedef struct {
+    const float *absorbed, *q;
+    int16_t *out;
+    float *out_d;
+    size_t q_stride;
+    int32_t n, n_head, rank, d_nope, d_rope;
+} query_16_args;
+typedef struct { const uint8_t *const *blocks; int32_t first, n, pos, pad; } kv_span;      /* as span, step.h */
+/* Every row of the step to one segment: partial[((t * most) + segment) * n_head + h] = { m, l, o[rank] }; segments that
+ * a row does not see are left alone.  Grid (most, n, heads / ATTEND_HEADS rounded up). */
+#define ATTEND_HEADS 16
+typedef struct {
+    const int16_t *q;
+    const float *q_d;
+    const kv_span *spans;
+    const int32_t *row_span;                                  /* by row: its span */
+    float *partial;
+    size_t layer_offset;
+    int32_t n, n_head, rank, d_rope, most;                    /* most: segments of the row that sees most */
+} segments_args;
+/* x[(t * n_head + h) * rank ..] = o / l of the folded segments (ops.h, fold).  Grid (n_head, n). */
+typedef struct {
+    const float *partial;
+    float *x;
+    const kv_span *spans;
+    const int32_t *row_span;
+    int32_t n, n_head, rank, most;
+} fold_args;
+/* Both at once, for many rows: n rows of a span from `first` (a row of the step) on, at most ATTEND_TILE, through all
+ * their segments, folded on the way; the result as of fold.  Grid (n_tiles, heads / ATTEND_HEADS rounded up). */
+#define ATTEND_TILE 4
+typedef struct { int32_t span, first, n; } attend_tile;
+typedef struct {
+    const int16_t *q;
+    const float *q_d;
+    const kv_span *spans;
+    const attend_tile *tiles;
+    float *x;
+    size_t layer_offset;
+    int32_t n_tiles, n_head, rank, d_rope;
+} attend_rows_args;
+
+/* --- the tower -------------------------------------------------------------------------------------------------- */
+/* q, k: 2D rope (the first half of a head's pairs by row, the second by column), q scaled first. */
+typedef struct {
+    float *q, *k;
+    const float *rope;                                        /* by row or column: d_head floats */
+    size_t stride;
+    int32_t n, columns, n_head, d_head;
+    float scale;
+} rotate_args;
+/* x = softmax(q k) v, every patch to all (ops.h, attend).  Grid (n / ATTEND_PATCHES rounded up, n_head). */
+#define ATTEND_PATCHES 32
+typedef struct { const float *q, *k, *v; float *x; size_t stride; int32_t n, n_head, d_head; } attend_patches_args;
+/* Group first + i of merge x merge patches, channel-major, to row i of `to`, and its blocks. */
+typedef struct {
+    const float *from;
+    float *to;
+    block_q8 *q;
+    size_t from_stride, to_stride, blocks;
+    int32_t first, n, columns, merge, width;                  /* width: channels of a patch */
+} merge_args;
+
+/* X(name, type of its argument, threads of a block) */
+#define CUDA_ROW_KERNELS(X) \
+    X(norm_rows, norm_args, 256) X(quantize_rows, quantize_args, 256) X(act_rows, act_args, 256) \
+    X(bias_rows, bias_args, 256) X(gather_rows, gather_args, 256) X(sum_pairs, sum_args, 256) \
+    X(choose_experts, choose_args, 128) X(latents_rows, latents_args, 128) X(queries_rows, queries_args, 128) \
+    X(query_16_rows, query_16_args, 32) X(attend_segments, segments_args, 256) X(fold_segments, fold_args, 128) \
+    X(attend_rows, attend_rows_args, 256) X(rotate_patches, rotate_args, 128) \
+    X(attend_patches, attend_patches_args, 128) X(merge_patches, merge_args, 128)
+
+/* Dynamic shared memory of a launch, in bytes; a kernel that is not named takes none.  Whoever writes a kernel keeps
+ * its line right (a test compiles every kernel for 99 KB cards). */
+static inline size_t mul_shared(int type) { (void)type; return 0; }
+static inline size_t gemm_shared(int type) { (void)type; return 0; }
+static inline size_t segments_shared(int32_t rank, int32_t d_rope) { (void)rank; (void)d_rope; return 0; }
+static inline size_t attend_rows_shared(int32_t rank, int32_t d_rope) { (void)rank; (void)d_rope; return 0; }
+static inline size_t norm_shared(int32_t width) { (void)width; return 0; }
+#endif
