@@ -41,7 +41,9 @@ static inline int32_t gemm_blocks(const mul_job *j) {
     return (j->n_rows + GEMM_ROWS - 1) / GEMM_ROWS * ((j->n_tokens + GEMM_TOKENS - 1) / GEMM_TOKENS);
 }
 
-/* --- rows; grid (n rows) unless said otherwise ------------------------------------------------------------------ */
+/* --- rows; grid (n rows, parts) unless said otherwise ----------------------------------------------------------- */
+/* parts, at least 1: blocks that share a row; norm_rows, choose_experts and latents_rows take 1.  The warps of all
+ * parts take superblocks (or as many floats, or heads) in turn: for a single row of 4096 floats 2 parts are well. */
 typedef struct {               /* y = rms_norm(x) * weight, and its blocks; x and y may be the same */
     const float *x, *weight;
     float *y;
@@ -119,8 +121,10 @@ typedef struct {
 } query_16_args;
 typedef struct { const uint8_t *const *blocks; int32_t first, n, pos, pad; } kv_span;      /* as span, step.h */
 /* Every row of the step to one segment: partial[((t * most) + segment) * n_head + h] = { m, l, o[rank] }; segments that
- * a row does not see are left alone.  Grid (most, n, heads / ATTEND_HEADS rounded up). */
+ * a row does not see are left alone.  Grid (most, n, heads / ATTEND_HEADS rounded up).  first: the row of the step that
+ * row 0 of q, row_span, partial and x is.  rank: MOST_RANK or less. */
 #define ATTEND_HEADS 16
+#define MOST_RANK 1024
 typedef struct {
     const int16_t *q;
     const float *q_d;
@@ -128,7 +132,7 @@ typedef struct {
     const int32_t *row_span;                                  /* by row: its span */
     float *partial;
     size_t layer_offset;
-    int32_t n, n_head, rank, d_rope, most;                    /* most: segments of the row that sees most */
+    int32_t first, n, n_head, rank, d_rope, most;             /* most: segments of the row that sees most */
 } segments_args;
 /* x[(t * n_head + h) * rank ..] = o / l of the folded segments (ops.h, fold).  Grid (n_head, n). */
 typedef struct {
@@ -136,7 +140,7 @@ typedef struct {
     float *x;
     const kv_span *spans;
     const int32_t *row_span;
-    int32_t n, n_head, rank, most;
+    int32_t first, n, n_head, rank, most;
 } fold_args;
 /* Both at once, for many rows: n rows of a span from `first` (a row of the step) on, at most ATTEND_TILE, through all
  * their segments, folded on the way; the result as of fold.  Grid (n_tiles, heads / ATTEND_HEADS rounded up). */
@@ -177,7 +181,7 @@ typedef struct {
 #define CUDA_ROW_KERNELS(X) \
     X(norm_rows, norm_args, 256) X(quantize_rows, quantize_args, 256) X(act_rows, act_args, 256) \
     X(bias_rows, bias_args, 256) X(gather_rows, gather_args, 256) X(sum_pairs, sum_args, 256) \
-    X(choose_experts, choose_args, 128) X(latents_rows, latents_args, 128) X(queries_rows, queries_args, 128) \
+    X(choose_experts, choose_args, 128) X(latents_rows, latents_args, 64) X(queries_rows, queries_args, 128) \
     X(query_16_rows, query_16_args, 32) X(attend_segments, segments_args, 256) X(fold_segments, fold_args, 128) \
     X(attend_rows, attend_rows_args, 256) X(rotate_patches, rotate_args, 128) \
     X(attend_patches, attend_patches_args, 128) X(merge_patches, merge_args, 128)
