@@ -13,7 +13,8 @@
 /* y[t * y_stride + r] = (add ? y + : ) (row r of w) . (row x_rows ? x_rows[t] : t of x), times scale where scaled.
  * w: the file's bytes, at an address aligned as in the file (32 bytes a tensor; rows follow without gaps), so a row of
  * a 2-byte or 1-byte aligned type begins anywhere; memory behind the last row may be read up to the next multiple of 16
- * bytes.  x: block_q8 for quantised types, floats for f32, f16, bf16; x_stride in bytes. */
+ * bytes.  x: block_q8 for quantised types, floats for f32, f16, bf16; x_stride in bytes.  n_cols: as the file has it,
+ * a multiple of 32 or 256 for quantised types, any number for the others. */
 typedef struct {
     const uint8_t *w;
     size_t row_bytes;
@@ -27,18 +28,31 @@ typedef struct {
     int32_t first_block;                                      /* of the grid; ascending by job */
 } mul_job;
 typedef struct { const mul_job *jobs; int32_t n_jobs; } mul_args;
+/* A block's share of a job: rows times tokens; rows that do not fill it, and tokens, are left out.  Types of floats
+ * take fewer rows, because their sums are chains that only more blocks make faster. */
 #define MUL_THREADS 256        /* mul: few tokens */
+#define MUL_TOKENS 4
 #define MUL_ROWS 32
-#define MUL_TOKENS 4           /* of one block; more tokens are more blocks */
+#define MUL_FLOAT_ROWS 8
 #define GEMM_THREADS 256       /* gemm: many tokens, on tensor cores where the type is quantised */
 #define GEMM_ROWS 128
 #define GEMM_TOKENS 64
+#define GEMM_FLOAT_ROWS 32
+#define GEMM_FLOAT_TOKENS 32
 #define GEMM_FROM 8            /* tokens of a job from which gemm is the faster one */
-static inline int32_t mul_blocks(const mul_job *j) {
-    return (j->n_rows + MUL_ROWS - 1) / MUL_ROWS * ((j->n_tokens + MUL_TOKENS - 1) / MUL_TOKENS);
+static inline int is_float_type(int type) { return type <= MS4_TYPE_bf16; }
+static inline int32_t mul_rows(int type) { return is_float_type(type) ? MUL_FLOAT_ROWS : MUL_ROWS; }
+static inline int32_t gemm_rows(int type) { return is_float_type(type) ? GEMM_FLOAT_ROWS : GEMM_ROWS; }
+static inline int32_t gemm_tokens(int type) {
+    return is_float_type(type) ? GEMM_FLOAT_TOKENS : GEMM_TOKENS;
 }
-static inline int32_t gemm_blocks(const mul_job *j) {
-    return (j->n_rows + GEMM_ROWS - 1) / GEMM_ROWS * ((j->n_tokens + GEMM_TOKENS - 1) / GEMM_TOKENS);
+static inline int32_t mul_blocks(int type, const mul_job *j) {
+    int32_t rows = mul_rows(type);
+    return (j->n_rows + rows - 1) / rows * ((j->n_tokens + MUL_TOKENS - 1) / MUL_TOKENS);
+}
+static inline int32_t gemm_blocks(int type, const mul_job *j) {
+    int32_t rows = gemm_rows(type), tokens = gemm_tokens(type);
+    return (j->n_rows + rows - 1) / rows * ((j->n_tokens + tokens - 1) / tokens);
 }
 
 /* --- rows; grid (n rows, parts) unless said otherwise ----------------------------------------------------------- */
