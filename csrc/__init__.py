@@ -623,3 +623,82 @@ def sample(
     c_top, c_logprobs = ffi.from_buffer("int32_t[]", top_ids), ffi.from_buffer("double[]", logprobs)
     check(lib.ms4_sample(c_logits, n_rows, n_vocab, how, c_numbers, c_ids, n_top, c_top, c_logprobs))
     return Sampled(ids, logprobs[:, 0], top_ids, logprobs[:, 1:])
+
+
+class Policy(_Handle):
+    """Counts of used experts that fade, and the moves that follow from them: csrc/policy.h says what they mean.
+
+    Without an engine: a recorded trace drives the very code that an engine's slots ask.  An expert's id is
+    layer * n_expert + expert.  0 stands for the default of a setting.
+    """
+
+    NAME = "policy"
+    RAM, VRAM, BUSY = lib.POLICY_RAM, lib.POLICY_VRAM, lib.POLICY_BUSY
+
+    def __init__(
+        self, n_layer: int, n_expert: int, *, half_life: float = 0, margin: float = 0, pay_back: float = 0
+    ) -> None:
+        options, out = ffi.new("policy_options *", (half_life, margin, pay_back)), ffi.new("policy **")
+        check(lib.policy_open(n_layer, n_expert, options, out))
+        super().__init__(out[0], lib.policy_close)
+        self.n_layer, self.n_expert = n_layer, n_expert
+        self._moves = ffi.new("policy_move[]", lib.POLICY_MOVES)
+
+    def count(self, layer: int, experts: np.ndarray, pairs: np.ndarray, n_tokens: int) -> None:
+        """n_tokens have passed through the layer, and chose experts[i], int32, pairs[i] times, int32."""
+        if n_tokens < 1 or not 0 <= layer < self.n_layer or experts.shape != pairs.shape or experts.ndim != 1:
+            raise ValueError(f"{n_tokens} tokens in layer {layer} with experts of {experts.shape}")
+        if experts.size and not 0 <= experts.min() <= experts.max() < self.n_expert:
+            raise ValueError(f"experts {experts.min()} to {experts.max()} of {self.n_expert}")
+        c_experts, c_pairs = ffi.from_buffer("int32_t[]", experts), ffi.from_buffer("int32_t[]", pairs)
+        lib.policy_count(self._live(), layer, c_experts, c_pairs, experts.size, n_tokens)
+
+    def value(self, layer: int, expert: int) -> float:
+        """Its uses, each halved for every half-life of tokens since."""
+        if not (0 <= layer < self.n_layer and 0 <= expert < self.n_expert):
+            raise ValueError(f"expert {expert} of layer {layer}")
+        return float(lib.policy_value(self._live(), layer, expert))
+
+    def victim(self, ids: np.ndarray) -> int:
+        """The index of the id, int32, that is worth least, the first of equals; -1 if there are none."""
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.n_layer * self.n_expert:
+            raise ValueError(f"ids {ids.min()} to {ids.max()}")
+        return int(lib.policy_victim(self._live(), ffi.from_buffer("int32_t[]", ids), ids.size))
+
+    def moves(
+        self,
+        where: np.ndarray,
+        n_free: Sequence[int],
+        n_bytes: Sequence[int],
+        budget: int,
+        *,
+        pool: np.ndarray | None = None,
+        most: int = lib.POLICY_MOVES,
+        exclusive: bool = False,
+    ) -> list[tuple[int, int, bool]]:
+        """The moves (in, out or -1, down) that are worth it now.
+
+        where: uint8 by id; n_free, n_bytes: by pool; pool: int32 by layer.
+        """
+        if where.shape != (self.n_layer * self.n_expert,) or len(n_free) != len(n_bytes):
+            raise ValueError(f"places of {where.shape}, {len(n_free)} and {len(n_bytes)} pools")
+        if not 1 <= len(n_free) <= lib.POLICY_POOLS or (pool is not None and pool.shape != (self.n_layer,)):
+            raise ValueError(f"{len(n_free)} pools")
+        free, size = ffi.new("int32_t[]", list(n_free)), ffi.new("uint64_t[]", list(n_bytes))
+        at = ffi.new("policy_places *")
+        at.where = places = ffi.from_buffer("uint8_t[]", where)
+        at.pool = pools = ffi.NULL if pool is None else ffi.from_buffer("int32_t[]", pool)
+        at.n_free, at.bytes, at.n_pools, at.exclusive = free, size, len(n_free), exclusive
+        n = lib.policy_moves(self._live(), at, budget, self._moves, min(most, lib.POLICY_MOVES))
+        del places, pools
+        return [(m.id, m.out, bool(m.down)) for m in self._moves[0:n]]
+
+    def pack(self, fingerprint: int) -> bytes:
+        """The counts, for a file that warms the next start."""
+        out = bytearray(lib.policy_pack_bytes(self._live()))
+        lib.policy_pack(self._live(), fingerprint, ffi.from_buffer("uint8_t[]", out))
+        return bytes(out)
+
+    def unpack(self, fingerprint: int, data: bytes) -> None:
+        """The reverse; EngineError: these bytes are not what `pack` wrote for this model, and nothing has changed."""
+        check(lib.policy_unpack(self._live(), fingerprint, ffi.from_buffer("uint8_t[]", data), len(data)))

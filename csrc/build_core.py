@@ -46,13 +46,15 @@ class BuildCore(build_ext):
         return str(obj)
 
     def write_cffi(self, name):
-        """Writes the C file that makes the public part of ms4.h importable from Python."""
+        """Writes the C file that makes what stands between the cffi marks of the headers importable from Python."""
         from cffi import FFI
 
         ffi = FFI()
-        ffi.cdef(re.search(r"/\* cffi:begin \*/(.*)/\* cffi:end \*/", (CSRC / "ms4.h").read_text(), re.DOTALL)[1])
+        for header in ("ms4.h", "policy.h"):
+            text = (CSRC / header).read_text()
+            ffi.cdef(re.search(r"/\* cffi:begin \*/(.*)/\* cffi:end \*/", text, re.DOTALL)[1])
         ffi.cdef((CSRC / "ops.cdef").read_text())
-        ffi.set_source(name, '#include "ms4.h"\n#include "ops.h"')
+        ffi.set_source(name, '#include "ms4.h"\n#include "ops.h"\n#include "policy.h"')
         GLUE.mkdir(parents=True, exist_ok=True)
         ffi.emit_c_code(str(GLUE / "_core.c"))  # leaves the file alone when nothing changed
         return str(GLUE / "_core.c")

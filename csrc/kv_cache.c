@@ -10,6 +10,7 @@
  * One mutex guards the numbers of owners and the lists; nobody holds it while computing.
  */
 #include "kv_cache.h"
+#include "checksum.h"
 #include "error.h"
 #include "memory.h"
 #include <errno.h>
@@ -166,19 +167,6 @@ typedef struct {
 _Static_assert(sizeof(kv_header) == 48, "no gaps: these bytes are written as they are");
 static const char magic[8] = { 'm', 's', '4', ' ', 'k', 'v', '\r', '\n' };
 
-/* FNV-1a over words of 8 bytes, with the length in it: against damage, not against an adversary. */
-static uint64_t checksum(uint64_t h, const uint8_t *p, size_t n) {
-    h ^= n;
-    for (; n; p += 8) {
-        uint64_t word = 0;
-        size_t part = n < 8 ? n : 8;
-        memcpy(&word, p, part);
-        h = (h ^ word) * 0x9e3779b97f4a7c15u;
-        h ^= h >> 29;
-        n -= part;
-    }
-    return h;
-}
 static int write_all(int fd, const void *data, size_t n) {
     for (const uint8_t *p = data; n;) {
         ssize_t did = write(fd, p, n);

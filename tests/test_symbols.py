@@ -1,7 +1,8 @@
 """Which functions of C's mathematics the built library calls: numbers that depend on weights come from none of them.
 
 Their last bits differ between C libraries, and no other device has them.  Allowed is what the host computes in double
-and hands over as floats (angles, the temperature of a position), and what ref, which sums in double, is written with.
+and hands over as floats (angles, the temperature of a position), what ref, which sums in double, is written with, and
+how the counts of experts fade, which decides where weights lie and no number.
 Square roots, roundings, fused multiply-adds and the like are exact wherever they are called, and no matter here.
 """
 
@@ -20,7 +21,7 @@ NAMES = (
 )
 ROUNDED_SOMEHOW = re.compile(rf"_*({NAMES})[fl]?(_finite)?")
 HOST = {"cos", "sin", "sincos", "log1p", "pow"}  # in double
-ALLOWED = {"step.c": HOST, "vision.c": HOST, "ref.c": {"exp", "erf"}}
+ALLOWED = {"step.c": HOST, "vision.c": HOST, "ref.c": {"exp", "erf"}, "policy.c": {"pow"}}
 DYNSYM, SYMTAB = 11, 2
 
 needs_elf = pytest.mark.skipif(

@@ -1,0 +1,73 @@
+/* policy.h -- which experts have earned a fast place: counts of what was used that fade, and what follows from them.
+ *
+ * A pure function of what was used: no clock, no thread, no file, no allocation after open.  Whoever owns slots (in
+ * VRAM, or in RAM for experts that lie on disk) counts what the router chose, once for each layer of a step, asks, and
+ * moves; the policy owns counts and nothing else, so a recorded trace drives the very same code.  The caller guards it
+ * (the engine's turn), and has checked the ids.
+ *
+ *     policy_count(p, layer, picks->used, pairs, picks->n_used, picks->n);      after routing, each layer
+ *     n = policy_moves(p, &places, budget, moves, most);                        once a step, between two tokens
+ *
+ * The value of an expert is the number of its uses, each halved for every half_life tokens since: at a steady rate of r
+ * uses a token it tends to r * half_life / ln 2, so values compare across layers, and an expert that is worth 1 more
+ * than another will serve about one use more before the counts have faded.  A prompt is a census: of a step of many
+ * tokens the uses count as if they were spread evenly over them.  Each layer has its own clock of tokens (the last one
+ * sees few of a prompt's).
+ *
+ * An expert has a number, its id: layer * n_expert + expert.
+ */
+#ifndef MS4_POLICY_H
+#define MS4_POLICY_H
+#include <stddef.h>
+#include <stdint.h>
+/* cffi:begin */
+typedef struct policy policy;
+typedef struct {               /* 0 stands for the default of each */
+    double half_life;          /* tokens after which a use counts half; 128 */
+    double margin;             /* who moves in is worth so many times what leaves; 1.25 */
+    double pay_back;           /* and so many uses more, so that the move earns the bytes it costs; 1 */
+} policy_options;
+
+/* n_layer and n_expert: 1 to 65536, and at most 2^26 together.  options: NULL for the defaults. */
+int policy_open(int32_t n_layer, int32_t n_expert, const policy_options *options, policy **out);
+void policy_close(policy *p);
+
+/* n_tokens (at least 1) have passed through the layer; pairs[i] of their picks were experts[i], for i < n. */
+void policy_count(policy *p, int32_t layer, const int32_t *experts, const int32_t *pairs, int32_t n, int32_t n_tokens);
+double policy_value(const policy *p, int32_t layer, int32_t expert);
+
+/* Which of these ids is worth least, and so leaves its slot: an index into ids, the first of equals; -1 if n is 0.  The
+ * caller leaves out what is in use or on its way. */
+int32_t policy_victim(const policy *p, const int32_t *ids, int32_t n);
+
+/* Where experts are: bits by id. */
+#define POLICY_RAM 1           /* in memory, so that it can move up */
+#define POLICY_VRAM 2          /* in a slot */
+#define POLICY_BUSY 4          /* in use or on its way: it neither moves in nor leaves */
+#define POLICY_POOLS 8
+#define POLICY_MOVES 64
+typedef struct {
+    const uint8_t *where;      /* by id */
+    const int32_t *pool;       /* by layer: whose slots fit its experts, -1: none; NULL: pool 0 for all */
+    const int32_t *n_free;     /* by pool: slots that hold nothing */
+    const uint64_t *bytes;     /* by pool: of an expert */
+    int32_t n_pools;           /* 1 to POLICY_POOLS */
+    int32_t exclusive;         /* what leaves and has no place in RAM goes down into the one that is given up */
+} policy_places;
+typedef struct {
+    int32_t id, out;           /* ids; out -1: into a slot that holds nothing */
+    int32_t down;              /* the bytes of `out` have to come down: it takes the place in RAM that `id` gives up */
+} policy_move;
+/* The moves into slots that are worth it now, the best first: at most `most` (and POLICY_MOVES), and at most `budget`
+ * bytes over the bus, those that come down counted, too.  Free slots take whatever was used.  An expert appears in at
+ * most one move.  Where a token's budget is less than one expert, the caller saves it up. */
+int32_t policy_moves(const policy *p, const policy_places *at, uint64_t budget, policy_move *moves, int32_t most);
+
+/* The counts as bytes, for a file that warms the next start: format number, fingerprint of the model
+ * (text_weights_fingerprint), checksum.  The caller owns name and atomicity. */
+size_t policy_pack_bytes(const policy *p);
+void policy_pack(const policy *p, uint64_t fingerprint, uint8_t *out);
+/* The reverse.  MS4_EMODEL: these bytes are not what pack wrote for this model, and nothing has changed. */
+int policy_unpack(policy *p, uint64_t fingerprint, const uint8_t *in, size_t n);
+/* cffi:end */
+#endif
