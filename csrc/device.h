@@ -28,6 +28,7 @@ typedef struct {
     ffn_group *groups;
     int32_t row, n, n_groups, whole;
 } ffn_share;
+static inline int ffn_share_has(const ffn_share *s) { return s->every || s->n_groups; }    /* anything to compute */
 
 /* Patches of an image, columns side by side, rows one below the other; both are multiples of merge. */
 typedef struct {
@@ -58,9 +59,9 @@ struct device_ops {
     /* Rows of H and X, ascending, to the front. */
     int (*keep)(device *d, const int32_t *rows, int32_t n);
     int (*route)(device *d, const ms4_shape *s, picks *p);                             /* ROUTER -> picks; waits */
-    /* X, to `other`, as far as it needs it. */
+    /* X, to `other`, as far as it needs it; and from there PAIRS. */
     int (*send)(device *d, device *other, const ffn_share *share, const picks *p);
-    int (*fetch)(device *d, device *other, const ffn_share *share);                    /* PAIRS, from `other` */
+    int (*fetch)(device *d, device *other, const ffn_share *share);
     /* H += weight * PAIRS, ascending by expert. */
     int (*sum_pairs)(device *d, const picks *p);
     int (*logits)(device *d, const matrix *m, int32_t n, float *out);                  /* X -> n rows of out; waits */

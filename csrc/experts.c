@@ -59,8 +59,11 @@ int experts_take(experts *store, int32_t layer, const picks *p, ffn_share shares
     store->n_bytes += (uint64_t)p->n_used * w->bytes_per_expert;
     return MS4_OK;
 }
-int experts_ready(experts *store, const ffn_share *share) {
-    (void)store; (void)share;                                  /* resident: nothing to wait for */
+int experts_ready(experts *store, ffn_share *share, ffn_share *part) {
+    (void)store;                                               /* resident: all of it in one part */
+    *part = *share;
+    share->every = NULL;
+    share->n_groups = 0;
     return MS4_OK;
 }
 void experts_give(experts *store, int32_t layer, const picks *p) { (void)store; (void)layer; (void)p; }

@@ -1,12 +1,12 @@
 /* experts.h -- which expert lies where, and the one door to their weights.
  *
- * A layer asks who computes what, has it computed share by share, and gives the experts back:
+ * A layer asks who computes what, has it computed share by share, part by part, and gives the experts back:
  *     experts_take(store, layer, p, shares, &n);
- *     ... experts_ready(store, &shares[i]) ...;
+ *     while (experts_ready(store, &shares[i], &part), ffn_share_has(&part)) ... part ...;
  *     experts_give(store, layer, p);
- * Between take and give the weights stay where the shares say.  Today every expert lies in host memory with the rest of
- * the file, and belongs to the home device unless experts_place says otherwise; slots in VRAM and on disk come behind
- * this door, and the layer does not notice: results are the same to the last bit.
+ * A share is what one device computes; a part is what of it can be computed now.  Every expert lies in host memory with
+ * the rest of the file, and belongs to the home device unless experts_place says otherwise; slots in VRAM and experts
+ * on disk come behind this door, and the layer does not notice: results are the same to the last bit.
  */
 #ifndef MS4_EXPERTS_H
 #define MS4_EXPERTS_H
@@ -18,10 +18,13 @@ typedef struct experts experts;
 int experts_open(const ms4_shape *s, const layer_weights *layers, device *home, experts **out);
 void experts_close(experts *store);
 
-/* Says who computes the experts of these picks: the home device first, then others, last what is not there yet.  Never
- * waits.  n_shares is at least 1, and 1 means that the share is whole. */
+/* Says who computes the experts of these picks: the home device first, then others.  Never waits.  n_shares is at least
+ * 1; shares[0].whole: there is one, and it comes in one part. */
 int experts_take(experts *store, int32_t layer, const picks *p, ffn_share shares[MAX_SHARES], int32_t *n_shares);
-int experts_ready(experts *store, const ffn_share *share);             /* waits for what a share stands on */
+/* The next part of a share: what is there already, and then, waiting for it, what comes.  `every` goes with the first
+ * part.  n_groups 0 and no `every`: nothing is left.  The weights of a part stay where it says until this is called
+ * again, or the experts are given back; so the parts of one share are taken to the end before those of another. */
+int experts_ready(experts *store, ffn_share *share, ffn_share *part);
 void experts_give(experts *store, int32_t layer, const picks *p);      /* the store may move them now */
 
 /* Puts experts on devices: place has n_layer x n_expert numbers, 0 home, i > 0 others[i - 1].  NULL: all home. */

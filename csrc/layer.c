@@ -44,15 +44,21 @@ static int attention(step *st, device *d, int32_t layer, const layer_weights *w,
     TRY(DO(d, attend, st, layer, &w->k_b, &w->v_b));
     return DO(d, products, &out, 1, st->n);
 }
-/* The shares of the other devices, then our own, then what they bring home. */
+/* One share, part by part, as its weights come; from another device the results come home. */
+static int run_share(device *d, experts *store, const picks *p, ffn_share *share) {
+    for (;;) {
+        ffn_share part;
+        TRY(experts_ready(store, share, &part));
+        if (!ffn_share_has(&part)) return MS4_OK;
+        TRY(DO(part.on, ffn, &part, p));
+        if (part.on != d) TRY(DO(d, fetch, part.on, &part));
+    }
+}
+/* What the other devices need, then our own share, then theirs, then the sum if it is not there yet. */
 static int run_shares(device *d, experts *store, const picks *p, ffn_share *shares, int32_t n) {
     for (int32_t i = 1; i < n; i++) TRY(DO(d, send, shares[i].on, &shares[i], p));
-    for (int32_t i = 0; i < n; i++) {
-        TRY(experts_ready(store, &shares[i]));
-        TRY(DO(shares[i].on, ffn, &shares[i], p));
-        if (i) TRY(DO(d, fetch, shares[i].on, &shares[i]));
-    }
-    return n > 1 ? DO(d, sum_pairs, p) : MS4_OK;
+    for (int32_t i = 0; i < n; i++) TRY(run_share(d, store, p, &shares[i]));
+    return shares[0].whole ? MS4_OK : DO(d, sum_pairs, p);
 }
 static int moe(const step *st, device *d, int32_t layer, const layer_weights *w, experts *store, picks *p) {
     const product route = { .m = &w->router, .x = BUF_X, .y = BUF_ROUTER };
