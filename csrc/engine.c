@@ -41,7 +41,7 @@ static int open_parts(ms4_engine *e, const ms4_tensor *tensors, size_t n_tensors
     TRY(pool_open(o->n_threads ? o->n_threads : allowance_threads(), &e->pool));
     TRY(files_open(paths, n_paths, &how, e->pool, &e->files));
     TRY(text_weights_open(&e->weights, &e->shape, tensors, n_tensors, e->files, e->ops));
-    TRY(kv_store_open(&e->shape, &e->kv));
+    TRY(kv_store_open(&e->shape, NULL, &e->kv));
     TRY(cpu_device_open(e->ops, e->pool, &e->home));
     return experts_open(&e->shape, e->weights.layers, e->home, &e->experts);
 }

@@ -23,6 +23,7 @@
 struct kv_block { int32_t owners; uint8_t *data; };
 struct kv_store {
     pthread_mutex_t lock;
+    kv_memory *memory;
     uint64_t n_blocks;
     size_t layer_bytes, bytes;                                /* of one layer of a block; of a block */
     int32_t n_layer, rank, d_rope;
@@ -32,10 +33,31 @@ static size_t width(const kv_store *s) { return (size_t)(s->rank + s->d_rope); }
 static size_t row_bytes(const kv_store *s) { return width(s) * sizeof(int16_t); }
 #define SCALE_BYTES (KV_SCALES * sizeof(float))
 
+/* --- host memory -------------------------------------------------------------------------- */
+static uint8_t *host_take(kv_memory *m, size_t bytes) {
+    (void)m;
+    return memory_take_pages(bytes, 0);                       /* untouched pages cost nothing */
+}
+static void host_give(kv_memory *m, uint8_t *block, size_t bytes) {
+    (void)m;
+    memory_give_pages(block, bytes);
+}
+static int host_copy(kv_memory *m, uint8_t *to, const uint8_t *from, size_t bytes) {
+    (void)m;
+    memcpy(to, from, bytes);
+    return MS4_OK;
+}
+static int host_read(kv_memory *m, void *to, const uint8_t *from, size_t bytes) { return host_copy(m, to, from, bytes); }
+static int host_write(kv_memory *m, uint8_t *to, const void *from, size_t bytes) {
+    return host_copy(m, to, from, bytes);
+}
+static kv_memory host_memory = { host_take, host_give, host_copy, host_read, host_write };
+
 /* --- the store ---------------------------------------------------------------------------- */
-int kv_store_open(const ms4_shape *s, kv_store **out) {
+int kv_store_open(const ms4_shape *s, kv_memory *memory, kv_store **out) {
     kv_store *store = memory_take(1, sizeof *store);
     FAIL_IF(!store, MS4_ENOMEM, "no memory for the kv cache");
+    store->memory = memory ? memory : &host_memory;
     store->n_layer = s->n_layer;
     store->rank = s->kv_rank;
     store->d_rope = s->d_rope;
@@ -59,7 +81,7 @@ void kv_store_count(kv_store *store, uint64_t *blocks, uint64_t *bytes) {
 static kv_block *block_take(kv_store *store) {
     kv_block *b = memory_take(1, sizeof *b);
     if (!b) return NULL;
-    b->data = memory_take_pages(store->bytes, 0);             /* untouched pages cost nothing */
+    b->data = store->memory->take(store->memory, store->bytes);
     if (!b->data) {
         memory_give(b);
         return NULL;
@@ -77,16 +99,18 @@ static void block_give(kv_store *store, kv_block *b) {
     store->n_blocks -= (uint64_t)last;
     pthread_mutex_unlock(&store->lock);
     if (!last) return;
-    memory_give_pages(b->data, store->bytes);
+    store->memory->give(store->memory, b->data, store->bytes);
     memory_give(b);
 }
 /* The first n positions of every layer. */
-static void block_copy(const kv_store *store, kv_block *to, const kv_block *from, size_t n) {
+static int block_copy(const kv_store *store, kv_block *to, const kv_block *from, size_t n) {
+    kv_memory *m = store->memory;
     for (int32_t layer = 0; layer < store->n_layer; layer++) {
         size_t rows = (size_t)layer * store->layer_bytes, scales = rows + SEGMENT_KEYS * row_bytes(store);
-        memcpy(to->data + rows, from->data + rows, n * row_bytes(store));
-        memcpy(to->data + scales, from->data + scales, n * SCALE_BYTES);
+        TRY(m->copy(m, to->data + rows, from->data + rows, n * row_bytes(store)));
+        TRY(m->copy(m, to->data + scales, from->data + scales, n * SCALE_BYTES));
     }
+    return MS4_OK;
 }
 /* --- the cache of a session ---------------------------------------------------------------- */
 static int32_t blocks_for(int32_t n) { return n / SEGMENT_KEYS + (n % SEGMENT_KEYS != 0); }
@@ -127,7 +151,11 @@ int kv_cache_room(kv_cache *kv, int32_t length, int32_t n) {
     if (used && is_shared(kv, kv->blocks[last])) {
         kv_block *old = kv->blocks[last], *own = block_take(kv->store);
         FAIL_IF(!own, MS4_ENOMEM, "no memory for a copy of the last positions of a shared context");
-        block_copy(kv->store, own, old, (size_t)used);
+        int status = block_copy(kv->store, own, old, (size_t)used);
+        if (status) {
+            block_give(kv->store, own);
+            return status;
+        }
         put(kv, last, own);
         block_give(kv->store, old);
     }
@@ -147,8 +175,10 @@ void kv_cache_share(kv_cache *to, const kv_cache *from, int32_t length) {
     }
     pthread_mutex_unlock(&to->store->lock);
 }
+uint8_t *kv_cache_block(const kv_cache *kv, int32_t i) { return kv->blocks[i]->data; }
+size_t kv_cache_layer_offset(const kv_cache *kv, int32_t layer) { return (size_t)layer * kv->store->layer_bytes; }
 static uint8_t *layer_at(const kv_cache *kv, int32_t layer, int32_t pos) {
-    return kv->blocks[pos / SEGMENT_KEYS]->data + (size_t)layer * kv->store->layer_bytes;
+    return kv_cache_block(kv, pos / SEGMENT_KEYS) + kv_cache_layer_offset(kv, layer);
 }
 int16_t *kv_cache_row(const kv_cache *kv, int32_t layer, int32_t pos) {
     return (int16_t *)(void *)layer_at(kv, layer, pos) + (size_t)(pos % SEGMENT_KEYS) * width(kv->store);
@@ -201,23 +231,29 @@ static size_t positions_of(int32_t i, int32_t length) {
     int32_t left = length - i * SEGMENT_KEYS;
     return (size_t)(left < SEGMENT_KEYS ? left : SEGMENT_KEYS);
 }
+/* The n positions of a layer of a block, on their way to or from a file: rows, then scales.  room: layer_bytes. */
+static int save_block(const kv_cache *kv, int32_t i, size_t n, uint64_t sum, int fd, uint8_t *room) {
+    const kv_store *s = kv->store;
+    const size_t bytes = n * row_bytes(s);
+    for (int32_t layer = 0; layer < s->n_layer; layer++) {
+        const uint8_t *rows = layer_at(kv, layer, i * SEGMENT_KEYS);
+        TRY(s->memory->read(s->memory, room, rows, bytes));
+        TRY(s->memory->read(s->memory, room + bytes, rows + SEGMENT_KEYS * row_bytes(s), n * SCALE_BYTES));
+        TRY(write_all(fd, room, bytes + n * SCALE_BYTES));
+        sum = checksum(checksum(sum, room, bytes), room + bytes, n * SCALE_BYTES);
+    }
+    return write_all(fd, &sum, sizeof sum);
+}
 int kv_cache_save(const kv_cache *kv, uint64_t fingerprint, int32_t length, int fd) {
     const kv_store *s = kv->store;
     kv_header h = header_of(s, fingerprint, length);
-    TRY(write_all(fd, &h, sizeof h));
-    for (int32_t i = 0; i < blocks_for(length); i++) {
-        uint64_t sum = h.checksum + (uint64_t)i;
-        size_t n = positions_of(i, length);
-        for (int32_t layer = 0; layer < s->n_layer; layer++) {
-            const uint8_t *rows = kv->blocks[i]->data + (size_t)layer * s->layer_bytes;
-            const uint8_t *scales = rows + SEGMENT_KEYS * row_bytes(s);
-            TRY(write_all(fd, rows, n * row_bytes(s)));
-            TRY(write_all(fd, scales, n * SCALE_BYTES));
-            sum = checksum(checksum(sum, rows, n * row_bytes(s)), scales, n * SCALE_BYTES);
-        }
-        TRY(write_all(fd, &sum, sizeof sum));
-    }
-    return MS4_OK;
+    uint8_t *room = memory_take(s->layer_bytes, 1);
+    FAIL_IF(!room, MS4_ENOMEM, "no memory to save the session");
+    int status = write_all(fd, &h, sizeof h);
+    for (int32_t i = 0; i < blocks_for(length) && !status; i++)
+        status = save_block(kv, i, positions_of(i, length), h.checksum + (uint64_t)i, fd, room);
+    memory_give(room);
+    return status;
 }
 /* The largest magnitude, which open_segment takes from the third float of a position. */
 static float largest_of(const int16_t *x, size_t n) {
@@ -242,22 +278,23 @@ static int check_positions(const kv_store *s, const int16_t *rows, const float *
     }
     return MS4_OK;
 }
-static int load_block(kv_cache *kv, int32_t i, size_t n, uint64_t sum, int fd) {
+/* Block i of the file into that of the cache.  Its positions are checked before anybody may compute with them. */
+static int load_block(kv_cache *kv, int32_t i, size_t n, uint64_t sum, int fd, uint8_t *room) {
     const kv_store *s = kv->store;
+    const size_t bytes = n * row_bytes(s);
+    int forged = MS4_OK;                                      /* a checksum that is wrong is the better reason */
     uint64_t stored;
     for (int32_t layer = 0; layer < s->n_layer; layer++) {
-        uint8_t *rows = kv->blocks[i]->data + (size_t)layer * s->layer_bytes;
-        uint8_t *scales = rows + SEGMENT_KEYS * row_bytes(s);
-        TRY(read_all(fd, rows, n * row_bytes(s)));
-        TRY(read_all(fd, scales, n * SCALE_BYTES));
-        sum = checksum(checksum(sum, rows, n * row_bytes(s)), scales, n * SCALE_BYTES);
+        uint8_t *rows = layer_at(kv, layer, i * SEGMENT_KEYS);
+        TRY(read_all(fd, room, bytes + n * SCALE_BYTES));
+        sum = checksum(checksum(sum, room, bytes), room + bytes, n * SCALE_BYTES);
+        if (!forged) forged = check_positions(s, (int16_t *)(void *)room, (float *)(void *)(room + bytes), n);
+        TRY(s->memory->write(s->memory, rows, room, bytes));
+        TRY(s->memory->write(s->memory, rows + SEGMENT_KEYS * row_bytes(s), room + bytes, n * SCALE_BYTES));
     }
     TRY(read_all(fd, &stored, sizeof stored));
     FAIL_IF(stored != sum, MS4_EMODEL, "the saved session is damaged (a checksum is wrong); it is of no use any more");
-    for (int32_t layer = 0; layer < s->n_layer; layer++)
-        TRY(check_positions(s, kv_cache_row(kv, layer, i * SEGMENT_KEYS),
-                            kv_cache_scales(kv, layer, i * SEGMENT_KEYS), n));
-    return MS4_OK;
+    return forged;
 }
 static int load_header(const kv_store *s, uint64_t fingerprint, int32_t n_ctx, int fd, kv_header *h) {
     TRY(read_all(fd, h, sizeof *h));
@@ -278,9 +315,12 @@ int kv_cache_load(kv_cache *kv, uint64_t fingerprint, int32_t n_ctx, int fd, int
     kv_header h;
     TRY(load_header(kv->store, fingerprint, n_ctx, fd, &h));
     int32_t n = (int32_t)h.length;
+    uint8_t *room = memory_take(kv->store->layer_bytes, 1);
+    FAIL_IF(!room, MS4_ENOMEM, "no memory to load the session");
     int status = kv_cache_room(kv, 0, n);
     for (int32_t i = 0; i < blocks_for(n) && !status; i++)
-        status = load_block(kv, i, positions_of(i, n), h.checksum + (uint64_t)i, fd);
+        status = load_block(kv, i, positions_of(i, n), h.checksum + (uint64_t)i, fd, room);
+    memory_give(room);
     if (status) {
         kv_cache_cut(kv, 0);
         return status;

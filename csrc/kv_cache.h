@@ -15,6 +15,16 @@
 
 #define KV_SCALES 3            /* floats of a position: scales of its latents and rope key, its largest latent */
 
+/* Where blocks lie: host memory, or that of a device, whose address is then of no use to the host.  May be called from
+ * any thread.  copy comes behind what was asked of the device before; read and write wait. */
+typedef struct kv_memory kv_memory;
+struct kv_memory {
+    uint8_t *(*take)(kv_memory *m, size_t bytes);             /* NULL: there is none; what is in it is undefined */
+    void (*give)(kv_memory *m, uint8_t *block, size_t bytes);
+    int (*copy)(kv_memory *m, uint8_t *to, const uint8_t *from, size_t bytes);     /* from block to block */
+    int (*read)(kv_memory *m, void *to, const uint8_t *from, size_t bytes);
+    int (*write)(kv_memory *m, uint8_t *to, const void *from, size_t bytes);
+};
 typedef struct kv_store kv_store;                             /* of an engine: all blocks, and who owns them */
 typedef struct kv_block kv_block;
 typedef struct {
@@ -23,7 +33,7 @@ typedef struct {
     int32_t n_blocks, most;
 } kv_cache;
 
-int kv_store_open(const ms4_shape *s, kv_store **out);
+int kv_store_open(const ms4_shape *s, kv_memory *memory, kv_store **out);     /* memory NULL: the host's */
 void kv_store_close(kv_store *store);
 void kv_store_count(kv_store *store, uint64_t *blocks, uint64_t *bytes);      /* in use, each counted once */
 
@@ -36,6 +46,8 @@ void kv_cache_cut(kv_cache *kv, int32_t length);
 /* `to` holds from's first positions, and only them. */
 void kv_cache_share(kv_cache *to, const kv_cache *from, int32_t length);
 
+uint8_t *kv_cache_block(const kv_cache *kv, int32_t i);       /* where block i begins */
+size_t kv_cache_layer_offset(const kv_cache *kv, int32_t layer);              /* of a layer in a block, in bytes */
 /* Where position pos of a layer lies: kv_rank + d_rope integers, and KV_SCALES floats. */
 int16_t *kv_cache_row(const kv_cache *kv, int32_t layer, int32_t pos);
 float *kv_cache_scales(const kv_cache *kv, int32_t layer, int32_t pos);
