@@ -49,6 +49,7 @@ static inline void cpu_quantize_row(const cpu_device *d, buffer b, int32_t row) 
     const cpu_rows *r = &d->rows[b];
     if (r->q) d->ops->quantize(r->q + (size_t)row * r->blocks, r->f + (size_t)row * r->width, r->width);
 }
+int cpu_quantize_rows(cpu_device *d, buffer b, int32_t n);    /* run_tokens.c: of the first n rows, by all threads */
 /* y[t * y_stride + r] = rows of m (slice 0) times row x_rows[t] (NULL: t) of x, in the calling thread.
  * next: weights that the thread will read afterwards, or NULL: a hint for prefetching. */
 void cpu_mul(const struct ms4_ops *ops, const matrix *m, const activations *x, const int32_t *x_rows, int32_t n_tokens,

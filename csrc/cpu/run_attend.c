@@ -205,13 +205,6 @@ static void collect_item(void *context, int32_t item, int32_t thread) {
     float *o = cpu_row(run->d, BUF_O, first) + (size_t)head * (size_t)s->d_value;
     mul_slice(run->d->ops, run->v_b, head, x, rank, n, o, d_o, w);
 }
-static void quantize_item(void *context, int32_t item, int32_t thread) {
-    const attend_run *run = context;
-    int32_t per_item = run->st->n < 8 ? 1 : 8;
-    (void)thread;
-    for (int32_t t = item * per_item; t < int_min((item + 1) * per_item, run->st->n); t++)
-        cpu_quantize_row(run->d, BUF_O, t);
-}
 /* --- the whole ------------------------------------------------------------------------------ */
 /* Floats of scratch that one thread needs, whatever the step. */
 static size_t scratch_floats(const ms4_shape *s) {
@@ -265,6 +258,5 @@ int cpu_attend(device *base, const step *st, int32_t layer, const matrix *k_b, c
     pool_run(d->pool, absorb_item, &run, tiles, d->stop);
     pool_run(d->pool, attend_item, &run, items, d->stop);
     pool_run(d->pool, collect_item, &run, tiles, d->stop);
-    if (d->rows[BUF_O].q) pool_run(d->pool, quantize_item, &run, st->n < 8 ? st->n : (st->n + 7) / 8, d->stop);
-    return MS4_OK;
+    return cpu_quantize_rows(d, BUF_O, st->n);
 }

@@ -87,14 +87,9 @@ static void attend_item(void *context, int32_t item, int32_t thread) {
     for (int32_t t = first; t < end; t++)
         for (size_t i = 0; i < width; i++) cpu_row(run->d, BUF_X, t)[head * width + i] /= l[t - first];
 }
-static void quantize_item(void *context, int32_t item, int32_t thread) {
-    const patch_run *run = context;
-    (void)thread;
-    for (int32_t t = item * PATCHES_AT_ONCE; t < last_of(run, item); t++) cpu_quantize_row(run->d, run->b, t);
-}
 int cpu_attend_patches(device *base, const patch_grid *g) {
     cpu_device *d = (cpu_device *)base;
-    patch_run run = { .d = d, .g = g, .b = BUF_X, .n = g->columns * g->rows };
+    patch_run run = { .d = d, .g = g, .n = g->columns * g->rows };
     const int32_t padded = n_tiles(&run) * ATTEND_KEYS;
     const cpu_rows *v = &d->rows[BUF_V];
     TRY(cpu_need(&d->keys, (size_t)padded * d->rows[BUF_K].width * sizeof *run.keys));
@@ -103,8 +98,7 @@ int cpu_attend_patches(device *base, const patch_grid *g) {
     each_patch(&run, rotate_item);
     pool_run(d->pool, transpose_item, &run, n_tiles(&run), d->stop);
     pool_run(d->pool, attend_item, &run, (run.n + QUERY_GROUP - 1) / QUERY_GROUP * g->n_head, d->stop);
-    if (d->rows[BUF_X].q) each_patch(&run, quantize_item);
-    return MS4_OK;
+    return cpu_quantize_rows(d, BUF_X, run.n);
 }
 /* --- the projector ------------------------------------------------------------------------------- */
 static void merge_item(void *context, int32_t item, int32_t thread) {

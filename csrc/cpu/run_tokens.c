@@ -20,6 +20,15 @@ static int run_rows(row_run *run, pool_fn *fn) {
 }
 static int32_t end_of(const row_run *run, int32_t item) { return int_min((item + 1) * run->per_item, run->n); }
 
+/* --- blocks -------------------------------------------------------------------------------- */
+static void quantize_item(void *context, int32_t item, int32_t thread) {
+    const row_run *run = context;
+    (void)thread;
+    for (int32_t t = item * run->per_item; t < end_of(run, item); t++) cpu_quantize_row(run->d, run->x, t);
+}
+int cpu_quantize_rows(cpu_device *d, buffer b, int32_t n) {
+    return d->rows[b].q ? run_rows(&(row_run){ .d = d, .x = b, .n = n }, quantize_item) : MS4_OK;
+}
 /* --- norms --------------------------------------------------------------------------------- */
 static void norm_item(void *context, int32_t item, int32_t thread) {
     const row_run *run = context;
