@@ -1,12 +1,19 @@
 """Faults that users of this and other runners met, each test named after its row in the list."""
 
 import os
+import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 
 import ms4
 from ms4.cli import doctor
+from ms4.models.mistral4 import ModelError, shape_of
+from ms4.quant.gguf_file import GgufFile
+from ms4.quant.tiny import Tiny, write_tiny
 
+ROOT = Path(__file__).parents[1]
 GIB = 1 << 30
 MEMINFO = f"MemTotal:       {32 << 20} kB\nMemFree:         {1 << 20} kB\nMemAvailable:   {30 << 20} kB\n"
 UNLIMITED_V1 = "9223372036854771712\n"
@@ -157,3 +164,22 @@ def test_b5_a_limit_is_not_room(tmp_path, monkeypatch, groups, files, used):
 def test_b5_the_machine_may_have_less_than_the_limit_leaves(tmp_path):
     got = ms4.allowed(fake_root(tmp_path, "0::/\n", {"memory.max": f"{64 * GIB}\n", "memory.current": f"{GIB}\n"}))
     assert got.limit == 64 * GIB and got.room == got.available == 30 * GIB
+
+
+def test_d4_choosing_looks_at_the_stop_flag(tmp_path):
+    program = tmp_path / "checkroute"
+    sources = ("tests/checkroute.c", "csrc/cpu/pool.c", "csrc/memory.c", "csrc/error.c")
+    options = ("-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-ffunction-sections", "-Wl,--gc-sections", "-Icsrc")
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    subprocess.run([*compiler, *options, *sources, "-pthread", "-o", str(program)], cwd=ROOT, check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "ok\n")
+
+
+@pytest.mark.parametrize("key, value", [("expert_count", 4097), ("expert_count", 65_536), ("expert_used_count", 65)])
+def test_d4_numbers_of_experts_far_beyond_the_family_are_refused(tmp_path, key, value):
+    """A small file could ask for any amount of work."""
+    file = GgufFile.open(write_tiny(tmp_path / "t.gguf", Tiny(n_layer=1))[0])
+    file.metadata[f"mistral4.{key}"] = value
+    with pytest.raises(ModelError, match=f"{key} is {value}; ms4 expects a finite number from 1 to (4096|64)$"):
+        shape_of(file)

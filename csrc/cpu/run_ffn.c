@@ -66,7 +66,9 @@ static void group(picks *p, int32_t n_expert) {
 int cpu_route(device *base, const ms4_shape *s, picks *p) {
     const cpu_device *d = (const cpu_device *)base;
     choose_run run = { d, s, p };
-    pool_run(d->pool, choose_item, &run, (p->n + CHOOSE_TOKENS - 1) / CHOOSE_TOKENS, NULL);
+    pool_run(d->pool, choose_item, &run, (p->n + CHOOSE_TOKENS - 1) / CHOOSE_TOKENS, d->stop);
+    if (d->stop && atomic_load(d->stop))       /* tokens were left out: any choice will do, as long as it is one */
+        for (int32_t i = 0; i < p->n * p->k; i++) p->expert[i] = i % p->k;
     group(p, s->n_expert);
     return MS4_OK;
 }
