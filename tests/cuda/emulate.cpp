@@ -38,6 +38,7 @@ emu_switch:
 namespace emu {
 __thread block *at;
 int n_threads = 1;
+bool (*in_device)(const void *p), (*accessible)(const void *p, size_t n);
 
 namespace {
 const int MOST_THREADS = 1024, WARPS = MOST_THREADS / 32;
@@ -81,18 +82,23 @@ void say_where(const char *why) {
 }
 struct sigaction before;
 void on_fault(int sig, siginfo_t *info, void *context) {
-    if (!at) {
+    char why[128];
+    if (!at && in_device && in_device(info->si_addr)) {
+        int n = snprintf(why, sizeof why, "cuda emulation: the host touches memory of the device, or a copy what is "
+                         "not allocated: %p\n", info->si_addr);
+        if (write(2, why, (size_t)n) < 0) _exit(3);
+    } else if (!at) {
         sigaction(SIGSEGV, &before, nullptr);       /* not ours: happens again, and goes where it went before */
         return;
     }
+    signal(SIGABRT, SIG_DFL);
+    if (!at) abort();
     machine *m = here();
-    char why[128];
     const char *address = (const char *)info->si_addr;
     bool in_stack = address >= m->stacks && address < m->stacks + STACK * MOST_THREADS;
     snprintf(why, sizeof why, in_stack ? "its stack is full (%p)" : "touches %p, which is no memory of the device",
              info->si_addr);
     say_where(why);
-    signal(SIGABRT, SIG_DFL);
     abort();
     (void)sig, (void)context;
 }
