@@ -203,7 +203,8 @@ typedef struct {
 /* Dynamic shared memory of a launch, in bytes; a kernel that is not named takes none.  Whoever writes a kernel keeps
  * its line right (a test compiles every kernel for 99 KB cards). */
 static inline size_t mul_shared(int type) { (void)type; return 0; }
-static inline size_t gemm_shared(int type) { (void)type; return 0; }
+#define GEMM_SHARED 67840
+static inline size_t gemm_shared(int type) { return is_float_type(type) ? 0 : GEMM_SHARED; }
 static inline size_t segments_shared(int32_t rank, int32_t d_rope) { (void)rank; (void)d_rope; return 0; }
 static inline size_t attend_rows_shared(int32_t rank, int32_t d_rope) { (void)rank; (void)d_rope; return 0; }
 static inline size_t norm_shared(int32_t width) { (void)width; return 0; }
