@@ -3,7 +3,8 @@
 #include "float.cuh"
 #include "gemm.cuh"
 #include "mul.cuh"
-#include "quantize.cuh"
+#include "route.cuh"
+#include "rows.cuh"
 
 /* Their blocks on a multiprocessor are said so that the compiler has the registers that it wants, and spills none. */
 #define X(type, ...) \

@@ -109,6 +109,8 @@ typedef struct {               /* ops.h, choose: ids, weights: n x k, ascending 
 /* Where a row of the step lies in the kv cache: its block (all layers; kv_cache.c has the picture) and its number in
  * it.  In a layer: KV_ROWS rows of rank + d_rope int16_t, then KV_ROWS times three floats. */
 #define KV_ROWS 128
+#define SEGMENT_GROUP 8        /* as ops.h, where these two are explained */
+#define LENGTH_16 44000
 typedef struct { uint8_t *block; int32_t at, pad; } kv_place;
 typedef struct {               /* kv: latent normalised, rope key rotated, both to the cache as 16-bit integers */
     float *kv;                                                /* stride floats a row; overwritten */
@@ -180,7 +182,7 @@ typedef struct {
     float scale;
 } rotate_args;
 /* x = softmax(q k) v, every patch to all (ops.h, attend).  Grid (n / ATTEND_PATCHES rounded up, n_head). */
-#define ATTEND_PATCHES 32
+#define ATTEND_PATCHES 64
 typedef struct { const float *q, *k, *v; float *x; size_t stride; int32_t n, n_head, d_head; } attend_patches_args;
 /* Group first + i of merge x merge patches, channel-major, to row i of `to`, and its blocks. */
 typedef struct {
@@ -195,7 +197,7 @@ typedef struct {
 #define CUDA_ROW_KERNELS(X) \
     X(norm_rows, norm_args, 256) X(quantize_rows, quantize_args, 256) X(act_rows, act_args, 256) \
     X(bias_rows, bias_args, 256) X(gather_rows, gather_args, 256) X(sum_pairs, sum_args, 256) \
-    X(choose_experts, choose_args, 128) X(latents_rows, latents_args, 64) X(queries_rows, queries_args, 128) \
+    X(choose_experts, choose_args, 32) X(latents_rows, latents_args, 64) X(queries_rows, queries_args, 128) \
     X(query_16_rows, query_16_args, 32) X(attend_segments, segments_args, 256) X(fold_segments, fold_args, 128) \
     X(attend_rows, attend_rows_args, 256) X(rotate_patches, rotate_args, 128) \
     X(attend_patches, attend_patches_args, 128) X(merge_patches, merge_args, 128)
@@ -205,7 +207,14 @@ typedef struct {
 static inline size_t mul_shared(int type) { (void)type; return 0; }
 #define GEMM_SHARED 67840
 static inline size_t gemm_shared(int type) { return is_float_type(type) ? 0 : GEMM_SHARED; }
-static inline size_t segments_shared(int32_t rank, int32_t d_rope) { (void)rank; (void)d_rope; return 0; }
-static inline size_t attend_rows_shared(int32_t rank, int32_t d_rope) { (void)rank; (void)d_rope; return 0; }
-static inline size_t norm_shared(int32_t width) { (void)width; return 0; }
+#define SEGMENT_ROOM 12800     /* scores, weights and sums of ATTEND_HEADS heads and a segment */
+static inline size_t segments_shared(int32_t rank, int32_t d_rope) { (void)rank; (void)d_rope; return SEGMENT_ROOM; }
+static inline size_t attend_rows_shared(int32_t rank, int32_t d_rope) {
+    (void)d_rope;
+    return SEGMENT_ROOM + 512 + sizeof(float) * ATTEND_HEADS * (size_t)rank;
+}
+#define NORM_STAGED 16384      /* floats of a row that is kept in shared memory */
+static inline size_t norm_shared(int32_t width) {
+    return sizeof(float) * (64 + (width <= NORM_STAGED ? ((size_t)width + 3) / 4 * 4 : 0));
+}
 #endif

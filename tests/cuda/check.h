@@ -62,12 +62,12 @@ static void same(const char *what, const float *got, const float *want, size_t n
         }
     }
 }
-template <class T> static void same_ints(const char *what, const T *got, const T *want, size_t n) {
+template <class T> static inline void same_ints(const char *what, const T *got, const T *want, size_t n) {
     for (size_t i = 0; i < n; i++)
         if (got[i] == want[i]) n_equal++;
         else wrong(what, i, std::to_string((long)got[i]).c_str(), std::to_string((long)want[i]).c_str());
 }
-static void same_blocks(const char *what, const block_q8 *got, const block_q8 *want, size_t n) {
+static inline void same_blocks(const char *what, const block_q8 *got, const block_q8 *want, size_t n) {
     for (size_t i = 0; i < n; i++) {
         same_ints(what, got[i].qs, want[i].qs, SUPERBLOCK);
         same_ints(what, got[i].sums, want[i].sums, SUPERBLOCK / 16);

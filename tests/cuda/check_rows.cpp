@@ -1,0 +1,174 @@
+/* check_rows.cpp -- kernels that take each row on its own (rows.cuh, route.cuh) against the CPU's. */
+#include "check.h"
+
+static const int widths[] = { 4096, 1024, 256, 32, 64, 96, 288, 2048, 1000, 37, 4128 };
+static int a_width(int round) { return widths[round % (int)(sizeof widths / sizeof *widths)]; }
+static size_t blocks_of(int width) { return ((size_t)width + SUPERBLOCK - 1) / SUPERBLOCK; }
+static int up_32(int width) { return (width + 31) / 32 * 32; }
+/* Rows by kinds: those of random_floats, then ordinary ones with a NaN or an infinity, then all zeros. */
+#define ROW_KINDS (FLOAT_KINDS + 3)
+static void random_row(float *x, int n, int kind) {
+    random_floats(x, (size_t)n, kind < FLOAT_KINDS ? kind : 0);
+    if (kind == FLOAT_KINDS) x[rnd() % (uint32_t)n] = NAN;
+    if (kind == FLOAT_KINDS + 1) x[rnd() % (uint32_t)n] = rnd() & 1 ? INFINITY : -INFINITY;
+    if (kind == FLOAT_KINDS + 2) memset(x, 0, (size_t)n * sizeof *x);
+}
+static void random_rows(float *x, int rows, size_t stride, int kind) {
+    for (int t = 0; t < rows; t++) random_row(x + (size_t)t * stride, (int)stride, kind);
+}
+/* The CPU's blocks of a row that has a multiple of 32 floats, as the engine's rows with blocks do. */
+static void same_as_quantised(const block_q8 *got, const float *row, int width) {
+    buffer<block_q8> want(blocks_of(width));
+    cpu->quantize(want, row, (size_t)width);
+    same_blocks("block", got, want, blocks_of(width));
+}
+static dim3 rows_and_parts(int n, int round) { return dim3((unsigned)n, round % 3 ? 1 + rnd() % 9 : 1); }
+
+static void check_norm() {
+    for (int round = 0; round < 88 * repeat; round++) {
+        const int n = between(1, 3), width = round == 43 ? NORM_STAGED + 32 : a_width(round), kind = round % ROW_KINDS;
+        const bool in_place = round % 5 == 0, has_blocks = round % 4 && width % 32 == 0;
+        const size_t stride = (size_t)width + rnd() % 2 * 3, blocks = blocks_of(width) + rnd() % 2;
+        buffer<float> x((size_t)n * stride, 16), y((size_t)n * stride, 16), weight((size_t)width), want((size_t)width);
+        buffer<block_q8> q((size_t)n * blocks);
+        now_trying("n %d width %d kind %d in place %d", n, width, kind, in_place);
+        random_rows(x, n, stride, kind);
+        random_floats(weight, (size_t)width, 0);
+        buffer<float> before((size_t)n * stride);
+        memcpy(before.p, x.p, x.bytes);
+        const float eps = round % 7 == 3 ? 0 : 1e-6f;
+        block_q8 *to = has_blocks ? q.p : nullptr;
+        norm_args a = { x, weight, in_place ? x : y, to, stride, stride, blocks, n, width, eps };
+        launch("norm_rows", a, dim3((unsigned)n), norm_shared(width));
+        for (int t = 0; t < n; t++) {
+            cpu->rms_norm(want, before + (size_t)t * stride, weight, (size_t)width, eps);
+            same("norm", (in_place ? x : y) + (size_t)t * stride, want, (size_t)width);
+            if (has_blocks) same_as_quantised(q + (size_t)t * blocks, want, width);
+        }
+        expect(x.intact() && y.intact() && q.intact(), "writes only its rows");
+    }
+}
+static void check_act() {
+    for (int round = 0; round < 88 * repeat; round++) {
+        const int n = between(1, 3), width = up_32(a_width(round)), kind = round % ROW_KINDS;
+        const int gelu = between(0, 1), which = round % 3;
+        const size_t count = (size_t)n * (size_t)width, blocks = blocks_of(width) + rnd() % 2;
+        buffer<float> gate(count), up(count), f(count), want(count);
+        buffer<block_q8> q((size_t)n * blocks);
+        now_trying("n %d width %d kind %d gelu %d", n, width, kind, gelu);
+        random_rows(gate, n, (size_t)width, kind);
+        random_rows(up, n, (size_t)width, round % 5 ? 0 : between(0, FLOAT_KINDS - 1));
+        for (size_t i = 0; i < count; i += 3) gate[i] *= 30;
+        act_args a = { gate, up, which ? f.p : nullptr, which < 2 ? q.p : nullptr, blocks, n, width, gelu };
+        launch("act_rows", a, rows_and_parts(n, round));
+        (gelu ? cpu->gelu_mul : cpu->silu_mul)(want, gate, up, count);
+        if (which) same("act", f, want, count);
+        for (int t = 0; t < n && which < 2; t++)
+            same_as_quantised(q + (size_t)t * blocks, want + (size_t)t * (size_t)width, width);
+        expect(f.intact() && q.intact(), "writes only its rows");
+    }
+}
+static void check_bias() {
+    for (int round = 0; round < 88 * repeat; round++) {
+        const int n = between(1, 3), width = up_32(a_width(round)), kind = round % ROW_KINDS, gelu = between(0, 1);
+        const bool has_bias = round % 4 != 2, has_blocks = round % 3 != 1;
+        const size_t stride = (size_t)width + rnd() % 2 * 4, blocks = blocks_of(width);
+        buffer<float> b((size_t)n * stride), bias((size_t)width), want((size_t)n * stride);
+        buffer<block_q8> q((size_t)n * blocks);
+        now_trying("n %d width %d kind %d gelu %d bias %d", n, width, kind, gelu, has_bias);
+        random_rows(b, n, stride, kind);
+        random_floats(bias, (size_t)width, 0);
+        memcpy(want.p, b.p, b.bytes);
+        bias_args a = { b, has_bias ? bias.p : nullptr, has_blocks ? q.p : nullptr, stride, blocks, n, width, gelu };
+        launch("bias_rows", a, rows_and_parts(n, round));
+        for (int t = 0; t < n; t++) {
+            float *row = want + (size_t)t * stride;
+            for (int i = 0; has_bias && i < width; i++) row[i] += bias[i];
+            if (gelu) cpu->gelu(row, (size_t)width);
+            same("bias", b + (size_t)t * stride, row, (size_t)width);
+            if (has_blocks) same_as_quantised(q + (size_t)t * blocks, row, width);
+        }
+        expect(b.intact() && q.intact(), "writes only its rows");
+    }
+}
+static void check_gather() {
+    for (int round = 0; round < 20 * repeat; round++) {
+        const int n = between(1, 4), width = a_width(round);
+        const size_t stride = (size_t)width + rnd() % 2 * 4;
+        std::vector<int32_t> rows;
+        for (int i = 0, row = 0; i < n; i++, row++) rows.push_back(row += between(0, 2));
+        buffer<float> from((size_t)(rows.back() + 1) * stride, 16), to((size_t)n * stride, 16);
+        now_trying("n %d width %d", n, width);
+        random_floats(from, from.count, 1);
+        gather_args a = { from, to, rows.data(), stride, n, width };
+        launch("gather_rows", a, rows_and_parts(n, round));
+        for (int i = 0; i < n; i++)
+            same_ints("row", (const int32_t *)(to + (size_t)i * stride),
+                      (const int32_t *)(from + (size_t)rows[(size_t)i] * stride), (size_t)width);
+        expect(to.intact(), "writes only its rows");
+    }
+}
+static void check_sum_pairs() {
+    for (int round = 0; round < 40 * repeat; round++) {
+        const int n = between(1, 3), k = round % 4 ? between(1, 9) : 4, width = a_width(round);
+        const int kind = round % ROW_KINDS;
+        const size_t stride = (size_t)width + rnd() % 2 * 4, n_pairs = (size_t)(n * k);
+        buffer<float> h((size_t)n * stride, 16), pairs(n_pairs * stride, 16), weight(n_pairs), want((size_t)n * stride);
+        std::vector<int32_t> row;
+        for (size_t i = 0; i < n_pairs; i++) row.push_back((int32_t)i);
+        std::shuffle(row.begin(), row.end(), rng);
+        now_trying("n %d k %d width %d kind %d", n, k, width, kind);
+        random_rows(h, n, stride, 0);
+        random_rows(pairs, (int)n_pairs, stride, kind);
+        random_floats(weight, n_pairs, 0);
+        memcpy(want.p, h.p, h.bytes);
+        sum_args a = { h, pairs, weight, row.data(), stride, n, k, width };
+        launch("sum_pairs", a, rows_and_parts(n, round));
+        for (int t = 0; t < n; t++) {
+            for (int i = t * k; i < (t + 1) * k; i++)
+                cpu->add_scaled(want + (size_t)t * stride, pairs + (size_t)row[(size_t)i] * stride, weight[(size_t)i],
+                                (size_t)width);
+            same("sum", h + (size_t)t * stride, want + (size_t)t * stride, (size_t)width);
+        }
+        expect(h.intact(), "writes only its rows");
+    }
+}
+/* Logits by kinds: ordinary; few different ones, so that many are equal; with zeros of both signs; some NaN; all NaN;
+ * some infinite; all -infinity; so far apart that all but one weight are 0. */
+static float a_logit(int kind) {
+    const float edges[] = { 0.0f, -0.0f, 1e-45f, -1e-45f };
+    if (kind == 1) return (float)between(-2, 2);
+    if (kind == 2) return edges[rnd() % 4];
+    if (kind == 3 && rnd() % 9 == 0) return NAN;
+    if (kind == 4) return rnd() & 1 ? NAN : -NAN;
+    if (kind == 5 && rnd() % 9 == 0) return rnd() % 3 ? -INFINITY : INFINITY;
+    if (kind == 6) return -INFINITY;
+    return (float)((uniform() * 2 - 1) * (kind == 7 ? 1e4 : 5));
+}
+static void check_choose() {
+    static const int experts[] = { 128, 4, 1, 64, 127, 129, 256, 33, 8, 1000 };
+    for (int round = 0; round < 90 * repeat; round++) {
+        const bool huge = round == 88 || round == 89;
+        const int n = between(1, 3), n_expert = huge ? 65536 - (round & 1) : experts[round % 10];
+        const int k = huge ? 256 : between(1, std::min(n_expert, round % 3 ? 8 : 256));
+        const int kind = round / 10 % 8, norm = round % 4 != 3;
+        const size_t stride = (size_t)n_expert + rnd() % 3, count = (size_t)(n * k);
+        buffer<float> logits((size_t)n * stride, 4), weights(count), want(count);
+        buffer<int32_t> ids(count), want_ids(count);
+        now_trying("n %d of %d experts k %d kind %d norm %d", n, n_expert, k, kind, norm);
+        for (size_t i = 0; i < logits.count; i++) logits[i] = a_logit(kind);
+        const float scale = round & 1 ? 1 : 2.5f;
+        choose_args a = { logits, ids, weights, stride, n, n_expert, k, norm, scale };
+        launch("choose_experts", a, dim3((unsigned)n));
+        for (int t = 0; t < n; t++)
+            cpu->choose(logits + (size_t)t * stride, n_expert, k, scale, norm, want_ids + t * k, want + t * k);
+        same_ints("id", ids.p, want_ids.p, count);
+        same("weight", weights, want, count);
+        expect(ids.intact() && weights.intact(), "writes only its choice");
+    }
+}
+int main(int argc, char **argv) {
+    return run_checks(argc, argv, { { "norm_rows", check_norm }, { "act_rows", check_act }, { "bias_rows", check_bias },
+                                    { "gather_rows", check_gather }, { "sum_pairs", check_sum_pairs },
+                                    { "choose_experts", check_choose } });
+}
