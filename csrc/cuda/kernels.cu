@@ -4,6 +4,7 @@
 #include "float.cuh"
 #include "gemm.cuh"
 #include "mul.cuh"
+#include "patches.cuh"
 #include "route.cuh"
 #include "rows.cuh"
 
