@@ -272,6 +272,7 @@ class Engine:
     def __init__(self, handle: Any, shape: Shape) -> None:
         self._handle = handle
         self._children: weakref.WeakSet[Session | Vision] = weakref.WeakSet()
+        self._watch: Any = None
         self.shape = shape
 
     @classmethod
@@ -344,6 +345,27 @@ class Engine:
             failure(row.status, said.get(row.status, NOT_FINITE)) if row.status else room  # type: ignore[misc]
             for row, room in zip(table, logits, strict=True)
         ]
+
+    def watch(self, routed: Callable[[int, np.ndarray | None], None] | None) -> None:
+        """routed(layer, ids int32 [n_tokens, n_expert_used]) is told what the router chose, in the thread of the step.
+
+        routed(-1, None): that step has ended well.  It may not call the engine.  None: nobody is told any more.
+        """
+        import numpy as np
+
+        if routed is None:
+            lib.ms4_engine_watch(self._live(), ffi.NULL, ffi.NULL)
+            self._watch = None
+            return
+        k = self.shape.n_expert_used
+
+        def call(layer: int, n: int, ids: Any, _: Any) -> None:
+            told = None if layer < 0 else np.frombuffer(ffi.buffer(ids, 4 * n * k), np.int32).reshape(n, k).copy()
+            routed(layer, told)
+
+        watch = ffi.callback("void(int32_t, int32_t, const int32_t *, void *)", call)
+        lib.ms4_engine_watch(self._live(), watch, ffi.NULL)
+        self._watch = watch  # until now a step may have used the one before
 
     def place_experts(self, place: np.ndarray | None) -> None:
         """For the tests: which experts a second CPU device computes, [n_layer, n_expert] of 0 or 1; None: none."""

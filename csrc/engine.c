@@ -86,6 +86,11 @@ void ms4_engine_stats(ms4_engine *e, ms4_stats *out) {
     out->load = files_load(e->files);
     out->isa = e->ops->isa;
 }
+void ms4_engine_watch(ms4_engine *e, void (*routed)(int32_t, int32_t, const int32_t *, void *), void *user) {
+    turn_take(&e->turn);
+    e->watch = (watch){ routed, user };
+    turn_give(&e->turn);
+}
 int ms4_engine_place(ms4_engine *e, const uint8_t *place) {
     int status = MS4_OK;
     turn_take(&e->turn);

@@ -24,7 +24,8 @@ struct ms4_engine {
     experts *experts;
     kv_store *kv;
     int32_t n_batch;
-    turn turn;                                                /* steps, one at a time: guards devices, experts, room */
+    turn turn;                                                /* steps, one at a time: guards devices, experts, room, */
+    watch watch;                                              /* and who is told what the router chose */
     step_room room;
     ms4_stats stats;                                          /* guarded by `counting` */
     pthread_mutex_t counting;

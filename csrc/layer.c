@@ -67,6 +67,7 @@ static int moe(const step *st, device *d, int32_t layer, const layer_weights *w,
     TRY(DO(d, products, &route, 1, st->n));
     p->n = st->n;
     TRY(DO(d, route, st->shape, p));
+    if (st->watch->call) st->watch->call(layer, p->n, p->expert, st->watch->user);
     TRY(experts_take(store, layer, p, shares, &n));
     if (w->has_every) shares[0].every = &w->every;
     int status = run_shares(d, store, p, shares, n);

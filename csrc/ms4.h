@@ -126,6 +126,12 @@ typedef struct {
 } ms4_stats;
 void ms4_engine_stats(ms4_engine *engine, ms4_stats *out);
 
+/* Who is told what the router chose, from the thread of the step, which waits for it: after each layer that has
+ * experts, n_tokens x n_expert_used ids, those of a token ascending; and with layer -1 once the step has ended well, so
+ * that what was said of it counts.  It calls no function of the engine.  NULL: nobody, and then it costs nothing. */
+void ms4_engine_watch(ms4_engine *engine, void (*routed)(int32_t layer, int32_t n_tokens, const int32_t *experts,
+                                                         void *user), void *user);
+
 /* The limits of this machine for this engine and its threads, as they are now: bytes per second, reading the first
  * `most` bytes of its weights once in order (caches hold less than a large model, so nothing else would do; fewer bytes
  * are read up to five times), and multiply-adds per second of the kernel table's ISA in registers, 8-bit and float.  On

@@ -271,8 +271,10 @@ static int take_turn(ms4_engine *e, run *r) {
         if (s->status) kv_cache_cut(&s->session->kv, atomic_load(&s->session->length));
     }
     for (int32_t i = 0; i < r->st.n_spans; i++) canceled &= r->part[i]->status == MS4_ECANCELED;
-    if (!status && r->st.n_spans && !canceled) count(r, now_ns() - start, r->st.n_out);
-    else {
+    if (!status && r->st.n_spans && !canceled) {
+        count(r, now_ns() - start, r->st.n_out);
+        if (e->watch.call) e->watch.call(-1, 0, NULL, e->watch.user);
+    } else {
         uint64_t pairs, bytes;
         experts_count(e->experts, &pairs, &bytes);            /* of no use to anybody */
     }
@@ -281,7 +283,7 @@ static int take_turn(ms4_engine *e, run *r) {
 void ms4_stop(int32_t *stop) { atomic_store((atomic_int *)stop, 1); }
 int ms4_step(ms4_engine *e, ms4_span *spans, size_t n_spans) {
     TRY(check(e, spans, n_spans));
-    run r = { .e = e, .spans = spans, .n_spans = n_spans, .st = { .shape = &e->shape } };
+    run r = { .e = e, .spans = spans, .n_spans = n_spans, .st = { .shape = &e->shape, .watch = &e->watch } };
     r.st.spans = memory_take(n_spans, sizeof *r.st.spans);
     r.part = memory_take(n_spans, sizeof *r.part);
     int status = r.st.spans && r.part ? MS4_OK : error_set(MS4_ENOMEM, "no memory for a step");

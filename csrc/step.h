@@ -9,8 +9,11 @@
 /* n tokens of one session from position pos on: rows first .. first + n - 1 of every buffer.  The logits of the last
  * n_out are wanted: one for decode, none inside a prompt, several to verify a draft. */
 typedef struct { const kv_cache *kv; int32_t first, n, pos, n_out; } span;
+/* Who is told what the router chose (ms4_engine_watch); call NULL: nobody. */
+typedef struct { void (*call)(int32_t layer, int32_t n_tokens, const int32_t *experts, void *user); void *user; } watch;
 typedef struct {
     const ms4_shape *shape;
+    const watch *watch;
     span *spans;
     float *rope;               /* n x d_rope: cos, sin of each pair at the row's position, from doubles of the host */
     float *scale;              /* n: attn_scale times the query temperature at the row's position */
