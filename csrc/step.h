@@ -51,4 +51,6 @@ typedef struct {
     int32_t *used;             /* the experts that have pairs, ascending */
     int32_t n, k, n_used;      /* tokens; experts of each; experts in use */
 } picks;
+/* From n, k, expert and weight, which a device has filled in, all the rest. */
+void picks_group(picks *p, int32_t n_expert);
 #endif

@@ -1,6 +1,7 @@
 /* checkroute.c -- the router's choice: of every token, or of no more once the stop flag is raised; what the picks hold
  * then is a choice all the same, as the rest of the layer still goes through them.  Prints "ok" or what went wrong. */
 #include "../csrc/cpu/run_ffn.c"
+#include "../csrc/picks.c"
 #include <stdio.h>
 
 #define N_TOKENS 1000

@@ -43,33 +43,13 @@ static void choose_item(void *context, int32_t item, int32_t thread) {
                             run->s->router_norm, run->p->expert + at, run->p->weight + at);
     }
 }
-/* By token -> by expert: first, used; row, token and weight of each pair. */
-static void group(picks *p, int32_t n_expert) {
-    const int32_t n_pairs = p->n * p->k;
-    int32_t *first = p->first;
-    memset(first, 0, (size_t)(n_expert + 1) * sizeof *first);
-    for (int32_t i = 0; i < n_pairs; i++) first[p->expert[i] + 1]++;
-    p->n_used = 0;
-    for (int32_t i = 0; i < n_expert; i++) {
-        if (first[i + 1]) p->used[p->n_used++] = i;
-        first[i + 1] += first[i];
-    }
-    for (int32_t i = 0; i < n_pairs; i++) {
-        int32_t pair = first[p->expert[i]]++;
-        p->row[i] = pair;
-        p->token[pair] = i / p->k;
-        p->pair_weight[pair] = p->weight[i];
-    }
-    memmove(first + 1, first, (size_t)n_expert * sizeof *first);
-    first[0] = 0;
-}
 int cpu_route(device *base, const ms4_shape *s, picks *p) {
     const cpu_device *d = (const cpu_device *)base;
     choose_run run = { d, s, p };
     pool_run(d->pool, choose_item, &run, (p->n + CHOOSE_TOKENS - 1) / CHOOSE_TOKENS, d->stop);
     if (d->stop && atomic_load(d->stop))       /* tokens were left out: any choice will do, as long as it is one */
         for (int32_t i = 0; i < p->n * p->k; i++) p->expert[i] = i % p->k;
-    group(p, s->n_expert);
+    picks_group(p, s->n_expert);
     return MS4_OK;
 }
 /* --- gate and up ------------------------------------------------------------------------------ */
