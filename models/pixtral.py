@@ -18,7 +18,7 @@ import numpy as np
 import ms4
 from ms4.models.image import PixelRule
 from ms4.models.mistral4 import Key, ModelError, check_value
-from ms4.quant.gguf_file import GgufFile, TensorInfo, shown
+from ms4.quant.gguf_file import GgufFile, Opener, TensorInfo, shown
 
 KEYS = (
     Key("image_size", int, 1, 1 << 14),
@@ -48,9 +48,9 @@ class Tower:
     gguf: GgufFile = field(repr=False, compare=False)
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Tower:
-        """GgufError or ModelError: what is wrong with the file."""
-        gguf = GgufFile.open(path)
+    def read(cls, path: str | os.PathLike[str], opener: Opener | None = None) -> Tower:
+        """GgufError or ModelError: what is wrong with the file.  opener: as of GgufFile.open."""
+        gguf = GgufFile.open(path, opener)
         _check_kind(gguf)
         values = _hyperparameters(gguf)
         shape = _shape(gguf, values)

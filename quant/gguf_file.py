@@ -11,9 +11,9 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -96,6 +96,23 @@ class GgufError(FileError):
     """The file is missing, damaged, or not a GGUF file at all."""
 
 
+Stamp = tuple[int, int, int, int]  # device, inode, size, time of change in ns
+
+
+class Source(Protocol):
+    """The bytes of a file, wherever it lies."""
+
+    stamp: Stamp
+
+    def read(self, n: int, offset: int) -> bytes:
+        """Up to n bytes from offset on; none at the end.  OSError, if they cannot be read."""
+
+    def close(self) -> None: ...
+
+
+Opener = Callable[[str], Source]  # FileNotFoundError, if there is no such file
+
+
 @dataclass(frozen=True, eq=False)
 class Strings:
     """An array of strings as two flat buffers: string i is raw[starts[i] : ends[i]], behind its 8 bytes of length."""
@@ -153,7 +170,7 @@ class GgufFile:
     """A checked GGUF file, or the parts of one.
 
     Values of `metadata` are int, float, bool, str, a NumPy array of scalars, or `Strings`.  `stamps` identify the
-    files that were read: (device, inode, size, time of change in ns).
+    files that were read.
     """
 
     path: str
@@ -162,14 +179,18 @@ class GgufFile:
     tensors: Mapping[str, TensorInfo]
     paths: tuple[str, ...]
     sizes: tuple[int, ...]
-    stamps: tuple[tuple[int, int, int, int], ...]
+    stamps: tuple[Stamp, ...]
     warnings: tuple[str, ...] = field(default=())
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> GgufFile:
-        """Reads the header of `path` and, if it is the first part of several, of all parts."""
-        first = _read_part(os.fspath(path), 0)
-        parts = [first, *_siblings(first)]
+    def open(cls, path: str | os.PathLike[str], opener: Opener | None = None) -> GgufFile:
+        """Reads the header of `path` and, if it is the first part of several, of all parts.
+
+        opener: what opens a file that does not lie here.
+        """
+        opener = opener or _LocalFile
+        first = _read_part(os.fspath(path), 0, opener)
+        parts = [first, *_siblings(first, opener)]
         tensors: dict[str, TensorInfo] = {}
         for part in parts:
             for t in part.tensors:
@@ -203,7 +224,7 @@ class _Part:
     """One file, read alone."""
 
     path: str
-    stamp: tuple[int, int, int, int]
+    stamp: Stamp
     version: int = 0
     alignment: int = 32
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -211,8 +232,31 @@ class _Part:
     warnings: list[str] = field(default_factory=list)
 
 
-def _stamp(s: os.stat_result) -> tuple[int, int, int, int]:
+def _stamp(s: os.stat_result) -> Stamp:
     return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns
+
+
+class _LocalFile:
+    """A file of this machine, opened without ever waiting for it."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except ValueError as e:
+            raise GgufError(path, "not a file name") from e
+        info = os.fstat(self._fd)
+        self.stamp = _stamp(info)
+        if not stat.S_ISREG(info.st_mode):
+            self.close()
+            if stat.S_ISDIR(info.st_mode):
+                raise GgufError(path, "is a directory; give the .gguf file in it")
+            raise GgufError(path, "not a regular file (a pipe, a device or a socket)")
+
+    def read(self, n: int, offset: int) -> bytes:
+        return os.pread(self._fd, n, offset)
+
+    def close(self) -> None:
+        os.close(self._fd)
 
 
 def _in_words(error: OSError) -> str:
@@ -222,10 +266,10 @@ def _in_words(error: OSError) -> str:
 class _Header:
     """The bytes of a header, read as they are asked for: a cursor that cannot leave the file."""
 
-    def __init__(self, path: str, fd: int, size: int) -> None:
+    def __init__(self, path: str, source: Source) -> None:
         self.path = path
-        self.fd = fd
-        self.size = size
+        self.source = source
+        self.size = source.stamp[2]
         self.data = bytearray()
         self.at = 0
 
@@ -245,7 +289,7 @@ class _Header:
             raise self.fail(f"{what} at byte {self.at}: the metadata is longer than {MAX_HEADER_BYTES // MIB} MiB")
         while len(self.data) < end:
             try:
-                chunk = os.pread(self.fd, MIB, len(self.data))
+                chunk = self.source.read(MIB, len(self.data))
             except OSError as e:
                 raise self.fail(_in_words(e)) from e
             if not chunk:
@@ -333,26 +377,43 @@ def _short_strings(window: bytes) -> np.ndarray:
     return ends[: len(ends) if linked.all() else int(linked.argmin())]
 
 
-def _read_part(path: str, index: int) -> _Part:
-    """Opens one file without ever waiting for it, and reads its header."""
+def _read_part(path: str, index: int, opener: Opener, count: int = 1) -> _Part:
+    """Reads the header of one file, number `index` of `count`."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        source = opener(path)
+    except FileNotFoundError as e:
+        reason = f"part {index + 1} of {count} of the split model is missing" if index else _in_words(e)
+        raise GgufError(path, reason) from e
     except OSError as e:
         raise GgufError(path, _in_words(e)) from e
-    except ValueError as e:
-        raise GgufError(path, "not a file name") from e
     try:
-        info = os.fstat(fd)
-        if stat.S_ISDIR(info.st_mode):
-            raise GgufError(path, "is a directory; give the .gguf file in it")
-        if not stat.S_ISREG(info.st_mode):
-            raise GgufError(path, "not a regular file (a pipe, a device or a socket)")
-        part = _Part(path, _stamp(info))
-        header = _Header(path, fd, info.st_size)
-        _read_header(header, part, index)
+        part = _Part(path, source.stamp)
+        _read_header(_Header(path, source), part, index)
     finally:
-        os.close(fd)
+        source.close()
     return part
+
+
+def peek(path: str | os.PathLike[str], key: str) -> Any | None:
+    """The value of one metadata key, for which no more of the file is read than what lies before it.
+
+    None if the file has no such key.  GgufError, if the file cannot be read so far.
+    """
+    name = os.fspath(path)
+    try:
+        source = _LocalFile(name)
+    except OSError as e:
+        raise GgufError(name, _in_words(e)) from e
+    try:
+        part, header = _Part(name, source.stamp), _Header(name, source)
+        _, n_keys = _read_counts(header, part)
+        for number in range(n_keys):
+            _read_key(header, part, number)
+            if key in part.metadata:
+                return part.metadata[key]
+        return None
+    finally:
+        source.close()
 
 
 def _read_header(header: _Header, part: _Part, index: int) -> None:
@@ -544,7 +605,7 @@ def _split_number(part: _Part, key: str, low: int, high: int) -> int:
     return value
 
 
-def _siblings(first: _Part) -> list[_Part]:
+def _siblings(first: _Part, opener: Opener) -> list[_Part]:
     """Reads the other parts of a split model and checks that they belong together."""
     if "split.count" not in first.metadata:
         return []
@@ -559,10 +620,7 @@ def _siblings(first: _Part) -> list[_Part]:
         wanted = f"-00001-of-{count:05}.gguf"
         raise GgufError(first.path, f"part 1 of a model split in {count}: its name must end in {wanted}")
     names = [f"{match[1]}-{i + 1:05}-of-{count:05}.gguf" for i in range(count)]
-    for i, name in enumerate(names):
-        if not os.path.exists(name):
-            raise GgufError(name, f"part {i + 1} of {count} of the split model is missing")
-    parts = [_read_part(name, i) for i, name in enumerate(names) if i]
+    parts = [_read_part(name, i, opener, count) for i, name in enumerate(names) if i]
     for i, part in enumerate(parts, 1):
         _check_part(first, part, i, count)
     n_tensors = len(first.tensors) + sum(len(p.tensors) for p in parts)

@@ -10,7 +10,7 @@ import pytest
 
 from ms4.models.describe import describe
 from ms4.quant import visible
-from ms4.quant.gguf_file import FileError, GgufError, GgufFile, shown
+from ms4.quant.gguf_file import FileError, GgufError, GgufFile, peek, shown
 from ms4.quant.tiny import Tiny, write_tiny
 
 
@@ -259,3 +259,49 @@ def test_arrays_of_strings_hold_what_was_written(good, tmp_path, rng, kind):
     assert list(metadata["x.strings"]) == strings and metadata["x.after"] == 7
     joined = metadata["x.strings"].joined()
     assert joined == (None if "NULs" in kind or "all" in kind else b"".join(b"\n" + s for s in strings))
+
+
+# --- files that lie elsewhere, and a single key ------------------------------------------------
+
+
+class Elsewhere:
+    """The parts of a split model, behind names that no file here has."""
+
+    def __init__(self, paths):
+        self.files = {f"far/{os.path.basename(p)}": p for p in paths}
+        self.n_read = 0
+
+    def __call__(self, name):
+        with open(self.files[name], "rb") as file:
+            return Far(self, file.read())
+
+
+class Far:
+    def __init__(self, owner, data):
+        self.owner, self.data, self.stamp = owner, data, (0, 0, len(data), 0)
+
+    def read(self, n, offset):
+        self.owner.n_read += n
+        return self.data[offset : offset + min(n, 1000)]  # a source may give less than it is asked for
+
+    def close(self):
+        pass
+
+
+def test_headers_can_be_read_from_elsewhere(parts):
+    far = GgufFile.open("far/split-00001-of-00003.gguf", Elsewhere(parts))
+    near = GgufFile.open(parts[0])
+    assert far.tensors == near.tensors and far.sizes == near.sizes and far.metadata.keys() == near.metadata.keys()
+
+
+def test_one_key_is_read_without_what_lies_behind_it(tmp_path):
+    write_tiny(tmp_path / "whole.gguf")
+    data = (tmp_path / "whole.gguf").read_bytes()
+    assert peek(tmp_path / "whole.gguf", "general.architecture") == "mistral4"
+    assert peek(tmp_path / "whole.gguf", "no.such.key") is None
+    (tmp_path / "cut.gguf").write_bytes(data[:200])
+    assert peek(tmp_path / "cut.gguf", "general.architecture") == "mistral4"
+    with pytest.raises(GgufError, match="truncated"):
+        peek(tmp_path / "cut.gguf", "no.such.key")
+    with pytest.raises(GgufError, match="no such file"):
+        peek(tmp_path / "none.gguf", "general.architecture")
