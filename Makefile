@@ -49,7 +49,7 @@ bench: all
 # --- checking it
 
 test: all
-	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" --hypothesis-profile=some
 
 test-all: all
 	$(PY) -m pytest -n 2 --dist worksteal

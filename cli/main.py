@@ -1,5 +1,7 @@
 """The commands of ms4 and their options.  Each command checks its options here and is carried out in its own file."""
 
+from collections.abc import Sequence
+from functools import cache
 from typing import Annotated, Any
 
 import typer
@@ -11,14 +13,21 @@ from ms4.cli.errors import UsageError
 from ms4.models.untrusted import Reading
 
 
+def spellings(params: Sequence[Any]) -> dict[str, str | None]:
+    """The options of a command, as they are typed -> the name of the value; None for a flag."""
+    ours: dict[str, str | None] = {}
+    for option in params:
+        if option.param_type_name == "option":
+            value = None if option.is_flag else option.metavar or "TEXT"
+            ours |= dict.fromkeys([*option.opts, *option.secondary_opts], value)
+    return ours
+
+
 class Command(TyperCommand):
     """A command that takes each of its options once, unless it is a list, and says what another's option is here."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        ours: dict[str, str | None] = {}
-        for option in self.get_params(ctx):
-            if option.param_type_name == "option":
-                ours |= dict.fromkeys(option.opts, None if option.is_flag else option.metavar or "TEXT")  # type: ignore
+        ours = spellings(self.get_params(ctx))
         if name := elsewhere.stranger(args, ours):
             hint = elsewhere.option_hint(name, ctx.command_path, ours)
             raise UsageError(f"no such option: {name}", hint)
@@ -29,12 +38,24 @@ class Command(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@cache
+def command(name: str) -> TyperCommand:
+    """One command alone: to make all of them for the one that is wanted would take longer than to carry it out."""
+    (info,) = (info for info in app.registered_commands if info.callback and info.callback.__name__ == name)
+    made = typer.main.get_command_from_info(info, pretty_exceptions_short=False, rich_markup_mode=None)
+    assert isinstance(made, TyperCommand)
+    return made
+
+
+def carry_out(name: str, args: list[str]) -> int:
+    """Runs a command and returns its exit code."""
+    settings = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    return int(command(name).main(args, prog_name=f"ms4 {name}", standalone_mode=False, **settings) or 0)
+
+
 Prompt = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Joined by spaces.")]
 System = Annotated[
     str | None, typer.Option("-s", "--system", metavar="TEXT|@FILE", help="System prompt, or @ and a file.")
@@ -82,11 +103,6 @@ Logprobs = Annotated[
     typer.Option(metavar="N", parser=opt.whole(0, 20), help="Log-probabilities of the N likeliest, in JSON."),
 ]
 Stats = Annotated[bool, typer.Option("--stats", help="One line of statistics on stderr.")]
-
-
-@app.callback()
-def root() -> None:
-    """Mistral Small 4 on this machine."""
 
 
 @app.command(cls=Command)

@@ -82,7 +82,7 @@ def dispatch(args: list[str]) -> int:
     os.environ["TYPER_USE_RICH"] = "0"
     from ms4.cli import main as commands
 
-    return int(commands.app(args, prog_name="ms4", standalone_mode=False) or 0)
+    return commands.carry_out(args[0], args[1:])
 
 
 def report(error: BaseException) -> int:

@@ -10,7 +10,9 @@
 #include "../csrc/cpu/pool.c"
 
 #define MAX_ITEMS 300
+#ifndef N_RUNS
 #define N_RUNS 1000
+#endif
 
 typedef struct { atomic_int done[MAX_ITEMS], busy[16]; } tally;
 

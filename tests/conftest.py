@@ -13,7 +13,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # Nothing is timed, and fixtures that examples share are fine: models.  The sanitizers take `few`.
+# `make test` takes `some`, make test-all `many`.
 settings.register_profile("many", max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("some", settings.get_profile("many"), max_examples=10)
 settings.register_profile("few", settings.get_profile("many"), max_examples=4)
 settings.load_profile("many")
 

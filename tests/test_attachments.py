@@ -318,7 +318,7 @@ def test_ctrl_c_ends_the_reading_of_an_image(tmp_path):
     master, terminal = pty.openpty()
     command = [sys.executable, "-c", "import sys; from ms4.cli.start import main; sys.exit(main())"]
     command += ["run", "-m", MODEL, "--mmproj", str(tmp_path / "mmproj.gguf"), "--ctx", "1024"]
-    command += ["--image-max-tokens", "900", "-i", str(tmp_path / "large.png"), "Hi"]
+    command += ["-t", "1", "--image-max-tokens", "900", "-i", str(tmp_path / "large.png"), "Hi"]
     environment = {**os.environ, "TERM": "xterm"}
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=terminal, env=environment

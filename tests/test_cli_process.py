@@ -75,7 +75,7 @@ def test_ctrl_c_ends_a_run_and_keeps_the_text():
 
 def test_ctrl_c_ends_a_prefill():
     words = "one two three four five six " * 120
-    process = spawn(*MS4, "perplexity", "-", "-m", MODEL, "--ctx", "1000", stdin=subprocess.PIPE)
+    process = spawn(*MS4, "perplexity", "-", "-m", MODEL, "--ctx", "1000", "-t", "1", stdin=subprocess.PIPE)
     process.stdin.write(words.encode() * 200)
     process.stdin.close()
     assert interrupted(process, 1.5) == 130

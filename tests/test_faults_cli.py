@@ -15,13 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import typer
 from standins import Stream, statistics
 
 from ms4 import StopFlag
-from ms4.cli import elsewhere, errors, render, repl, start, streams, writers
+from ms4.cli import elsewhere, errors, main, render, repl, start, streams, writers
 from ms4.cli.follow import follow
-from ms4.cli.main import app
 from ms4.models import untrusted
 from ms4.models.answer import Done, Prefill
 from ms4.models.answer_parser import Text, Thinking
@@ -234,17 +232,7 @@ def test_a11_the_readme_says_so():
 
 # --- C5: what people type elsewhere
 
-OURS = {
-    command.callback.__name__: {
-        option: None if kind.is_flag else kind.metavar or "TEXT"
-        for kind in typer.main.get_command_from_info(
-            command, pretty_exceptions_short=False, rich_markup_mode=None
-        ).params
-        if kind.param_type_name == "option"
-        for option in kind.opts
-    }
-    for command in app.registered_commands
-}
+OURS = {name: main.spellings(main.command(name).params) for name in start.COMMANDS}
 ROWS = [(spelling, row) for row in elsewhere.OPTIONS for spelling in row.spellings]
 
 
@@ -448,9 +436,14 @@ def test_c6_the_price_is_what_will_be_read(chat, ms4):
     assert int(re.search(r"\((\d+) tokens", price)[1]) == read - cached - n_new
 
 
-@pytest.mark.parametrize("unbuffered", ["1", ""])
-@pytest.mark.parametrize("form", ["text", "json", "jsonl"])
-def test_d2_all_arrives_through_writes_that_take_a_part(tmp_path, unbuffered, form):
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "form, unbuffered",
+    [("text", ""), ("json", "1"), *(pytest.param(*pair, marks=SLOW) for pair in (("jsonl", ""), ("jsonl", "1")))],
+)
+def test_d2_all_arrives_through_writes_that_take_a_part(form, unbuffered):
     """A pipe of one page that does not block: the kernel takes parts, and then nothing for a while."""
     command = [*RUN, "-n", "30", "--format", form, "--seed", "1", "Hi"]
     if form == "text":
@@ -591,7 +584,9 @@ def test_a7_the_second_ctrl_c_counts_for_two_seconds(monkeypatch):
     assert left(10.0, "/stats", 10.5, "x") == (0, 0)
 
 
-@pytest.mark.parametrize("words", ["exit", "quit", "/quit", "/bye", "/exit"])
+@pytest.mark.parametrize(
+    "words", ["exit", "/bye", *(pytest.param(word, marks=SLOW) for word in ("quit", "/quit", "/exit"))]
+)
 def test_c9_the_words_that_leave_elsewhere_leave(talk, terminal, words):
     process = talk()
     terminal.until(READY)

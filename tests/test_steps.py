@@ -134,7 +134,7 @@ def test_wrong_steps_are_refused_whole(model):
 
 def test_opening_and_closing_waits_for_no_feed(tmp_path):
     path = write_tiny(tmp_path / "t.gguf", Tiny(n_layer=4, d_model=512, n_context=65536))[0]
-    with Model.open(path) as model, model.session(60000) as long:
+    with Model.open(path, n_batch=64) as model, model.session(60000) as long:
         stop, ended = StopFlag(), threading.Event()
 
         def feed():
