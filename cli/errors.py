@@ -52,8 +52,7 @@ class ReaderGone(CliError):
 
 # The exceptions of the layers below, by name: looking one up must not import its module.
 CODES = {
-    "ms4.quant.gguf_file.GgufError": MISSING,
-    "ms4.models.mistral4.ModelError": MISSING,
+    "ms4.quant.gguf_file.FileError": MISSING,
     "ms4.models.tokenizer.TokenizerError": MISSING,
     "ms4.models.prompt.PromptError": USAGE,
     "ms4.models.sampling.SamplingError": USAGE,

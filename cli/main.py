@@ -340,3 +340,18 @@ def logits(
 
     engine = opt.engine_options(model, threads, load, attn_scale, quiet)
     return command.logits(ids, output, chunk, engine, image or [], command.ImageOptions(mmproj, image_max_tokens))
+
+
+@app.command(cls=Command)
+def convert(
+    source: Annotated[str, typer.Argument(metavar="FOLDER", help="config.json, model.safetensors and tekken.json.")],
+    output: Annotated[str, typer.Argument(metavar="OUT.gguf", help="The text model.")],
+    kind: Annotated[str, typer.Option("--type", metavar="TYPE", help="F16, Q8_0, Q6_K, Q4_K_M and others.")] = "Q4_K_M",
+    mmproj: Annotated[str | None, typer.Option(metavar="FILE", help="Write the vision tower, too, in F16.")] = None,
+    name: Annotated[str, typer.Option(metavar="NAME", help="In the files; else that of the folder.")] = "",
+    quiet: opt.Quiet = False,
+) -> int:
+    """Make a GGUF file of a checkpoint in the layout of Hugging Face."""
+    from ms4.cli import to_gguf
+
+    return to_gguf.convert(source, output, kind, mmproj, name, quiet)

@@ -29,6 +29,7 @@ commands:
   perplexity  measure how well the model predicts a text
   tokenize    turn text or conversations into token ids
   logits      write the logits of given token ids to a file
+  convert     make a GGUF file of a folder from Hugging Face
 
 options:
   -h, --help  show this text; after a command, show its options

@@ -1,7 +1,5 @@
 """Turns a checkpoint in Hugging Face layout into GGUF files: the text model, and its vision tower (mmproj).
 
-    python -m ms4.models.convert HF_DIR OUT.gguf [--type Q4_K_M] [--mmproj OUT.gguf] [--name NAME]
-
 Tensors go from file to file one by one, and a large one in slices.  A file appears under its name only when it is
 whole, and when ms4 itself opens it.  Keys and types are those of llama.cpp's converter and quantiser, with three keys
 more: the temperature of the queries, its length, and the router's softmax, which that converter leaves out.  The
@@ -11,9 +9,7 @@ for.
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +24,7 @@ from ms4.models.image import PixelRule
 from ms4.models.pixtral import Tower
 from ms4.models.vocabulary import Vocabulary
 from ms4.quant.blocks import BLOCKS, IDS, SMALLER, Floats
-from ms4.quant.gguf_file import FileError, GgufFile
+from ms4.quant.gguf_file import GgufFile
 from ms4.quant.quantise import quantize
 from ms4.quant.safetensors_file import Stored
 from ms4.quant.spelling import spell
@@ -387,7 +383,7 @@ def adjacent_pairs(w: np.ndarray, heads: int) -> np.ndarray:
     return w.reshape(heads, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
 
 
-# --- the command -----------------------------------------------------------------------------
+# --- the whole -------------------------------------------------------------------------------
 
 
 def check_text(path: str) -> None:
@@ -418,32 +414,3 @@ def convert(
         text.write(os.fspath(out), check_text, progress)
     if tower and mmproj is not None:
         tower.write(os.fspath(mmproj), Tower.read, progress)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ms4.models.convert", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("source", metavar="HF_DIR", help="config.json, model.safetensors, tekken.json")
-    parser.add_argument("out", metavar="OUT.gguf", help="the text model")
-    parser.add_argument("--type", default="Q4_K_M", choices=list(PRESETS), help="default: Q4_K_M")
-    parser.add_argument("--mmproj", metavar="FILE", help="write the vision tower too, in F16")
-    parser.add_argument("--name", default="", help="the model's name in the files; default: that of the folder")
-    given = parser.parse_args(arguments)
-
-    def progress(name: str, done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{done + 1} of {total}  {name}", end="", file=sys.stderr, flush=True)
-
-    try:
-        convert(given.source, given.out, given.type, mmproj=given.mmproj, name=given.name, progress=progress)
-    except (FileError, OSError) as error:
-        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else error
-        print(f"\nerror: {reason}" if sys.stderr.isatty() else f"error: {reason}", file=sys.stderr)
-        return 1
-    finally:
-        if sys.stderr.isatty():
-            print("\r\x1b[K", end="", file=sys.stderr)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -140,8 +140,11 @@ def plain_name(name: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        raw = file.read(MAX_JSON_BYTES + 1)
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_JSON_BYTES + 1)
+    except FileNotFoundError:
+        raise ConvertError(path, "no such file") from None
     try:
         value = json.loads(raw) if len(raw) <= MAX_JSON_BYTES else None
     except (ValueError, RecursionError):

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from fixtures import MODEL, references
 from make_hf import hf_tensors, write_hf, write_safetensors
 from yardstick import assert_near
 
-from ms4.models.convert import PRESETS, convert, main, type_of
+from ms4.models.convert import PRESETS, convert, type_of
 from ms4.models.model import Model
 from ms4.models.pixtral import Tower
 from ms4.quant.blocks import BLOCKS, dequantize
 from ms4.quant.gguf_file import GgufFile, Strings
+
+ROOT = Path(__file__).parents[1]
 
 # What that converter does not write, and what follows from the name of the folder and from the preset.
 MORE = {f"mistral4.{key}" for key in ("attention.temperature_length", "attention.temperature_scale")}
@@ -88,7 +91,7 @@ def test_the_files_are_those_of_the_peer(bravo_hf, tmp_path):
 
 
 def test_the_temperature_of_the_queries_is_written_down(bravo_hf, tmp_path):
-    convert(bravo_hf, tmp_path / "text.gguf", "Q8_0", name="Bravo")
+    convert(bravo_hf, tmp_path / "text.gguf", "F16", name="Bravo")
     metadata = GgufFile.open(tmp_path / "text.gguf").metadata
     assert metadata["mistral4.attention.temperature_scale"] == pytest.approx(0.1)
     assert metadata["mistral4.attention.temperature_length"] == 64
@@ -112,7 +115,7 @@ MOST |= {"Q4_0": 0.38, "Q3_K_M": 0.6, "Q2_K": 1.1}
 
 
 def every_preset():
-    quick = ("F16", "Q8_0", "Q4_K_M")
+    quick = ("F16", "Q4_K_M")
     return [pytest.param(preset, marks=() if preset in quick else pytest.mark.slow) for preset in PRESETS]
 
 
@@ -194,13 +197,12 @@ def test_a_chat_template_is_taken_along(folder, tmp_path):
 # --- errors ----------------------------------------------------------------------------------
 
 
-def refused(capsys, folder, out, *more):
+def refused(ms4, folder, out, *more):
     """Runs the command, which must fail; its one line.  There must be no file, whole or in part."""
     before = set(os.listdir(os.path.dirname(out)))
-    assert main([str(folder), str(out), "--type", "Q8_0", *map(str, more)]) == 1
-    assert set(os.listdir(os.path.dirname(out))) == before
-    printed, line = capsys.readouterr()
-    assert not printed and line.count("\n") == 1 and line.startswith("error: ")
+    code, printed, line = ms4("convert", folder, out, "--type", "F16", *more)
+    assert code == 5 and set(os.listdir(os.path.dirname(out))) == before
+    assert not printed and line.count("\n") == 1 and line.startswith("ms4: error: ")
     return line
 
 
@@ -240,25 +242,25 @@ def put(section, key, value):
         ("tekken.json", lambda t: t["special_tokens"].pop(2), "special token </s> is missing"),
     ],
 )  # fmt: skip
-def test_a_folder_that_cannot_be_converted_is_refused(folder, tmp_path, capsys, name, edit, reason):
+def test_a_folder_that_cannot_be_converted_is_refused(folder, tmp_path, ms4, name, edit, reason):
     change(folder, name, edit)
-    line = refused(capsys, folder, tmp_path / "text.gguf", "--mmproj", tmp_path / "mmproj.gguf")
+    line = refused(ms4, folder, tmp_path / "text.gguf", "--mmproj", tmp_path / "mmproj.gguf")
     assert reason in line and name.split(".")[0] in line.replace("model.safetensors", "config")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tekken.json", "model.safetensors"])
-def test_a_missing_file_is_named(folder, tmp_path, capsys, name):
+def test_a_missing_file_is_named(folder, tmp_path, ms4, name):
     (folder / name).unlink()
-    assert name in refused(capsys, folder, tmp_path / "text.gguf")
-    assert "no such folder" in refused(capsys, folder / "nothing", tmp_path / "text.gguf")
+    assert name in refused(ms4, folder, tmp_path / "text.gguf")
+    assert "no such folder" in refused(ms4, folder / "nothing", tmp_path / "text.gguf")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tekken.json"])
 @pytest.mark.parametrize("text", ["", "[]", "{", "\xff", "[" * 100_000])
-def test_json_that_is_none_is_refused(folder, tmp_path, capsys, name, text):
+def test_json_that_is_none_is_refused(folder, tmp_path, ms4, name, text):
     (folder / name).unlink()
     (folder / name).write_text(text, encoding="latin-1")
-    assert f"{name}: not a JSON object" in refused(capsys, folder, tmp_path / "text.gguf")
+    assert f"{name}: not a JSON object" in refused(ms4, folder, tmp_path / "text.gguf")
 
 
 ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
@@ -284,37 +286,49 @@ ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
         ({"x\x1b": ENTRY | {"data_offsets": [0, 12]}}, "tensor x\\x1b: it has 12 bytes"),
     ],
 )  # fmt: skip
-def test_a_damaged_safetensors_file_is_refused(folder, tmp_path, capsys, header, reason):
+def test_a_damaged_safetensors_file_is_refused(folder, tmp_path, ms4, header, reason):
     if isinstance(header, dict):
         text = json.dumps(header).encode()
         header = struct.pack("<Q", len(text)) + text + bytes(16)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").write_bytes(header)
-    assert reason in refused(capsys, folder, tmp_path / "text.gguf")
+    assert reason in refused(ms4, folder, tmp_path / "text.gguf")
 
 
-def test_weights_that_are_not_numbers_are_refused_and_the_old_file_stays(folder, tmp_path, capsys):
+def test_weights_that_are_not_numbers_are_refused_and_the_old_file_stays(folder, tmp_path, ms4):
     tensors = hf_tensors(MODEL, TOWER, 4)
     tensors["language_model.model.layers.1.mlp.experts.down_proj"][3, 5, 7] = np.nan
     (folder / "model.safetensors").unlink()
     write_safetensors(folder / "model.safetensors", tensors)
     out = tmp_path / "text.gguf"
     out.write_bytes(b"old")
-    assert "tensor blk.1.ffn_down_exps.weight: the weights hold NaN" in refused(capsys, folder, out)
+    assert "tensor blk.1.ffn_down_exps.weight: the weights hold NaN" in refused(ms4, folder, out)
     assert out.read_bytes() == b"old"
 
 
-def test_a_file_that_ms4_would_not_open_gets_no_name(folder, tmp_path, capsys):
+def test_a_file_that_ms4_would_not_open_gets_no_name(folder, tmp_path, ms4):
     change(folder, "config.json", put("text_config", "num_experts_per_tok", 9))
-    assert "expert_used_count is 9, but expert_count is 8" in refused(capsys, folder, tmp_path / "text.gguf")
+    assert "expert_used_count is 9, but expert_count is 8" in refused(ms4, folder, tmp_path / "text.gguf")
 
 
-def test_a_folder_that_cannot_be_written_to_is_named(bravo_hf, tmp_path, capsys):
-    assert main([str(bravo_hf), str(tmp_path / "no" / "text.gguf")]) == 1
-    assert "No such file or directory" in capsys.readouterr().err
+def test_a_folder_that_cannot_be_written_to_is_named(bravo_hf, tmp_path, ms4):
+    code, _, said = ms4("convert", bravo_hf, tmp_path / "no" / "text.gguf")
+    assert code == 1 and "No such file or directory" in said
 
 
-def test_a_type_that_is_none_is_refused(bravo_hf, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main([str(bravo_hf), str(tmp_path / "x"), "--type", "Q9_K"])
-    assert ended.value.code == 2 and "invalid choice" in capsys.readouterr().err
+def test_a_type_that_is_none_is_refused(bravo_hf, tmp_path, ms4):
+    code, printed, said = ms4("convert", bravo_hf, tmp_path / "x", "--type", "Q9_K")
+    assert (code, printed) == (2, "") and "--type: Q9_K is not one of F32, F16" in said
+
+
+def test_c13_the_command_writes_both_files_and_only_says_so(bravo_hf, tmp_path, ms4):
+    out, mmproj = tmp_path / "text.gguf", tmp_path / "mmproj.gguf"
+    assert ms4("convert", bravo_hf, out, "--type", "F16", "--mmproj", mmproj, "--name", "B", "-q") == (0, "", "")
+    assert [GgufFile.open(path).metadata["general.name"] for path in (out, mmproj)] == ["B", "B"]
+    assert ms4("convert", bravo_hf, out, "--type", "F16") == (0, "", f"ms4: wrote {out}\n")
+
+
+def test_c13_the_layers_below_the_commands_read_no_arguments():
+    """But the trainer's programs, which no wheel has."""
+    for path in [*ROOT.glob("models/*.py"), *ROOT.glob("quant/*.py")]:
+        assert "argparse" not in path.read_text(encoding="utf-8") and "sys.argv" not in path.read_text(encoding="utf-8")
