@@ -19,7 +19,7 @@ from ms4.cli.errors import IncompleteError, UsageError
 from ms4.cli.follow import follow
 from ms4.cli.image_notes import ImageOptions
 from ms4.cli.options import EngineOptions, Sampling
-from ms4.cli.run import system_text
+from ms4.cli.run import check_length, system_text
 from ms4.models.untrusted import Reading
 
 if TYPE_CHECKING:
@@ -78,6 +78,10 @@ def chat(settings: ChatSettings, engine: EngineOptions) -> int:
     images = settings.images.open(engine.require())
     attached = [part for path in settings.files for part in attachments.open_path(path, settings.pdf, settings.rule)]
     prices = [note(part, images) for part in attached]
+    if attached or system:  # what is too long before the first word is refused before the weights are loaded
+        first = [{"role": "user", "content": attachments.content(attached, "?")}]
+        messages = [{"role": "system", "content": system}, *first] if system else first
+        check_length(messages, settings.n_ctx, settings.max_tokens, settings.sampling.effort, engine, images)
     with loading.open_model(engine, status) as model:
         from ms4.models.dialogue import Dialogue
         from ms4.models.scheduler import Scheduler

@@ -7,6 +7,7 @@ that cannot be answered.
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +70,9 @@ def run(request: Request, sampling: Sampling, engine: EngineOptions) -> int:
         return show_prompt(request, sampling, engine, messages, images)
     output = streams.Output(request.output)
     name = os.path.basename(engine.require())
-    about = writers.About(name, ms4.__version__, sampling.effort, sampler.seed, request.prefill, 0, announced)
+    about = writers.About(name, ms4.__version__, sampling.effort, sampler.seed, request.prefill, None, announced)
     try:
-        check_length(request, sampling, engine, messages, images)
+        check_length(messages, request.n_ctx, request.max_tokens, sampling.effort, engine, images)
     except BaseException as error:
         new_writer(request, output, about).failed(*errors.describe(error))
         output.close()
@@ -111,7 +112,12 @@ def system_text(given: str, rule: Reading) -> str:
 
 
 def check_length(
-    request: Request, sampling: Sampling, engine: EngineOptions, messages: list[dict[str, Any]], images: "ImageInput"
+    messages: Sequence[dict[str, Any]],
+    n_ctx: int,
+    max_tokens: int | None,
+    effort: str,
+    engine: EngineOptions,
+    images: "ImageInput",
 ) -> None:
     """An error for a prompt that is too long, before the weights are loaded: the tokenizer is enough.
 
@@ -120,7 +126,7 @@ def check_length(
     texts = [message["content"] for message in messages]
     if all(isinstance(text, str) for text in texts):
         n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
-        if n_bytes + (request.max_tokens or 1) + OVERHEAD <= min(request.n_ctx, SHORT):
+        if n_bytes + (max_tokens or 1) + OVERHEAD <= min(n_ctx, SHORT):
             return
     from ms4.models import mistral4
     from ms4.models import prompt as prompts
@@ -130,11 +136,11 @@ def check_length(
 
     gguf = GgufFile.open(engine.require())
     most = mistral4.shape_of(gguf).n_ctx_train
-    n_ctx = loading.context_within(most, request.n_ctx)
+    n_ctx = loading.context_within(most, n_ctx)
     tokenizer = loading.usable(Vocabulary.from_gguf(gguf))
-    n_prompt = len(prompts.render(messages, tokenizer, effort=sampling.effort, measure=images.measure).ids)
-    if n_prompt + (request.max_tokens or 1) > n_ctx:
-        raise no_room(ContextError(n_prompt, n_ctx, request.max_tokens), most)
+    n_prompt = len(prompts.render(messages, tokenizer, effort=effort, measure=images.measure).ids)
+    if n_prompt + (max_tokens or 1) > n_ctx:
+        raise no_room(ContextError(n_prompt, n_ctx, max_tokens), most)
 
 
 def show_prompt(

@@ -21,7 +21,7 @@ class About:
     effort: str
     seed: int
     prefill: str
-    load_ms: int
+    load_ms: int | None  # None: not loaded yet
     images: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -158,7 +158,8 @@ class JsonlWriter:
         self.output = output
         images = {"images": about.images} if about.images else {}
         self._put("start", model=about.model, version=about.version, effort=about.effort, seed=about.seed, **images)
-        self._put("load", ms=about.load_ms)
+        if about.load_ms is not None:
+            self._put("load", ms=about.load_ms)
         if about.prefill:
             self._put("text", text=about.prefill)
 

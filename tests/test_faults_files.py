@@ -662,6 +662,17 @@ def test_a4_form_values(tmp_path):
 # --- A3 -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A folder with pictures, a PDF and texts, where commands are typed."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jpg", "b.jpg", "c d.jpg"):
+        (tmp_path / name).write_bytes(encoded(Pillow.new("RGB", (9, 7)), "JPEG"))
+    (tmp_path / "e.pdf").write_bytes(test_document.pdf(test_document.TEXT))
+    (tmp_path / "notes.txt").write_text("some text")
+    (tmp_path / "Makefile").write_text("all:\n")
+
+
 def test_a3_a_file_behind_a_file_is_no_word_of_the_prompt(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.jpg", "b.jpg", "c d.jpg"):
@@ -701,3 +712,23 @@ def test_b7_a_prompt_that_is_too_long_is_refused_before_the_model_is_loaded(comm
     got = command("run", "-m", test_cli.MODEL, *arguments, stdin=stdin)
     assert got.code == 3 and "tokens" in got.err and "loaded" not in got.err, got
     assert "loaded" in command("run", "-m", test_cli.MODEL, "Hi").err  # one that fits gets that far
+
+
+def test_b7_events_of_what_was_refused_before_it_was_loaded_name_no_load(command):
+    got = command("run", "-m", test_cli.MODEL, "--format", "jsonl", "one two three " * 999)
+    assert got.code == 3 and [json.loads(line)["event"] for line in got.out.splitlines()] == ["start", "error"]
+    answered = command("run", "-m", test_cli.MODEL, "--format", "jsonl", "-n", "2", "Hi").out.splitlines()
+    assert [json.loads(line)["event"] for line in answered[:2]] == ["start", "load"]
+
+
+def test_b7_a_chat_refuses_what_is_too_long_before_the_model_is_loaded(command, files, tmp_path, monkeypatch):
+    def open_model(*_):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(repl.loading, "open_model", open_model)
+    (tmp_path / "long.txt").write_text("one two three " * 999)
+    chat = ("chat", "-m", test_cli.MODEL)
+    for arguments in (("long.txt",), ("-s", "@long.txt"), ("a.jpg", "notes.txt", "--ctx", "10")):
+        got = command(*chat, *arguments, stdin=b"Hi\n")
+        assert got.code == 3 and "the prompt has" in got.err and "loaded" not in got.err, got
+    assert "loaded" in command(*chat, "notes.txt", "a.jpg", "-s", "Be brief.", stdin=b"Hi\n").err
