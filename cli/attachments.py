@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -28,6 +28,8 @@ from ms4.models.untrusted import Reading, drop_line_end, shown, sniff
 if TYPE_CHECKING:
     from ms4.models.dialogue import Content
 
+FILES = {"-i": False, "--image": False, "-f": True, "--file": True}  # options that take files -> texts, too
+ENDING = re.compile(r"\S\.(png|jpe?g|webp|gif|bmp|tiff?|avif|hei[cf]|pdf)$", re.IGNORECASE)
 ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 CLIPBOARDS = (  # programs that write the image on the clipboard to stdout
     ("wl-paste", "--no-newline", "--type", "image/png"),
@@ -55,10 +57,10 @@ class Sources:
         pdf: str,
         rule: Reading,
         stdin: bool,
-        quiet: bool,
+        quiet: bool | None,
     ) -> Sources:
         """The same, from options as they come."""
-        return cls(tuple(images or ()), tuple(files or ()), pdf, rule, stdin, quiet)
+        return cls(tuple(images or ()), tuple(files or ()), pdf, rule, stdin, quiet is True)
 
     def __bool__(self) -> bool:
         return bool(self.images or self.files)
@@ -188,8 +190,30 @@ def dropped(line: str) -> list[str]:
     return found
 
 
+def spread(args: Sequence[str], ours: Mapping[str, str | None]) -> list[str]:
+    """A command line in which -i and -f stand before each of their files, as of `-i *.jpg "Which is best?"`.
+
+    To them belong the words directly behind that name a file, or have the ending of one: a slip of the pen shall be
+    said, not become a word of the prompt.  ours: the option -> the name of its value; None for a flag.
+    """
+    rest, found = list(args), []
+    while rest and rest[0] != "--":
+        arg = rest.pop(0)
+        found.append(arg)
+        name = arg if arg in ours else arg.partition("=")[0] if arg.startswith("--") else arg[:2]
+        if name == arg and ours.get(name) is not None and rest:
+            found.append(rest.pop(0))
+        while name in FILES and rest and not rest[0].startswith("-") and _is_meant(rest[0], FILES[name]):
+            found += [name, rest.pop(0)]
+    return found + rest
+
+
+def _is_meant(word: str, texts: bool) -> bool:
+    return _is_document(word, texts) or bool(ENDING.search(document.split_spec(word)[0]))
+
+
 def refuse_file_names(sources: Sources, words: Sequence[str]) -> None:
-    """-i and -f take one file each: what stands behind it, as of *.jpg, would be taken for words of the prompt."""
+    """A file that stands elsewhere among the words would be taken for one of them, and the model would not see it."""
     lost = [word for word in words if sources and _is_document(word, bool(sources.files))]
     if lost:
         option, given = ("-f", sources.files) if sources.files else ("-i", sources.images)

@@ -31,6 +31,10 @@ class Command(TyperCommand):
         if name := elsewhere.stranger(args, ours):
             hint = elsewhere.option_hint(name, ctx.command_path, ours)
             raise UsageError(f"no such option: {name}", hint)
+        if {"-i", "-f"} & {*ours} and any(arg.startswith(("-i", "-f", "--i", "--f")) for arg in args):
+            from ms4.cli.attachments import spread  # it knows pictures, which takes time to import
+
+            args = spread(args, ours)
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for param in order:
             if order.count(param) > 1 and not getattr(param, "multiple", True):
@@ -92,7 +96,9 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="
 Greedy = Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")]
 Files = Annotated[
     list[str] | None,
-    typer.Option("-f", "--file", metavar="PATH[:PAGES]", help="A text, image or PDF (a.pdf:1-3,7); may be repeated."),
+    typer.Option(
+        "-f", "--file", metavar="PATH[:PAGES]...", help="Texts, images or PDFs (a.pdf:1-3,7); may be repeated."
+    ),
 ]
 Pdf = Annotated[
     str, opt.choice(("auto", "text", "image"), "Pages as text, as images, or as images where they need it.", "--pdf")

@@ -114,7 +114,7 @@ Context = Annotated[
     int, typer.Option("--ctx", metavar="N", parser=whole(1, MOST_CTX), help="Most tokens held (32k, 1K = 1024).")
 ]
 Images = Annotated[
-    list[str] | None, typer.Option("-i", "--image", metavar="PATH", help="An image; - is stdin; may be repeated.")
+    list[str] | None, typer.Option("-i", "--image", metavar="PATH...", help="Images; - is stdin; may be repeated.")
 ]
 Mmproj = Annotated[
     str | None, typer.Option("--mmproj", metavar="FILE", help="The vision tower; else found beside the model.")

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import shlex
 import struct
 import threading
 import time
@@ -673,18 +674,48 @@ def files(tmp_path, monkeypatch):
     (tmp_path / "Makefile").write_text("all:\n")
 
 
-def test_a3_a_file_behind_a_file_is_no_word_of_the_prompt(command, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("a.jpg", "b.jpg", "c d.jpg"):
-        (tmp_path / name).write_bytes(encoded(Pillow.new("RGB", (9, 7)), "JPEG"))
-    (tmp_path / "e.pdf").write_bytes(test_document.pdf(test_document.TEXT))
-    (tmp_path / "notes.txt").write_text("some text")
-    (tmp_path / "Makefile").write_text("all:\n")
+OURS = {"-i": "PATH", "--image": "PATH", "-f": "PATH", "--file": "PATH", "-n": "N", "-q": None, "--prefill": "TEXT"}
+
+
+@pytest.mark.parametrize(
+    "typed, meant",
+    [
+        ("-i a.jpg b.jpg What?", "-i a.jpg -i b.jpg What?"),
+        ("What? -i a.jpg b.jpg 'c d.jpg'", "What? -i a.jpg -i b.jpg -i 'c d.jpg'"),
+        ("--image=a.jpg b.jpg -q What?", "--image=a.jpg --image b.jpg -q What?"),
+        ("-ia.jpg b.jpg", "-ia.jpg -i b.jpg"),
+        ("-f e.pdf notes.txt What?", "-f e.pdf -f notes.txt What?"),
+        ("-f notes.txt e.pdf:1 -i a.jpg b.jpg", "-f notes.txt -f e.pdf:1 -i a.jpg -i b.jpg"),
+        # Names that are wrong are said to be, not read to the model.
+        ("-i a.jpg bb.jpg What?", "-i a.jpg -i bb.jpg What?"),
+        ("-f notes.txt e.PDF:1-3 What?", "-f notes.txt -f e.PDF:1-3 What?"),
+        # Words stay words, and what follows an option's value or --, too.
+        ("-i a.jpg Is this a.jpg b.jpg", "-i a.jpg Is this a.jpg b.jpg"),
+        ("-i a.jpg 'is this b.jpg?'", "-i a.jpg 'is this b.jpg?'"),
+        ("-i a.jpg notes.txt", "-i a.jpg notes.txt"),
+        ("-f notes.txt Makefile", "-f notes.txt Makefile"),
+        ("-n 3 a.jpg --prefill -i a.jpg", "-n 3 a.jpg --prefill -i a.jpg"),
+        ("-i a.jpg -- b.jpg", "-i a.jpg -- b.jpg"),
+        ("-q b.jpg", "-q b.jpg"),
+        ("-i", "-i"),
+    ],
+)
+def test_a3_an_image_option_takes_the_files_behind_it(files, typed, meant):
+    assert attachments.spread(shlex.split(typed), OURS) == shlex.split(meant)
+
+
+def test_a3_every_image_behind_the_option_is_read_and_a_wrong_name_is_said(files, command):
+    got = command("run", "-m", test_cli.MODEL, "--count", "-i", "a.jpg", "b.jpg", "c d.jpg", "What?")
+    assert got.code == 0 and [line.split()[1] for line in got.err.splitlines()] == ["a.jpg", "b.jpg", "c"]
+    assert test_cli.refused(command("run", "-i", "a.jpg", "bb.jpg", "What?"), 7, "bb.jpg")
+
+
+def test_a3_a_file_among_the_words_of_the_prompt_is_refused(command, files):
     for arguments, hint in {
-        ("-i", "a.jpg", "b.jpg", "What?"): "-i a.jpg -i b.jpg",
-        ("What?", "-i", "a.jpg", "b.jpg", "c d.jpg"): "-i a.jpg -i b.jpg -i 'c d.jpg'",
-        ("-f", "e.pdf", "notes.txt", "What?"): "-f e.pdf -f notes.txt",
-        ("-f", "notes.txt", "e.pdf:1", "What?"): "-f notes.txt -f e.pdf:1",
+        ("-i", "a.jpg", "And", "b.jpg", "What?"): "-i a.jpg -i b.jpg",
+        ("c d.jpg", "-i", "a.jpg", "b.jpg"): "-i a.jpg -i b.jpg -i 'c d.jpg'",
+        ("-f", "e.pdf", "What?", "notes.txt"): "-f e.pdf -f notes.txt",
+        ("-f", "notes.txt", "About", "e.pdf:1"): "-f notes.txt -f e.pdf:1",
     }.items():
         got = command("run", "-m", test_cli.MODEL, *arguments)
         assert test_cli.refused(got, 2, "is a file, not a word of the prompt") and f"hint: {hint}\n" in got.err
