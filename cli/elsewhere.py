@@ -93,7 +93,6 @@ OPTIONS = (
     Row(LLAMA, "--ignore-eos", "not here: an answer ends where the model ends it"),
     Row(LLAMA, "-e --escape --no-escape", "not needed: \"$'a\\nb'\" is a line end in the shell"),
     Row(f"{LLAMA}, {STUDIO}", "--host --port --api-key --ttl", NO_SERVER),
-    Row(OLLAMA, "--verbose -v", "--stats"),
     Row(OLLAMA, "--hidethinking", "--think hide"),
     Row(OLLAMA, "--keepalive --insecure --experimental", "not needed: nothing keeps running, and nothing is fetched"),
     Row(OLLAMA, "--nowordwrap --dimensions --truncate", "not needed: from a pipe, the answer comes as it is written"),
@@ -237,6 +236,7 @@ SAME = (
     "* `-i` attaches an image, `-r` sets the effort, `-o` names a file for the answer, `-t` the number of threads.",
     "* `-f FILE` attaches a file under its name; `ms4 run < FILE` takes its text as the prompt.",
     "* `--think` only shows or hides thoughts; whether the model thinks is `-r none|high`.",
+    "* `-v` says more about the file and ends with the statistics, as `--verbose` of Ollama does.",
     "* `--format json` is how the answer is reported; it does not make the model write JSON.",
 )
 

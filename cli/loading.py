@@ -4,10 +4,12 @@ The opening runs in a thread of its own, so that a signal is answered at once ev
 """
 
 import os
+import shlex
 import threading
 import time
 from typing import TYPE_CHECKING
 
+import ms4
 from ms4.cli import errors, options, render, state
 from ms4.cli.errors import INTERRUPTED, UsageError
 from ms4.cli.options import N_CTX_DEFAULT, EngineOptions
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
     from ms4.models.model import Model
     from ms4.models.tokenizer import Tokenizer
     from ms4.models.vocabulary import Vocabulary
+    from ms4.quant.gguf_file import GgufFile
 
+LOADED = {"map": "used where the file lies in memory", "copy": "copied into memory"}
 GRACE = 0.5  # seconds that an interrupted opening has to end by itself
 DEMO_NOTE = "the demonstration model answers, a toy; -m FILE names a real one"
 
@@ -26,6 +30,25 @@ def name_demo(path: str, quiet: bool) -> None:
     """Says so, if this is the checkpoint that comes with ms4: nobody shall take it for the real one.  Once a day."""
     if path == options.DEMO and not quiet and state.first_today("demo-noted"):
         errors.note(DEMO_NOTE)
+
+
+def name_size(gguf: "GgufFile", path: str) -> None:
+    """Says so, if the file is larger than the memory that there is for it."""
+    size, room = sum(gguf.sizes), ms4.allowed().room
+    if room is not None and size > room:
+        there = f"{render.gigabytes(size)} of weights, {render.gigabytes(room)} of memory free"
+        advice = f"ms4 doctor -m {shlex.quote(path[-80:])} says what helps"
+        errors.note(f"{there}: what does not fit is read from the disk again and again, which is slow; {advice}")
+
+
+def name_notes(model: "Model") -> None:
+    """-v: what was passed over in the file, and how it was opened."""
+    for text in (*model.gguf.warnings, *model.vocabulary.notes):
+        errors.note(text)
+    stats = model.engine.stats()
+    errors.note(
+        f"{model.gguf.path[-80:]}: weights {LOADED[stats.load]}; {stats.isa} kernels, {stats.n_threads} threads"
+    )
 
 
 def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0) -> "Model":
@@ -55,6 +78,7 @@ def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0) -> "
                     load=engine.load,
                     n_batch=n_batch,
                     progress=progress,
+                    seen=None if engine.quiet else lambda gguf: name_size(gguf, path),
                 )
             )
         except BaseException as error:
@@ -76,6 +100,8 @@ def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0) -> "
         status.clear()
     if failed:
         raise failed[0]
+    if engine.verbose:
+        name_notes(opened[0])
     return opened[0]
 
 

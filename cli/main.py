@@ -147,7 +147,7 @@ def run(
     threads: opt.Threads = None,
     load: opt.Load = "auto",
     attn_scale: opt.Scale = "plain",
-    quiet: opt.Quiet = False,
+    quiet: opt.Quiet = None,
 ) -> int:
     """Answer one prompt.  Stdin, if it is a pipe or a file, comes before PROMPT."""
     from ms4.cli import run as one_shot
@@ -166,7 +166,7 @@ def run(
         format="text" if format == "auto" else format,
         think=think,
         output=output,
-        stats=stats,
+        stats=stats or quiet is False,
         logprobs=logprobs,
         strict=strict,
     )
@@ -197,7 +197,7 @@ def chat(
     threads: opt.Threads = None,
     load: opt.Load = "auto",
     attn_scale: opt.Scale = "plain",
-    quiet: opt.Quiet = False,
+    quiet: opt.Quiet = None,
 ) -> int:
     """Talk with the model.  /help lists what else can be typed."""
     from ms4.cli import repl
@@ -267,7 +267,7 @@ def bench(
     format: Table = "md",
     threads: opt.Threads = None,
     load: opt.Load = "auto",
-    quiet: opt.Quiet = False,
+    quiet: opt.Quiet = None,
 ) -> int:
     """Measure reading (prefill) and writing (decode), and how near they come to the machine's limits."""
     from ms4.cli import bench as command
@@ -297,7 +297,7 @@ def perplexity(
     threads: opt.Threads = None,
     load: opt.Load = "auto",
     attn_scale: opt.Scale = "plain",
-    quiet: opt.Quiet = False,
+    quiet: opt.Quiet = None,
 ) -> int:
     """Measure how well the model predicts a text: lower is better."""
     from ms4.cli import perplexity as command
@@ -339,7 +339,7 @@ def logits(
     threads: opt.Threads = None,
     load: opt.Load = "auto",
     attn_scale: opt.Scale = "plain",
-    quiet: opt.Quiet = False,
+    quiet: opt.Quiet = None,
 ) -> int:
     """Write the logits at every position: float32, positions by vocabulary."""
     from ms4.cli import logits as command
@@ -355,9 +355,9 @@ def convert(
     kind: Annotated[str, typer.Option("--type", metavar="TYPE", help="F16, Q8_0, Q6_K, Q4_K_M and others.")] = "Q4_K_M",
     mmproj: Annotated[str | None, typer.Option(metavar="FILE", help="Write the vision tower, too, in F16.")] = None,
     name: Annotated[str, typer.Option(metavar="NAME", help="In the files; else that of the folder.")] = "",
-    quiet: opt.Quiet = False,
+    quiet: opt.Quiet = None,
 ) -> int:
     """Make a GGUF file of a checkpoint in the layout of Hugging Face."""
     from ms4.cli import to_gguf
 
-    return to_gguf.convert(source, output, kind, mmproj, name, quiet)
+    return to_gguf.convert(source, output, kind, mmproj, name, quiet is True)

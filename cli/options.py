@@ -127,7 +127,11 @@ Encoding = Annotated[
     str, typer.Option("--encoding", metavar="NAME", parser=encoding, help="Of texts on stdin and in files; else UTF-8.")
 ]
 Lossy = Annotated[bool, typer.Option("--lossy", help="Show what is no text as U+FFFD instead of refusing it.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress and no notes on stderr.")]
+# True: quiet; False: verbose.
+Quiet = Annotated[
+    bool | None,
+    typer.Option("-q/-v", "--quiet/--verbose", help="No progress and no notes on stderr; or more, about file and run."),
+]
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ class EngineOptions:
     load: str = "auto"
     attn_scale: str = "plain"
     quiet: bool = False
+    verbose: bool = False
 
     def require(self) -> str:
         """The model's path; an error with what to type, if there is no such file."""
@@ -156,9 +161,9 @@ def engine_options(
     threads: int | None = None,
     load: str = "auto",
     attn_scale: str = "plain",
-    quiet: bool = False,
+    quiet: bool | None = None,
 ) -> EngineOptions:
-    return EngineOptions(model, threads or 0, load, attn_scale, quiet)
+    return EngineOptions(model, threads or 0, load, attn_scale, quiet is True, quiet is False)
 
 
 @dataclass(frozen=True)

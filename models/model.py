@@ -31,12 +31,16 @@ class Model:
         load: str = "auto",
         n_batch: int = 0,
         progress: Callable[[int, int], bool] | None = None,
+        seen: Callable[[GgufFile], None] | None = None,
     ) -> Model:
         """Opens a model file.  GgufError or ModelError: the file; EngineError and MemoryError: this machine.
 
-        attn_scale is "plain" or "mscale2"; the rest is as in `ms4.Engine.open`.
+        attn_scale is "plain" or "mscale2"; seen is called with the header, before the weights are opened; the rest is
+        as in `ms4.Engine.open`.
         """
         gguf = GgufFile.open(path)
+        if seen is not None:
+            seen(gguf)
         shape = mistral4.shape_of(gguf, attn_scale)
         table = mistral4.tensors_of(gguf, shape)
         engine = ms4.Engine.open(

@@ -8,6 +8,7 @@ import shlex
 import struct
 import threading
 import time
+from dataclasses import replace
 from hashlib import md5
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +22,7 @@ import test_document
 from bad_images import encoded
 from PIL import Image as Pillow
 
+import ms4
 from ms4.cli import attachments, image_notes, repl
 from ms4.cli import options as opt
 from ms4.models import companion, vision
@@ -363,8 +365,12 @@ def test_b8_padding_behind_the_vocabulary_is_not_refused_and_never_produced(tmp_
 
 def test_b8_such_a_file_answers_and_info_notes_what_is_wrong(tmp_path, command):
     path = str(padded(tmp_path / "m.gguf", [5] * 3, ["[PAD0]", "[PAD1]", "[PAD2]"]))
-    assert command("run", "-m", path, "--greedy", "-n", 4, "hi").code == 0
+    run = ("run", "-m", path, "--greedy", "-n", 4, "hi")
+    assert "padding" not in command(*run).err and command(*run).code == 0
     assert "padding_token_id is -1" in command("info", path).out
+    lines = command(*run, "-v").err.splitlines()
+    assert "padding_token_id is -1" in lines[0] and "kernels" in lines[1] and lines[2].startswith("ms4: read ")
+    assert test_cli.refused(command(*run, "-q", "-v"), 2, "--quiet is given twice")
 
 
 # --- B9 -----------------------------------------------------------------------------------------------------------
@@ -763,3 +769,22 @@ def test_b7_a_chat_refuses_what_is_too_long_before_the_model_is_loaded(command, 
         got = command(*chat, *arguments, stdin=b"Hi\n")
         assert got.code == 3 and "the prompt has" in got.err and "loaded" not in got.err, got
     assert "loaded" in command(*chat, "notes.txt", "a.jpg", "-s", "Be brief.", stdin=b"Hi\n").err
+
+
+# --- B6 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["run", "chat", "perplexity"])
+def test_b6_a_file_larger_than_memory_is_said_in_one_line(command, monkeypatch, kind):
+    def notes(room, *more):
+        monkeypatch.setattr(ms4, "allowed", lambda: replace(allowed, room=room))
+        words = {"run": ("-n", "2", "Hi"), "chat": ("-n", "2"), "perplexity": ("-",)}[kind]
+        got = command(kind, "-m", test_cli.MODEL, *words, *more, stdin=b"one two three four five six " * 90)
+        assert got.code == 0, got
+        return [line for line in got.err.splitlines() if "memory" in line]
+
+    allowed, size = ms4.allowed(), os.path.getsize(test_cli.MODEL)
+    (line,) = notes(size - 1)
+    assert f"of weights, {(size - 1) / 1e6:.1f} MB of memory free: what does not fit is read from the disk" in line
+    assert line.endswith(f"ms4 doctor -m {test_cli.MODEL[-80:]} says what helps")
+    assert notes(size) == notes(None) == notes(size - 1, "-q") == []
