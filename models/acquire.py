@@ -1,0 +1,317 @@
+"""Getting a model: first a plan, made of the listing and the headers alone, then the files, into the shared cache.
+
+The plan says what the files hold, whether ms4 runs them, how big they are, and whether memory and disk have room; all
+of that before the first byte of weights.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ms4
+from ms4.models import hf_cache, hub, mistral4, repositories, variants
+from ms4.models.download import DigestError, Download, Progress, Throttle
+from ms4.models.hf_cache import Cached
+from ms4.models.hub import Beginning, Listing, RemoteFile
+from ms4.models.part import JOURNAL, Part, beginning, read_journal
+from ms4.models.pixtral import Tower
+from ms4.models.variants import Variant, Wanted
+from ms4.models.vocabulary import Vocabulary
+from ms4.models.web import DownloadError, UnreachableError, Web
+from ms4.quant.gguf_file import FileError, GgufFile, Source
+
+GB = 10**9
+N_CTX = 32768  # tokens for which the plan wants room beside the weights
+ESTIMATE = 2 * GB  # what that takes, with the tower and the buffers, before the header has been read
+MOST_HEADER = 32 << 20  # bytes at the front of a file that were fetched before, and need not be fetched to plan again
+SPARE = 64 << 20  # bytes of the disk that are left alone
+LARGEST_BY_ITSELF = "Q4_K_M"  # a larger one is read more slowly for each token: it is taken by name only
+
+
+class DoesNotFitError(Exception):
+    """There is no room for the model in the memory of this machine; `hint` names what fits."""
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be fetched, and what is known of it.  Sizes in bytes."""
+
+    listing: Listing
+    variant: Variant
+    files: tuple[RemoteFile, ...]  # the parts of the model, then the tower
+    tower: str  # its name; "" for none
+    model: str  # what the header calls it
+    n_needed: int  # memory: the weights, the tower, the kv cache of N_CTX tokens
+    n_memory: int | None  # what this machine has, or may have; None if it does not say
+    n_free_memory: int | None
+    n_missing: int  # still to be fetched
+    n_free_disk: int
+    revision: str = "main"
+    notes: tuple[str, ...] = ()
+    beginnings: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # what came of the files already
+
+    @property
+    def name(self) -> str:
+        return f"{self.listing.repo}:{self.variant.quant}"
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def fits(self) -> bool:
+        return self.n_memory is None or self.n_needed <= self.n_memory
+
+
+def memory() -> tuple[int | None, int | None]:
+    """(bytes of memory that this process could have, bytes that it could have now); None if nobody says."""
+    got = ms4.allowed()
+    total = got.total if got.limit is None else min(got.total or got.limit, got.limit)
+    return total or None, got.room
+
+
+# --- which files
+
+
+def choose(listing: Listing, quant: str, n_memory: int | None) -> Variant:
+    """The model to take: the one that was named, else the largest that fits, but none above LARGEST_BY_ITSELF."""
+    found = variants.variants(listing.files)
+    if not found:
+        raise UnreachableError(f"{listing.repo} has no GGUF file of a model", "ms4 pull --list shows repositories")
+    if quant:
+        chosen = variants.pick(found, quant)
+        if chosen is None:
+            names = ", ".join(v.quant for v in found)
+            raise UnreachableError(f"{listing.repo} has no {quant}", f"it has {names}"[:280])
+        return _whole(listing, chosen)
+    if len(found) == 1:
+        return _whole(listing, found[0])
+    limit = variants.pick(found, LARGEST_BY_ITSELF)
+    most = size(listing, limit) if limit else 0
+    able = [v for v in found if v.is_complete and (not most or size(listing, v) <= most)]
+    fitting = [v for v in able if n_memory is None or size(listing, v) + ESTIMATE <= n_memory]
+    if not fitting:
+        least = min(able or found, key=lambda v: size(listing, v))
+        raise DoesNotFitError(
+            f"the smallest there, {least.quant}, has {gigabytes(size(listing, least))}; "
+            f"this machine has {gigabytes(n_memory or 0)} of memory",
+            f"ms4 pull {listing.repo}:{least.quant} --anyway gets it all the same",
+        )
+    return _whole(listing, max(fitting, key=lambda v: size(listing, v)))
+
+
+def _whole(listing: Listing, chosen: Variant) -> Variant:
+    if not chosen.is_complete:
+        raise UnreachableError(
+            f"{listing.repo}:{chosen.quant} has {len(chosen.names)} of its {chosen.n_parts} parts on the hub"
+        )
+    return chosen
+
+
+def size(listing: Listing, variant: Variant) -> int:
+    return sum(listing.files[name].bytes for name in variant.names)
+
+
+def gigabytes(n: int) -> str:
+    return f"{n / GB:.1f} GB"
+
+
+# --- the plan
+
+
+def plan(web: Web, wanted: Wanted, revision: str = "main", with_tower: bool = True) -> Plan:
+    """Looks at the listing and the headers.  DownloadError, FileError: it cannot be had, or it does not run."""
+    n_memory, n_free = memory()
+    listing = hub.read_listing(web, wanted.repo or repositories.DEFAULT.repo, revision)
+    variant = choose(listing, wanted.quant, n_memory)
+    headers = _Headers(web, listing)
+    gguf = GgufFile.open(headers.shown(variant.names[0]), headers)
+    shape = mistral4.shape_of(gguf)
+    mistral4.tensors_of(gguf, shape)
+    notes = list(gguf.warnings)
+    if problem := Vocabulary.from_gguf(gguf).problem:
+        notes.append(problem)
+    names = list(variant.names)
+    tower = _tower(listing, headers, shape.d_model, notes) if with_tower else ""
+    names += [tower] if tower else []
+    files = tuple(listing.files[name] for name in names)
+    title = gguf.metadata.get("general.name")
+    return Plan(
+        listing=listing,
+        variant=variant,
+        files=files,
+        tower=tower,
+        model=title if type(title) is str else "",
+        n_needed=sum(t.bytes for t in gguf.tensors.values())
+        + (listing.files[tower].bytes if tower else 0)
+        + mistral4.kv_bytes(shape, min(N_CTX, shape.n_ctx_train)),
+        n_memory=n_memory,
+        n_free_memory=n_free,
+        n_missing=sum(missing(Cached.of(listing.repo), file) for file in files),
+        n_free_disk=free_disk(),
+        revision=revision,
+        notes=tuple(notes),
+        beginnings={name: bytes(source.data) for name, source in headers.opened.items()},
+    )
+
+
+class _Headers:
+    """Opens files of a listing for GgufFile, by the name of the repository and theirs."""
+
+    def __init__(self, web: Web, listing: Listing) -> None:
+        self._web, self._listing = web, listing
+        self.opened: dict[str, Beginning] = {}
+
+    def shown(self, name: str) -> str:
+        return f"{self._listing.repo}/{name}"
+
+    def __call__(self, path: str) -> Source:
+        name = path.removeprefix(f"{self._listing.repo}/")
+        if name not in self._listing.files:
+            raise FileNotFoundError(path)
+        if name not in self.opened:
+            here = beginning(Cached.of(self._listing.repo).blobs, self._listing.files[name].sha256, MOST_HEADER)
+            self.opened[name] = Beginning(self._web, self._listing.target(name), here)
+        return self.opened[name]
+
+
+def _tower(listing: Listing, headers: _Headers, d_model: int, notes: list[str]) -> str:
+    """The name of the vision tower that fits the model; "", with a note, if there is none."""
+    name = variants.best_tower(listing.files)
+    if name is None:
+        notes.append(f"{listing.repo} has no vision tower (mmproj): images need one from elsewhere")
+        return ""
+    try:
+        found = Tower.read(headers.shown(name), headers)
+    except FileError as error:
+        notes.append(f"the vision tower is left out: {error}")
+        return ""
+    if found.shape.d_out != d_model:
+        notes.append(f"the vision tower is left out: {name} is of another model")
+        return ""
+    return name
+
+
+def missing(repo: Cached, file: RemoteFile) -> int:
+    """Bytes of a file that are not in the cache yet."""
+    if is_here(repo, file):
+        return 0
+    head, records, _ = read_journal(repo.blobs / (file.sha256 + JOURNAL))
+    return file.bytes - (sum(r.bytes for r in records.values()) if head.get("sha256") == file.sha256 else 0)
+
+
+def is_here(repo: Cached, file: RemoteFile) -> bool:
+    try:
+        return (repo.blobs / file.sha256).stat().st_size == file.bytes
+    except OSError:
+        return False
+
+
+def free_disk() -> int:
+    """Bytes that the disk of the cache has left for this user."""
+    folder = hf_cache.root()
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def pieces(sha256: str) -> Path:
+    """Where the journal of a whole file is kept: it tells damaged pieces from good ones, for `ms4 verify`."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(cache, "ms4", "pieces", sha256)
+
+
+# --- the files
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a fetch is.  bytes: of all files; the counts as in Progress."""
+
+    bytes: int
+    n_held: int
+    n_hashed: int
+    n_fetched: int
+    name: str  # of the file that is fetched now
+    trouble: str = ""
+
+
+@dataclass(frozen=True)
+class Means:
+    """How to fetch: with how many connections, how fast, and whom to tell."""
+
+    jobs: int = 4
+    throttle: Throttle = field(default_factory=Throttle)
+    show: Callable[[State], object] = lambda state: None
+    waiting: Callable[[str], object] = lambda name: None  # somebody else fetches that file
+
+
+def fetch(web: Web, plan: Plan, means: Means) -> list[Path]:
+    """Gets what is missing; the paths of all files of the plan, in the snapshot.  DownloadError, OSError."""
+    room = plan.n_free_disk - SPARE
+    if plan.n_missing > room:
+        raise DownloadError(
+            f"{gigabytes(plan.n_missing)} are missing, {gigabytes(max(room, 0))} are free in {hf_cache.root()}",
+            "HF_HUB_CACHE=DIR names a folder on another disk; ms4 ls shows what could go",
+        )
+    repo = Cached.of(plan.listing.repo)
+    (repo.folder / "snapshots" / plan.listing.commit).mkdir(parents=True, exist_ok=True)
+    done, n_fetched, paths = 0, 0, []
+    for file in plan.files:
+
+        def show(p: Progress, name: str = file.name, done: int = done, fetched: int = n_fetched) -> None:
+            means.show(State(plan.bytes, done + p.n_held, done + p.n_hashed, fetched + p.n_fetched, name, p.trouble))
+
+        n_fetched += fetch_file(web, plan.listing, file, means, show, plan.beginnings.get(file.name, b""))
+        done += file.bytes
+        paths.append(repo.link(plan.listing.commit, file.name, file.sha256))
+    if plan.revision == "main":
+        repo.set_main(plan.listing.commit)
+    return paths
+
+
+def fetch_file(
+    web: Web,
+    listing: Listing,
+    file: RemoteFile,
+    means: Means,
+    show: Callable[[Progress], object],
+    come: bytes = b"",
+) -> int:
+    """Makes a blob whole, if it is not; the bytes that came for it.  Who else wants it waits, or is waited for.
+
+    come: its first bytes, if they have come already.
+    """
+    repo = Cached.of(listing.repo)
+    if is_here(repo, file):
+        return 0
+    with hf_cache.locked(repo, file.sha256, lambda: means.waiting(file.name)):
+        if is_here(repo, file):
+            return 0
+        about = {"repo": listing.repo, "commit": listing.commit, "name": file.name}
+        part = Part(repo.blobs, file.sha256, file.bytes, about)
+        download = Download(web, listing.target(file.name), part, means.jobs, means.throttle)
+        try:
+            part.write_missing(0, come)
+            download.run(show)
+            part.finish(repo.blobs / file.sha256, pieces(file.sha256))
+        except DigestError as error:
+            part.discard()
+            raise DigestError(f"{file.name}: {error}", error.hint) from None
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            lacking = gigabytes(file.bytes - part.n_held)
+            raise DownloadError(f"the disk is full: {file.name} lacks {lacking}", "the same command goes on") from None
+        finally:
+            part.close()
+        return download.progress().n_fetched
