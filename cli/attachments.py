@@ -235,7 +235,7 @@ def _is_document(word: str, texts: bool) -> bool:
 
 def refuse_address(path: str) -> None:
     if ADDRESS.match(path):
-        raise UnreadableError(f"{shown(path)}: ms4 fetches nothing", "curl -sL ADDRESS | ms4 run -i - ...")
+        raise UnreadableError(f"{shown(path)}: ms4 fetches no attachments", "curl -sL ADDRESS | ms4 run -i - ...")
 
 
 def stdin_bytes(limit: int, quiet: bool = False) -> bytes:

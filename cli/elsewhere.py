@@ -14,7 +14,7 @@ from dataclasses import dataclass
 LLAMA, OLLAMA, LLM, STUDIO = "llama.cpp", "Ollama", "llm", "LM Studio"
 CPU = "not here: ms4 computes on the CPU, and chooses what it needs by itself"
 FIXED = "not here: the engine chooses this by itself, and the answer does not depend on it"
-FETCH = "not here: ms4 downloads nothing; fetch the GGUF and name it with -m FILE"
+FETCH = "-m USER/REPO:QUANT, after ms4 pull USER/REPO:QUANT"
 PLAIN_STDOUT = "not needed: stdout is the answer alone"
 NO_SERVER = "not here yet: there is no server; ms4 chat keeps a conversation"
 NO_SCHEMA = "not here yet: nothing forces the form of an answer"
@@ -47,7 +47,7 @@ OPTIONS = (
     Row(LLAMA, "-sysf --system-prompt-file", "-s @FILE"),
     Row(LLAMA, "-hf -hfr --hf-repo -hff --hf-file -mu --model-url -dr --docker-repo --hf-token", FETCH),
     Row(LLAMA, "-mm", "--mmproj FILE"),
-    Row(LLAMA, "-mmu --mmproj-url", "not here: ms4 downloads nothing; fetch the file and name it with --mmproj FILE"),
+    Row(LLAMA, "-mmu --mmproj-url", "not needed: ms4 pull gets the tower, too, and it is found"),
     Row(LLAMA, "--no-mmproj --no-mmproj-offload --mmproj-offload", "not needed: the tower is opened for images only"),
     Row(
         f"{LLAMA}, {STUDIO}",
@@ -94,7 +94,7 @@ OPTIONS = (
     Row(LLAMA, "-e --escape --no-escape", "not needed: \"$'a\\nb'\" is a line end in the shell"),
     Row(f"{LLAMA}, {STUDIO}", "--host --port --api-key --ttl", NO_SERVER),
     Row(OLLAMA, "--hidethinking", "--think hide"),
-    Row(OLLAMA, "--keepalive --insecure --experimental", "not needed: nothing keeps running, and nothing is fetched"),
+    Row(OLLAMA, "--keepalive --insecure --experimental", "not needed: nothing keeps running"),
     Row(OLLAMA, "--nowordwrap --dimensions --truncate", "not needed: from a pipe, the answer comes as it is written"),
     Row(LLM, "-a --attachment --at --attachment-type", "-i IMAGE or -f FILE"),
     Row(LLM, "--fragment --sf --system-fragment --files", "-f FILE"),
@@ -119,9 +119,12 @@ OPTIONS = (
 
 COMMANDS = (
     Row(OLLAMA, "serve start server", NO_SERVER),
-    Row(f"{OLLAMA}, {STUDIO}", "pull push get cp create download search", FETCH),
-    Row(f"{OLLAMA}, {STUDIO}", "list ls ps models status", "ls *.gguf shows the files, ms4 info FILE what is in one"),
-    Row(f"{OLLAMA}, {STUDIO}", "rm stop unload load import", "not needed: a model is a file, opened by the command"),
+    Row(STUDIO, "get download", "ms4 pull USER/REPO:QUANT"),
+    Row(f"{OLLAMA}, {STUDIO}", "push cp create search", "not here: ms4 pull --list has the known repositories"),
+    Row(f"{OLLAMA}, {STUDIO}", "list models", "ms4 ls"),
+    Row(f"{OLLAMA}, {STUDIO}", "ps status", "not needed: nothing keeps running"),
+    Row(f"{OLLAMA}, {STUDIO}", "stop unload load import", "not needed: a model is a file, opened by the command"),
+    Row("", "remove delete", "ms4 rm NAME"),
     Row(OLLAMA, "show inspect", "ms4 info FILE"),
     Row(f"{LLM}, {LLAMA}", "prompt ask generate complete completion cli", 'ms4 run "your question"'),
     Row(LLM, "logs keys plugins templates aliases install embed", "not here: ms4 keeps no log and has no plugins"),

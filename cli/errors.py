@@ -62,6 +62,11 @@ CODES = {
     "ms4.models.untrusted.InputError": UNREADABLE,
     "ms4.models.answer.ContextError": INCOMPLETE,
     "ms4.models.vision.NoTowerError": MISSING,
+    "ms4.models.stored.NotStoredError": MISSING,
+    "ms4.models.acquire.DoesNotFitError": NO_ROOM,
+    "ms4.models.web.UnreachableError": MISSING,
+    "ms4.models.web.ChangedError": MISSING,
+    "ms4.models.web.DownloadError": FAILURE,
     "ms4.ContextFull": INCOMPLETE,
     "ms4.Canceled": INTERRUPTED,
     "ms4.EngineError": FAILURE,
@@ -93,7 +98,7 @@ def describe(error: BaseException) -> tuple[int, str, str]:
         name = f"{kind.__module__}.{kind.__qualname__}"
         if name in CODES:
             code = CODES[name]
-            return code, "" if code == INTERRUPTED else str(error), HINTS.get(name, "")
+            return code, "" if code == INTERRUPTED else str(error), getattr(error, "hint", "") or HINTS.get(name, "")
     if isinstance(error, MemoryError):
         return NO_ROOM, str(error) or "not enough memory", "a smaller --ctx needs less; ms4 doctor shows what is free"
     if isinstance(error, OSError) and error.strerror:

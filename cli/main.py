@@ -220,8 +220,86 @@ def chat(
 
 
 @app.command(cls=Command)
+def pull(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="USER/REPO:QUANT, USER/REPO or QUANT; else what fits this machine.")
+    ] = "",
+    list: Annotated[bool, typer.Option("--list", help="List the known repositories, without the network.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be fetched, and if it runs.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Ask the hub even if the model is here.")] = False,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Even if it is too large for this machine.")] = False,
+    no_mmproj: Annotated[bool, typer.Option("--no-mmproj", help="Without the vision tower.")] = False,
+    jobs: Annotated[
+        int, typer.Option("--jobs", metavar="N", parser=opt.whole(1, 32), help="Connections at a time.")
+    ] = 4,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="RATE", parser=opt.rate, help="At most RATE a second, as in 20MB.")
+    ] = None,
+    revision: Annotated[str, typer.Option("--revision", metavar="REV", help="A branch, tag or commit.")] = "main",
+    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    quiet: opt.Quiet = False,
+) -> int:
+    """Get a model; the same command goes on with one that was interrupted.  Prints its path."""
+    from ms4.cli import pull as command
+
+    if list:
+        return command.listed(json)
+    request = command.Request(
+        name=name,
+        revision=revision,
+        update=update,
+        tower=not no_mmproj,
+        anyway=anyway,
+        dry_run=dry_run,
+        jobs=jobs,
+        limit=limit or 0,
+        offline=offline,
+        as_json=json,
+        quiet=quiet,
+    )
+    return command.pull(request)
+
+
+@app.command(cls=Command)
+def ls(
+    json: Annotated[bool, typer.Option("--json", help="One JSON array.")] = False,
+) -> int:
+    """List the models that are on this machine, in the cache of Hugging Face."""
+    from ms4.cli import library
+
+    return library.ls(as_json=json)
+
+
+@app.command(cls=Command)
+def rm(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As ms4 ls shows it.")],
+    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files that would go.")] = False,
+    quiet: opt.Quiet = False,
+) -> int:
+    """Remove a model from this machine, or what has been fetched of one."""
+    from ms4.cli import library
+
+    return library.rm(name, yes=yes, dry_run=dry_run, quiet=quiet)
+
+
+@app.command(cls=Command)
+def verify(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Else all of ms4 ls.")] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Fetch what is damaged again, and only that.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON array.")] = False,
+    quiet: opt.Quiet = False,
+) -> int:
+    """Read the files of models and compare their SHA-256 with what the hub had promised."""
+    from ms4.cli import library
+
+    return library.verify(names or [], repair=repair, as_json=json, quiet=quiet)
+
+
+@app.command(cls=Command)
 def info(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="The GGUF file.")],
+    path: Annotated[str, typer.Argument(metavar="PATH|NAME", help="The GGUF file, or a name of ms4 ls.")],
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List the tensors.")] = False,
     kv: Annotated[bool, typer.Option("--kv", help="List the metadata.")] = False,
@@ -229,7 +307,7 @@ def info(
     """Show what is in a model file, and whether ms4 runs it."""
     from ms4.cli import info as command
 
-    return command.info(path, as_json=json, tensors=tensors, kv=kv)
+    return command.info(opt.model_path(path), as_json=json, tensors=tensors, kv=kv)
 
 
 @app.command(cls=Command)
@@ -240,7 +318,7 @@ def doctor(
     """Check this machine; each line that is not ok says what to do."""
     from ms4.cli import doctor as command
 
-    return command.doctor(model, as_json=json)
+    return command.doctor(opt.model_path(model) if model else None, as_json=json)
 
 
 @app.command(cls=Command)

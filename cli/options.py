@@ -19,6 +19,7 @@ MOST_THREADS = 1024
 # The checkpoint that comes with ms4, for those who have no other yet.
 DEMO = os.path.join(os.path.dirname(os.path.dirname(__file__)), "models", "demo", "ms4-demo.gguf")
 UNITS = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
+RATE_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9}
 
 
 def size(text: str) -> int:
@@ -90,6 +91,14 @@ def picture(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def rate(text: str) -> int:
+    """Bytes a second, such as 20MB/s, 500k or 1.5M."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?) ?([kKmMgG])(?:B|b)?(?:/s)?", str(text))
+    if not match or float(match[1]) == 0:
+        raise typer.BadParameter(f"{text} is no rate such as 20MB/s")
+    return int(float(match[1]) * RATE_UNITS[match[2].lower()])
+
+
 def encoding(name: str) -> str:
     """The name of an encoding of text that Python knows."""
     try:
@@ -101,7 +110,10 @@ def encoding(name: str) -> str:
     return name
 
 
-Model = Annotated[str | None, typer.Option("-m", "--model", metavar="PATH", envvar="MS4_MODEL", help="The GGUF file.")]
+Model = Annotated[
+    str | None,
+    typer.Option("-m", "--model", metavar="PATH|NAME", envvar="MS4_MODEL", help="A GGUF file, or a name of ms4 ls."),
+]
 Threads = Annotated[
     int | None,
     typer.Option("-t", "--threads", metavar="N", parser=whole(1, MOST_THREADS), help="Threads; else as many as fit."),
@@ -151,9 +163,18 @@ class EngineOptions:
             if os.path.exists(DEMO):
                 return DEMO
             raise MissingError("no model is named", "add -m model.gguf   or   export MS4_MODEL=model.gguf")
-        if not os.path.lexists(self.model):
-            raise MissingError(f"{self.model[-80:]}: no such file", "-m or MS4_MODEL names a GGUF of Mistral Small 4")
-        return self.model
+        return model_path(self.model)
+
+
+def model_path(name: str) -> str:
+    """The path of a model: that of a file, or of what lies under this name in the cache of Hugging Face."""
+    if os.path.lexists(name):
+        return name
+    if name.lower().endswith(".gguf") or name[:1] in ("", "/", ".", "~"):
+        raise MissingError(f"{name[-80:]}: no such file", "-m or MS4_MODEL names a GGUF of Mistral Small 4")
+    from ms4.models import stored
+
+    return stored.resolve(name)
 
 
 def engine_options(

@@ -19,10 +19,15 @@ usage: ms4 COMMAND [OPTIONS]
   git diff | ms4 run -m model.gguf "Write a commit message, one line"
   ms4 run -m model.gguf -i invoice.png "Total and due date?"
   ms4 chat -m model.gguf
+  ms4 pull Q4_K_M
 
 commands:
   run         answer one prompt, from the arguments or stdin
   chat        talk with the model
+  pull        get a model from Hugging Face
+  ls          list the models on this machine
+  rm          remove one of them
+  verify      compare their checksums, and repair what is damaged
   info        show what is in a model file
   doctor      check this machine and say what to change
   bench       measure reading and writing speed
@@ -35,8 +40,8 @@ options:
   -h, --help  show this text; after a command, show its options
   --version   show the version
 
-MS4_MODEL names the model where -m is not given; without both, a small demonstration
-model answers that comes with ms4.
+-m takes a GGUF file or a name of ms4 ls.  MS4_MODEL names the model where -m is not given;
+without both, a small demonstration model answers that comes with ms4.
 
 exit codes:
   0  finished                    5    model missing or damaged

@@ -133,7 +133,7 @@ def image_bytes(chunk: Mapping[str, Any]) -> bytes:
     head, comma, body = url.partition(",")
     head = head.strip().lower()
     if not (comma and head.startswith("data:") and head.endswith(";base64")):
-        raise ImageError("an image must be given as a data URL (data:image/png;base64,...); ms4 fetches nothing")
+        raise ImageError("an image must be given as a data URL (data:image/png;base64,...); ms4 fetches no images")
     try:
         # Many encoders break the lines, as for mail.
         return base64.b64decode("".join(body.split()), validate=True)

@@ -53,7 +53,8 @@ def test_the_locale_does_not_matter():
 def test_a_start_imports_only_what_it_needs(option):
     code = (
         f"import sys; sys.argv = ['ms4', {option!r}]; from ms4.cli.start import main; main();"
-        "print({'typer', 'rich', 'tiktoken', 'PIL', 'gguf', 'prompt_toolkit', 'numpy', 'ms4.models'} & {*sys.modules})"
+        "print({'typer', 'rich', 'tiktoken', 'PIL', 'gguf', 'prompt_toolkit', 'numpy', 'httpx', 'ms4.models'}"
+        " & {*sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout.endswith("set()\n")

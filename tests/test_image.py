@@ -257,8 +257,8 @@ def test_measuring_agrees_with_reading():
     [
         ({"type": "image_url"}, "needs image_url.url"),
         ({"type": "image_url", "image_url": {"url": 3}}, "needs image_url.url"),
-        ({"type": "image_url", "image_url": "https://example.org/a.png"}, "fetches nothing"),
-        ({"type": "image_url", "image_url": "file:///etc/passwd"}, "fetches nothing"),
+        ({"type": "image_url", "image_url": "https://example.org/a.png"}, "fetches no images"),
+        ({"type": "image_url", "image_url": "file:///etc/passwd"}, "fetches no images"),
         ({"type": "image_url", "image_url": "data:image/png;base64,@@@"}, "not base64"),
         (data_url(b"hello"), "not a PNG"),
     ],
