@@ -129,9 +129,11 @@ def check_model(path: str | None) -> list[Check]:
     """The file itself, its memory, and whether it is cached."""
     if not path:
         return [Check("model", "warning", "none named, so none checked", "ms4 doctor -m model.gguf")]
+    from ms4.cli.options import model_path
     from ms4.models.describe import describe
 
     try:
+        path = model_path(path)
         found = describe(path)
     except Exception as error:
         code, message, hint = errors.describe(error)

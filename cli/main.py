@@ -318,7 +318,7 @@ def doctor(
     """Check this machine; each line that is not ok says what to do."""
     from ms4.cli import doctor as command
 
-    return command.doctor(opt.model_path(model) if model else None, as_json=json)
+    return command.doctor(model, as_json=json)
 
 
 @app.command(cls=Command)
