@@ -341,6 +341,11 @@ bool in_shared(const void *p, size_t n) {
         if (from >= part.at && from + n <= part.at + part.bytes) return true;
     return false;
 }
+bool in_own(const void *p, size_t n) {
+    machine *m = here();
+    const char *from = (const char *)p, *argument = (const char *)m->argument, *stack = m->stacks + STACK * (size_t)m->linear;
+    return (from >= argument && from + n <= argument + m->running->bytes) || (from >= stack && from + n <= stack + STACK);
+}
 const kernel *find(const char *name) {
     for (const kernel *k = kernels; k->name; k++)
         if (!strcmp(k->name, name)) return k->code ? k : nullptr;

@@ -61,6 +61,7 @@ void copy_begin(void *to, const void *from, int n, int of);     /* n bytes of `o
 void copy_close();
 void copy_finish(int but_last);
 bool in_shared(const void *p, size_t n);
+bool in_own(const void *p, size_t n);                           /* the kernel's argument, or the thread's stack */
 void *fixed_shared(const void *key, size_t bytes);              /* the same for all threads that bring the same key */
 
 static inline int lane() { return at->linear % 32; }
