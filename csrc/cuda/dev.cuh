@@ -18,7 +18,8 @@
     extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ type a)
 #define KERNEL_BLOCKS(name, type, threads, blocks) \
     extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ type a)
-#define SMEM(name) extern __shared__ __align__(128) char name[]
+extern __shared__ __align__(128) char dynamic_shared[];
+#define SMEM(name) char *const name = dynamic_shared
 #define SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #include "kernels.h"
 
