@@ -2,7 +2,7 @@
 #ifndef MS4_ATTEND_CUH
 #define MS4_ATTEND_CUH
 #include "latents.cuh"
-#include "segment.cuh"
+#include "attend_mma.cuh"
 
 DEV int heads_from(int n_head, int first) { return n_head - first < ATTEND_HEADS ? n_head - first : ATTEND_HEADS; }
 
@@ -30,7 +30,10 @@ KERNEL(attend_segments, segments_args, ATTEND_THREADS) {
     const size_t at = (size_t)t * (size_t)a.n_head + (size_t)head;
     float *out = a.partial + (((size_t)t * (size_t)a.most + (size_t)segment) * (size_t)a.n_head + (size_t)head)
                * ((size_t)a.rank + 2);
-    attend_any_segment(shared, a, keys, at, heads_from(a.n_head, head), out);
+    const int heads = heads_from(a.n_head, head);
+    if (tensor_shape(a.rank, a.d_rope))
+        attend_mma_segment(shared, a.q + at * (KEY_BYTES / 2), a.q_d + 2 * at, heads, keys, out);
+    else attend_any_segment(shared, a, keys, at, heads, out);
 }
 
 /* --- folding ----------------------------------------------------------------------------------------------------- */

@@ -208,7 +208,13 @@ static inline size_t mul_shared(int type) { (void)type; return 0; }
 #define GEMM_SHARED 67840
 static inline size_t gemm_shared(int type) { return is_float_type(type) ? 0 : GEMM_SHARED; }
 #define SEGMENT_ROOM 12800     /* scores, weights and sums of ATTEND_HEADS heads and a segment */
-static inline size_t segments_shared(int32_t rank, int32_t d_rope) { (void)rank; (void)d_rope; return SEGMENT_ROOM; }
+#define TENSOR_RANK 256        /* attention uses tensor cores for this shape */
+#define TENSOR_ROPE 64
+#define tensor_shape(rank, d_rope) ((rank) == TENSOR_RANK && (d_rope) == TENSOR_ROPE)
+#define MMA_SEGMENT_ROOM 97856 /* keys, scales, queries, weights and units of a segment */
+static inline size_t segments_shared(int32_t rank, int32_t d_rope) {
+    return tensor_shape(rank, d_rope) ? MMA_SEGMENT_ROOM : SEGMENT_ROOM;
+}
 static inline size_t attend_rows_shared(int32_t rank, int32_t d_rope) {
     (void)d_rope;
     return SEGMENT_ROOM + 512 + sizeof(float) * ATTEND_HEADS * (size_t)rank;

@@ -44,9 +44,9 @@ DEV int16_t weight_16(float w, float factor, float unit) {
     return usable_unit(unit) ? (int16_t)whole_bits(w, factor) : (int16_t)0;
 }
 struct segment_result { float m, l, unit; };
-/* The scores of a head, those of unseen keys -infinity, become its weights; 16 lanes of a warp have a head.  d: three
- * floats of each of the n keys that are seen. */
-DEV segment_result segment_weights(int16_t *weights, const float *score, const float *d, int n) {
+/* The scores of a head, those of unseen keys -infinity, become its weights, put(key, weight); 16 lanes of a warp have a
+ * head.  d: three floats of each of the n keys that are seen. */
+template <class F> DEV segment_result segment_weights(const float *score, const float *d, int n, F put) {
     const int j = (int)threadIdx.x & 15;
     float s[KV_ROWS / 16], top = MINUS_INFINITY, part = 0, sum = 0;
 #pragma unroll
@@ -70,7 +70,7 @@ DEV segment_result segment_weights(int16_t *weights, const float *score, const f
     const segment_result r = { top, tree_16(part), weights_unit(most, tree_16(sum)) };
     const float factor = weights_factor(r.unit);
 #pragma unroll
-    for (int i = 0; i < KV_ROWS / 16; i++) weights[16 * i + j] = weight_16(s[i], factor, r.unit);
+    for (int i = 0; i < KV_ROWS / 16; i++) put(16 * i + j, weight_16(s[i], factor, r.unit));
     return r;
 }
 
@@ -141,8 +141,9 @@ DEV void segment_scores(const segment_room &room, const int16_t *q, const float 
             = seen ? score_of(q_d + 2 * head, keys.d + 3 * j, (int)of_latents[i], (int)of_rope[i]) : MINUS_INFINITY;
     }
     __syncthreads();
-    const segment_result r = segment_weights(room.weights + row * KV_ROWS, room.score + row * SCORE_STRIDE, keys.d,
-                                             keys.n);
+    int16_t *weights = room.weights + row * KV_ROWS;
+    const segment_result r = segment_weights(room.score + row * SCORE_STRIDE, keys.d, keys.n,
+                                             [&](int i, int16_t w) { weights[i] = w; });
     if (((int)threadIdx.x & 15) == 0) {
         room.m[row] = r.m;
         room.l[row] = r.l;
