@@ -27,7 +27,7 @@ int policy_open(int32_t n_layer, int32_t n_expert, const policy_options *options
             "a policy with a half-life of %g, a margin of %g and a pay-back of %g", o.half_life, o.margin, o.pay_back);
     policy *p = memory_take(1, sizeof *p);
     FAIL_IF(!p, MS4_ENOMEM, "no memory for the counts of experts");
-    *p = (policy){ .half_life = o.half_life > 0 ? o.half_life : 128, .margin = o.margin > 0 ? o.margin : 1.25,
+    *p = (policy){ .half_life = o.half_life > 0 ? o.half_life : 48, .margin = o.margin > 0 ? o.margin : 1.25,
                    .pay_back = o.pay_back > 0 ? o.pay_back : 1, .n_layer = n_layer, .n_expert = n_expert };
     p->count = memory_take((size_t)n_layer * (size_t)n_expert, sizeof *p->count);
     p->worth = memory_take((size_t)n_layer, sizeof *p->worth);

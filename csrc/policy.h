@@ -23,7 +23,7 @@
 /* cffi:begin */
 typedef struct policy policy;
 typedef struct {               /* 0 stands for the default of each */
-    double half_life;          /* tokens after which a use counts half; 128 */
+    double half_life;          /* tokens after which a use counts half; 48 */
     double margin;             /* who moves in is worth so many times what leaves; 1.25 */
     double pay_back;           /* and so many uses more, so that the move earns the bytes it costs; 1 */
 } policy_options;
