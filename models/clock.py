@@ -1,0 +1,324 @@
+"""How long a token takes, from sizes and rates: a model of time that needs no machine.
+
+    misses = at_hit_rate(SMALL_4, 0.75)
+    decode(SMALL_4, machine("3090", "DDR5-5600"), MS4, *misses).tokens_per_s
+
+Three descriptions go in: what a token reads (`Sizes`), how fast that can be read (`Machine`), and what an engine spends
+beside that (`Engine`).  What comes out are the terms of one token's time, in ms, and the one that limits.  The terms
+are those of a layer that waits for its slowest part: while the card computes the shared expert and the experts that
+lie in VRAM, the CPU computes the others, and what lies on disk is read.
+
+Bytes and seconds throughout, floats; ms only in what is shown.  Where a constant comes from stands beside it; what is
+assumed says so.  tests/test_clock.py holds what others have measured against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from math import comb
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import ms4
+
+GB, MB, US = 1e9, 1e6, 1e-6
+
+
+# --- what a token reads
+@dataclass(frozen=True)
+class Sizes:
+    """A model in bytes and floating-point operations; `expert`, `flops_expert`: of one expert, the mean of all."""
+
+    n_layer: int  # with experts
+    n_expert: int
+    n_used: int
+    expert: float
+    every: float  # what every token reads beside experts and output: attention, router, norms, shared experts
+    shared: float  # the shared experts' part of it, which a card computes while the CPU is at the misses
+    output: float
+    kv: float  # of one position
+    flops_every: float  # of a prompt's token beside its experts
+    flops_expert: float
+    flops_pair: float  # of a query and a key in all layers, as prompts are computed
+
+    @property
+    def experts(self) -> float:
+        """Bytes of all experts."""
+        return self.n_layer * self.n_expert * self.expert
+
+    @property
+    def used(self) -> float:
+        """Bytes of the experts of one token."""
+        return self.n_layer * self.n_used * self.expert
+
+    def distinct(self, n_tokens: float) -> float:
+        """Experts of a layer that so many tokens use, if their choices are independent; coherent text uses fewer."""
+        return self.n_expert * (1 - (1 - self.n_used / self.n_expert) ** n_tokens)
+
+
+def sizes_of(shape: ms4.Shape, tensors: Sequence[ms4.Tensor]) -> Sizes:
+    """Those of a model file, from its table of tensors."""
+    n_bytes: dict[str, float] = {}
+    n_weights: dict[str, float] = {}
+    for t in tensors:
+        kind = "expert" if t.role.endswith("_exps") else "shared" if t.role.endswith("_shexp") else t.role
+        kind = kind if kind in ("expert", "shared", "output", "token_embd") else "rest"
+        n_bytes[kind] = n_bytes.get(kind, 0) + t.bytes
+        n_weights[kind] = n_weights.get(kind, 0) + t.dims[0] * t.dims[1] * t.dims[2]
+    n_layer = shape.n_layer - shape.n_dense_layer
+    n_experts = max(n_layer * shape.n_expert, 1)
+    every = n_bytes.get("rest", 0) + n_bytes.get("shared", 0)
+    return Sizes(
+        n_layer=n_layer,
+        n_expert=shape.n_expert,
+        n_used=shape.n_expert_used,
+        expert=n_bytes.get("expert", 0) / n_experts,
+        every=every,
+        shared=n_bytes.get("shared", 0),
+        output=n_bytes.get("output", 0) or n_bytes.get("token_embd", 0),  # the embedding once more, if they are tied
+        kv=shape.n_layer * (2 * (shape.kv_rank + shape.d_rope) + 12),  # 16-bit integers and three floats
+        flops_every=2 * (n_weights.get("rest", 0) + n_weights.get("shared", 0)),
+        flops_expert=2 * n_weights.get("expert", 0) / n_experts,
+        flops_pair=2 * shape.n_layer * shape.n_head * (shape.d_nope + shape.d_rope + shape.d_value),
+    )
+
+
+Q4_K, Q6_K, Q8_0, F32 = 144 / 256, 210 / 256, 34 / 32, 4.0  # bytes of a weight
+
+
+def small_4(down: float = (Q4_K + Q6_K) / 2) -> Sizes:
+    """Mistral Small 4 as Q4_K_M; down: bytes of a weight in the down projections, which are a mix in such a file."""
+    attention = (4096 * 1024 + 1024 * 4096 + 4096 * 4096) * Q4_K + (4096 * 320 + 32 * 256 * (64 + 128)) * Q8_0
+    expert = 4096 * 2048 * (2 * Q4_K + down)
+    weights = 4096 * (1024 + 1024 + 4096 + 320 + 128) + 32 * 256 * (64 + 128) + 3 * 4096 * 2048
+    return Sizes(
+        n_layer=36,
+        n_expert=128,
+        n_used=4,
+        expert=expert,
+        every=36 * (attention + 128 * 4096 * F32 + expert),
+        shared=36 * expert,
+        output=131072 * 4096 * Q6_K,
+        kv=36 * (2 * 320 + 12),
+        flops_every=2 * 36 * weights,
+        flops_expert=2 * 3 * 4096 * 2048,
+        flops_pair=2 * 36 * 32 * (64 + 64 + 128),
+    )
+
+
+SMALL_4 = small_4()
+
+
+# --- how fast it can be read
+@dataclass(frozen=True)
+class Card:
+    """A GPU by its data sheet, and prompts' products per second (assumed: 35 per cent of the int8 tensor peak)."""
+
+    vram: float
+    peak: float  # of VRAM
+    flops: float
+    bus: float  # what pinned copies reach at its usual link
+
+    @property
+    def reads(self) -> float:
+        """Of decode kernels.  0.65 of the peak: published ones reach 0.60 to 0.68 on a 3090 at this shape."""
+        return 0.65 * self.peak
+
+
+GIB = 1 << 30
+PCIE = {"3 x16": 12.3 * GB, "4 x4": 6.1 * GB, "4 x16": 24.5 * GB, "5 x16": 50 * GB}  # measured by several, pinned
+CARDS = {
+    "3060": Card(12 * GIB, 360 * GB, 36e12, PCIE["4 x16"]),
+    "3090": Card(24 * GIB, 936 * GB, 100e12, PCIE["4 x16"]),
+    "4090": Card(24 * GIB, 1008 * GB, 230e12, PCIE["4 x16"]),
+    "5070 Ti": Card(16 * GIB, 896 * GB, 150e12, PCIE["5 x16"]),
+    "5090": Card(32 * GIB, 1792 * GB, 290e12, PCIE["5 x16"]),
+}
+# What expert kernels on all cores read from memory with two channels (the last: eight), as measured by several.
+MEMORIES = {
+    "DDR4-3200": 38 * GB,
+    "DDR5-5600": 55 * GB,
+    "DDR5-6000": 62 * GB,
+    "DDR5-6400": 68 * GB,
+    "DDR4-3200 x8": 110 * GB,
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """card None: there is none.  ram: bytes read per second; disk: of large reads with several under way."""
+
+    card: Card | None
+    ram: float
+    cpu_flops: float = 1.5e12  # of prompts' products: AVX2, eight to twelve cores
+    disk: float = 6 * GB
+    bus: float = 0.0  # if it is not the card's usual link
+
+    @property
+    def link(self) -> float:
+        return self.bus or (self.card.bus if self.card else 0.0)
+
+
+def machine(card: str | None, memory: str, bus: str = "") -> Machine:
+    """By names in the tables."""
+    return Machine(CARDS[card] if card else None, MEMORIES[memory], bus=PCIE[bus] if bus else 0.0)
+
+
+# --- what an engine spends beside that
+@dataclass(frozen=True)
+class Engine:
+    """overlaps: the CPU computes misses while the card is at the same layer, and prompts are copied while computed."""
+
+    n_kernels: float  # of a layer
+    s_kernel: float  # from one to the next, on top of the bytes
+    s_miss: float  # to hand a layer to the CPU and take its rows back, where it has a part in it
+    overlaps: bool
+
+
+# Assumed until there is a card: 14 kernels of a layer in a graph (its nodes cost others 1.3 us, and a small kernel does
+# not end sooner than after 2), 45 us for the CPU's part (others: 30 to 50 with callbacks, 40 with flags).
+MS4 = Engine(14, 2 * US, 45 * US, overlaps=True)
+# llama.cpp with layers or tensors on the CPU: about 30 launches of a layer at 4.6 us, no graph, one after the other.
+LLAMA_CPP = Engine(30, 4.6 * US, 45 * US, overlaps=False)
+
+
+# --- what comes out
+@dataclass(frozen=True)
+class Terms:
+    """Of a token that is written, or of a token of a prompt: seconds, by what they are spent on."""
+
+    dense: float = 0.0  # attention's weights, router, shared experts, output
+    context: float = 0.0  # the kv cache, or the scores of a prompt
+    hits: float = 0.0  # experts in VRAM
+    misses: float = 0.0  # what the CPU takes longer than the card
+    disk: float = 0.0  # what reading takes longer than both
+    bus: float = 0.0  # experts copied up that something waited for
+    control: float = 0.0  # kernels one after another, and handing over to the CPU
+
+    @property
+    def seconds(self) -> float:
+        return float(sum(getattr(self, field.name) for field in fields(self)))
+
+    @property
+    def tokens_per_s(self) -> float:
+        return 1 / self.seconds
+
+    @property
+    def limit(self) -> str:
+        """The largest term."""
+        return max((field.name for field in fields(self)), key=lambda name: getattr(self, name))
+
+    def milliseconds(self) -> dict[str, float]:
+        return {field.name: 1e3 * getattr(self, field.name) for field in fields(self)}
+
+
+def at_hit_rate(sizes: Sizes, rate: float) -> tuple[np.ndarray, np.ndarray]:
+    """(misses [k + 1, n_layer], weights [k + 1]) if each choice is found with this probability, by itself."""
+    k = sizes.n_used
+    weights = np.array([comb(k, m) * (1 - rate) ** m * rate ** (k - m) for m in range(k + 1)])
+    return np.repeat(np.arange(k + 1)[:, None], sizes.n_layer, axis=1), weights
+
+
+def at_split(sizes: Sizes, n_cpu_layers: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same for whole layers of experts on the CPU, the others in VRAM."""
+    misses = np.zeros((1, sizes.n_layer))
+    misses[0, :n_cpu_layers] = sizes.n_used
+    return misses, np.ones(1)
+
+
+def decode(
+    sizes: Sizes,
+    machine: Machine,
+    engine: Engine,
+    misses: np.ndarray,
+    weights: np.ndarray | None = None,
+    *,
+    reads: np.ndarray | None = None,
+    uploads: float = 0.0,
+    n_context: float = 0.0,
+    union: float = 1.0,
+) -> Terms:
+    """The mean token.
+
+    misses: [tokens, n_layer], experts that do not lie in VRAM; reads: likewise, those of them that lie on disk.
+    weights: of the rows, 1 in all; None: equal.  uploads: bytes copied up during a token.  union: experts that a step
+    of several tokens reads (a verified draft), in those of a single token.
+    """
+    n = len(misses)
+    shares = np.full(n, 1 / n) if weights is None else weights
+    lacking = union * misses * sizes.expert
+    from_disk = np.zeros_like(lacking) if reads is None else union * reads * sizes.expert / machine.disk
+    control = engine.s_miss * (misses > 0)
+    if machine.card is None:
+        every = sizes.every + sizes.output
+        cpu = union * np.full_like(lacking, sizes.n_used * sizes.expert) / machine.ram
+        late = np.maximum(from_disk - cpu, 0)
+        return Terms(
+            dense=every / machine.ram,
+            context=n_context * sizes.kv / machine.ram,
+            misses=_mean(cpu, shares),
+            disk=_mean(late, shares),
+        )
+    vram = machine.card.reads
+    hits = (union * sizes.n_used * sizes.expert - lacking) / vram
+    beside = hits + sizes.shared / sizes.n_layer / vram
+    cpu = lacking / machine.ram
+    wait = np.maximum(cpu + control - beside, 0) if engine.overlaps else cpu + control
+    handed = np.minimum(control, wait)  # what of it shows
+    late = np.maximum(from_disk - beside - wait, 0)
+    terms = Terms(
+        dense=(sizes.every + sizes.output) / vram,
+        context=n_context * sizes.kv / vram,
+        hits=_mean(hits, shares),
+        misses=_mean(wait - handed, shares),
+        disk=_mean(late, shares),
+        control=_mean(handed, shares) + sizes.n_layer * engine.n_kernels * engine.s_kernel,
+    )
+    if not uploads:
+        return terms
+    free = terms.seconds - _mean(cpu, shares)  # while the CPU is at work, copies take from its bandwidth
+    late_bytes = max(uploads - free * machine.link, 0.0)
+    bus = max(late_bytes / machine.ram, uploads / machine.link - terms.seconds)
+    return Terms(**{f.name: getattr(terms, f.name) for f in fields(terms)} | {"bus": bus})
+
+
+def _mean(by_layer: np.ndarray, shares: np.ndarray) -> float:
+    """The sum over layers, averaged over tokens."""
+    return float(by_layer.sum(axis=1) @ shares)
+
+
+def prefill(
+    sizes: Sizes, machine: Machine, engine: Engine, n_tokens: int, n_chunk: int, resident: float = 0.0
+) -> Terms:
+    """A token of a prompt of n_tokens that is read in chunks; resident: the share of the experts that lies in VRAM.
+
+    With a card all others are copied up once for every chunk, and all is computed there.
+    """
+    sizes_of_chunks = [min(n_chunk, n_tokens - at) for at in range(0, n_tokens, n_chunk)]
+    flops = sizes.flops_every + sizes.n_layer * sizes.n_used * sizes.flops_expert
+    scores = sizes.flops_pair * n_tokens / 2
+    if machine.card is None:
+        return Terms(dense=flops / machine.cpu_flops, context=scores / machine.cpu_flops)
+    terms = {field.name: 0.0 for field in fields(Terms)}
+    for n in sizes_of_chunks:
+        copied = (1 - resident) * sizes.n_layer * sizes.distinct(n) * sizes.expert / machine.link
+        computed = n * (flops + scores) / machine.card.flops
+        terms["dense"] += n * flops / machine.card.flops
+        terms["context"] += n * scores / machine.card.flops
+        terms["bus"] += max(copied - computed, 0.0) if engine.overlaps else copied
+        terms["control"] += sizes.n_layer * engine.n_kernels * engine.s_kernel
+    return Terms(**{name: seconds / n_tokens for name, seconds in terms.items()})
+
+
+# --- what fits
+RESERVE = 0.08  # of VRAM: the driver's own, a desktop, and what must never be over-committed
+BUFFERS = 1.2 * GB  # rows of a step, k_b and v_b as floats, staging
+
+
+def slots(sizes: Sizes, vram: float, n_context: int) -> int:
+    """How many experts fit into so many bytes of VRAM, beside all that every token reads and the kv cache."""
+    left = (1 - RESERVE) * vram - sizes.every - sizes.output - n_context * sizes.kv - BUFFERS
+    return max(0, min(int(left // sizes.expert), sizes.n_layer * sizes.n_expert)) if sizes.expert else 0
