@@ -204,7 +204,38 @@ typedef struct {
 
 /* Dynamic shared memory of a launch, in bytes; a kernel that is not named takes none.  Whoever writes a kernel keeps
  * its line right (a test compiles every kernel for 99 KB cards). */
-static inline size_t mul_shared(int type) { (void)type; return 0; }
+#define MUL_SUPERBLOCKS 16     /* of a row, at most, for mul to stage it in shared memory (mul_staged.cuh) */
+#define MUL_CHUNK 8            /* superblocks that a warp stages at once */
+#ifdef __cplusplus
+#define SIZE_FUNCTION static constexpr
+#else
+#define SIZE_FUNCTION static inline
+#endif
+/* Chunks of a warp in flight: of what is left, two blocks fit a multiprocessor of 100 KB. */
+SIZE_FUNCTION size_t mul_stages(size_t superblock_bytes) { return superblock_bytes > 213 ? 2 : 3; }
+/* Bytes of: all chunks (a row may be read one word beyond its end); for each token the values of 32 rows' superblocks,
+ * and x; for each warp the sums of 32-blocks, by token, after their scales and mins; the code book. */
+SIZE_FUNCTION size_t mul_stage_bytes(size_t superblock_bytes) { return MUL_CHUNK * superblock_bytes + 16; }
+SIZE_FUNCTION size_t mul_token_bytes(void) { return MUL_ROWS * (MUL_SUPERBLOCKS + 1) * 4 + MUL_SUPERBLOCKS * 292; }
+SIZE_FUNCTION size_t mul_block_sums(int family) {
+    return family == FAMILY_blocks_16 ? 16 * 9 * 4 : family >= FAMILY_blocks ? 8 * 9 * 4 : 0;
+}
+SIZE_FUNCTION size_t mul_grid_bytes(int type) {
+    return type == MS4_TYPE_iq2_xxs ? 2048 : type == MS4_TYPE_iq2_xs ? 4096 : type == MS4_TYPE_iq2_s ? 8192
+         : type == MS4_TYPE_iq3_xxs ? 1024 : type == MS4_TYPE_iq3_s ? 2048
+         : type == MS4_TYPE_iq1_s || type == MS4_TYPE_iq1_m ? 4096 : 0;
+}
+/* n_tokens: the most of any job. */
+SIZE_FUNCTION size_t mul_shared(int type, int32_t n_tokens) {
+    const struct { size_t bytes; int family; } of[] = {
+#define X(name, id, weights, bytes, family, ...) { bytes * SUPERBLOCK / weights, FAMILY_##family },
+        MS4_TYPES(X)
+#undef X
+    };
+    const size_t bytes = of[type].bytes, tokens = (size_t)(n_tokens < MUL_TOKENS ? n_tokens : MUL_TOKENS);
+    const size_t warp = mul_stages(bytes) * mul_stage_bytes(bytes) + (2 + tokens) * mul_block_sums(of[type].family);
+    return type <= MS4_TYPE_bf16 ? 0 : MUL_THREADS / 32 * warp + tokens * mul_token_bytes() + mul_grid_bytes(type);
+}
 #define GEMM_SHARED 67840
 static inline size_t gemm_shared(int type) { return is_float_type(type) ? 0 : GEMM_SHARED; }
 #define SEGMENT_ROOM 12800     /* scores, weights and sums of ATTEND_HEADS heads and a segment */

@@ -6,6 +6,7 @@
 #ifndef MS4_MUL_CUH
 #define MS4_MUL_CUH
 #include "job.cuh"
+#include "mul_staged.cuh"
 #include "unpack.cuh"
 
 /* What a lane has of a superblock of type T: its unit (unpack.cuh), and the scales that hold for it.  Of 32-blocks the
@@ -73,5 +74,10 @@ template <class T> DEV void mul_any(const tile &at) {
             if (lane == t) store(j, at.row + r, at.token + t, y[t]);
     }
 }
-template <class T> DEV void mul_quantised(const mul_args &a) { mul_any<T>(tile_of_block<MUL_ROWS, MUL_TOKENS>(a)); }
+template <class T> DEV void mul_quantised(const mul_args &a) {
+    SMEM(shared);
+    const tile at = tile_of_block<MUL_ROWS, MUL_TOKENS>(a);
+    if (can_stage<T>(at.job)) mul_staged<T>(shared, at);
+    else mul_any<T>(at);
+}
 #endif

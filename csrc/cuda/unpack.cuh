@@ -2,7 +2,7 @@
  *
  * A superblock is opened by units of 8 weights, one for each lane of a warp: unit u has the weights 8 u to 8 u + 7, as
  * two words of four int8_t.  Of each type there is
- *     FAMILY, BYTES      of a superblock
+ *     ID, FAMILY, BYTES  of the list of types; how sums become floats; of a superblock
  *     GRID, book()       words of its code book, or 0, and where it lies in global memory
  *     quants(p, u, grid) unit u of the superblock at p; grid: the code book, in global or shared memory
  *     K and IQ types:    scale(p, g), min(p, g) of the 16 weights g;  d(p), dmin(p)
@@ -81,6 +81,7 @@ DEV uint2 with_fifth_bit(uint2 v, unsigned bits) {
     return uint2{ v.x | high.x << 4, v.y | high.y << 4 };
 }
 #define BLOCK_TYPE(type) \
+    static constexpr int ID = MS4_TYPE_##type; \
     static constexpr enum ms4_family FAMILY = (enum ms4_family)MS4_FAMILY_##type; \
     static constexpr int BYTES = (int)sizeof(block_##type) * SUPERBLOCK / 32, GRID = 0; \
     MEMBER const unsigned *book() { return nullptr; } \
@@ -131,6 +132,7 @@ struct type_mxfp4 {
     QUANTS { (void)grid; return look_up_8(table_e2m1(), nibbles_of_32(block(p, u / 4) + 1, u % 4)); }
 };
 struct type_nvfp4 {                                             /* 64 weights a block, a scale for each 16 */
+    static constexpr int ID = MS4_TYPE_nvfp4;
     static constexpr enum ms4_family FAMILY = (enum ms4_family)MS4_FAMILY_nvfp4;
     static constexpr int BYTES = (int)sizeof(block_nvfp4) * 4, GRID = 0;
     MEMBER const unsigned *book() { return nullptr; }
@@ -151,6 +153,7 @@ struct type_nvfp4 {                                             /* 64 weights a 
 #define SUPER_TYPE(type) TYPE_WITH_GRID(type, 0, nullptr)
 #define GRID_TYPE(type, name) TYPE_WITH_GRID(type, (int)(sizeof device_grid_##name / 4), device_grid_##name)
 #define TYPE_WITH_GRID(type, grid_words, grid_at) \
+    static constexpr int ID = MS4_TYPE_##type; \
     static constexpr enum ms4_family FAMILY = (enum ms4_family)MS4_FAMILY_##type; \
     static constexpr int BYTES = (int)sizeof(block_##type), GRID = grid_words; \
     MEMBER const unsigned *book() { return grid_at; } \

@@ -115,16 +115,17 @@ static void check_products() {
     for (int round = 0; round < 12 * repeat; round++) {
         std::vector<product> products;
         std::vector<mul_job> jobs;
-        int32_t blocks = 0;
+        int32_t blocks = 0, most = 0;
         const int n_jobs = round % 12 == 7 ? 40 : between(1, 3);
         for (int i = 0; i < n_jobs; i++) {
             products.push_back(random_product());
             jobs.push_back(job_of(products.back()));
             jobs.back().first_block = blocks;
+            most = std::max(most, jobs.back().n_tokens);
             blocks += is_gemm ? gemm_blocks(type, &jobs.back()) : mul_blocks(type, &jobs.back());
         }
         mul_args a = { jobs.data(), n_jobs };
-        launch(kernel.c_str(), a, dim3((unsigned)blocks), is_gemm ? gemm_shared(type) : mul_shared(type));
+        launch(kernel.c_str(), a, dim3((unsigned)blocks), is_gemm ? gemm_shared(type) : mul_shared(type, most));
         for (product &p : products) {
             now_trying("%s, %d rows from %d on, %d columns, %d tokens of %d, kind %d%s%s%s", kernel.c_str(), p.n_rows,
                        p.skip, p.n_cols, p.n_tokens, p.n_x, p.kind, p.gathers ? ", gathers" : "",
