@@ -17,7 +17,6 @@ FIXED = "not here: the engine chooses this by itself, and the answer does not de
 FETCH = "-m USER/REPO:QUANT, after ms4 pull USER/REPO:QUANT"
 PLAIN_STDOUT = "not needed: stdout is the answer alone"
 NO_SERVER = "not here yet: there is no server; ms4 chat keeps a conversation"
-NO_SCHEMA = "not here yet: nothing forces the form of an answer"
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,9 @@ OPTIONS = (
         "--show-timings --no-perf",
         f"{PLAIN_STDOUT}, and -q leaves out progress and notes",
     ),
-    Row(
-        f"{LLAMA}, {LLM}",
-        "-j --json-schema --grammar --grammar-file --schema --schema-multi --json-mode",
-        NO_SCHEMA,
-    ),
+    Row(f"{LLAMA}, {LLM}", "-j --json-schema -jf --json-schema-file --schema-multi", "--schema FILE|FIELDS"),
+    Row("", "--json-mode --response-format --json_object", "--json-object"),
+    Row(LLAMA, "--grammar --grammar-file", "not here: --schema holds an answer to a JSON schema"),
     Row(
         LLAMA,
         "--repeat-penalty --presence-penalty --frequency-penalty --repeat-last-n --samplers --mirostat --typical "
@@ -100,8 +97,10 @@ OPTIONS = (
     Row(LLM, "--fragment --sf --system-fragment --files", "-f FILE"),
     Row(LLM, "-u --usage", "--stats"),
     Row(LLM, "--no-stream --stream --async", "not needed: into a pipe or a file the answer is the same"),
-    Row(LLM, "--continue --cid --conversation-id -x --extract --template --log --no-log -d --database", "not here yet"),
-    Row(LLM, "-T --tool --functions --td --ta --chain-limit", "not here yet: ms4 calls no tools"),
+    Row(LLM, "--continue --cid --conversation-id --template --log --no-log -d --database", "not here yet"),
+    Row(LLM, "--extract-last --xl", "-x, --extract"),
+    Row(LLM, "-T --tool --functions", "--tools FILE lists them, and the answer has the calls: ms4 makes none"),
+    Row(LLM, "--td --ta --chain-limit", "not here: ms4 makes no calls itself"),
     Row(LLM, "--key --option", "not needed: --temp, --top-p, --seed and the like are options of their own"),
     Row("", "--max_tokens --max-length --num_predict --tokens", "-n N"),
     Row("", "--top_p", "--top-p P"),
@@ -113,7 +112,7 @@ OPTIONS = (
     Row("", "--json", "--format json"),
     Row("", "--out --outfile --output-file", "-o FILE"),
     Row("", "--quiet-mode --silent", "-q"),
-    Row("", "--timeout", "not here: timeout 60 ms4 run ... ends it after a minute"),
+    Row("", "--time-limit --max-time", "--timeout S"),
     Row("", "--version", "ms4 --version, without a command"),
 )
 

@@ -10,7 +10,7 @@ import traceback
 
 from ms4.quant import visible
 
-OK, FAILURE, USAGE, INCOMPLETE, MISSING, NO_ROOM, UNREADABLE = 0, 1, 2, 3, 5, 6, 7
+OK, FAILURE, USAGE, INCOMPLETE, FORM, MISSING, NO_ROOM, UNREADABLE = 0, 1, 2, 3, 4, 5, 6, 7
 INTERRUPTED, BROKEN_PIPE = 130, 141
 LONGEST = 300  # characters of an error line after "ms4: error: "
 
@@ -54,8 +54,10 @@ class ReaderGone(CliError):
 CODES = {
     "ms4.quant.gguf_file.FileError": MISSING,
     "ms4.models.tokenizer.TokenizerError": MISSING,
-    "ms4.models.prompt.PromptError": USAGE,
+    "ms4.models.conversation.PromptError": USAGE,
     "ms4.models.sampling.SamplingError": USAGE,
+    "ms4.models.schema.SchemaError": USAGE,
+    "ms4.models.constraint.ConstraintError": FORM,
     "ms4.models.image.ImageError": UNREADABLE,
     "ms4.models.document.EncodingError": UNREADABLE,
     "ms4.models.document.PasswordError": UNREADABLE,

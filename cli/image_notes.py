@@ -49,9 +49,12 @@ def doubt(images: ImageInput) -> None:
 
 def announce(messages: Sequence[Mapping[str, Any]], images: ImageInput, quiet: bool) -> list[dict[str, Any]]:
     """Says on stderr what each image costs; returns the same as JSON has it."""
-    chunks = [chunk for message in messages for chunk in message["content"] if isinstance(chunk, dict)]
+    from ms4.models.image import chunk_image
+
+    contents = [content for message in messages if isinstance(content := message.get("content"), list)]
+    chunks = [chunk for content in contents for chunk in content if isinstance(chunk, dict)]
     found = []
-    for image in (chunk["image"] for chunk in chunks if chunk["type"] == "image"):
+    for image in (chunk_image(chunk) for chunk in chunks if chunk.get("type") in ("image", "image_url")):
         size = images.size(image)
         if not quiet:
             doubt(images)

@@ -56,7 +56,7 @@ def command(name: str) -> TyperCommand:
 
 def carry_out(name: str, args: list[str]) -> int:
     """Runs a command and returns its exit code."""
-    settings = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    settings: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
     return int(command(name).main(args, prog_name=f"ms4 {name}", standalone_mode=False, **settings) or 0)
 
 
@@ -111,6 +111,22 @@ Logprobs = Annotated[
 Stats = Annotated[bool, typer.Option("--stats", help="One line of statistics on stderr.")]
 
 
+Seconds = Annotated[
+    float | None,
+    typer.Option("--timeout", metavar="S", parser=opt.real(0, 1e6, above=True), help="Exit 3 after S seconds."),
+]
+Messages = Annotated[
+    str | None, typer.Option("--messages", metavar="FILE", help="The turns before PROMPT (JSON, as OpenAI has it).")
+]
+Tools = Annotated[str | None, typer.Option("--tools", metavar="FILE", help="Functions to call (JSON).")]
+JsonObject = Annotated[bool, typer.Option("--json-object", help="Some JSON object.")]
+Extract = Annotated[bool, typer.Option("-x", "--extract", help="Only the last block of code.")]
+Schema = Annotated[
+    str | None,
+    typer.Option("--schema", metavar="FILE|FIELDS", help="JSON by a schema, or by fields: 'name, age int'."),
+]
+
+
 @app.command(cls=Command)
 def run(
     prompt: Prompt = None,
@@ -124,7 +140,7 @@ def run(
     mmproj: opt.Mmproj = None,
     image_max_tokens: opt.ImageMaxTokens = None,
     system: System = None,
-    effort: Effort = "none",
+    effort: Effort = None,  # type: ignore[assignment]
     think: Think = "auto",
     max_tokens: MaxTokens = None,
     temp: Temperature = None,
@@ -135,6 +151,12 @@ def run(
     greedy: Greedy = False,
     stop: Stop = None,
     prefill: Annotated[str, typer.Option(metavar="TEXT", help="The answer begins with TEXT.")] = "",
+    messages: Messages = None,
+    tools: Tools = None,
+    schema: Schema = None,
+    json_object: JsonObject = False,
+    extract: Extract = False,
+    timeout: Seconds = None,
     format: Format = "auto",
     output: Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="Not to stdout (-).")] = None,
     stats: Stats = False,
@@ -150,27 +172,12 @@ def run(
     quiet: opt.Quiet = None,
 ) -> int:
     """Answer one prompt.  Stdin, if it is a pipe or a file, comes before PROMPT."""
+    given = locals()
     from ms4.cli import run as one_shot
 
-    sampling = opt.Sampling(effort, greedy, temp, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
-    request = one_shot.Request(
-        words=tuple(prompt or ()),
-        attached=one_shot.Sources.of(image, file, pdf, Reading(encoding, lossy, pdf_password), not no_stdin, quiet),
-        images=one_shot.ImageOptions(mmproj, image_max_tokens),
-        system=system,
-        prefill=prefill,
-        only="prompt" if show_prompt else "count" if count else "",
-        max_tokens=max_tokens,
-        stop=tuple(stop or ()),
-        n_ctx=ctx,
-        format="text" if format == "auto" else format,
-        think=think,
-        output=output,
-        stats=stats or quiet is False,
-        logprobs=logprobs,
-        strict=strict,
-    )
-    return one_shot.run(request, sampling, opt.engine_options(model, threads, load, attn_scale, quiet))
+    sampling = opt.Sampling(effort or "none", greedy, temp, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+    engine = opt.engine_options(model, threads, load, attn_scale, quiet)
+    return one_shot.run(one_shot.Request.of(given), sampling, engine)
 
 
 @app.command(cls=Command)
@@ -256,7 +263,7 @@ def pull(
         limit=limit or 0,
         offline=offline,
         as_json=json,
-        quiet=quiet,
+        quiet=quiet is True,
     )
     return command.pull(request)
 
@@ -281,7 +288,7 @@ def rm(
     """Remove a model from this machine, or what has been fetched of one."""
     from ms4.cli import library
 
-    return library.rm(name, yes=yes, dry_run=dry_run, quiet=quiet)
+    return library.rm(name, yes=yes, dry_run=dry_run, quiet=quiet is True)
 
 
 @app.command(cls=Command)
@@ -294,7 +301,7 @@ def verify(
     """Read the files of models and compare their SHA-256 with what the hub had promised."""
     from ms4.cli import library
 
-    return library.verify(names or [], repair=repair, as_json=json, quiet=quiet)
+    return library.verify(names or [], repair=repair, as_json=json, quiet=quiet is True)
 
 
 @app.command(cls=Command)

@@ -12,14 +12,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ms4.cli import attachments, errors, image_notes, lines, loading, render, streams
+from ms4.cli.asked import Asked, system_text
 from ms4.cli.errors import IncompleteError, UsageError
 from ms4.cli.follow import follow
 from ms4.cli.image_notes import ImageOptions
 from ms4.cli.options import EngineOptions, Sampling
-from ms4.cli.run import check_length, system_text
+from ms4.cli.run import check_length
 from ms4.models.untrusted import Reading
 
 if TYPE_CHECKING:
@@ -79,9 +80,11 @@ def chat(settings: ChatSettings, engine: EngineOptions) -> int:
     attached = [part for path in settings.files for part in attachments.open_path(path, settings.pdf, settings.rule)]
     prices = [note(part, images) for part in attached]
     if attached or system:  # what is too long before the first word is refused before the weights are loaded
-        first = [{"role": "user", "content": attachments.content(attached, "?")}]
-        messages = [{"role": "system", "content": system}, *first] if system else first
-        check_length(messages, settings.n_ctx, settings.max_tokens, settings.sampling.effort, engine, images)
+        messages: list[dict[str, Any]] = [{"role": "user", "content": attachments.content(attached, "?")}]
+        if system:
+            messages.insert(0, {"role": "system", "content": system})
+        asked = Asked(messages, settings.sampling.effort)
+        check_length(asked, settings.n_ctx, settings.max_tokens, engine, images)
     with loading.open_model(engine, status) as model:
         from ms4.models.dialogue import Dialogue
         from ms4.models.scheduler import Scheduler

@@ -6,23 +6,27 @@ that cannot be answered.
 
 import os
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import ms4
 from ms4.cli import errors, image_notes, loading, render, streams, writers
-from ms4.cli.attachments import Sources, gather
+from ms4.cli.asked import Asked, ask
+from ms4.cli.attachments import Sources
 from ms4.cli.errors import IncompleteError, UsageError
 from ms4.cli.follow import follow
 from ms4.cli.image_notes import ImageOptions
 from ms4.cli.options import EngineOptions, Sampling
-from ms4.models.untrusted import Reading, drop_line_end
+from ms4.models.untrusted import Reading
 from ms4.quant import visible
 
 if TYPE_CHECKING:
     from ms4.models.answer import Answer, ContextError, Done, Event
+    from ms4.models.constraint import Grammar
     from ms4.models.model import Model
     from ms4.models.sampling import Sampler
     from ms4.models.vision import ImageInput
@@ -41,6 +45,13 @@ class Request:
     images: ImageOptions = ImageOptions()
     system: str | None = None
     prefill: str = ""
+    effort: str | None = None  # None: what the file of messages says, else none
+    messages: str | None = None  # files
+    tools: str | None = None
+    schema: str | None = None  # a file, or the schema itself
+    json_object: bool = False
+    extract: bool = False
+    timeout: float | None = None
     only: str = ""  # "prompt" or "count": show it and stop
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -52,38 +63,68 @@ class Request:
     logprobs: int | None = None
     strict: bool = False
 
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> "Request":
+        """From the options of the command by their names, as `main.run` takes them."""
+        rule = Reading(given["encoding"], given["lossy"], given["pdf_password"])
+        same = {field.name: given[field.name] for field in fields(cls) if field.name in given}
+        return cls(
+            **same
+            | {
+                "words": tuple(given["prompt"] or ()),
+                "attached": Sources.of(
+                    given["image"], given["file"], given["pdf"], rule, not given["no_stdin"], given["quiet"]
+                ),
+                "images": ImageOptions(given["mmproj"], given["image_max_tokens"]),
+                "only": "prompt" if given["show_prompt"] else "count" if given["count"] else "",
+                "stop": tuple(given["stop"] or ()),
+                "n_ctx": given["ctx"],
+                "format": "text" if given["format"] == "auto" else given["format"],
+            }
+        )
+
 
 def run(request: Request, sampling: Sampling, engine: EngineOptions) -> int:
     """Carries out one `ms4 run` and returns its exit code."""
-    if request.logprobs is not None and request.format == "text":
-        raise UsageError("--logprobs needs --format json or jsonl")
-    if not all(request.stop):
-        raise UsageError("--stop needs a text that is not empty")
-    sampler = sampling.sampler()
-    if request.words or request.attached or streams.is_terminal(sys.stdin):
+    begun = time.monotonic()
+    check_request(request)
+    grammar = grammar_of(request)
+    sampling.sampler()  # a setting out of range is said before anything is read
+    if request.words or request.attached or request.messages or streams.is_terminal(sys.stdin):
         engine.require()
-    messages = build_messages(request)
+    asked = ask(
+        request.words,
+        request.attached,
+        request.effort,
+        system=request.system,
+        prefill=request.prefill,
+        messages=request.messages,
+        tools=request.tools,
+    )
+    sampling = replace(sampling, effort=asked.effort)
+    sampler = sampling.sampler()
     status = render.StatusLine(engine.quiet)
     images = request.images.open(engine.require())
-    announced = image_notes.announce(messages, images, engine.quiet)
+    announced = image_notes.announce(asked.messages, images, engine.quiet)
     if request.only:
-        return show_prompt(request, sampling, engine, messages, images)
+        return show_prompt(request, asked, engine, images)
     output = streams.Output(request.output)
     name = os.path.basename(engine.require())
     about = writers.About(name, ms4.__version__, sampling.effort, sampler.seed, request.prefill, None, announced)
     try:
-        check_length(messages, request.n_ctx, request.max_tokens, sampling.effort, engine, images)
+        check_length(asked, request.n_ctx, request.max_tokens, engine, images)
     except BaseException as error:
         new_writer(request, output, about).failed(*errors.describe(error))
         output.close()
         raise
-    begun = time.monotonic()
+    loading_begun = time.monotonic()
     with loading.open_model(engine, status) as model:
-        load_ms = round(1000 * (time.monotonic() - begun))
+        load_ms = round(1000 * (time.monotonic() - loading_begun))
         writer = new_writer(request, output, replace(about, load_ms=load_ms))
-        job = Job(request, model, sampler, writer, status, images)
+        end = None if request.timeout is None else begun + request.timeout
+        job = Job(request, model, sampler, writer, status, images, grammar, end)
         try:
-            return job.answer(messages, sampling.effort)
+            return job.answer(asked)
         except BaseException as error:
             job.writer.failed(*errors.describe(error))
             raise
@@ -91,45 +132,51 @@ def run(request: Request, sampling: Sampling, engine: EngineOptions) -> int:
             output.close()
 
 
-def build_messages(request: Request) -> list[dict[str, Any]]:
-    """System prompt, question with what is attached, beginning of the answer."""
-    messages: list[dict[str, Any]] = []
-    question = gather(request.attached, request.words)
-    if request.system is not None:
-        messages.append({"role": "system", "content": system_text(request.system, request.attached.rule)})
-    messages.append({"role": "user", "content": question})
-    if request.prefill:
-        text = streams.argument(request.prefill, "--prefill", request.attached.rule)
-        messages.append({"role": "assistant", "content": text, "prefix": True})
-    return messages
+def check_request(request: Request) -> None:
+    """UsageError for options that exclude or need each other."""
+    if request.logprobs is not None and request.format == "text":
+        raise UsageError("--logprobs needs --format json or jsonl")
+    if request.tools is not None and request.format == "text" and not request.only:
+        raise UsageError("--tools needs --format json or jsonl, which have a place for calls")
+    if not all(request.stop):
+        raise UsageError("--stop needs a text that is not empty")
+    if request.extract and request.format != "text":
+        raise UsageError("--extract is for the text of an answer, --format text")
+    form = "--schema" if request.schema is not None else "--json-object" if request.json_object else ""
+    if request.schema is not None and request.json_object:
+        raise UsageError("--schema and --json-object exclude each other")
+    for name, given in (("--prefill", request.prefill), ("--tools", request.tools), ("--extract", request.extract)):
+        if form and given:
+            raise UsageError(f"{form} and {name} exclude each other")
 
 
-def system_text(given: str, rule: Reading) -> str:
-    """The text of --system: given as it is, or in the file behind an @."""
-    if not given.startswith("@"):
-        return streams.argument(given, "--system", rule)
-    return drop_line_end(streams.read_text(given[1:], rule))
+def grammar_of(request: Request) -> "Grammar | None":
+    """What --schema or --json-object hold the answer to."""
+    if request.schema is None and not request.json_object:
+        return None
+    from ms4.models.constraint import Grammar
+    from ms4.models.schema import OBJECT, read_schema
+
+    if request.schema is None:
+        return Grammar(OBJECT)
+    text = request.schema
+    if text.startswith("@") or os.path.exists(text):
+        text = streams.read_text(text.removeprefix("@"), request.attached.rule)
+    return Grammar(read_schema(text))
 
 
-def check_length(
-    messages: Sequence[dict[str, Any]],
-    n_ctx: int,
-    max_tokens: int | None,
-    effort: str,
-    engine: EngineOptions,
-    images: "ImageInput",
-) -> None:
+def check_length(asked: Asked, n_ctx: int, max_tokens: int | None, engine: EngineOptions, images: "ImageInput") -> None:
     """An error for a prompt that is too long, before the weights are loaded: the tokenizer is enough.
 
     A short text, which has no more tokens than bytes, is not worth a second look at the header of the file.
     """
-    texts = [message["content"] for message in messages]
-    if all(isinstance(text, str) for text in texts):
+    contents = [message.get("content") for message in asked.messages]
+    texts = [content for content in contents if isinstance(content, str)]
+    if not asked.tools and len(texts) == len(contents):
         n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
         if n_bytes + (max_tokens or 1) + OVERHEAD <= min(n_ctx, SHORT):
             return
     from ms4.models import mistral4
-    from ms4.models import prompt as prompts
     from ms4.models.answer import ContextError
     from ms4.models.vocabulary import Vocabulary
     from ms4.quant.gguf_file import GgufFile
@@ -138,19 +185,15 @@ def check_length(
     most = mistral4.shape_of(gguf).n_ctx_train
     n_ctx = loading.context_within(most, n_ctx)
     tokenizer = loading.usable(Vocabulary.from_gguf(gguf))
-    n_prompt = len(prompts.render(messages, tokenizer, effort=effort, measure=images.measure).ids)
+    n_prompt = len(asked.prompt(tokenizer, images.measure).ids)
     if n_prompt + (max_tokens or 1) > n_ctx:
         raise no_room(ContextError(n_prompt, n_ctx, max_tokens), most)
 
 
-def show_prompt(
-    request: Request, sampling: Sampling, engine: EngineOptions, messages: list[dict[str, Any]], images: "ImageInput"
-) -> int:
+def show_prompt(request: Request, asked: Asked, engine: EngineOptions, images: "ImageInput") -> int:
     """--count and --show-prompt: the tokenizer is enough, the weights stay closed."""
-    from ms4.models import prompt as prompts
-
     tokenizer = loading.open_tokenizer(engine.require())
-    ids = prompts.render(messages, tokenizer, effort=sampling.effort, measure=images.measure).ids
+    ids = asked.prompt(tokenizer, images.measure).ids
     output = streams.Output(request.output)
     if request.only == "count":
         output.write(f"{len(ids)}\n")
@@ -166,6 +209,8 @@ def new_writer(request: Request, output: streams.Output, about: writers.About) -
         return writers.JsonWriter(output, about)
     if request.format == "jsonl":
         return writers.JsonlWriter(output, about)
+    if request.extract:
+        return writers.BlockWriter(output, request.think, about.prefill)
     return writers.TextWriter(output, request.think, about.prefill)
 
 
@@ -179,15 +224,19 @@ class Job:
     writer: writers.Writer
     status: render.StatusLine
     images: "ImageInput"
+    grammar: "Grammar | None" = None
+    end: float | None = None  # when --timeout is over
 
-    def answer(self, messages: list[dict[str, Any]], effort: str) -> int:
+    def answer(self, asked: Asked) -> int:
         """Renders the prompt, answers it, and judges how that ended."""
-        from ms4.models import prompt as prompts
         from ms4.models.answer import Answer, ContextError
+        from ms4.models.constraint import Constraint
 
         request = self.request
         tokenizer = loading.usable(self.model.vocabulary)
-        prompt = prompts.render(messages, tokenizer, effort=effort, measure=self.images.measure)
+        prompt = asked.prompt(tokenizer, self.images.measure)
+        free = asked.effort != "none"
+        held = Constraint(self.grammar, tokenizer, may_think=free) if self.grammar else None
         n_ctx = loading.context_for(self.model, request.n_ctx)
         try:
             answer = Answer(
@@ -198,11 +247,17 @@ class Job:
                 max_tokens=request.max_tokens,
                 stop=request.stop,
                 logprobs=request.logprobs,
+                constraint=held,
             )
         except ContextError as error:
             raise no_room(error, self.model.engine.shape.n_ctx_train) from None
-        done, answered = self.follow(answer)
+        with deadline(answer, self.end) as late:
+            done, answered = self.follow(answer)
         code, message = verdict(done, answered or bool(request.prefill), request.strict)
+        if late() and done.reason == "interrupted":
+            code, message = errors.INCOMPLETE, f"--timeout {request.timeout:g} cut the answer"
+        elif held and not held.complete and code in (errors.OK, errors.INCOMPLETE):
+            code, message = errors.FORM, message or unfinished(done)
         self.writer.done(done, code)
         if message:
             errors.note(f"error: {message}")
@@ -230,6 +285,32 @@ class Job:
             timeline = scheduler.open(answer.n_ctx)
             done = follow(scheduler, answer, timeline, rows, self.status, show, self.writer.hides_thoughts)
         return done, answered
+
+
+@contextmanager
+def deadline(answer: "Answer", end: float | None) -> Iterator[Callable[[], bool]]:
+    """Stops the answer at that time (of time.monotonic), if it still runs; gives what says whether it did."""
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        answer.stop_flag.set()
+
+    timer = None if end is None else threading.Timer(max(0.0, end - time.monotonic()), stop)
+    if timer:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield late.is_set
+    finally:
+        if timer:
+            timer.cancel()
+
+
+def unfinished(done: "Done") -> str:
+    """Why an answer does not keep to its schema."""
+    how = {"length": "--max-tokens cut it", "stop": "--stop cut it" if done.stop else "the model ended it"}
+    return f"the answer does not complete the schema: {how.get(done.reason, 'it was cut')}"
 
 
 def no_room(error: "ContextError", most: int) -> IncompleteError:

@@ -48,6 +48,7 @@ exit codes:
   1  failed while running        6    not enough memory
   2  wrong usage                 7    unreadable input
   3  the answer is incomplete    130  interrupted
+  4  it does not fit the schema
 """
 COMMANDS = re.findall(r"^  (\w+)  +\w", HELP.partition("commands:")[2].partition("options:")[0], re.MULTILINE)
 

@@ -1,11 +1,12 @@
 """The forms in which `ms4 run` gives its answer: text, one JSON object, or one JSON event a line."""
 
 import json
+import re
 import sys
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ms4.cli import render, streams
+from ms4.cli import errors, render, streams
 from ms4.models import usage
 from ms4.models.answer import Done, Event, Prefill, Token
 from ms4.models.answer_parser import Text, Thinking, ToolCall
@@ -101,6 +102,46 @@ class TextWriter:
             sys.stderr.write("\n")
         self._open_line = False
         self.screen.end()
+
+
+class BlockWriter(TextWriter):
+    """Only the last block of code of the answer, when it is complete; the whole answer, if it has none."""
+
+    def __init__(self, output: streams.Output, think: str, prefill: str) -> None:
+        super().__init__(output, think, "")
+        self._answer = prefill
+
+    def event(self, event: Event) -> None:
+        if isinstance(event, Text):
+            self._answer += event.text
+        else:
+            super().event(event)
+
+    def done(self, done: Done, code: int) -> None:
+        block = last_block(self._answer)
+        if block is None:
+            errors.note("the answer has no block of code; this is all of it")
+        self.screen.text(self._answer if block is None else block)
+        super().done(done, code)
+
+
+FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[^`\n]*")
+
+
+def last_block(text: str) -> str | None:
+    """What stands in the last fenced block of a Markdown text, which its end may close; None if there is none."""
+    found: str | None = None
+    fence = ""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        match = FENCE.fullmatch(line.rstrip("\r"))
+        if not fence and match:
+            fence, lines = match[1], []
+        elif fence and match and match[0].strip() == match[1] and match[1].startswith(fence):
+            found, fence = "\n".join(lines), ""
+        elif fence:
+            lines.append(line)
+    return "\n".join(lines) if fence else found
 
 
 @dataclass

@@ -14,8 +14,9 @@ import numpy as np
 
 from ms4 import StopFlag
 from ms4.models.answer_parser import MAX_TOOL_CALLS, AnswerParser, Text, Thinking, ToolCall
+from ms4.models.constraint import Constraint
 from ms4.models.prompt import Prompt
-from ms4.models.sampling import Choice, Sampler
+from ms4.models.sampling import Choice, Sampler, described
 from ms4.models.tokenizer import Tokenizer
 
 
@@ -94,7 +95,7 @@ class Answer:
     """One answer to a prompt, in a context of n_ctx positions.  One that does not fit raises ContextError.
 
     logprobs: with every token its log-probability and those of so many of the most likely.  The ids of the tokens cost
-    nothing: they are in `ids`.
+    nothing: they are in `ids`.  constraint: which tokens of its text may come.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Answer:
         stop: Sequence[str] = (),
         logprobs: int | None = None,
         max_tool_calls: int = MAX_TOOL_CALLS,
+        constraint: Constraint | None = None,
     ) -> None:
         if max_tokens is not None and max_tokens < 1:
             raise ValueError("max_tokens is at least 1")
@@ -128,17 +130,26 @@ class Answer:
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._logprobs = logprobs
+        self._constraint = constraint
         self._parser = AnswerParser(tokenizer, stop=stop, max_tool_calls=max_tool_calls, opens=prompt.opens)
 
     def choose(self, logits: np.ndarray) -> list[Event]:
         """Chooses the token after which these logits stand, and takes it."""
         # What only fills up the vocabulary is no answer, however likely a model that never learnt it finds it.
-        return self.take(self._sampler.pick(logits[: self._tokenizer.n_used], self._logprobs))
+        logits = logits[: self._tokenizer.n_used]
+        if self._constraint is None or self._parser.thinking:
+            return self.take(self._sampler.pick(logits, self._logprobs))
+        choice = self._sampler.pick(self._constraint.narrow(logits))
+        if self._logprobs is not None:
+            choice = described(choice.id, logits, self._logprobs)
+        return self.take(choice)
 
     def take(self, choice: Choice) -> list[Event]:
         """What the next token adds.  None may be taken once `reason` is set."""
         assert self.reason is None
         self.ids.append(choice.id)
+        if self._constraint is not None and not self._parser.thinking:
+            self._constraint.take(choice.id)
         events: list[Event] = []
         if self._logprobs is not None:
             top = tuple((id, logprob, self._tokenizer.piece(id)) for id, logprob in choice.top)

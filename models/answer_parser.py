@@ -74,6 +74,11 @@ class AnswerParser:
         self.n_thinking = 0  # tokens, those that open and close a thought included
         self.n_tool_calls = 0
 
+    @property
+    def thinking(self) -> bool:
+        """True between the tokens that open and close a thought; the one that closes it still belongs to it."""
+        return self._inside == "thinking"
+
     def feed(self, id: int) -> list[Piece]:
         """What the next token adds.  Nothing may be fed once `ended` is set."""
         if id == Control.THINK or self._inside == "thinking":

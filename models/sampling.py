@@ -120,6 +120,12 @@ class Sampler:
         return [Choice(id, logprob, tuple(zip(*top, strict=True))) for id, logprob, top in chosen]
 
 
+def described(id: int, logits: np.ndarray, n_top: int) -> Choice:
+    """A token that was chosen in another way, with the log-probabilities that `Sampler.pick` would give it."""
+    logprob = float(log_probabilities(logits)[id])
+    return Choice(id, logprob, Sampler(SamplingParams(temperature=0, seed=0)).pick(logits, n_top).top)
+
+
 def uniform_numbers(random: np.random.PCG64, n: int) -> np.ndarray:
     """The next n in [0, 1), of 53 bits each."""
     return (random.random_raw(n) >> np.uint64(11)) * 2.0**-53

@@ -285,7 +285,7 @@ def test_c5_the_page_is_made_from_the_table():
         (["-m", "a.gguf", "hi"], "ms4 run -m a.gguf hi"),
         (["-p", "hi"], 'ms4 run "your question"'),
         (["help", "rnu"], "ms4 run"),
-        (["run", "--timeout", "3", "x"], "timeout 60"),
+        (["run", "--max-time", "60", "hi"], "--timeout S"),
         (["run", "--max-toks", "3"], "--max-tokens?"),
         (["run", "--temp-erature", "3"], "--temp?"),
         (["run", "--frobnicate"], "ms4 run --help; text that begins with - goes after --"),
