@@ -65,7 +65,8 @@ entry::entry(const char *name, bool needs_context, bool takes_memory) : lock(sta
     const std::string &call = d.set.fail_call;
     if (d.set.fail_at && (call.empty() ? of_all : call == name ? nth : 0) == d.set.fail_at) {
         if (d.set.fail_lost) work_lose(LAUNCH_FAILED);
-        error = d.set.fail_code ? d.set.fail_code : d.set.fail_lost ? LAUNCH_FAILED : takes_memory ? OUT_OF_MEMORY : UNKNOWN;
+        int otherwise = d.set.fail_lost ? LAUNCH_FAILED : takes_memory ? OUT_OF_MEMORY : UNKNOWN;
+        error = d.set.fail_code ? d.set.fail_code : otherwise;
     } else if (d.lost) error = d.lost;
     else if (!error && needs_context && !has_context) error = INVALID_CONTEXT;
 }
@@ -98,6 +99,11 @@ EXPORT int cuDeviceGet(int *device, int i) {
 EXPORT int cuDeviceGetName(char *name, int length, int device) {
     entry e("cuDeviceGetName", false);
     if (!e.error) snprintf(name, (size_t)length, "emulated GPU %d", device);
+    return e.error;
+}
+EXPORT int cuDeviceGetPCIBusId(char *id, int length, int device) {
+    entry e("cuDeviceGetPCIBusId", false);
+    if (!e.error) snprintf(id, (size_t)length, "0000:%02x:00.0", device + 1);
     return e.error;
 }
 EXPORT int cuDeviceTotalMem_v2(size_t *bytes, int) {
@@ -303,8 +309,8 @@ EXPORT int cuMemHostGetDevicePointer_v2(uint64_t *at, void *host, unsigned) {
     *at = (uint64_t)(uintptr_t)host;
     return OK;
 }
-/* What CUDA says of pageable memory: what is read of it may be staged before the call returns, or later; what is written
- * to it is there when the call returns. */
+/* What CUDA says of pageable memory: what is read of it may be staged before the call returns, or later; what is
+ * written to it is there when the call returns. */
 static int copy(const char *name, uint64_t to, uint64_t from, size_t n, void *handle, bool waits) {
     entry e(name);
     if (e.error || !n) return e.error;

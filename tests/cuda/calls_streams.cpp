@@ -224,7 +224,7 @@ EXPORT int cuGraphDestroy(void *handle) {
     if (!e.error) delete (graph *)handle;
     return e.error;
 }
-/* A graph that can be launched: copies of the nodes, which parameters may be set anew, known by the nodes they are of. */
+/* A graph that can be launched: copies of its nodes, known by them, whose parameters may be set anew. */
 struct launchable { std::vector<op> ops; std::vector<std::vector<size_t>> after; std::vector<const node *> of; };
 EXPORT int cuGraphInstantiateWithFlags(void **out, void *handle, unsigned long long) {
     entry e("cuGraphInstantiateWithFlags", true, true);

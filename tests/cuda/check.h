@@ -2,8 +2,9 @@
  * unreadable page, numbers, launches by name, and the count of outputs that had the same bits.
  *
  * A file is made of functions  static void check_X(void)  that launch() kernels and compare with same(); its last lines
- * are  int main(int argc, char **argv) { return run_checks(argc, argv, { { "kernel", check_X }, .. }); }.  Built twice,
- * with the kernels as g++ compiles them and as nvcc does.  Arguments: how often (1), and what kernels' names begin with.
+ * are  int main(int argc, char **argv) { return run_checks(argc, argv, { { "kernel", check_X }, .. }); }.  Linked
+ * twice, with the kernels as g++ compiles them and as nvcc does.  Arguments: how often (1), and what the names of the
+ * kernels begin with.
  * MS4_TEST_SEED repeats a run.  Ends at the first check that fails: status 1.
  */
 #ifndef MS4_CUDA_CHECK_H

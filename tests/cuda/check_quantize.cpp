@@ -16,7 +16,8 @@ static void next_to_ties(float *x) {
 static void check_quantize() {
     for (int round = 0; round < 40 * repeat; round++) {
         int n = between(1, 3), width = round % 4 ? 32 * between(1, 40) : 4096, kind = round % 9;
-        size_t blocks = (size_t)(width + SUPERBLOCK - 1) / SUPERBLOCK + rnd() % 2, stride = (size_t)width + 4 * (rnd() % 3);
+        size_t stride = (size_t)width + 4 * (rnd() % 3);
+        size_t blocks = (size_t)(width + SUPERBLOCK - 1) / SUPERBLOCK + rnd() % 2;
         buffer<float> x((size_t)n * stride);
         buffer<block_q8> got((size_t)n * blocks), want((size_t)n * blocks);
         now_trying("n %d width %d kind %d", n, width, kind);

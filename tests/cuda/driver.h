@@ -59,7 +59,12 @@ struct op {
 };
 struct node { op what; std::vector<size_t> after; };
 struct graph { std::vector<std::unique_ptr<node>> nodes; };
-struct graph_run { std::vector<op> ops; std::vector<std::vector<size_t>> after; std::vector<char> done; size_t n_done = 0; };
+struct graph_run {
+    std::vector<op> ops;
+    std::vector<std::vector<size_t>> after;
+    std::vector<char> done;
+    size_t n_done = 0;
+};
 struct capture { struct graph *into; struct stream *origin; };
 struct stream {
     std::deque<std::pair<uint64_t, op>> queue;      /* with numbers in the order of calls */
@@ -111,7 +116,7 @@ size_t memory_used();
 size_t memory_most();
 int memory_pin(void *at, size_t bytes, bool own, bool read_only);      /* own: cuMemHostAlloc */
 int memory_unpin(void *at, bool own);
-place memory_place(const void *p, size_t n);        /* ends the process where it begins in device memory and leaves it */
+place memory_place(const void *p, size_t n);        /* ends the process for what is only partly in device memory */
 void memory_open(bool open);                        /* the host may not touch device memory but while work is done */
 
 /* --- work.cpp --------------------------------------------------------------------------------------------------- */

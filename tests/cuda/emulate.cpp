@@ -106,15 +106,8 @@ void on_fault(int sig, siginfo_t *info, void *context) {
 std::mutex machines_lock;
 std::vector<machine *> machines;            /* idle ones */
 machine *take_machine() {
+    watch_faults();
     std::lock_guard<std::mutex> guard(machines_lock);
-    static bool handles = false;
-    if (!handles) {
-        struct sigaction action = {};
-        action.sa_sigaction = on_fault;
-        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-        sigaction(SIGSEGV, &action, &before);
-        handles = true;
-    }
     if (!machines.empty()) {
         machine *m = machines.back();
         machines.pop_back();
@@ -270,6 +263,16 @@ void run_blocks(const kernel &k, dim3 grid, int threads, size_t shared, const vo
 }
 }
 
+void watch_faults() {
+    std::lock_guard<std::mutex> guard(machines_lock);
+    static bool watches = false;
+    if (watches) return;
+    struct sigaction action = {};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    sigaction(SIGSEGV, &action, &before);
+    watches = true;
+}
 void die(const char *why) {
     say_where(why);
     signal(SIGABRT, SIG_DFL);
@@ -343,8 +346,10 @@ bool in_shared(const void *p, size_t n) {
 }
 bool in_own(const void *p, size_t n) {
     machine *m = here();
-    const char *from = (const char *)p, *argument = (const char *)m->argument, *stack = m->stacks + STACK * (size_t)m->linear;
-    return (from >= argument && from + n <= argument + m->running->bytes) || (from >= stack && from + n <= stack + STACK);
+    const char *from = (const char *)p, *argument = (const char *)m->argument;
+    const char *stack = m->stacks + STACK * (size_t)m->linear;
+    return (from >= argument && from + n <= argument + m->running->bytes)
+        || (from >= stack && from + n <= stack + STACK);
 }
 const kernel *find(const char *name) {
     for (const kernel *k = kernels; k->name; k++)

@@ -16,6 +16,7 @@ const kernel *find(const char *name);       /* NULL: there is none */
 /* Runs every block of a grid; seed 0: warps and lanes in order, else at random.  n_threads of the CPU share blocks. */
 void launch(const kernel &k, dim3 grid, int threads, size_t shared, const void *argument, uint32_t seed);
 extern int n_threads;
+void watch_faults();                        /* from now on a faulty address gives one line, and ends the process */
 
 /* Set by the emulated driver: whether p lies where device memory is, allocated or not; whether a kernel may touch n
  * bytes there.  NULL: a faulty address shows by itself, or not. */

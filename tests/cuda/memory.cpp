@@ -41,6 +41,7 @@ int memory_take(uint64_t *at, size_t bytes) {
         void *p = mmap(nullptr, ARENA, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (p == MAP_FAILED) return OUT_OF_MEMORY;
         arena = (char *)p;
+        emu::watch_faults();
         emu::in_device = in_arena;
         emu::accessible = has;
     }
@@ -84,11 +85,12 @@ static bool mapped(const char *at, size_t bytes, bool writable) {
     char line[1024], mode[8];
     unsigned long low, high;
     const char *reached = at;
-    while (f && reached < at + bytes && fgets(line, sizeof line, f))
-        if (sscanf(line, "%lx-%lx %7s", &low, &high, mode) == 3 && (uintptr_t)reached >= low && (uintptr_t)reached < high) {
-            if (mode[0] != 'r' || (writable && mode[1] != 'w')) break;
-            reached = (const char *)high;
-        }
+    while (f && reached < at + bytes && fgets(line, sizeof line, f)) {
+        if (sscanf(line, "%lx-%lx %7s", &low, &high, mode) != 3) continue;
+        if ((uintptr_t)reached < low || (uintptr_t)reached >= high) continue;
+        if (mode[0] != 'r' || (writable && mode[1] != 'w')) break;
+        reached = (const char *)high;
+    }
     if (f) fclose(f);
     return reached >= at + bytes;
 }

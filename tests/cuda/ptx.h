@@ -31,7 +31,7 @@ template <class R, class T> static inline void set(R &r, T v) {
     else if constexpr (std::is_signed_v<T>) r = (R)(s64)v;
     else r = (R)v;
 }
-template <class T> using bits_of = std::conditional_t<sizeof(T) == 8, u64, std::conditional_t<sizeof(T) == 4, u32, u16>>;
+template <class T> using bits_of = std::make_unsigned_t<T>;
 
 /* --- addresses -------------------------------------------------------------------------------------------------- */
 static inline char *at_shared(u32 a) { return emu::at->shared + (s32)(a - SHARED_BEGIN); }
@@ -74,8 +74,8 @@ template <class T> static inline T add(T a, T b) { return (T)((u64)a + (u64)b); 
 template <class T> static inline T sub(T a, T b) { return (T)((u64)a - (u64)b); }
 template <class T> static inline T mul_lo(T a, T b) { return (T)((u64)a * (u64)b); }
 template <class T> static inline T mul_hi(T a, T b) {
-    if constexpr (sizeof(T) < 8) return (T)(std::conditional_t<std::is_signed_v<T>, s64, u64>(a) * b >> (8 * sizeof(T)));
-    else return (T)(std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>(a) * b >> 64);
+    using wide = std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>;
+    return (T)((wide)a * (wide)b >> (8 * sizeof(T)));
 }
 template <class W, class T> static inline W mul_wide(T a, T b) { return (W)((W)a * (W)b); }
 template <class T> static inline T shift_left(T a, u32 n) { return n >= 8 * sizeof(T) ? (T)0 : (T)(a << n); }
@@ -112,7 +112,19 @@ static inline u32 lop3(u32 a, u32 b, u32 c, u32 table) {
 }
 
 /* The highest bit that is set, or by how much to shift it to bit 31. */
-static inline u32 find_bit(u32 a, bool shift) { return !a ? 0xffffffffu : (u32)(shift ? __clz((s32)a) : 31 - __clz((s32)a)); }
+static inline u32 find_bit(u32 a, bool shift) {
+    return !a ? 0xffffffffu : (u32)(shift ? __clz((s32)a) : 31 - __clz((s32)a));
+}
+
+/* c and two products: 16-bit halves of a by the low or the high bytes of b; A, B: s32 or u32, signed or not. */
+template <class A, class B, bool HIGH> static inline u32 dp2a(u32 a, u32 b, u32 c) {
+    for (int i = 0; i < 2; i++) {
+        s32 of_a = std::is_signed_v<A> ? (s32)(s16)(a >> 16 * i) : (s32)(u16)(a >> 16 * i);
+        u32 byte = b >> 8 * (i + (HIGH ? 2 : 0)) & 255;
+        c += (u32)(of_a * (std::is_signed_v<B> ? (s32)(s8)byte : (s32)byte));
+    }
+    return c;
+}
 
 /* --- floats ----------------------------------------------------------------------------------------------------- */
 static inline f32 least(f32 a, f32 b) { return fminf(a, b); }

@@ -13,11 +13,24 @@ from pathlib import Path
 
 TYPES = {f"{kind}{width}": f"{'u' if kind == 'b' else kind}{width}" for kind in "bus" for width in (8, 16, 32, 64)}
 TYPES |= {"f32": "f32", "pred": "bool"}
-SPECIAL = {f"%{ptx}.{axis}": f"(u32){cpp}.{axis}" for axis in "xyz"
-           for ptx, cpp in (("tid", "threadIdx"), ("ctaid", "blockIdx"), ("ntid", "blockDim"), ("nctaid", "gridDim"))}
+SPECIAL = {
+    f"%{ptx}.{axis}": f"(u32){cpp}.{axis}"
+    for axis in "xyz"
+    for ptx, cpp in (("tid", "threadIdx"), ("ctaid", "blockIdx"), ("ntid", "blockDim"), ("nctaid", "gridDim"))
+}
 SPECIAL["%laneid"] = "(u32)emu::lane()"
-COMPARE = {"lt": "<", "gt": ">", "le": "<=", "ge": ">=", "eq": "==", "ne": "!=", "lo": "<", "hi": ">", "ls": "<=",
-           "hs": ">="}
+COMPARE = {
+    "lt": "<",
+    "gt": ">",
+    "le": "<=",
+    "ge": ">=",
+    "eq": "==",
+    "ne": "!=",
+    "lo": "<",
+    "hi": ">",
+    "ls": "<=",
+    "hs": ">=",
+}
 LOGIC = {"and": "&", "or": "|", "xor": "^"}
 
 
@@ -29,8 +42,9 @@ class Module:
     """Names of the module: arrays in device memory, and where arrays in shared memory begin."""
 
     def __init__(self, text: str):
-        self.arrays = dict(re.findall(r"^(?:\.visible |\.weak )?\.(?:global|const) (.*?) = \{(.*?)\};", text, re.M | re.S))
-        self.arrays = {re.search(r"(\w+)\[\d*\]$", head)[1]: (head, body) for head, body in self.arrays.items()}
+        arrays = r"^(?:\.visible |\.weak )?\.(?:global|const) (.*?) = \{(.*?)\};"
+        found = re.findall(arrays, text, re.MULTILINE | re.DOTALL)
+        self.arrays = {re.search(r"(\w+)\[\d*\]$", head)[1]: (head, body) for head, body in found}
         self.shared = {
             name: int(size or 0) for name, size in re.findall(r"\.shared \.align \d+ \.b8 (\w+)\[(\d*)\];", text)
         }
@@ -45,11 +59,9 @@ class Module:
     def declarations(self) -> str:
         """The arrays, in one object, so that one comparison says whether an address is in them."""
         lines = ["struct module_arrays {"]
-        values = []
-        for name, (head, body) in self.arrays.items():
+        for name, (head, _) in self.arrays.items():
             align, kind, size = re.search(r"\.align (\d+) \.(\w+) \w+\[(\d+)\]", head).groups()
             lines.append(f"    alignas({align}) {TYPES[kind]} {name}[{size}];")
-            values.append(f"    {{ {body} }},")
         return "\n".join([*lines, "};", "extern const module_arrays module_data;"])
 
     def definitions(self) -> str:
@@ -159,8 +171,9 @@ class Function:
             items = parts(many)
             width = int(kind[1:]) // len(items)
             if many == o[0]:
-                whole = f"u64 whole = {self.read(kind, one)};"
-                return f"{{ {whole} {' '.join(self.set(r, f'(u{width})(whole >> {width * i})') for i, r in enumerate(items))} }}"
+                lines = [f"u64 whole = {self.read(kind, one)};"]
+                lines += [self.set(r, f"(u{width})(whole >> {width * i})") for i, r in enumerate(items)]
+                return f"{{ {' '.join(lines)} }}"
             bits = " | ".join(f"(u64){self.read(f'u{width}', r)} << {width * i}" for i, r in enumerate(items))
             return self.set(one, f"({c_type(kind)})({bits})")
         return self.set(o[0], self.read(kind, o[1]))
@@ -180,7 +193,8 @@ class Function:
         if to == "f32" and "rn" in op:
             return self.set(o[0], f"(f32){self.read(of, o[1])}")
         if of == "f32" and ("rzi" in op or "rni" in op):
-            return self.set(o[0], f"to_int<{c_type(to)}>({'truncf' if 'rzi' in op else 'rintf'}({self.read(of, o[1])}))")
+            whole = f"{'truncf' if 'rzi' in op else 'rintf'}({self.read(of, o[1])})"
+            return self.set(o[0], f"to_int<{c_type(to)}>({whole})")
         if "f" in to + of or "sat" in op:
             raise UnknownError(".".join(op))
         return self.set(o[0], f"({c_type(to)}){self.read(of, o[1])}")
@@ -237,7 +251,8 @@ class Function:
         if "ftz" in op or "approx" in op or "full" in op:
             raise UnknownError(".".join(op))
         if name in ("min", "max"):
-            return self.set(o[0], f"{'least' if name == 'min' else 'largest'}{'_or_nan' if 'NaN' in op else ''}({x[0]}, {x[1]})")
+            of = {"min": "least", "max": "largest"}[name] + ("_or_nan" if "NaN" in op else "")
+            return self.set(o[0], f"{of}({x[0]}, {x[1]})")
         if name in ("neg", "abs"):
             bits = self.read("u32", o[1])
             return self.set(o[0], f"as<f32>({bits} {'^ 0x80000000u' if name == 'neg' else '& 0x7fffffffu'})")
@@ -287,15 +302,19 @@ class Function:
                 raise UnknownError(".".join(op))
             a = self.read("u32" if kind == "dp4a_us" else "s32", o[1])
             return self.set(o[0], f"{kind}({a}, {self.read('s32', o[2])}, {self.read('s32', o[3])})")
+        if op[0] == "dp2a":
+            signs = f"{c_type(op[2])}, {c_type(op[3])}, {str(op[1] == 'hi').lower()}"
+            return self.set(o[0], f"dp2a<{signs}>({', '.join(self.read('u32', v) for v in o[1:])})")
         shape, signs = op[3], [str(p[0] == "s").lower() for p in op[7:9]]
         if shape not in ("m16n8k32", "m16n8k16") or op[4:7] != ["row", "col", "s32"] or op[7][1:] != "8":
             raise UnknownError(".".join(op))
         d, a, b, c = map(parts, o)
         halves = 2 if shape == "m16n8k32" else 1
         lists = [", ".join(self.read(kind, v) for v in words) for kind, words in (("s32", c), ("u32", a), ("u32", b))]
-        call = f"emu_mma<{', '.join(signs)}>(c, a, b, {halves});"
+        words = f"unsigned a[] = {{ {lists[1]} }}, b[] = {{ {lists[2]} }};"
+        call = f"{words} emu_mma<{', '.join(signs)}>(c, a, b, {halves});"
         back = " ".join(self.set(r, f"c[{i}]") for i, r in enumerate(d))
-        return f"{{ int c[4] = {{ {lists[0]} }}; unsigned a[] = {{ {lists[1]} }}, b[] = {{ {lists[2]} }}; {call} {back} }}"
+        return f"{{ int c[4] = {{ {lists[0]} }}; {call} {back} }}"
 
     def collective(self, op: list[str], o: list[str]) -> str:
         if op[0] == "shfl":
@@ -333,7 +352,8 @@ class Function:
         n = f"(int){self.read('u32', o[3])}" if len(o) > 3 else str(size)
         source = self.pointer(o[1], True)
         check = f"if ({n}) check_global<u8>(p, 1);"
-        return f"{{ u64 p = {source}; {check} emu::copy_begin(at_shared({self.pointer(o[0], False)}), (void *)p, {n}, {size}); }}"
+        call = f"emu::copy_begin(at_shared({self.pointer(o[0], False)}), (void *)p, {n}, {size});"
+        return f"{{ u64 p = {source}; {check} {call} }}"
 
     def branch(self, op: list[str], o: list[str]) -> str:
         if op[0] == "bra":
@@ -352,22 +372,25 @@ class Function:
             return ";"
         if op[:2] == ["cp", "async"]:
             return self.copies(op, o)
-        names: dict[str, Callable[[list[str], list[str]], str]] = {
-            "ld": self.memory, "st": self.memory, "ldu": self.memory, "mov": self.mov, "cvta": self.cvta, "cvt": self.cvt,
-            "setp": self.setp, "selp": self.selp, "dp4a": self.products, "mma": self.products, "ldmatrix": self.ldmatrix,
-        }
-        names |= dict.fromkeys(("bra", "brx", "ret", "exit", "trap"), self.branch)
-        names |= dict.fromkeys(("shfl", "vote", "redux", "bar", "barrier"), self.collective)
-        names |= dict.fromkeys(
-            ("and", "or", "xor", "not", "shl", "shr", "shf", "prmt", "bfe", "bfi", "lop3", "popc", "clz", "brev",
-             "bfind"), self.bits
-        )
-        names |= dict.fromkeys(
-            ("add", "sub", "mul", "mad", "div", "rem", "min", "max", "neg", "abs", "fma", "sqrt", "rcp"), self.arithmetic
-        )
-        if op[0] not in names:
-            raise UnknownError(".".join(op))
-        return names[op[0]](op, o)
+        for names, translate_one in self.families.items():
+            if op[0] in names.split():
+                return translate_one(self, op, o)
+        raise UnknownError(".".join(op))
+
+    families: dict[str, Callable[["Function", list[str], list[str]], str]] = {
+        "ld ldu st": memory,
+        "mov": mov,
+        "cvta": cvta,
+        "cvt": cvt,
+        "setp": setp,
+        "selp": selp,
+        "add sub mul mad div rem min max neg abs fma sqrt rcp": arithmetic,
+        "and or xor not shl shr shf prmt bfe bfi lop3 popc clz brev bfind": bits,
+        "dp4a dp2a mma": products,
+        "ldmatrix": ldmatrix,
+        "shfl vote redux bar barrier": collective,
+        "bra brx ret exit trap": branch,
+    }
 
 
 def label(name: str) -> str:
@@ -378,7 +401,7 @@ def tidy(body: str) -> list[str]:
     """The lines of a function, one instruction or label each."""
     body = re.sub(r"//.*|/\*.*?\*/", "", body)
     body = re.sub(r",\s*\n\s*", ", ", body)
-    body = re.sub(r"^\s*(\$?\w+):(?!:)", r"\1:;", body, flags=re.M)
+    body = re.sub(r"^\s*(\$?\w+):(?!:)", r"\1:;", body, flags=re.MULTILINE)
     lines = (line.strip() for line in re.split(r"[;\n]", body))
     return [line for line in lines if line and line not in "{}" and not line.startswith((".loc", ".pragma", ".file"))]
 
@@ -397,7 +420,7 @@ def registers(line: str) -> str | None:
 def translate(name: str, body: str, module: Module) -> str:
     """The C++ of one kernel."""
     function, head, code = Function(name, module), [], []
-    body, scratch = re.subn(r"\{\s*\.reg \.b64 %tmp;(.*?)\}", r"\1", body, flags=re.S)
+    body, scratch = re.subn(r"\{\s*\.reg \.b64 %tmp;(.*?)\}", r"\1", body, flags=re.DOTALL)
     if scratch:
         head.append("    u64 v_tmp = 0;")
     lines = tidy(body)
@@ -412,7 +435,7 @@ def translate(name: str, body: str, module: Module) -> str:
         elif m := re.fullmatch(r"(\$?\w+):", line):
             code.append(f"{label(m[1])}: ;")
         elif not line.startswith("."):
-            m = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", line, re.S)
+            m = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", line, re.DOTALL)
             if not m:
                 raise UnknownError(line)
             guard = f"if ({m[1]}v_{m[2][1:]}) " if m[2] else ""
@@ -428,7 +451,7 @@ def translate(name: str, body: str, module: Module) -> str:
 def main() -> None:
     text, folder, count = Path(sys.argv[1]).read_text(), Path(sys.argv[2]), int(sys.argv[3])
     module = Module(text)
-    found = re.findall(r"\.visible \.entry (\w+)\((.*?)\)(.*?)\n\{(.*?)\n\}", text, re.S)
+    found = re.findall(r"\.visible \.entry (\w+)\((.*?)\)(.*?)\n\{(.*?)\n\}", text, re.DOTALL)
     start = '#include "cuda/dev.cuh"\n#include "ptx.h"\nnamespace ptx {\n'
     keys = "\n".join(f"[[maybe_unused]] static const char key_{n} = 0;" for n, size in module.shared.items() if size)
     files = [[start, module.declarations(), keys] for _ in range(count)]
@@ -443,8 +466,12 @@ def main() -> None:
     for i, lines in enumerate(files):
         (folder / f"ptx_{i}.cpp").write_text("\n".join([*lines, "}\n"]))
     table = [start, module.declarations(), module.definitions()]
-    table += ["bool own_data(const void *p, size_t n) {", "    const char *from = (const char *)&module_data;",
-              "    return (const char *)p >= from && (const char *)p + n <= from + sizeof module_data;", "}"]
+    table += [
+        "bool own_data(const void *p, size_t n) {",
+        "    const char *from = (const char *)&module_data;",
+        "    return (const char *)p >= from && (const char *)p + n <= from + sizeof module_data;",
+        "}",
+    ]
     table += [f"void {name}(const void *argument);" for name, *_ in rows]
     table += ["}", "namespace emu {", "const kernel kernels[] = {"]
     table += [f'    {{ "{n}", {size}, {threads}, ptx::{n}, (const void *)ptx::{n} }},' for n, size, threads in rows]

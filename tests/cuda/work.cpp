@@ -1,7 +1,7 @@
 /* work.cpp -- streams and events of the emulated device: one thread does what was queued, in some legal order.
  *
- * What is at the head of a stream may be done; of several streams a random one comes first.  To show what was not waited
- * for, a stream is sometimes held back: nothing of it is done until the host waits for something or HOLD has gone by.
+ * What is at the head of a stream may be done; of several streams a random one comes first.  To show what was not
+ * waited for, a stream is sometimes held back: nothing of it is done until the host waits or HOLD has gone by.
  */
 #include "driver.h"
 #include <thread>
