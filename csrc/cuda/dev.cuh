@@ -45,6 +45,8 @@ DEV uint4 load16(const void *p) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
+/* Products of four bytes; dp2a: of two halves with the two low bytes of b. */
+DEV int dp2a_ss(int a, int b, int c) { return __dp2a_lo(a, b, c); }
 DEV int dp4a_ss(int a, int b, int c) { return __dp4a(a, b, c); }
 DEV int dp4a_us(unsigned a, int b, int c) {
     int d;

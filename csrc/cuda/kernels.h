@@ -205,20 +205,24 @@ typedef struct {
 /* Dynamic shared memory of a launch, in bytes; a kernel that is not named takes none.  Whoever writes a kernel keeps
  * its line right (a test compiles every kernel for 99 KB cards). */
 #define MUL_SUPERBLOCKS 16     /* of a row, at most, for mul to stage it in shared memory (mul_staged.cuh) */
-#define MUL_CHUNK 8            /* superblocks that a warp stages at once */
 #ifdef __cplusplus
 #define SIZE_FUNCTION static constexpr
 #else
 #define SIZE_FUNCTION static inline
 #endif
-/* Chunks of a warp in flight: of what is left, two blocks fit a multiprocessor of 100 KB. */
-SIZE_FUNCTION size_t mul_stages(size_t superblock_bytes) { return superblock_bytes > 213 ? 2 : 3; }
-/* Bytes of: all chunks (a row may be read one word beyond its end); for each token the values of 32 rows' superblocks,
- * and x; for each warp the sums of 32-blocks, by token, after their scales and mins; the code book. */
-SIZE_FUNCTION size_t mul_stage_bytes(size_t superblock_bytes) { return MUL_CHUNK * superblock_bytes + 16; }
+/* Superblocks that a warp stages at once, and how often: two blocks fit a multiprocessor of 100 KB, if they can. */
+SIZE_FUNCTION size_t mul_chunk(size_t superblock_bytes) { return superblock_bytes > 144 ? 8 : 16; }
+SIZE_FUNCTION size_t mul_stages(size_t superblock_bytes) {
+    return mul_chunk(superblock_bytes) * superblock_bytes > 1700 ? 2 : 3;
+}
+/* Bytes of: a chunk (a row may be read one word beyond its end); for each token the values of 32 rows' superblocks, and
+ * x; for each warp the sums of 32-blocks, by token, after their scales and mins; the code book. */
+SIZE_FUNCTION size_t mul_stage_bytes(size_t superblock_bytes) {
+    return mul_chunk(superblock_bytes) * superblock_bytes + 16;
+}
 SIZE_FUNCTION size_t mul_token_bytes(void) { return MUL_ROWS * (MUL_SUPERBLOCKS + 1) * 4 + MUL_SUPERBLOCKS * 292; }
-SIZE_FUNCTION size_t mul_block_sums(int family) {
-    return family == FAMILY_blocks_16 ? 16 * 9 * 4 : family >= FAMILY_blocks ? 8 * 9 * 4 : 0;
+SIZE_FUNCTION size_t mul_block_sums(size_t superblock_bytes, int family) {
+    return family < FAMILY_blocks ? 0 : (family == FAMILY_blocks_16 ? 16 : 8) * (mul_chunk(superblock_bytes) + 1) * 4;
 }
 SIZE_FUNCTION size_t mul_grid_bytes(int type) {
     return type == MS4_TYPE_iq2_xxs ? 2048 : type == MS4_TYPE_iq2_xs ? 4096 : type == MS4_TYPE_iq2_s ? 8192
@@ -233,7 +237,8 @@ SIZE_FUNCTION size_t mul_shared(int type, int32_t n_tokens) {
 #undef X
     };
     const size_t bytes = of[type].bytes, tokens = (size_t)(n_tokens < MUL_TOKENS ? n_tokens : MUL_TOKENS);
-    const size_t warp = mul_stages(bytes) * mul_stage_bytes(bytes) + (2 + tokens) * mul_block_sums(of[type].family);
+    const size_t sums = (2 + tokens) * mul_block_sums(bytes, of[type].family);
+    const size_t warp = mul_stages(bytes) * mul_stage_bytes(bytes) + sums;
     return type <= MS4_TYPE_bf16 ? 0 : MUL_THREADS / 32 * warp + tokens * mul_token_bytes() + mul_grid_bytes(type);
 }
 #define GEMM_SHARED 67840

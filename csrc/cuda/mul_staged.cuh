@@ -1,9 +1,9 @@
 /* mul_staged.cuh -- quantised weights times a few tokens where rows are 1, 2, 4, 8 or 16 superblocks: the shapes that
  * models have.  Memory is the limit there, so copies to shared memory run ahead of the arithmetic.
  *
- * A block's 32 rows lie side by side in the file; a warp takes chunks of 8 superblocks of them, and 8 lanes open a
- * superblock, 32 weights each (parts.cuh), for all tokens.  Values of superblocks go to shared memory; at the end each
- * result is the chain over those of its row, run by one thread.
+ * A block's 32 rows lie side by side in the file; a warp takes chunks of 8 or 16 superblocks of them, and 8 lanes
+ * open a superblock, 32 weights each (parts.cuh), for all tokens.  Values of superblocks go to shared memory; at the
+ * end each result is the chain over those of its row, run by one thread.
  */
 #ifndef MS4_MUL_STAGED_CUH
 #define MS4_MUL_STAGED_CUH
@@ -23,16 +23,19 @@ struct staged_token {
     uint4 x[MUL_SUPERBLOCKS * 16];
 };
 template <class T> struct staged {
-    static constexpr int STAGES = (int)mul_stages(T::BYTES), STAGE = (int)mul_stage_bytes(T::BYTES);
-    static constexpr int SUMS = (int)mul_block_sums(T::FAMILY) / 4, WARP = STAGES * STAGE;
-    static constexpr int WIDE = form<T>::WIDTH == 16 ? 16 : 8;      /* 32-blocks, or of 16, in a superblock */
     static_assert(sizeof(staged_token) == mul_token_bytes() && 4 * T::GRID == (int)mul_grid_bytes(T::ID),
                   "what the host gives");
+    static constexpr int CHUNK = (int)mul_chunk(T::BYTES), ROUNDS = CHUNK / 4;      /* of 4 superblocks of a warp */
+    static constexpr int STAGES = (int)mul_stages(T::BYTES), STAGE = (int)mul_stage_bytes(T::BYTES);
+    static constexpr int SUMS = (int)mul_block_sums(T::BYTES, T::FAMILY) / 4, SUM_STRIDE = CHUNK + 1;
+    static constexpr int WARP = STAGES * STAGE;
+    static constexpr int WIDE = form<T>::WIDTH == 16 ? 16 : 8;      /* 32-blocks, or of 16, in a superblock */
     char *stages;                   /* of this warp */
-    float *sums;                    /* of this warp: scales, mins, then by token; [block][9], by superblock */
+    float *sums;                    /* of this warp: scales, mins, then by token; rows of superblocks, by block */
     staged_token *tokens;
     const unsigned *grid;
     int n_tokens, mask, lane, warp; /* mask: superblocks of a row, less 1 */
+    int x_at[ROUNDS];               /* of the superblocks of any chunk of this lane: which of their rows they are */
 };
 template <class T> DEV staged<T> lay_out(char *shared, int n_tokens, int n_cols) {
     typedef staged<T> S;
@@ -44,6 +47,9 @@ template <class T> DEV staged<T> lay_out(char *shared, int n_tokens, int n_cols)
     float *all_sums = (float *)(s.tokens + n_tokens);
     s.sums = all_sums + s.warp * (2 + n_tokens) * S::SUMS;
     s.grid = (const unsigned *)(all_sums + MUL_WARPS * (2 + n_tokens) * S::SUMS);
+    /* chunks of a warp are 8 chunks apart, so a multiple of every row's length */
+#pragma unroll
+    for (int i = 0; i < S::ROUNDS; i++) s.x_at[i] = (s.warp * S::CHUNK + 4 * i + (s.lane >> 3)) & s.mask;
     return s;
 }
 template <class T> DEV void stage_x(const staged<T> &s, const tile &at) {
@@ -63,10 +69,10 @@ template <class T> DEV void stage_x(const staged<T> &s, const tile &at) {
     if constexpr (T::GRID > 0)
         for (int i = (int)threadIdx.x; i < T::GRID; i += MUL_THREADS) ((unsigned *)s.grid)[i] = T::book()[i];
 }
-/* The products of a part's halves with its token's; sums: of x, of either half. */
-template <class T> DEV void dot_part(int *dot, int *sums, const part &w, const staged_token *x, int superblock, int j) {
-    const unsigned both = x->sums[superblock * 8 + j];
-    sums[0] = (int)(int16_t)both, sums[1] = (int)both >> 16;
+/* The products of a part's halves with its token's; returns the sums of x, of either half in 16 bits. */
+template <class T> DEV int dot_part(int *dot, const part &w, const staged_token *x, int superblock, int j) {
+    const int both = (int)x->sums[superblock * 8 + j];
+    const int sums[2] = { (int16_t)both, both >> 16 };
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const uint4 v = x->x[superblock * 16 + h * 8 + j];
@@ -76,81 +82,88 @@ template <class T> DEV void dot_part(int *dot, int *sums, const part &w, const s
         sum = dp4a_ss((int)w.q[4 * h + 2], (int)v.z, sum);
         dot[h] = dp4a_ss((int)w.q[4 * h + 3], (int)v.w, sum);
     }
+    return both;
 }
-/* K and IQ types.  Lanes 0 to 3 of 8 end with the sum of a, 4 to 7 with that of b. */
-DEV int sum_of_8(int a, int b, int j) {
-    int v = j & 4 ? b : a;
-    v += __shfl_xor_sync(ALL, j & 4 ? a : b, 4);
-    v += __shfl_xor_sync(ALL, v, 2);
-    return v + __shfl_xor_sync(ALL, v, 1);
+/* N numbers of 8 lanes, added up and dealt out: lane j returns the sum of number j * N / 8, rounded down. */
+template <int N> DEV int deal_sums(int *v, int j) {
+#pragma unroll
+    for (int n = N / 2, bit = 4; bit; n /= 2, bit /= 2) {
+        if (!n) v[0] += __shfl_xor_sync(ALL, v[0], bit);
+#pragma unroll
+        for (int k = 0; k < n; k++) {
+            const int give = j & bit ? v[k] : v[n + k];
+            v[k] = (j & bit ? v[n + k] : v[k]) + __shfl_xor_sync(ALL, give, bit);
+        }
+    }
+    return v[0];
 }
-/* The same of two pairs; lanes j with j & 2 end with the sum of the second pair. */
-DEV int sums_of_8(int a, int b, int second_a, int second_b, int j) {
-    int v = j & 4 ? b : a, second = j & 4 ? second_b : second_a;
-    v += __shfl_xor_sync(ALL, j & 4 ? a : b, 4);
-    second += __shfl_xor_sync(ALL, j & 4 ? second_a : second_b, 4);
-    const int give = j & 2 ? v : second;
-    v = j & 2 ? second : v;
-    v += __shfl_xor_sync(ALL, give, 2);
-    return v + __shfl_xor_sync(ALL, v, 1);
-}
+/* K and IQ types.  first: number of the chunk's first superblock, of the block's. */
 template <class T> DEV void value_of_chunk(const staged<T> &s, const part *w, const uint8_t *chunk, int first) {
-    const int g = s.lane >> 3, j = s.lane & 7, own = (j >> 2) * 4 + g;      /* own: the superblock whose sum it gets */
+    constexpr int ROUNDS = staged<T>::ROUNDS, N = form<T>::MINS ? 2 * ROUNDS : ROUNDS;
+    const int g = s.lane >> 3, j = s.lane & 7;
+    const int own = (j * N / 8 % ROUNDS) * 4 + g;               /* the superblock whose sums this lane gets */
+    const bool writes = j * N / 8 < ROUNDS && j * N % 8 == 0;
     const float d = T::d(chunk + own * T::BYTES), dmin = form<T>::MINS ? T::dmin(chunk + own * T::BYTES) : 0;
 #pragma unroll 1
     for (int t = 0; t < s.n_tokens; t++) {
-        int sum[2], mins[2];
+        int sums[N];
 #pragma unroll
-        for (int it = 0; it < 2; it++) {
-            int dot[2], sums[2];
-            dot_part<T>(dot, sums, w[it], s.tokens + t, (first + 4 * it + g) & s.mask, j);
-            sum[it] = w[it].scale[0] * dot[0] + w[it].scale[1] * dot[1];
-            mins[it] = form<T>::MINS ? w[it].min[0] * sums[0] + w[it].min[1] * sums[1] : 0;
+        for (int i = 0; i < ROUNDS; i++) {
+            int dot[2];
+            const int of_x = dot_part<T>(dot, w[i], s.tokens + t, s.x_at[i], j);
+            sums[i] = w[i].scale[0] * dot[0] + w[i].scale[1] * dot[1];
+            if constexpr (form<T>::MINS) sums[ROUNDS + i] = dp2a_ss(of_x, (int)w[i].mins, 0);
         }
-        float v;
-        if (form<T>::MINS) {
-            const int I = sums_of_8(sum[0], sum[1], mins[0], mins[1], j), J = __shfl_xor_sync(ALL, I, 2);
-            v = __fmaf_rn(-dmin, __int2float_rn(J), __fmul_rn(d, __int2float_rn(I)));
-        } else {
-            v = __fmul_rn(d, __int2float_rn(sum_of_8(sum[0], sum[1], j)));
-        }
-        if (!(j & 3)) s.tokens[t].value[value_at(first + own)] = v;
+        const int I = deal_sums<N>(sums, j);
+        float v = __fmul_rn(d, __int2float_rn(I));
+        if (form<T>::MINS) v = __fmaf_rn(-dmin, __int2float_rn(__shfl_xor_sync(ALL, I, 4)), v);
+        if (writes) s.tokens[t].value[value_at(first + own)] = v;
     }
 }
-/* 32-blocks: their sums and scales go to shared memory, where a lane for each token and superblock runs the chain. */
-template <class T> DEV void chain_of_chunk(const staged<T> &s, const part *w, int first) {
+/* 32-blocks: the chain of a superblock, for each token; a lane for each of both. */
+template <class T> DEV void run_chains(const staged<T> &s, int first) {
     typedef staged<T> S;
-    const int g = s.lane >> 3, j = s.lane & 7;
-    constexpr int EACH = S::WIDE / 8;
-#pragma unroll
-    for (int it = 0; it < 2; it++) {
-        const int to = EACH * j * 9 + 4 * it + g;
-        for (int i = 0; i < EACH; i++) s.sums[to + 9 * i] = w[it].d[i];
-        if (form<T>::MINS) s.sums[S::SUMS + to] = w[it].m;
+    const int i = s.lane % S::CHUNK;
+    const unsigned *x_sums = s.tokens->sums + ((first + i) & s.mask) * 8;
 #pragma unroll 1
-        for (int t = 0; t < s.n_tokens; t++) {
-            int dot[2], sums[2];
-            dot_part<T>(dot, sums, w[it], s.tokens + t, (first + 4 * it + g) & s.mask, j);
-            float *of_token = s.sums + (2 + t) * S::SUMS + to;
-            of_token[0] = __int2float_rn(EACH == 1 ? dot[0] + dot[1] : dot[0]);
-            if (EACH == 2) of_token[9] = __int2float_rn(dot[1]);
-        }
-    }
-    __syncwarp();
-    if (g < s.n_tokens) {
-        const float *sum = s.sums + (2 + g) * S::SUMS + j;
-        const unsigned *x_sums = s.tokens[g].sums + ((first + j) & s.mask) * 8;
+    for (int t = s.lane / S::CHUNK; t < s.n_tokens; t += 32 / S::CHUNK) {
+        const float *sum = s.sums + (2 + t) * S::SUMS + i;
         float v = 0;
 #pragma unroll
         for (int b = 0; b < S::WIDE; b++) {
-            v = __fmaf_rn(s.sums[9 * b + j], sum[9 * b], v);
+            v = __fmaf_rn(s.sums[S::SUM_STRIDE * b + i], sum[S::SUM_STRIDE * b], v);
             if (form<T>::MINS) {
-                const unsigned both = x_sums[b];
-                v = __fmaf_rn(s.sums[S::SUMS + 9 * b + j], __int2float_rn((int)(int16_t)both + ((int)both >> 16)), v);
+                const int both = (int)x_sums[t * (int)(sizeof(staged_token) / 4) + b];
+                const float of_x = __int2float_rn((int16_t)both + (both >> 16));
+                v = __fmaf_rn(s.sums[S::SUMS + S::SUM_STRIDE * b + i], of_x, v);
             }
         }
-        s.tokens[g].value[value_at(first + j)] = v;
+        s.tokens[t].value[value_at(first + i)] = v;
     }
+}
+template <class T> DEV void chain_of_chunk(const staged<T> &s, const part *w, int first) {
+    typedef staged<T> S;
+    const int j = s.lane & 7;
+    constexpr int EACH = S::WIDE / 8;
+    float *to = s.sums + EACH * j * S::SUM_STRIDE + (s.lane >> 3);
+#pragma unroll
+    for (int i = 0; i < S::ROUNDS; i++) {
+        for (int e = 0; e < EACH; e++) to[4 * i + e * S::SUM_STRIDE] = w[i].d[e];
+        if (form<T>::MINS) to[4 * i + S::SUMS] = w[i].m;
+    }
+#pragma unroll 1
+    for (int t = 0; t < s.n_tokens; t++) {
+        float *of_token = to + (2 + t) * S::SUMS;
+#pragma unroll
+        for (int i = 0; i < S::ROUNDS; i++) {
+            int dot[2];
+            dot_part<T>(dot, w[i], s.tokens + t, s.x_at[i], j);
+            of_token[4 * i] = __int2float_rn(EACH == 1 ? dot[0] + dot[1] : dot[0]);
+            if (EACH == 2) of_token[4 * i + S::SUM_STRIDE] = __int2float_rn(dot[1]);
+        }
+    }
+    __syncwarp();
+    run_chains(s, first);
 }
 /* y = the chain over the superblocks of a row: a thread for each row and token. */
 template <class T> DEV void store_chains(const staged<T> &s, const tile &at) {
@@ -161,40 +174,47 @@ template <class T> DEV void store_chains(const staged<T> &s, const tile &at) {
     for (int i = 0; i <= s.mask; i++) y = __fmaf_rn(x->d[i], x->value[value_at(r * (s.mask + 1) + i)], y);
     store(at.job, at.row + r, at.token + t, y);
 }
+/* What a lane copies of its warp's chunks: pieces of 16 bytes, 512 apart. */
+struct source { const uint8_t *at; int left; };         /* left: bytes of the block's rows from there on */
+template <class T> DEV void ask(const staged<T> &s, source &from, char *stage) {
+    typedef staged<T> S;
+    constexpr int BYTES = S::CHUNK * T::BYTES;
+#pragma unroll
+    for (int k = 0; k < BYTES; k += 512)
+        if (from.left > k && (k + 512 <= BYTES || 16 * s.lane < BYTES - k)) copy16_async(stage + k, from.at + k);
+    copy_commit();
+    from.at += MUL_WARPS * BYTES;
+    from.left -= MUL_WARPS * BYTES;
+}
 template <class T> DEV void mul_staged(char *shared, const tile &at) {
     typedef staged<T> S;
+    constexpr int BYTES = S::CHUNK * T::BYTES;
     const int left = at.job.n_tokens - at.token, rows = at.job.n_rows - at.row;
     const S s = lay_out<T>(shared, left < MUL_TOKENS ? left : MUL_TOKENS, at.job.n_cols);
     const int bytes = (rows < MUL_ROWS ? rows : MUL_ROWS) * (s.mask + 1) * T::BYTES;
-    const int n_chunks = (bytes + MUL_CHUNK * T::BYTES - 1) / (MUL_CHUNK * T::BYTES);
-    const uint8_t *w = row_of_w(at.job, at.row);
-    auto ask = [&](int chunk, int stage) {
-        const int from = chunk * MUL_CHUNK * T::BYTES + 16 * s.lane;
+    const int begin = s.warp * BYTES + 16 * s.lane;
+    source from = { row_of_w(at.job, at.row) + begin, bytes - begin };
+    char *const mine = s.stages + 16 * s.lane;
 #pragma unroll
-        for (int k = 0; k < MUL_CHUNK * T::BYTES; k += 512)
-            if (k + 16 * s.lane < MUL_CHUNK * T::BYTES && from + k < bytes)
-                copy16_async(s.stages + stage * S::STAGE + 16 * s.lane + k, w + from + k);
-        copy_commit();
-    };
-#pragma unroll
-    for (int i = 0; i < S::STAGES - 1; i++) ask(s.warp + i * MUL_WARPS, i);
+    for (int i = 0; i < S::STAGES - 1; i++) ask(s, from, mine + i * S::STAGE);
     stage_x(s, at);
     __syncthreads();
     int stage = 0;
+    /* all warps go round as often: what lies beyond the last row is not stored */
 #pragma unroll 1
-    for (int chunk = s.warp; chunk < n_chunks; chunk += MUL_WARPS) {
-        ask(chunk + (S::STAGES - 1) * MUL_WARPS, stage ? stage - 1 : S::STAGES - 1);
+    for (int first = 0; first * T::BYTES < bytes; first += MUL_WARPS * S::CHUNK) {
+        ask(s, from, mine + (stage ? stage - S::STAGE : S::WARP - S::STAGE));
         copy_wait<S::STAGES - 1>();
         __syncwarp();
-        const uint8_t *here = (const uint8_t *)s.stages + stage * S::STAGE;
-        part w_of[2];
+        const uint8_t *here = (const uint8_t *)s.stages + stage;
+        part w[S::ROUNDS];
 #pragma unroll
-        for (int it = 0; it < 2; it++)
-            parts<T>::open(w_of[it], here + (4 * it + (s.lane >> 3)) * T::BYTES, s.lane & 7, s.grid);
-        if constexpr (form<T>::BLOCKS) chain_of_chunk(s, w_of, chunk * MUL_CHUNK);
-        else value_of_chunk(s, w_of, here, chunk * MUL_CHUNK);
+        for (int i = 0; i < S::ROUNDS; i++)
+            parts<T>::open(w[i], here + (4 * i + (s.lane >> 3)) * T::BYTES, s.lane & 7, s.grid);
+        if constexpr (form<T>::BLOCKS) chain_of_chunk(s, w, first + s.warp * S::CHUNK);
+        else value_of_chunk(s, w, here, first + s.warp * S::CHUNK);
         __syncwarp();
-        stage = stage + 1 < S::STAGES ? stage + 1 : 0;
+        stage = stage + S::STAGE < S::WARP ? stage + S::STAGE : 0;
     }
     copy_wait<0>();
     __syncthreads();

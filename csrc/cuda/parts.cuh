@@ -10,7 +10,8 @@
 
 struct part {
     unsigned q[8];                  /* four words of each half */
-    int scale[2], min[2];           /* K and IQ types: of either half */
+    int scale[2];                   /* K and IQ types: of either half */
+    unsigned mins;                  /* likewise, in two bytes */
     float d[2], m;                  /* 32-blocks: the scale (of NVFP4 of either half), and the min */
 };
 /* Any type: its units 4 j to 4 j + 3. */
@@ -29,7 +30,8 @@ template <class T> struct parts {
             for (int i = 0; i < EACH; i++) o.d[i] = T::block_d(p, EACH * j + i);
             o.m = T::block_m(p, j);
         } else {
-            for (int h = 0; h < 2; h++) o.scale[h] = T::scale(p, 2 * j + h), o.min[h] = T::min(p, 2 * j + h);
+            o.scale[0] = T::scale(p, 2 * j), o.scale[1] = T::scale(p, 2 * j + 1);
+            if (form<T>::MINS) o.mins = (unsigned)(T::min(p, 2 * j) | T::min(p, 2 * j + 1) << 8);
         }
     }
 };
@@ -76,11 +78,9 @@ DEV void scales_mins(part &o, uint4 head, int j) {
     const unsigned mask = late ? 0x0f0f0f0fu : 0x3f3f3f3fu, top = late ? 0x30303030u : 0u, at = (unsigned)(j & 2);
     const unsigned scales = ((late ? head.w : head.y) & mask) | (head.y >> 2 & top);
     const unsigned mins = ((late ? head.w >> 4 : head.z) & mask) | (head.z >> 2 & top);
-#pragma unroll
-    for (unsigned h = 0; h < 2; h++) {
-        o.scale[h] = (int)__byte_perm(scales, 0, 0x4440u + at + h);
-        o.min[h] = (int)__byte_perm(mins, 0, 0x4440u + at + h);
-    }
+    o.scale[0] = (int)__byte_perm(scales, 0, 0x4440u + at);
+    o.scale[1] = (int)__byte_perm(scales, 0, 0x4441u + at);
+    o.mins = mins >> 8 * at;
 }
 template <> struct parts<type_q4_k> : nibble_order {
     static constexpr int BIAS = 0;

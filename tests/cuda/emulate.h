@@ -221,6 +221,9 @@ template <class T> static inline T emu_load(const void *p) {
 static inline unsigned load4(const void *p) { return emu_load<unsigned>(p); }
 static inline uint2 load8(const void *p) { return emu_load<uint2>(p); }
 static inline uint4 load16(const void *p) { return emu_load<uint4>(p); }
+static inline int dp2a_ss(int a, int b, int c) {
+    return (int)((unsigned)c + (unsigned)((int16_t)a * (int8_t)b) + (unsigned)((a >> 16) * (int8_t)(b >> 8)));
+}
 static inline int dp4a_ss(int a, int b, int c) {
     for (int i = 0; i < 32; i += 8) c = (int)((unsigned)c + (unsigned)((int8_t)(a >> i) * (int8_t)(b >> i)));
     return c;

@@ -296,6 +296,8 @@ class Function:
         raise UnknownError(".".join(op))
 
     def products(self, op: list[str], o: list[str]) -> str:
+        if op[0] == "dp2a" and op[1:] == ["lo", "s32", "s32"]:
+            return self.set(o[0], f"dp2a_ss({', '.join(self.read('s32', v) for v in o[1:])})")
         if op[0] == "dp4a":
             kind = {"u32.s32": "dp4a_us", "s32.s32": "dp4a_ss"}.get(".".join(op[1:]))
             if not kind:
