@@ -98,14 +98,14 @@ template <int N> DEV int deal_sums(int *v, int j) {
     return v[0];
 }
 /* K and IQ types.  first: number of the chunk's first superblock, of the block's. */
-template <class T> DEV void value_of_chunk(const staged<T> &s, const part *w, const uint8_t *chunk, int first) {
+template <class T, bool ONE> DEV void value_of_chunk(const staged<T> &s, const part *w, const uint8_t *chunk, int first) {
     constexpr int ROUNDS = staged<T>::ROUNDS, N = form<T>::MINS ? 2 * ROUNDS : ROUNDS;
     const int g = s.lane >> 3, j = s.lane & 7;
     const int own = (j * N / 8 % ROUNDS) * 4 + g;               /* the superblock whose sums this lane gets */
     const bool writes = j * N / 8 < ROUNDS && j * N % 8 == 0;
     const float d = T::d(chunk + own * T::BYTES), dmin = form<T>::MINS ? T::dmin(chunk + own * T::BYTES) : 0;
 #pragma unroll 1
-    for (int t = 0; t < s.n_tokens; t++) {
+    for (int t = 0; t < (ONE ? 1 : s.n_tokens); t++) {
         int sums[N];
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
@@ -121,12 +121,12 @@ template <class T> DEV void value_of_chunk(const staged<T> &s, const part *w, co
     }
 }
 /* 32-blocks: the chain of a superblock, for each token; a lane for each of both. */
-template <class T> DEV void run_chains(const staged<T> &s, int first) {
+template <class T, bool ONE> DEV void run_chains(const staged<T> &s, int first) {
     typedef staged<T> S;
     const int i = s.lane % S::CHUNK;
     const unsigned *x_sums = s.tokens->sums + ((first + i) & s.mask) * 8;
 #pragma unroll 1
-    for (int t = s.lane / S::CHUNK; t < s.n_tokens; t += 32 / S::CHUNK) {
+    for (int t = s.lane / S::CHUNK; t < (ONE ? 1 : s.n_tokens); t += 32 / S::CHUNK) {
         const float *sum = s.sums + (2 + t) * S::SUMS + i;
         float v = 0;
 #pragma unroll
@@ -141,7 +141,7 @@ template <class T> DEV void run_chains(const staged<T> &s, int first) {
         s.tokens[t].value[value_at(first + i)] = v;
     }
 }
-template <class T> DEV void chain_of_chunk(const staged<T> &s, const part *w, int first) {
+template <class T, bool ONE> DEV void chain_of_chunk(const staged<T> &s, const part *w, int first) {
     typedef staged<T> S;
     const int j = s.lane & 7;
     constexpr int EACH = S::WIDE / 8;
@@ -152,7 +152,7 @@ template <class T> DEV void chain_of_chunk(const staged<T> &s, const part *w, in
         if (form<T>::MINS) to[4 * i + S::SUMS] = w[i].m;
     }
 #pragma unroll 1
-    for (int t = 0; t < s.n_tokens; t++) {
+    for (int t = 0; t < (ONE ? 1 : s.n_tokens); t++) {
         float *of_token = to + (2 + t) * S::SUMS;
 #pragma unroll
         for (int i = 0; i < S::ROUNDS; i++) {
@@ -163,7 +163,7 @@ template <class T> DEV void chain_of_chunk(const staged<T> &s, const part *w, in
         }
     }
     __syncwarp();
-    run_chains(s, first);
+    run_chains<T, ONE>(s, first);
 }
 /* y = the chain over the superblocks of a row: a thread for each row and token. */
 template <class T> DEV void store_chains(const staged<T> &s, const tile &at) {
@@ -186,6 +186,28 @@ template <class T> DEV void ask(const staged<T> &s, source &from, char *stage) {
     from.at += MUL_WARPS * BYTES;
     from.left -= MUL_WARPS * BYTES;
 }
+/* bytes: of the block's rows.  ONE: there is one token, as mostly. */
+template <class T, bool ONE> DEV void run_chunks(const staged<T> &s, source from, char *mine, int bytes) {
+    typedef staged<T> S;
+    int stage = 0;
+    /* all warps go round as often: what lies beyond the last row is not stored */
+#pragma unroll 1
+    for (int first = 0; first * T::BYTES < bytes; first += MUL_WARPS * S::CHUNK) {
+        ask(s, from, mine + (stage ? stage - S::STAGE : S::WARP - S::STAGE));
+        copy_wait<S::STAGES - 1>();
+        __syncwarp();
+        const uint8_t *here = (const uint8_t *)s.stages + stage;
+        part w[S::ROUNDS];
+#pragma unroll
+        for (int i = 0; i < S::ROUNDS; i++)
+            parts<T>::open(w[i], here + (4 * i + (s.lane >> 3)) * T::BYTES, s.lane & 7, s.grid);
+        if constexpr (form<T>::BLOCKS) chain_of_chunk<T, ONE>(s, w, first + s.warp * S::CHUNK);
+        else value_of_chunk<T, ONE>(s, w, here, first + s.warp * S::CHUNK);
+        __syncwarp();
+        stage = stage + S::STAGE < S::WARP ? stage + S::STAGE : 0;
+    }
+    copy_wait<0>();
+}
 template <class T> DEV void mul_staged(char *shared, const tile &at) {
     typedef staged<T> S;
     constexpr int BYTES = S::CHUNK * T::BYTES;
@@ -199,24 +221,8 @@ template <class T> DEV void mul_staged(char *shared, const tile &at) {
     for (int i = 0; i < S::STAGES - 1; i++) ask(s, from, mine + i * S::STAGE);
     stage_x(s, at);
     __syncthreads();
-    int stage = 0;
-    /* all warps go round as often: what lies beyond the last row is not stored */
-#pragma unroll 1
-    for (int first = 0; first * T::BYTES < bytes; first += MUL_WARPS * S::CHUNK) {
-        ask(s, from, mine + (stage ? stage - S::STAGE : S::WARP - S::STAGE));
-        copy_wait<S::STAGES - 1>();
-        __syncwarp();
-        const uint8_t *here = (const uint8_t *)s.stages + stage;
-        part w[S::ROUNDS];
-#pragma unroll
-        for (int i = 0; i < S::ROUNDS; i++)
-            parts<T>::open(w[i], here + (4 * i + (s.lane >> 3)) * T::BYTES, s.lane & 7, s.grid);
-        if constexpr (form<T>::BLOCKS) chain_of_chunk(s, w, first + s.warp * S::CHUNK);
-        else value_of_chunk(s, w, here, first + s.warp * S::CHUNK);
-        __syncwarp();
-        stage = stage + S::STAGE < S::WARP ? stage + S::STAGE : 0;
-    }
-    copy_wait<0>();
+    if (s.n_tokens == 1) run_chunks<T, true>(s, from, mine, bytes);
+    else run_chunks<T, false>(s, from, mine, bytes);
     __syncthreads();
     store_chains(s, at);
 }
