@@ -5,6 +5,7 @@
 #                was), and what the shipped one can do on fresh cases of each skill: models/training/Makefile
 # make test      set up, then the tests for every minute: at most two minutes of CPU time
 # make test-all  the same and those marked slow: every block type in every role, what the shipped checkpoint can do
+# make wheel     a wheel in dist/ for machines without a compiler: its name says which glibc they need, and which Python
 # make bench     reading and writing speed on a file of the real shape (4 GB, written into build/)
 # make kernels   every fast kernel against the reference, with timings
 # make san       the same kernels under AddressSanitizer and UBSan
@@ -14,6 +15,7 @@
 # make ci        what CI runs
 PYTHON ?= python3
 PY = .venv/bin/python
+DIST = dist
 PIP = $(PY) -m pip install -q --disable-pip-version-check
 KERNELS = csrc/types.c csrc/cpu/dispatch.c build/glue/grids.c $(wildcard csrc/cpu/*/*.c)
 CHECK = -std=gnu11 -ffp-contract=off -fno-math-errno -Icsrc tests/checkkernels.c
@@ -21,12 +23,29 @@ SAN = -O1 -g -w -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SAN_TEST = $(PY) -m pytest -q -s -p no:cacheprovider --hypothesis-profile=few
 runtime = $$($(CC) -print-file-name=lib$(1).so)
 
-.PHONY: all demo skills train-demo test test-all bench kernels san san-engine tsan arch lint ci clean FORCE
+.PHONY: all wheel demo skills train-demo test test-all bench kernels san san-engine tsan arch lint ci clean FORCE
 
 all: .venv/ready
 	@$(PY) csrc/build_core.py
 
+# What a build needs, looked for before pip makes fifty lines of what is missing.
+define needs
+import importlib.util, os, shutil, sys, sysconfig
+cc = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "gcc").split()[0]
+header = os.path.join(sysconfig.get_path("include"), "Python.h")
+if sys.version_info < (3, 10):
+    sys.exit(f"ms4 needs Python 3.10 or newer, and {sys.executable} is older: make PYTHON=python3.12")
+if not shutil.which(cc):
+    sys.exit(f"ms4 is built with a C compiler, and there is no {cc}: install gcc (sudo apt install gcc), or a wheel")
+if not os.path.exists(header):
+    sys.exit(f"ms4 is built with the headers of Python, and there is no {header}: sudo apt install python3-dev")
+if not importlib.util.find_spec("ensurepip"):
+    sys.exit("ms4 is built in a virtual environment, and Python has none: sudo apt install python3-venv")
+endef
+export needs
+
 .venv/ready: pyproject.toml
+	@$(PYTHON) -c "$$needs"
 	$(PYTHON) -m venv .venv
 	$(PIP) "setuptools>=77"
 	$(PIP) --no-build-isolation cffi
@@ -40,6 +59,12 @@ demo: all
 
 skills train-demo: all
 	@$(MAKE) --no-print-directory -f models/training/Makefile $@
+
+wheel: all
+	@rm -rf build/wheel
+	$(PY) -m pip wheel -q --disable-pip-version-check -w build/wheel --no-deps --no-build-isolation .
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m auditwheel repair -w $(DIST) build/wheel/*.whl
+	@ls $(DIST)/*.whl
 
 bench: all
 	@mkdir -p build

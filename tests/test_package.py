@@ -1,10 +1,16 @@
-"""What is installed: the files of the wheel and of the sdist, as the build backend lists them."""
+"""What is installed: the files of the wheel and of the sdist, as the build backend lists them; and that both run."""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from functools import cache
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 LIST = """
@@ -49,3 +55,72 @@ def test_the_sdist_can_be_built_from(tmp_path_factory):
     sources = {str(p.relative_to(ROOT)) for end in ("c", "h", "cdef") for p in (ROOT / "csrc").rglob(f"*.{end}")}
     assert sources | {"csrc/build_core.py", "quant/grids.py", "pyproject.toml", "LICENSE", "README.md"} <= sdist
     assert not [name for name in sdist if name.startswith(("tests/", "models/training/"))]
+
+
+# --- making it
+
+
+def folder_of(folder, *programs):
+    """A folder for a PATH: these programs, and no compiler."""
+    folder.mkdir()
+    for name in programs:
+        (folder / name).symlink_to(shutil.which(name))
+    return str(folder)
+
+
+def test_make_without_a_compiler_says_in_one_line_what_to_install(tmp_path):
+    for name in ("Makefile", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = {"PATH": folder_of(tmp_path / "bin", "make", "sh"), "HOME": str(tmp_path)}
+    command = ["make", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
+    assert done.returncode == 2 and len(said) == 1 and "install gcc" in said[0] and not (tmp_path / ".venv").exists()
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """installed(package, PATH) -> what runs its command with an empty PATH, out of a virtual environment of its own.
+
+    Only the packages that it needs are borrowed from here.
+    """
+    home = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
+    (site,) = home.glob("lib/python*/site-packages")
+    # The folder that a .pth names is searched, but for more .pth files: so the checkout that stands there stays unseen.
+    (site / "borrowed.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+
+    def install(package, path):
+        environment = {"PATH": path, "HOME": str(tmp_path), "CFLAGS": "-O1"}
+        command = [sys.executable, "-m", "pip", "--python", str(home), "install", "-q", "--disable-pip-version-check"]
+        command += ["--no-deps", "--no-build-isolation", str(package)]
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+        assert list(site.glob("ms4/_core.abi3.so"))
+
+        def ms4(*arguments):
+            command = [str(home / "bin" / "ms4"), *arguments]
+            environment = {"PATH": "", "HOME": str(tmp_path), "LANG": "C"}
+            return subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True).stdout
+
+        return ms4
+
+    return install
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_where_there_is_no_compiler(tmp_path, installed):
+    subprocess.run(["make", "wheel", f"DIST={tmp_path}"], cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert re.fullmatch(r"ms4_runner-[\d.]+-cp310-abi3-manylinux_2_\d+_\w+\.whl", wheel.name)
+    ms4 = installed(wheel, "")
+    assert ms4("run", "-q", "--greedy", "Reverse the word planet.") == b"tenalp\n"
+    assert ms4("doctor").startswith(b"ok ms4")
+
+
+@pytest.mark.slow
+def test_the_sdist_is_built_and_runs(tmp_path, installed):
+    code = "import sys; sys.path.insert(0, 'csrc'); import build_core; build_core.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    ms4 = installed(sdist, os.environ["PATH"])
+    assert ms4("run", "-q", "--greedy", "Reverse the word planet.") == b"tenalp\n"
