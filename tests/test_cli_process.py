@@ -122,3 +122,31 @@ def test_a_terminal_sees_no_escape_sequences_of_a_model(monkeypatch):
             shown += os.read(controller, 1000).decode().replace("\r\n", "\n")
     os.close(controller)
     assert shown == f"{render.DIM}hm{render.PLAIN}\n\nred \\x1b[31m\n\nx\n"
+
+
+def test_d5_what_was_written_stays_where_a_library_ends_the_process(tmp_path):
+    """As Rust does when it gets no memory."""
+    code = f"""
+import os, sys
+from ms4.cli.start import main
+from ms4.models import answer
+step, calls = answer.Answer.choose, []
+def choose(*arguments):
+    calls.append(1)
+    if len(calls) == 9:
+        os.abort()
+    return step(*arguments)
+answer.Answer.choose = choose
+sys.argv = ["ms4", "run", "-m", {MODEL!r}, "--greedy", "-n", "20", "-o", {str(tmp_path / "out")!r}, "Hi"]
+sys.exit(main())
+"""
+    whole = subprocess.run([*RUN, "-n", "20", "Hi"], stdout=subprocess.PIPE, check=True).stdout
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    kept = (tmp_path / "out").read_bytes()
+    assert done.returncode == -signal.SIGABRT and len(kept) > 8 and whole.startswith(kept)
+
+
+def test_d5_an_allocation_of_ours_that_fails_is_exit_code_6():
+    done = subprocess.run([*RUN, "-n", "4", "Hi"], env={**os.environ, "MS4_FAIL_ALLOC": "3"}, capture_output=True)
+    assert (done.returncode, done.stdout) == (6, b"") and done.stderr.startswith(b"ms4: error: no memory")
+    assert done.stderr.count(b"\n") == 2  # the error and the hint

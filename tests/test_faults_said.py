@@ -138,3 +138,26 @@ def test_c12_a_dash_after_o_is_stdout(ms4, monkeypatch, tmp_path):
         subprocess.run([*logits, "file"], input=b"[1, 2]", check=True)
     assert Path("out").read_bytes() == Path("file").read_bytes()
     assert sorted(os.listdir()) == ["file", "out"]
+
+
+@pytest.mark.parametrize(
+    "arguments, code",
+    [
+        (("run", "-f", "folder", "Hi"), 7),
+        (("run", "-i", "folder", "Hi"), 7),
+        (("run", "-s", "@folder", "Hi"), 7),
+        (("run", "-o", "folder", "Hi"), 1),
+        (("run", "-m", "folder", "Hi"), 5),
+        (("info", "folder"), 5),
+        (("chat", "folder"), 7),
+        (("perplexity", "folder"), 7),
+        (("tokenize", "--chat", "folder"), 7),
+        (("logits", "--ids", "folder", "-o", "x"), 7),
+    ],
+)
+def test_c12_a_folder_in_the_place_of_a_file_is_said_in_one_line(ms4, tmp_path, monkeypatch, arguments, code):
+    """But for stdin: `ms4 run < folder` never gets to us, as Python itself ends with 1 and says why."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    got, out, err = ms4(*arguments)
+    assert (got, out) == (code, "") and re.match("ms4: error: folder: is a directory", err, re.IGNORECASE)
