@@ -33,16 +33,17 @@ def ls(*, as_json: bool) -> int:
         return errors.OK
     if not rows:
         errors.note(f"no model that ms4 runs is in {hf_cache.root()}; to get one:  ms4 pull")
-    width = max((len(row["name"]) for row in rows), default=0)
-    for row in rows:
+    names = [errors.escape(row["name"]) for row in rows]
+    width = max(map(len, names), default=0)
+    for name, row in zip(names, rows, strict=True):
         about = [gigabytes(row["bytes"])]
         if not row["complete"]:
-            about[0] += f" here, not complete:  ms4 pull {row['name']}"
+            about[0] += f" here, not complete:  ms4 pull {name}"
         if row["parts"] > 1:
             about[0] += f" in {row['parts']} parts"
         if row["complete"]:
             about.append("text and images" if row["mmproj"] else "text")
-        output.write(f"{row['name']:<{width}}  {', '.join(about)}\n")
+        output.write(f"{name:<{width}}  {', '.join(about)}\n")
     return errors.OK
 
 

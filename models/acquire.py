@@ -7,7 +7,6 @@ of that before the first byte of weights.
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -224,12 +223,6 @@ def free_disk() -> int:
     return shutil.disk_usage(folder).free
 
 
-def pieces(sha256: str) -> Path:
-    """Where the journal of a whole file is kept: it tells damaged pieces from good ones, for `ms4 verify`."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(cache, "ms4", "pieces", sha256)
-
-
 # --- the files
 
 
@@ -303,7 +296,7 @@ def fetch_file(
         try:
             part.write_missing(0, come)
             download.run(show)
-            part.finish(repo.blobs / file.sha256, pieces(file.sha256))
+            part.finish(repo.blobs / file.sha256, hf_cache.pieces(file.sha256))
         except DigestError as error:
             part.discard()
             raise DigestError(f"{file.name}: {error}", error.hint) from None

@@ -220,7 +220,7 @@ class Download:
             self._trouble = str(failure)
             each = -(-self._n_failed // self._n_jobs)
         if each >= patience.n_attempts:
-            raise given_up(failure, patience) from failure
+            raise given_up(failure, each) from failure
         self._stop.wait(max(patience.wait(each), failure.wait))
 
     # --- the sum

@@ -143,6 +143,12 @@ def locked(repo: Cached, sha256: str, waiting: Callable[[], object]) -> Iterator
         os.close(fd)  # which gives the lock back
 
 
+def pieces(sha256: str) -> Path:
+    """Where the journal of a whole file is kept: it tells damaged pieces from good ones, for `ms4 verify`."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(cache, "ms4", "pieces", sha256)
+
+
 def token() -> str:
     """HF_TOKEN, else what `hf auth login` has written; "" if there is none."""
     if named := os.environ.get("HF_TOKEN", "").strip():

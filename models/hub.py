@@ -70,8 +70,9 @@ def _listing(repo: str, answer: Any) -> Listing:
             continue
         if not _SAFE_NAME.fullmatch(name):
             raise DownloadError(f"the hub lists a file that would lie outside of its folder: {name[:80]}")
-        lfs = sibling.get("lfs")
-        n_bytes, digest = (lfs.get("size"), lfs.get("sha256")) if isinstance(lfs, dict) else (None, None)
+        if not isinstance(lfs := sibling.get("lfs"), dict):
+            continue  # a small file, of which the hub has no sha256: no model
+        n_bytes, digest = lfs.get("size"), lfs.get("sha256")
         if type(n_bytes) is not int or not 0 < n_bytes <= MOST_BYTES:
             raise DownloadError(f"the hub does not say how long {name[:80]} is")
         if not isinstance(digest, str) or not hf_cache.SHA256.fullmatch(digest):

@@ -162,7 +162,7 @@ def removal(repo: Cached, quant: str) -> Removal:
         links, towers = links + towers, []
     kept = {os.path.realpath(path) for path in [*others, *towers]}
     blobs = {target for path in links if (target := blob_of(path)) and os.path.realpath(path) not in kept}
-    files = [blob for blob in sorted(blobs) if os.path.lexists(blob)]
+    files = [p for blob in sorted(blobs) for p in (blob, hf_cache.pieces(blob.name)) if os.path.lexists(p)]
     for journal in repo.blobs.glob("*" + JOURNAL):
         if _begun(journal).lower() == wanted.quant.lower():
             files += [journal, journal.with_name(journal.name.removesuffix(JOURNAL) + INCOMPLETE)]

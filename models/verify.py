@@ -38,9 +38,13 @@ class Check:
 def check(blob: Path, progress: Callable[[int, int], object]) -> Check:
     """Reads a blob from its first byte to its last.  OSError.  progress gets bytes done and bytes in all."""
     n_bytes = blob.stat().st_size
-    pieces = acquire.pieces(blob.name)
+    pieces = hf_cache.pieces(blob.name)
     head, records, _ = read_journal(pieces)
-    known = head.get("sha256") == blob.name and not any(holes(tiling(records, head["size"]), head["size"]))
+    size = head.get("size") if head.get("sha256") == blob.name else None
+    known = isinstance(size, int)
+    if isinstance(size, int):
+        records = tiling(records, size)
+        known = not any(holes(records, size))
     plan = [records[i] for i in sorted(records)] if known else list(_even(n_bytes))
     digest, found, damaged = hashlib.sha256(), [], []
     with open(blob, "rb") as file:
@@ -83,7 +87,7 @@ def repair(web: Web, path: Path, found: Check, means: acquire.Means, show: Calla
         if found.blob.is_symlink() or found.damaged is None:  # the bytes of others, or nothing to keep
             found.blob.unlink()
         else:
-            head, records, _ = read_journal(acquire.pieces(file.sha256))
+            head, records, _ = read_journal(hf_cache.pieces(file.sha256))
             about = {**head, "repo": repo.repo, "commit": snapshot.name, "name": name}
             journal = repo.blobs / (file.sha256 + JOURNAL)
             write_journal(journal, about, (records[i] for i in sorted(records)))

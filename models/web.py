@@ -52,18 +52,22 @@ class Transient(Exception):
 
 @dataclass(frozen=True)
 class Patience:
-    """When an attempt is over, and how many may fail one after another without a byte in between.  Seconds."""
+    """When an attempt is over, and how many may fail one after another without a byte in between.  Seconds.
+
+    At first 6 attempts in 15 s: somebody waits.  Later 20 in 13 minutes: nobody does, and routers are restarted.
+    """
 
     connect: float = 20.0
     silence: float = 30.0  # without a byte
     window: float = 60.0  # in which at least `least` bytes have to come
     least: int = 20_000
-    n_attempts: int = 10
+    n_first: int = 6
+    n_attempts: int = 20
     first_wait: float = 0.5  # doubled from attempt to attempt
-    longest_wait: float = 30.0
+    longest_wait: float = 60.0
 
     def wait(self, n_failed: int) -> float:
-        """Seconds before the next attempt: about 2 minutes for all of them together."""
+        """Seconds before the next attempt."""
         return min(self.first_wait * 2 ** min(n_failed - 1, 16), self.longest_wait)
 
 
@@ -141,16 +145,15 @@ class Web:
         self._client.close()
 
     def patiently(self, action: Callable[[], T], sleep: Callable[[float], object] = time.sleep) -> T:
-        """What action() gives at the first attempt that succeeds.  DownloadError, when the patience is over."""
-        for n_failed in range(1, self.patience.n_attempts):
+        """What action() gives at the first attempt that succeeds.  DownloadError, when n_first have failed."""
+        for n_failed in range(1, self.patience.n_first + 1):
             try:
                 return action()
             except Transient as e:
-                sleep(max(self.patience.wait(n_failed), e.wait))
-        try:
-            return action()
-        except Transient as e:
-            raise given_up(e, self.patience) from e
+                if n_failed == self.patience.n_first:
+                    raise given_up(e, n_failed) from e
+                sleep(max(self.patience.wait(n_failed), min(e.wait, self.patience.longest_wait)))
+        raise AssertionError("patience allows no attempt")
 
     def has_token(self) -> bool:
         return bool(self._token)
@@ -160,7 +163,7 @@ class Web:
         with self._get(url, {}) as (response, _):
             _check_status(response, on_hub=True, token=self.has_token())
             _refuse_encoding(response)
-            data = b""
+            data = bytearray()
             with _as_transient():
                 for chunk in response.iter_raw():
                     data += chunk
@@ -216,8 +219,8 @@ class Web:
         return {"Authorization": f"Bearer {self._token}"} if self._token and same and safe else {}
 
 
-def given_up(last: Transient, patience: Patience) -> DownloadError:
-    return DownloadError(f"{last}; {patience.n_attempts} attempts failed", "the same command goes on later")
+def given_up(last: Transient, n_attempts: int) -> DownloadError:
+    return DownloadError(f"{last}; {n_attempts} attempts failed", "the same command goes on later")
 
 
 def _url(text: str) -> httpx.URL:

@@ -22,7 +22,7 @@ from ms4.models.web import ChangedError, DownloadError, Patience, Target, Transi
 
 NAME = "Some-Model-Q4_K_M.gguf"
 SIZE = 900_001  # not a multiple of anything
-QUICK = Patience(connect=2, silence=0.4, window=0.4, n_attempts=8, first_wait=0.01, longest_wait=0.05)
+QUICK = Patience(connect=2, silence=0.4, window=0.4, n_first=8, n_attempts=8, first_wait=0.01, longest_wait=0.05)
 
 
 @pytest.fixture
@@ -241,7 +241,7 @@ def test_a_name_cannot_leave_its_folder(name, monkeypatch):
     [
         ({"sha": "../../x"}, "which commit"),
         ({"sha": None}, "which commit"),
-        ({"siblings": [{**GOOD, "lfs": None}]}, "how long"),
+        ({"siblings": [{**GOOD, "lfs": {}}]}, "how long"),
         ({"siblings": [{**GOOD, "lfs": {"sha256": "a" * 64, "size": -5}}]}, "how long"),
         ({"siblings": [{**GOOD, "lfs": {"sha256": "a" * 64, "size": True}}]}, "how long"),
         ({"siblings": [{**GOOD, "lfs": {"sha256": "../../../x", "size": 5}}]}, "sha256"),
@@ -253,6 +253,12 @@ def test_a_listing_that_says_nonsense_is_refused(change, said, monkeypatch):
     answering(monkeypatch, lambda r: streamed(json.dumps(answer).encode()))
     with pytest.raises(DownloadError, match=said):
         hub.read_listing(Web("https://hub.test", patience=QUICK), REPO)
+
+
+def test_small_files_without_a_sum_are_no_models(monkeypatch):
+    answer = {"sha": COMMIT, "siblings": [GOOD, {"rfilename": "imatrix.gguf", "size": 10}]}
+    answering(monkeypatch, lambda r: streamed(json.dumps(answer).encode()))
+    assert list(hub.read_listing(Web("https://hub.test"), REPO).files) == [NAME]
 
 
 def test_an_endless_listing_is_left(monkeypatch):
@@ -274,8 +280,8 @@ def test_no_network_ends_after_all_attempts(monkeypatch):
 
 def test_the_waits_grow_and_have_an_end():
     waits = [Patience().wait(n) for n in range(1, 10)]
-    assert waits[:3] == [0.5, 1.0, 2.0] and waits == sorted(waits) and waits[-1] == 30.0
-    assert Patience().wait(10**9) == 30.0
+    assert waits[:3] == [0.5, 1.0, 2.0] and waits == sorted(waits) and waits[-1] == 60.0
+    assert Patience().wait(10**9) == 60.0
 
 
 # --- the part and its journal

@@ -373,7 +373,7 @@ def test_rm_takes_a_model_and_what_nothing_else_needs(ms4, server, files):
     before = everything_under(hf_cache.root())
     ms4("pull", f"{REPO}:UD-Q5_K_XL", "-q")
     code, out, _ = ms4("rm", f"{REPO}:UD-Q5_K_XL", "--dry-run")
-    assert code == 0 and len(out.splitlines()) == 6
+    assert code == 0 and len(out.splitlines()) == 9  # links, blobs, and the checksums of their pieces
     code, out, err = ms4("rm", f"{REPO}:UD-Q5_K_XL")
     assert (code, out) == (2, "") and "-y" in err  # nobody is asked in a script
     code, out, err = ms4("rm", f"{REPO}:UD-Q5_K_XL", "-y")
@@ -382,6 +382,17 @@ def test_rm_takes_a_model_and_what_nothing_else_needs(ms4, server, files):
     assert ms4("rm", REPO, "-y")[0] == 0  # the last model: the tower goes with it
     assert [p for p in everything_under(hf_cache.root()) if "refs" not in p] == []
     assert ms4("rm", REPO, "-y")[0] == 5
+
+
+def test_rm_asks_on_a_terminal(ms4, files, monkeypatch):
+    put("a/one", "x-Q4_K_M.gguf", files[Q4])
+    monkeypatch.setattr("ms4.cli.streams.is_terminal", lambda stream: stream is not sys.stdout)
+    code, out, err = ms4("rm", "a/one", stdin=b"\n")
+    assert (code, out) == (1, "") and "remove a/one:Q4_K_M (4.7 MB)? [y/N]" in err and "nothing was removed" in err
+    assert stored.find("a/one")
+    assert ms4("rm", "a/one", stdin=b"y\n")[0] == 0
+    with pytest.raises(stored.NotStoredError):
+        stored.find("a/one")
 
 
 def test_rm_keeps_what_another_snapshot_needs(ms4, files):
