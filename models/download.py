@@ -1,6 +1,6 @@
 """Fetches one file: several ranges at once, from where it was left, its SHA-256 on the way.
 
-The threads take spans in order, so what is there grows from the front; one more thread follows them, reads back what
+The threads take tasks in order, so what is there grows from the front; one more thread follows them, reads back what
 lies on the disk, compares it with the CRC of its record and hashes it.  So the sum is of the bytes on the disk, it is
 ready a moment after the last of them, and after a restart it costs one reading of what is there.
 """
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ms4.models.part import MOST_SPAN, Closed, Part
+from ms4.models.part import MOST_SPAN, Closed, Part, Task
 from ms4.models.web import ChangedError, DownloadError, Target, Transient, Web, given_up
 
 MOST_SPOILT = 3  # times that one record is not on the disk what was written, before the disk is believed to be broken
@@ -62,7 +62,7 @@ class Download:
         self._throttle = throttle or Throttle()
         self._stop = threading.Event()
         self._no_ranges = False
-        self._n_fetching = 0  # threads that have a span
+        self._n_fetching = 0  # threads that have a task
         self._error: BaseException | None = None
         self._n_failed = 0  # attempts since a byte came
         self._n_fetched = self._n_hashed = 0
@@ -113,17 +113,17 @@ class Download:
     # --- bytes
 
     def _work(self) -> None:
-        """Span after span, until all is there and hashed."""
+        """Task after task, until all is there and hashed."""
         while not self._is_over() and not self._no_ranges:
             left = self._part.size - self._part.n_held
             with self._part.changed:
-                span = self._part.take(max(self._part.unit, min(MOST_SPAN, left // (2 * self._n_jobs))))
-                if span is None:
+                task = self._part.take(max(self._part.unit, min(MOST_SPAN, left // (2 * self._n_jobs))))
+                if task is None:
                     self._part.changed.wait(TICK)
                     continue
                 self._n_fetching += 1
             try:
-                ranges = self._fetch(*span)
+                ranges = self._fetch(task)
             except Transient as failure:
                 self._again(failure)
                 continue
@@ -153,37 +153,34 @@ class Download:
             except Transient as failure:
                 self._again(failure)
 
-    def _fetch(self, start: int, end: int) -> bool:
-        """The bytes of a span; False if the server knows no ranges.  What does not come is given back."""
-        at, held = start, bytearray()
+    def _fetch(self, task: Task) -> bool:
+        """The bytes of a task; False if the server knows no ranges.  What does not come is given back."""
+        held = bytearray()
 
-        def put() -> None:
-            nonlocal at
+        def put() -> bool:
             data = bytes(held)
             held.clear()
-            if data:
-                self._part.write(at, data)
-                at += len(data)
+            return self._part.put(task, data)
 
         try:
-            with self._web.range(self._target, start, end) as body:
+            with self._web.range(self._target, task.at, task.end) as body:
                 if body.whole:
                     return False
                 try:
                     for chunk in body.chunks():
                         self._came(len(chunk))
                         held += chunk
-                        if len(held) >= self._part.unit or self._stop.is_set():
-                            put()
+                        if len(held) >= self._part.unit and not put():
+                            return True
                         if self._stop.is_set():
                             return True
                 finally:
-                    put()
-            if at < end:
+                    more = put()
+            if more:
                 raise Transient("the server sends less than it was asked for")
             return True
         finally:
-            self._part.give_back(at, end)
+            self._part.give_back(task)
 
     def _fetch_whole(self) -> None:
         """Everything from the first byte on, of which what is missing is written."""

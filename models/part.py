@@ -16,6 +16,7 @@ import json
 import os
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,6 +30,7 @@ MOST_SPAN = 64 << 20  # bytes of one request
 _RECORD = struct.Struct("<QIII")
 _BEFORE_CRC = struct.Struct("<QII")
 MOST_HEAD = 65_536
+SLOW = 5.0  # seconds that a task has to go on for others to help
 
 
 class Closed(Exception):
@@ -107,8 +109,23 @@ def beginning(folder: Path, sha256: str, most: int) -> bytes:
     return bytes(data)
 
 
+@dataclass(eq=False)
+class Task:
+    """Bytes of a file that one thread fetches: `at` moves on with what it writes, `end` back if others help."""
+
+    start: int
+    end: int
+    at: int
+    begun: float  # time.monotonic
+
+    def seconds_left(self, now: float) -> float:
+        """At the speed so far."""
+        done = self.at - self.start
+        return (self.end - self.at) * (now - self.begun) / done if done else now - self.begun
+
+
 class Part:
-    """One such file, open.  Threads take spans that are missing, write, and give back what they did not get."""
+    """One such file, open.  Threads take tasks, write, and give back what they did not get."""
 
     def __init__(self, folder: Path, sha256: str, size: int, about: Mapping[str, Any]) -> None:
         """about: what else the first line of the journal says."""
@@ -135,30 +152,63 @@ class Part:
             raise
         self._records = tiling(records, min(size, os.fstat(self._fd).st_size))
         self._free = list(holes(self._records, size))  # missing, and nobody's task; in order
+        self._tasks: list[Task] = []
         self.n_held = sum(r.bytes for r in self._records.values())
 
-    def take(self, n_most: int) -> tuple[int, int] | None:
-        """The next missing span, of at most n_most bytes, as a task of the caller; None if nothing is free."""
-        with self.changed:
-            if self._closed or not self._free:
-                return None
-            start, end = self._free[0]
-            if end - start > n_most:
-                end = start + n_most
-                self._free[0] = (end, self._free[0][1])
-            else:
-                del self._free[0]
-            return start, end
+    def take(self, n_most: int) -> Task | None:
+        """A missing span, of at most n_most bytes, as a task of the caller; None if there is nothing to do.
 
-    def give_back(self, start: int, end: int) -> None:
-        """What is left of a task."""
-        if start < end:
+        Where everything is somebody's task already, half of the one that will take the longest.
+        """
+        now = time.monotonic()
+        with self.changed:
+            if self._closed:
+                return None
+            if self._free:
+                start, end = self._free[0]
+                if end - start > n_most:
+                    end = start + n_most
+                    self._free[0] = (end, self._free[0][1])
+                else:
+                    del self._free[0]
+            else:
+                slowest = max(self._tasks, key=lambda t: t.seconds_left(now), default=None)
+                if slowest is None or slowest.seconds_left(now) < SLOW or slowest.end - slowest.at < 4 * self.unit:
+                    return None
+                start, end = (slowest.at + slowest.end) // 2, slowest.end
+                slowest.end = start
+            task = Task(start, end, start, now)
+            self._tasks.append(task)
+            return task
+
+    def give_back(self, task: Task) -> None:
+        """Ends a task; what is left of it is missing again."""
+        with self.changed:
+            self._tasks.remove(task)
+            self._free_again(task.at, task.end)
+
+    def put(self, task: Task, data: bytes) -> bool:
+        """The next bytes of a task; True if it wants more.  What lies behind its end is of others.  OSError, Closed."""
+        with self.changed:
+            start = task.at
+            data = data[: task.end - start]
+            task.at += len(data)
+        try:
+            if data:
+                self.write(start, data)
+        except BaseException:
             with self.changed:
-                self._free = sorted([*self._free, (start, end)])
-                self.changed.notify_all()
+                self._free_again(start, start + len(data))
+            raise
+        return task.at < task.end
+
+    def _free_again(self, start: int, end: int) -> None:
+        if start < end:
+            self._free = sorted([*self._free, (start, end)])
+            self.changed.notify_all()
 
     def write(self, offset: int, data: bytes) -> None:
-        """Bytes of the caller's task.  OSError, Closed."""
+        """Bytes that are missing, and nobody else's.  OSError, Closed."""
         with self._using():
             view, at = memoryview(data), offset
             while view:
@@ -204,9 +254,9 @@ class Part:
 
     def forget(self, record: Record) -> None:
         """The bytes of a record are missing again."""
-        with self._using():
+        with self._using(), self.changed:
             self._note(Record(record.offset, 0, 0))
-        self.give_back(record.offset, record.end)
+            self._free_again(record.offset, record.end)
 
     def finish(self, path: Path, journal: Path) -> None:
         """Makes the file the whole one at `path`; its records stay at `journal`: they tell which pieces are damaged."""

@@ -291,15 +291,24 @@ def opened(folder, data):
     return Part(folder, hashlib.sha256(data).hexdigest(), len(data), {"name": NAME})
 
 
+def spans(mine):
+    """All that is missing and nobody's task."""
+    found = []
+    while task := mine.take(SIZE):
+        found.append((task.start, task.end))
+    return found
+
+
 def test_what_was_written_is_there_after_a_restart(data, tmp_path):
     first = opened(tmp_path, data)
-    start, end = first.take(200_000)
-    first.write(start, data[start:end])
+    task = first.take(200_000)
+    assert first.put(task, data[:150_000]) and not first.put(task, data[150_000:200_000])
+    first.give_back(task)
     first.write(500_000, data[500_000:600_000])
     first.close()
     again = opened(tmp_path, data)
     assert again.n_held == 300_000
-    assert [again.take(SIZE), again.take(SIZE), again.take(SIZE)] == [(200_000, 500_000), (600_000, SIZE), None]
+    assert spans(again) == [(200_000, 500_000), (600_000, SIZE)]
 
 
 def test_a_journal_that_was_torn_is_believed_up_to_there(data, tmp_path, rng):
@@ -359,7 +368,7 @@ def test_spans_that_come_anyway_fill_the_holes_alone(data, tmp_path):
     mine.close()
     mine = opened(tmp_path, data)
     mine.write_missing(50, data[50:300])
-    assert mine.n_held == 250 and mine.take(SIZE) == (0, 50) and mine.take(SIZE) == (300, SIZE)
+    assert mine.n_held == 250 and spans(mine) == [(0, 50), (300, SIZE)]
     assert [mine.record_at(at).bytes for at in (50, 100, 200)] == [50, 100, 100]
     assert mine.record_at(50).crc == zlib.crc32(data[50:100])
 
@@ -379,6 +388,38 @@ def test_the_front_of_a_part_is_known_as_far_as_it_is_right(data, tmp_path):
     (tmp_path / digest).write_bytes(data)
     assert part.beginning(tmp_path, digest, 500) == data[:500]
     assert part.beginning(tmp_path, "0" * 64, 500) == b""
+
+
+def test_who_has_nothing_to_do_helps_the_slowest(data, tmp_path):
+    mine = opened(tmp_path, data)
+    fast, slow = mine.take(400_000), mine.take(SIZE)
+    mine.put(fast, data[:300_000])
+    mine.put(slow, data[400_000:410_000])
+    assert mine.take(SIZE) is None  # nobody has been at it for long
+    fast.begun -= 10
+    slow.begun -= 10
+    help = mine.take(SIZE)
+    assert (help.start, help.end) == (655_000, SIZE) and (slow.at, slow.end) == (410_000, 655_000)
+    assert not mine.put(slow, data[410_000:700_000])  # what came behind its end is not written twice
+    assert mine.put(help, data[655_000:656_000])
+    for task in (fast, slow, help):
+        mine.give_back(task)
+    assert spans(mine) == [(300_000, 400_000), (656_000, SIZE)] and mine.n_held == 300_000 + 245_000 + 1_000 + 10_000
+
+
+def test_bytes_that_could_not_be_written_are_missing_still(data, tmp_path, monkeypatch):
+    mine = opened(tmp_path, data)
+    task = mine.take(400_000)
+    mine.put(task, data[:100_000])
+
+    def full(fd, view, at):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError):
+        mine.put(task, data[100_000:200_000])
+    mine.give_back(task)
+    assert spans(mine) == [(100_000, 200_000), (200_000, 400_000), (400_000, SIZE)]
 
 
 def test_nothing_is_written_after_the_end(data, tmp_path):

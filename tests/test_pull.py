@@ -25,7 +25,15 @@ from ms4.quant.tiny import Tiny, write_tiny
 
 Q4, TOWER = "Some-Model-Q4_K_M.gguf", "mmproj-F16.gguf"
 PARTS = [f"UD-Q5_K_XL/Some-Model-UD-Q5_K_XL-{i:05}-of-00003.gguf" for i in (1, 2, 3)]
-COMMAND = [sys.executable, "-c", "import sys; from ms4.cli.start import main; sys.exit(main())"]
+# What the kernel has received for a process that is killed is lost, and would count: little shall wait there.
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import socket, sys; from ms4.cli.start import main; connect = socket.create_connection\n"
+    "def small(*args, **more):\n"
+    "    made = connect(*args, **more); made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768); return made\n"
+    "socket.create_connection = small; sys.exit(main())",
+]
 
 
 @pytest.fixture(scope="module")
