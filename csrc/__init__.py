@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # at run time only where arrays are made: `ms4 --version` sta
 __version__ = "0.1.0"
 ROW = -1  # in `Session.feed`: this position takes the next row of `rows`
 NOT_FINITE = "the model gave a logit that is not a finite number; the file is damaged (compare its checksum)"
-LOAD = {"auto": 0, "map": 1, "copy": 2}
+LOAD = {"auto": 0, "map": 1, "copy": 2, "stream": 3}
 
 # The roles of tensors, by the GGUF name without "blk.N." and ".weight".
 ROLES = {
@@ -172,6 +172,17 @@ class Stats:
     bytes_weights: int
     kv_blocks: int  # of all sessions; what several share counts once
     kv_bytes: int
+    experts_wanted: int  # by the layers of steps, of experts that stay on the disk; the rest is 0 where none do
+    experts_there: int  # of these, in memory at that time
+    experts_read: int
+    bytes_disk: int
+    ns_disk: int  # while at least one read was under way
+    ns_waited: int  # that steps waited for the disk
+    slots: int  # experts in memory after the last step, and their bytes
+    slot_bytes: int
+    slot_bytes_most: int  # that they may have
+    ram: int  # bytes that the process may have, all in all
+    direct: int  # 1: the disk is read past the page cache
     n_threads: int
     n_batch: int
     load: str
@@ -285,9 +296,13 @@ class Engine:
         threads: int = 0,
         load: str = "auto",
         n_batch: int = 0,
+        ram: int = 0,
         progress: Callable[[int, int], bool] | None = None,
     ) -> Engine:
-        """Opens the files and checks the table.  threads, n_batch: 0 chooses.
+        """Opens the files and checks the table.  threads, n_batch, ram: 0 chooses.
+
+        load: "map" uses the file's pages, "copy" copies them; with "stream" experts stay on the disk and are read when
+        they are needed, and this process takes at most `ram` bytes of memory.
 
         progress(bytes done, bytes in all) is called while weights are copied; True ends the opening with Canceled.
         """
@@ -300,7 +315,7 @@ class Engine:
         table, keep = tensor_table(tensors, ROLES)
         names = [ffi.new("char[]", os.fsencode(p)) for p in paths]
         options = ffi.new("ms4_options *")
-        options.n_threads, options.load, options.n_batch = threads, LOAD[load], n_batch
+        options.n_threads, options.load, options.n_batch, options.ram = threads, LOAD[load], n_batch, ram
         if progress is not None:
             call = ffi.callback("int(uint64_t, uint64_t, void *)", lambda done, total, _: int(progress(done, total)))
             keep.append(call)
@@ -378,6 +393,10 @@ class Engine:
         if place.shape != (self.shape.n_layer, self.shape.n_expert):
             raise ValueError(f"places of {place.shape}; expected {(self.shape.n_layer, self.shape.n_expert)}")
         check(lib.ms4_engine_place(self._live(), ffi.from_buffer("uint8_t[]", place)))
+
+    def fix_slots(self, n_bytes: int) -> None:
+        """For the tests: bytes of memory for experts that stay on the disk, at least one expert; 0: what fits."""
+        check(lib.ms4_engine_slots(self._live(), n_bytes))
 
     def session(self, n_ctx: int) -> Session:
         """A new, empty line of at most n_ctx tokens."""

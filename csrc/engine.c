@@ -30,20 +30,64 @@ static int check_shape(const ms4_shape *s) {
             MS4_EMODEL, "a constant of the shape is not a finite number");
     return MS4_OK;
 }
+static int open_files(ms4_engine *e, const ms4_tensor *tensors, size_t n_tensors, const char *const *paths,
+                      size_t n_paths, const ms4_options *o) {
+    files_options how = { .load = o->load, .limited = o->ram > 0, .progress = o->progress, .user = o->user };
+    files_range *ranges = NULL;
+    budget_open(&e->budget, o->ram);
+    how.room = o->ram ? budget_room(&e->budget) : allowance_room();
+    how.reserve = e->budget.reserve;
+    TRY(budget_ranges(tensors, n_tensors, &ranges, &how.n_ranges));
+    how.ranges = ranges;
+    int status = files_open(paths, n_paths, &how, e->pool, &e->files);
+    memory_give(ranges);
+    return status;
+}
+/* Slots, if there are experts that have stayed on the disk. */
+static int open_slots(ms4_engine *e, slots **out) {
+    const uint64_t least = slots_least(&e->shape, e->weights.layers), used = memory_resident();
+    *out = NULL;
+    if (files_load(e->files) != MS4_LOAD_STREAM || !least) return MS4_OK;
+    if (!e->budget.most) e->budget.most = used + slots_all(&e->shape, e->weights.layers);
+    FAIL_IF(budget_room(&e->budget) < least, MS4_ENOMEM,
+            "%.1f GB of memory are not enough: all but the experts take %.1f GB, and experts at least %.1f",
+            1e-9 * (double)e->budget.most, 1e-9 * (double)used, 1e-9 * (double)least);
+    return slots_open(&e->shape, e->weights.layers, e->files, budget_room(&e->budget), out);
+}
 static int open_parts(ms4_engine *e, const ms4_tensor *tensors, size_t n_tensors, const char *const *paths,
                       size_t n_paths, const ms4_options *o) {
-    files_options how = { o->load, o->progress, o->user };
+    slots *from_disk;
     TRY(check_shape(&e->shape));
-    FAIL_IF(o->load < MS4_LOAD_AUTO || o->load > MS4_LOAD_COPY, MS4_EARG, "load mode %d", o->load);
+    FAIL_IF(o->load < MS4_LOAD_AUTO || o->load > MS4_LOAD_STREAM, MS4_EARG, "load mode %d", o->load);
+    FAIL_IF(o->ram && (o->load == MS4_LOAD_MAP || o->load == MS4_LOAD_COPY), MS4_EARG,
+            "a budget of memory needs load mode auto or stream");
     FAIL_IF(o->n_batch < 0 || o->n_batch > 1 << 16, MS4_EARG, "batch of %d tokens: 1 to 65536", o->n_batch);
     TRY(cpu_ops_here(&e->ops));
     e->n_batch = o->n_batch ? o->n_batch : 2048;
     TRY(pool_open(o->n_threads ? o->n_threads : allowance_threads(), &e->pool));
-    TRY(files_open(paths, n_paths, &how, e->pool, &e->files));
+    TRY(open_files(e, tensors, n_tensors, paths, n_paths, o));
     TRY(text_weights_open(&e->weights, &e->shape, tensors, n_tensors, e->files, e->ops));
     TRY(kv_store_open(&e->shape, NULL, &e->kv));
     TRY(cpu_device_open(e->ops, e->pool, &e->home));
-    return experts_open(&e->shape, e->weights.layers, e->home, &e->experts);
+    TRY(open_slots(e, &from_disk));
+    return experts_open(&e->shape, e->weights.layers, e->home, from_disk, &e->experts);
+}
+/* What the slots have counted, for ms4_stats: at opening, and after each step in its turn. */
+void engine_count_slots(ms4_engine *e, ms4_stats *c) {
+    slots_counts n;
+    if (!experts_slots(e->experts)) return;
+    slots_count(experts_slots(e->experts), &n);
+    c->experts_wanted = n.n_wanted;
+    c->experts_there = n.n_hits;
+    c->experts_read = n.n_reads;
+    c->bytes_disk = n.bytes_read;
+    c->ns_disk = n.ns_reading;
+    c->ns_waited = n.ns_waited;
+    c->slots = n.n_slots;
+    c->slot_bytes = n.bytes;
+    c->slot_bytes_most = n.most_bytes;
+    c->ram = e->budget.most;
+    c->direct = files_direct(e->files);
 }
 int ms4_engine_open(const ms4_shape *shape, const ms4_tensor *tensors, size_t n_tensors, const char *const *paths,
                     size_t n_paths, const ms4_options *options, ms4_engine **out) {
@@ -57,6 +101,7 @@ int ms4_engine_open(const ms4_shape *shape, const ms4_tensor *tensors, size_t n_
         ms4_engine_close(e);
         return status;
     }
+    engine_count_slots(e, &e->stats);
     *out = e;
     return MS4_OK;
 }
@@ -98,4 +143,15 @@ int ms4_engine_place(ms4_engine *e, const uint8_t *place) {
     if (!status) status = experts_place(e->experts, place, &e->other, 1);
     turn_give(&e->turn);
     return status;
+}
+int ms4_engine_slots(ms4_engine *e, uint64_t bytes) {
+    turn_take(&e->turn);
+    slots *s = experts_slots(e->experts);
+    if (s) {
+        e->budget.fixed = bytes;
+        budget_fit(&e->budget, s, 0);
+    }
+    turn_give(&e->turn);
+    FAIL_IF(!s, MS4_EARG, "no expert stays on the disk");
+    return MS4_OK;
 }

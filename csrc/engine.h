@@ -1,6 +1,7 @@
 /* engine.h -- what an engine and a session are made of; for the files behind the public API. */
 #ifndef MS4_ENGINE_H
 #define MS4_ENGINE_H
+#include "budget.h"
 #include "cpu/pool.h"
 #include "experts.h"
 #include "numbers.h"
@@ -23,7 +24,8 @@ struct ms4_engine {
     device *home, *other;                                     /* other: a second CPU device, for the tests */
     experts *experts;
     kv_store *kv;
-    int32_t n_batch;
+    budget budget;                                            /* of memory, where experts stay on the disk */
+    int32_t n_batch, most_rows;                               /* of a step; of those that there were */
     turn turn;                                                /* steps, one at a time: guards devices, experts, room, */
     watch watch;                                              /* and who is told what the router chose */
     step_room room;
@@ -38,4 +40,5 @@ struct ms4_session {
     _Atomic uint64_t done, total;                             /* layer-tokens of the running step */
 };
 void step_room_close(step_room *room);                        /* step.c */
+void engine_count_slots(ms4_engine *e, ms4_stats *c);         /* engine.c: with `counting` locked */
 #endif

@@ -1,72 +1,139 @@
-/* experts.c -- the expert store: all experts lie in host memory, in the pages that files.c holds; what is left to say
- * is which device computes them. */
+/* experts.c -- the expert store: which device computes an expert, and where its weights lie in host memory. */
 #include "experts.h"
 #include "error.h"
 #include "memory.h"
 #include <string.h>
+
+/* From this share of a layer's experts on the step is one of many tokens, and the next layer will want nearly all of
+ * its own: they are read while this layer is computed. */
+#define AHEAD_FROM 0.75
 
 struct experts {
     const layer_weights *layers;
     device *devices[MAX_SHARES];                               /* home first */
     uint8_t *place;                                            /* by layer and expert: its device; NULL: all home */
     ffn_group *groups[MAX_SHARES];                             /* n_expert for each device; made when needed */
+    slots *slots;                                              /* NULL: all experts lie with their files */
+    ffn_group *part;                                           /* n_expert: of a part that comes from slots */
+    uint8_t *share_of;                                         /* by place in `used` */
+    int32_t *ids;                                              /* n_expert: scratch */
+    const picks *picks;                                        /* of the layer that is computed */
+    const atomic_int *stop;
     uint64_t n_pairs, n_bytes;
-    int32_t n_layer, n_expert, n_devices;
+    int32_t n_layer, n_expert, n_devices, layer;
 };
 
-int experts_open(const ms4_shape *s, const layer_weights *layers, device *home, experts **out) {
+static int open_parts(experts *store) {
+    const size_t n = (size_t)store->n_expert;
+    store->groups[0] = memory_take(n, sizeof *store->groups[0]);
+    store->part = memory_take(n, sizeof *store->part);
+    store->share_of = memory_take(n, 1);
+    store->ids = memory_take(n, sizeof *store->ids);
+    FAIL_IF(!store->groups[0] || !store->part || !store->share_of || !store->ids, MS4_ENOMEM,
+            "no memory for the expert table");
+    return MS4_OK;
+}
+int experts_open(const ms4_shape *s, const layer_weights *layers, device *home, slots *from_disk, experts **out) {
     experts *store = memory_take(1, sizeof *store);
-    FAIL_IF(!store, MS4_ENOMEM, "no memory for the expert table");
-    *store = (experts){ .layers = layers, .devices = { home }, .n_layer = s->n_layer, .n_expert = s->n_expert,
-                        .n_devices = 1 };
-    store->groups[0] = memory_take((size_t)s->n_expert, sizeof *store->groups[0]);
-    if (!store->groups[0]) {
-        experts_close(store);
+    if (!store) {
+        slots_close(from_disk);
         return error_set(MS4_ENOMEM, "no memory for the expert table");
     }
-    *out = store;
-    return MS4_OK;
+    *store = (experts){ .layers = layers, .devices = { home }, .slots = from_disk, .n_layer = s->n_layer,
+                        .n_expert = s->n_expert, .n_devices = 1 };
+    int status = open_parts(store);
+    if (status) experts_close(store);
+    else *out = store;
+    return status;
 }
 void experts_close(experts *store) {
     if (!store) return;
     for (int i = 0; i < MAX_SHARES; i++) memory_give(store->groups[i]);
+    slots_close(store->slots);
     memory_give(store->place);
+    memory_give(store->part);
+    memory_give(store->share_of);
+    memory_give(store->ids);
     memory_give(store);
 }
-static ffn_group group_of(const ffn_weights *all, int32_t expert, const picks *p) {
-    return (ffn_group){
+void experts_begin(experts *store, const atomic_int *stop) { store->stop = stop; }
+slots *experts_slots(experts *store) { return store->slots; }
+
+/* Where an expert is, and its pairs.  With slots the addresses are those of a part that slots_next has given. */
+static ffn_group group_of(const experts *store, int32_t expert, const picks *p) {
+    const ffn_weights *all = &store->layers[store->layer].experts;
+    ffn_group g = {
         .w = { .gate = matrix_rows(&all->gate, expert, 0, all->gate.n_rows),
                .up = matrix_rows(&all->up, expert, 0, all->up.n_rows),
                .down = matrix_rows(&all->down, expert, 0, all->down.n_rows), .gelu = all->gelu },
         .first = p->first[expert], .n = p->first[expert + 1] - p->first[expert],
     };
+    if (!store->slots) return g;
+    g.w.gate.data = slots_at(store->slots, store->layer, expert, 0);
+    g.w.up.data = slots_at(store->slots, store->layer, expert, 1);
+    g.w.down.data = slots_at(store->slots, store->layer, expert, 2);
+    return g;
+}
+static int32_t share_of(const experts *store, int32_t expert) {
+    return store->place ? store->place[(size_t)store->layer * (size_t)store->n_expert + (size_t)expert] : 0;
+}
+/* Pairs without weights: what a device has to know beforehand. */
+static ffn_group pairs_of(int32_t expert, const picks *p) {
+    return (ffn_group){ .first = p->first[expert], .n = p->first[expert + 1] - p->first[expert] };
+}
+/* Asks for what is not there; how many of the layer's experts are. */
+static int32_t want(experts *store, const picks *p) {
+    int32_t n_there = p->n_used, next = store->layer + 1;
+    if (!store->slots) return n_there;
+    slots_want(store->slots, store->layer, p->used, store->share_of, p->n_used, store->stop, &n_there);
+    /* The last layer is computed for those tokens only whose logits are wanted. */
+    const int ahead = next + 1 < store->n_layer && store->layers[next].has_experts
+                   && p->n_used >= AHEAD_FROM * store->n_expert;
+    for (int32_t i = 0; i < store->n_expert; i++) store->ids[i] = i;
+    slots_soon(store->slots, next, store->ids, ahead ? store->n_expert : 0);
+    return n_there;
 }
 int experts_take(experts *store, int32_t layer, const picks *p, ffn_share shares[MAX_SHARES], int32_t *n_shares) {
     const layer_weights *w = &store->layers[layer];
     ffn_share all[MAX_SHARES] = { 0 };
+    store->layer = layer;
+    store->picks = p;
     for (int32_t i = 0; i < store->n_devices; i++)
         all[i] = (ffn_share){ .on = store->devices[i], .groups = store->groups[i], .n = p->n };
     for (int32_t i = 0; i < p->n_used; i++) {
-        int32_t id = p->used[i];
-        ffn_share *share = &all[store->place ? store->place[(size_t)layer * (size_t)store->n_expert + (size_t)id] : 0];
-        share->groups[share->n_groups++] = group_of(&w->experts, id, p);
+        const int32_t id = p->used[i], device = share_of(store, id);
+        store->share_of[i] = (uint8_t)device;
+        all[device].groups[all[device].n_groups++] = store->slots ? pairs_of(id, p) : group_of(store, id, p);
     }
     *n_shares = 0;
     for (int32_t i = 0; i < store->n_devices; i++)             /* home is there even if it has only the shared expert */
         if (!i || all[i].n_groups) shares[(*n_shares)++] = all[i];
-    shares[0].whole = *n_shares == 1;
+    shares[0].whole = want(store, p) == p->n_used && *n_shares == 1;
     store->n_pairs += (uint64_t)p->n * (uint64_t)p->k;
     store->n_bytes += (uint64_t)p->n_used * w->bytes_per_expert;
     return MS4_OK;
 }
+/* The next part of a share whose experts come from slots.  What goes with `every` does not wait. */
+static int part_from_slots(experts *store, ffn_share *share, ffn_share *part) {
+    int32_t device = 0, n;
+    while (store->devices[device] != share->on) device++;
+    part->groups = store->part;
+    part->n_groups = 0;
+    TRY(slots_next(store->slots, device, !share->every, store->ids, &n));
+    for (int32_t i = 0; i < n; i++) store->part[part->n_groups++] = group_of(store, store->ids[i], store->picks);
+    return MS4_OK;
+}
 int experts_ready(experts *store, ffn_share *share, ffn_share *part) {
-    (void)store;                                               /* resident: all of it in one part */
     *part = *share;
+    if (store->slots) TRY(part_from_slots(store, share, part));
     share->every = NULL;
     share->n_groups = 0;
     return MS4_OK;
 }
-void experts_give(experts *store, int32_t layer, const picks *p) { (void)store; (void)layer; (void)p; }
+void experts_give(experts *store, int32_t layer, const picks *p) {
+    (void)layer; (void)p;
+    if (store->slots) slots_drop(store->slots);
+}
 
 int experts_place(experts *store, const uint8_t *place, device *const *others, int32_t n_others) {
     size_t n = (size_t)store->n_layer * (size_t)store->n_expert;
@@ -88,7 +155,7 @@ int experts_place(experts *store, const uint8_t *place, device *const *others, i
     store->n_devices = place ? n_others + 1 : 1;
     return MS4_OK;
 }
-int32_t experts_devices(const experts *store) { return store->n_devices; }
+int experts_in_parts(const experts *store) { return store->n_devices > 1 || store->slots; }
 void experts_count(experts *store, uint64_t *pairs, uint64_t *bytes) {
     *pairs = store->n_pairs;
     *bytes = store->n_bytes;

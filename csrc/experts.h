@@ -4,19 +4,22 @@
  *     experts_take(store, layer, p, shares, &n);
  *     while (experts_ready(store, &shares[i], &part), ffn_share_has(&part)) ... part ...;
  *     experts_give(store, layer, p);
- * A share is what one device computes; a part is what of it can be computed now.  Every expert lies in host memory with
- * the rest of the file, and belongs to the home device unless experts_place says otherwise; slots in VRAM and experts
- * on disk come behind this door, and the layer does not notice: results are the same to the last bit.
+ * A share is what one device computes; a part is what of it can be computed now.  An expert belongs to the home device
+ * unless experts_place says otherwise, and lies in host memory: with the rest of its file, or, if the file stays on the
+ * disk, in one of the slots.  The layer does not notice: results are the same to the last bit.
  */
 #ifndef MS4_EXPERTS_H
 #define MS4_EXPERTS_H
 #include "device.h"
+#include "slots.h"
 typedef struct experts experts;
 #define MAX_SHARES 4
 
-/* layers: n_layer; the store keeps copies of their `experts`.  home: the device that holds everything else. */
-int experts_open(const ms4_shape *s, const layer_weights *layers, device *home, experts **out);
+/* layers: n_layer, they outlive the store.  home: the device that holds everything else.  slots: where experts are that
+ * stay on the disk, the store's from now on, even if it fails; NULL: all of them lie in memory. */
+int experts_open(const ms4_shape *s, const layer_weights *layers, device *home, slots *from_disk, experts **out);
 void experts_close(experts *store);
+void experts_begin(experts *store, const atomic_int *stop);            /* a step: the flag that ends its waiting */
 
 /* Says who computes the experts of these picks: the home device first, then others.  Never waits.  n_shares is at least
  * 1; shares[0].whole: there is one, and it comes in one part. */
@@ -29,7 +32,8 @@ void experts_give(experts *store, int32_t layer, const picks *p);      /* the st
 
 /* Puts experts on devices: place has n_layer x n_expert numbers, 0 home, i > 0 others[i - 1].  NULL: all home. */
 int experts_place(experts *store, const uint8_t *place, device *const *others, int32_t n_others);
-int32_t experts_devices(const experts *store);                         /* 1: home alone */
+int experts_in_parts(const experts *store);                            /* 0: always one share, in one part */
+slots *experts_slots(experts *store);                                  /* NULL: everything is in memory */
 /* (token, expert) pairs computed, and bytes of the experts that were needed, each once a step, since the last call. */
 void experts_count(experts *store, uint64_t *pairs, uint64_t *bytes);
 #endif

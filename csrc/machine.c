@@ -17,14 +17,18 @@ int ms4_probe(ms4_machine *out) {
 #define PEAK_ROUNDS 200000
 typedef struct { const struct ms4_ops *ops; const files *files; uint64_t sums[POOL_MAX_THREADS]; } probe_job;
 
-/* A piece of the files, counted through all of them; 0 bytes: there are not so many. */
+/* A piece of what lies in memory of the files, counted through all of it; 0 bytes: there are not so many. */
 static const uint64_t *piece_at(const files *f, int32_t item, uint64_t *bytes) {
-    uint64_t at = (uint64_t)item * PIECE, of_file;
-    for (int32_t i = 0; (of_file = files_bytes(f, i)); i++) {
-        uint64_t pieces = (of_file + PIECE - 1) / PIECE * PIECE;
+    uint64_t at = (uint64_t)item * PIECE, of_run;
+    const uint8_t *run;
+    for (size_t i = 0; (run = files_resident(f, i, &of_run)); i++) {
+        const uint64_t skip = -(uintptr_t)run % sizeof(uint64_t);
+        of_run -= skip < of_run ? skip : of_run;
+        run += skip;
+        uint64_t pieces = (of_run + PIECE - 1) / PIECE * PIECE;
         if (at < pieces) {
-            *bytes = of_file - at < PIECE ? of_file - at : PIECE;
-            return (const uint64_t *)files_at(f, i, at, *bytes);
+            *bytes = of_run - at < PIECE ? of_run - at : PIECE;
+            return (const uint64_t *)(run + at);
         }
         at -= pieces;
     }

@@ -1,11 +1,13 @@
 /* memory.c -- aligned memory, pages, and failure on demand: MS4_FAIL_ALLOC=N makes the Nth request fail, counted
  * from the first one after the variable was set. */
+#define _GNU_SOURCE
 #include "memory.h"
 #include <stdatomic.h>
-#include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 static atomic_long n_taken;
 
@@ -33,4 +35,14 @@ void *memory_take_pages(size_t bytes, int huge) {
 }
 void memory_give_pages(void *p, size_t bytes) {
     if (p) munmap(p, bytes);
+}
+void memory_drop_pages(void *p, size_t bytes) { madvise(p, bytes, MADV_DONTNEED); }
+
+uint64_t memory_resident(void) {
+    unsigned long long all, resident = 0;
+    FILE *f = fopen("/proc/self/statm", "re");
+    if (!f) return 0;
+    if (fscanf(f, "%llu %llu", &all, &resident) != 2) resident = 0;
+    fclose(f);
+    return resident * (uint64_t)sysconf(_SC_PAGESIZE);
 }

@@ -99,12 +99,13 @@ typedef struct {                 /* one tensor of the file */
     const float *scales;         /* NVFP4: dims[2] multipliers of the results, or NULL */
 } ms4_tensor;
 
-typedef enum { MS4_LOAD_AUTO, MS4_LOAD_MAP, MS4_LOAD_COPY } ms4_load;
+typedef enum { MS4_LOAD_AUTO, MS4_LOAD_MAP, MS4_LOAD_COPY, MS4_LOAD_STREAM } ms4_load;
 
 typedef struct {
     int32_t n_threads;           /* 0: as ms4_probe says */
-    int32_t load;                /* ms4_load: use the file's pages, or copy them into huge pages */
+    int32_t load;                /* ms4_load: use the file's pages, copy them, or leave experts on the disk */
     int32_t n_batch;             /* most tokens computed together in prefill; 0: 2048 */
+    uint64_t ram;                /* bytes of memory for this process, all in all; 0: what is free, less a reserve */
     /* called during a copy, from the opening thread; a non-zero answer ends the opening with MS4_ECANCELED */
     int (*progress)(uint64_t done, uint64_t total, void *user);
     void *user;
@@ -121,6 +122,13 @@ typedef struct {
     uint64_t experts_used;       /* (token, expert) pairs computed */
     uint64_t bytes_weights;      /* bytes of the tensors in the table */
     uint64_t kv_blocks, kv_bytes;           /* of all sessions' kv caches; what several share counts once */
+    /* Of experts that stay on the disk; 0 if none do.  Wanted by the layers of steps, there already then; read. */
+    uint64_t experts_wanted, experts_there, experts_read;
+    uint64_t bytes_disk, ns_disk;           /* read of experts, and while at least one read was under way */
+    uint64_t ns_waited;                     /* that steps waited for the disk */
+    uint64_t slots, slot_bytes;             /* experts that are in memory now, and their bytes */
+    uint64_t slot_bytes_most, ram;          /* bytes that they may have, and the process all in all */
+    int32_t direct;                         /* 1: the disk is read past the page cache */
     int32_t n_threads, n_batch, load;       /* as chosen */
     const char *isa;
 } ms4_stats;
@@ -218,6 +226,8 @@ int ms4_sample(const float *logits, size_t n_rows, int32_t n_vocab, const ms4_sa
 /* --- for the tests ------------------------------------------------------------------------ */
 /* Which experts a second CPU device computes: n_layer x n_expert numbers, 0 or 1; NULL: none. */
 int ms4_engine_place(ms4_engine *engine, const uint8_t *place);
+/* Bytes of memory for experts that stay on the disk, whatever else is used; 0: as many as fit, as before. */
+int ms4_engine_slots(ms4_engine *engine, uint64_t bytes);
 struct ms4_ops;
 const struct ms4_ops *ms4_ops_for(const char *isa);              /* NULL: this machine cannot run it */
 /* cffi:end */

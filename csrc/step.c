@@ -57,9 +57,25 @@ static void shapes_of(const ms4_engine *e, int32_t n, buffer_shape out[N_BUFFERS
         [BUF_Q] = { heads * (size_t)(s->d_nope + s->d_rope), n, 0 },
         [BUF_O] = { heads * (size_t)s->d_value, n, blocks },
         [BUF_ROUTER] = { (size_t)s->n_expert, n, 0 },
-        [BUF_PAIRS] = { experts_devices(e->experts) > 1 ? d : 0, n * s->n_expert_used, 0 },
+        [BUF_PAIRS] = { experts_in_parts(e->experts) ? d : 0, n * s->n_expert_used, 0 },
     };
     memcpy(out, shapes, sizeof shapes);
+}
+/* Bytes that a step of n tokens may take beyond what the steps before have left. */
+static uint64_t growth(const ms4_engine *e, int32_t n) {
+    const ms4_shape *s = &e->shape;
+    buffer_shape one[N_BUFFERS];
+    uint64_t floats = (uint64_t)(s->n_expert_used * s->d_expert + s->d_shared + s->d_dense);
+    if (n <= e->most_rows) return 0;
+    shapes_of(e, 1, one);
+    for (int i = 0; i < N_BUFFERS; i++) floats += (uint64_t)one[i].floats * (uint64_t)one[i].rows;
+    const uint64_t of_kv = (uint64_t)s->n_layer * (uint64_t)(s->kv_rank + s->d_rope) * sizeof(uint16_t);
+    return (uint64_t)(n - e->most_rows) * (floats * sizeof(float) * 5 / 4 + of_kv);     /* blocks are a quarter */
+}
+/* Experts that stay on the disk have what memory is left. */
+static void make_room(ms4_engine *e, int32_t n) {
+    if (experts_slots(e->experts)) budget_fit(&e->budget, experts_slots(e->experts), growth(e, n));
+    if (n > e->most_rows) e->most_rows = n;
 }
 /* --- the step ------------------------------------------------------------------------------ */
 typedef struct {
@@ -186,6 +202,7 @@ static void count(const run *r, int64_t ns, int32_t n_out) {
     c->tokens_decode += decode;
     *(prefill ? &c->ns_prefill : &c->ns_decode) += (uint64_t)ns;
     *(prefill ? &c->bytes_prefill : &c->bytes_decode) += bytes + of_experts;
+    engine_count_slots(e, c);
     pthread_mutex_unlock(&e->counting);
 }
 /* --- asking for it ------------------------------------------------------------------------- */
@@ -223,6 +240,9 @@ static int check(const ms4_engine *e, const ms4_span *spans, size_t n_spans) {
 static int prepare(run *r) {
     ms4_engine *e = r->e;
     step *st = &r->st;
+    int32_t n_tokens = 0;
+    for (size_t i = 0; i < r->n_spans; i++) n_tokens += (int32_t)r->spans[i].n;
+    make_room(e, n_tokens);
     for (size_t i = 0; i < r->n_spans; i++) {
         ms4_span *s = &r->spans[i];
         if (is_stopped(s)) {
@@ -248,7 +268,8 @@ static int prepare(run *r) {
     /* One span: its own flag ends work at once.  Several: looked at between layers. */
     const atomic_int *stop = st->n_spans == 1 ? (const atomic_int *)r->part[0]->stop : &r->stop;
     TRY(DO(e->home, begin, shapes, stop));
-    return e->other && experts_devices(e->experts) > 1 ? DO(e->other, begin, shapes, stop) : MS4_OK;
+    experts_begin(e->experts, stop);
+    return e->other && experts_in_parts(e->experts) ? DO(e->other, begin, shapes, stop) : MS4_OK;
 }
 static int compute(run *r) {
     TRY(prepare(r));

@@ -30,6 +30,7 @@ class Model:
         threads: int = 0,
         load: str = "auto",
         n_batch: int = 0,
+        ram: int = 0,
         progress: Callable[[int, int], bool] | None = None,
         seen: Callable[[GgufFile], None] | None = None,
     ) -> Model:
@@ -44,7 +45,7 @@ class Model:
         shape = mistral4.shape_of(gguf, attn_scale)
         table = mistral4.tensors_of(gguf, shape)
         engine = ms4.Engine.open(
-            shape, table, gguf.paths, threads=threads, load=load, n_batch=n_batch, progress=progress
+            shape, table, gguf.paths, threads=threads, load=load, n_batch=n_batch, ram=ram, progress=progress
         )
         try:
             # The engine opened the files once more, by name: they must be those whose headers were checked.

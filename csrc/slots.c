@@ -1,0 +1,388 @@
+/* slots.c -- who has a slot, who gets one, and what is waited for.
+ *
+ * An expert is known by its id, layer * n_expert + expert.  Its mark says what is wanted of it in the layer that is
+ * computed now; the state of its slot's job says how far it has been read.  Only this file looks at marks, and only in
+ * the thread that asks; the disk sets states.
+ */
+#include "slots.h"
+#include "clock.h"
+#include "disk.h"
+#include "error.h"
+#include "memory.h"
+#include <errno.h>
+#include <string.h>
+
+#define N_THREADS 8                                           /* reads at a time: docs/tried.md */
+#define MOST_READING 24                                       /* experts */
+#define LOOK_MS 50                                            /* between two looks at the stop flag */
+
+enum { NOTHING, SOON, WANTED, GIVEN };                        /* marks; the order says who has to leave first */
+
+typedef struct { int32_t id; uint64_t used; double value; disk_job job; } slot;    /* id -1: it holds nothing */
+typedef struct {
+    uint8_t *memory;
+    slot *slot;
+    uint64_t slot_bytes, file_bytes;                          /* file_bytes: of its experts */
+    uint64_t rated;                                           /* the turn that its slots' values are of */
+    int32_t n, n_most, n_used;                                /* slots that there are; may be used; are used */
+} pool_of;
+typedef struct { int32_t pool, file[DISK_RANGES]; uint64_t offset[DISK_RANGES], bytes[DISK_RANGES], step[DISK_RANGES]; }
+    place;                                                    /* of expert 0, and from one to the next */
+struct slots {
+    files *files;
+    disk *disk;
+    place *places;                                            /* by layer */
+    pool_of *pools;
+    int32_t *slot_of;                                         /* by id: in its pool, or -1 */
+    uint8_t *mark, *share;                                    /* by id; by place among the wanted */
+    int32_t *wanted, *soon;                                   /* ids */
+    int32_t n_layer, n_expert, n_pools, n_wanted, n_soon, layer;
+    double (*value)(const void *, int32_t, int32_t);
+    const void *context;
+    const atomic_int *stop;
+    uint64_t turn, clock, seen, least;                        /* turn: counts layers; clock: uses */
+    slots_counts counts;
+};
+
+/* --- sizes -------------------------------------------------------------------------------- */
+/* A range may begin anywhere in the first block of its room. */
+static uint64_t room_of(uint64_t bytes) {
+    return (bytes + 2 * FILES_ALIGN - 2) / FILES_ALIGN * FILES_ALIGN;
+}
+static uint64_t expert_room(const ffn_weights *w) {
+    return room_of(matrix_bytes(&w->gate)) + room_of(matrix_bytes(&w->up)) + room_of(matrix_bytes(&w->down));
+}
+/* Is this the first layer whose experts take so much? */
+static int is_first(const layer_weights *layers, int32_t layer) {
+    if (!layers[layer].has_experts) return 0;
+    for (int32_t i = 0; i < layer; i++)
+        if (layers[i].has_experts && expert_room(&layers[i].experts) == expert_room(&layers[layer].experts)) return 0;
+    return 1;
+}
+uint64_t slots_least(const ms4_shape *s, const layer_weights *layers) {
+    uint64_t sum = 0;
+    for (int32_t i = 0; i < s->n_layer; i++) sum += is_first(layers, i) ? expert_room(&layers[i].experts) : 0;
+    return sum;
+}
+uint64_t slots_all(const ms4_shape *s, const layer_weights *layers) {
+    uint64_t sum = 0;
+    for (int32_t i = 0; i < s->n_layer; i++)
+        sum += layers[i].has_experts ? expert_room(&layers[i].experts) * (uint64_t)s->n_expert : 0;
+    return sum;
+}
+/* How many slots each pool may use of so many bytes: one, and of the rest its part. */
+static void share_out(slots *s, uint64_t bytes) {
+    uint64_t all = 0, rest = bytes > s->least ? bytes - s->least : 0;
+    for (int32_t i = 0; i < s->n_pools; i++) all += s->pools[i].file_bytes;
+    for (pool_of *p = s->pools; p < s->pools + s->n_pools; p++) {
+        const double part = (double)rest * ((double)p->file_bytes / (double)all) / (double)p->slot_bytes;
+        p->n_most = part + 1 < p->n ? (int32_t)part + 1 : p->n;
+    }
+}
+/* --- a slot ------------------------------------------------------------------------------- */
+static pool_of *pool_at(const slots *s, int32_t id) { return &s->pools[s->places[id / s->n_expert].pool]; }
+static slot *slot_at(const slots *s, int32_t id) {
+    return s->slot_of[id] < 0 ? NULL : &pool_at(s, id)->slot[s->slot_of[id]];
+}
+static disk_state state_of(const slot *at) {
+    return (disk_state)atomic_load_explicit(&at->job.state, memory_order_acquire);
+}
+static void clear(slots *s, slot *at) {
+    s->slot_of[at->id] = -1;
+    at->id = -1;
+    atomic_store_explicit(&at->job.state, DISK_IDLE, memory_order_relaxed);
+}
+/* Gives its memory back, too. */
+static void drop(slots *s, pool_of *p, slot *at) {
+    clear(s, at);
+    memory_drop_pages(p->memory + (size_t)(at - p->slot) * p->slot_bytes, p->slot_bytes);
+    p->n_used--;
+}
+static double value_of(const slots *s, const slot *at) {
+    return s->value ? s->value(s->context, at->id / s->n_expert, at->id % s->n_expert) : (double)at->used;
+}
+/* Layers until an expert may be used again.  (Among equals the one leaves whose turn is farthest away: in a prompt that
+ * does not fit, whole layers come one after the other, and who was used last would otherwise push out who is next.) */
+static int32_t distance(const slots *s, int32_t id) {
+    return (id / s->n_expert - s->layer + s->n_layer - 1) % s->n_layer;
+}
+static int is_better_victim(const slots *s, const slot *a, const slot *b) {
+    const int mark_a = s->mark[a->id], mark_b = s->mark[b->id];
+    if (mark_a != mark_b) return mark_a < mark_b;
+    if (a->value != b->value) return a->value < b->value;
+    return distance(s, a->id) > distance(s, b->id);
+}
+/* An expert that may leave, marked `most` at most; of the wanted only those of other shares than `share`. */
+static slot *victim(slots *s, pool_of *p, int most, int32_t share) {
+    slot *best = NULL;
+    for (slot *at = p->slot; p->rated != s->turn && at < p->slot + p->n; at++)
+        if (at->id >= 0) at->value = value_of(s, at);
+    p->rated = s->turn;
+    for (slot *at = p->slot; at < p->slot + p->n; at++) {
+        if (at->id < 0 || s->mark[at->id] > most || state_of(at) == DISK_READING) continue;
+        if (state_of(at) == DISK_FAILED) return at;
+        if (s->mark[at->id] == WANTED) {
+            int32_t i = 0;
+            while (s->wanted[i] != at->id) i++;
+            if (s->share[i] == share) continue;
+        }
+        if (!best || is_better_victim(s, at, best)) best = at;
+    }
+    return best;
+}
+/* A slot for an expert: one that holds nothing, or that of who leaves; NULL: none now. */
+static slot *slot_for(slots *s, int32_t id, int most, int32_t share) {
+    pool_of *p = pool_at(s, id);
+    slot *at = p->slot;
+    if (p->n_used < p->n_most) {
+        while (at->id >= 0) at++;
+        p->n_used++;
+    } else {
+        at = victim(s, p, most, share);
+        if (!at) return NULL;
+        clear(s, at);
+    }
+    at->id = id;
+    s->slot_of[id] = (int32_t)(at - p->slot);
+    at->used = ++s->clock;
+    at->value = value_of(s, at);
+    return at;
+}
+static int start(slots *s, int32_t id, int most, int32_t share) {
+    slot *at = slot_for(s, id, most, share);
+    if (!at) return 0;
+    const int32_t expert = id % s->n_expert;
+    const place *from = &s->places[id / s->n_expert];
+    pool_of *p = pool_at(s, id);
+    uint8_t *to = p->memory + (size_t)(at - p->slot) * p->slot_bytes;
+    at->job.n = DISK_RANGES;
+    for (int i = 0; i < DISK_RANGES; i++) {
+        const uint64_t offset = from->offset[i] + (uint64_t)expert * from->step[i];
+        at->job.range[i] = (disk_range){ from->file[i], offset, from->bytes[i], to + offset % FILES_ALIGN };
+        to += room_of(from->bytes[i]);
+    }
+    disk_read(s->disk, &at->job, s->mark[id] == SOON);
+    s->counts.n_reads++;
+    return 1;
+}
+/* --- what is wanted ----------------------------------------------------------------------- */
+/* How many of these have a slot and are still read, or, with `any`, have one at all while marked so. */
+static int32_t n_held(const slots *s, const int32_t *ids, int32_t n, int mark, int any) {
+    int32_t held = 0;
+    for (int32_t i = 0; i < n; i++) {
+        const slot *at = slot_at(s, ids[i]);
+        held += at && s->mark[ids[i]] == mark && (any || state_of(at) == DISK_READING);
+    }
+    return held;
+}
+/* Starts what can be started: those of this share, of the others, and then those that will be wanted.  What one does
+ * not get a slot for, the next one does not either.  More than MOST_READING at a time would push out what is of use,
+ * and not be there sooner. */
+static void start_all(slots *s, int32_t share) {
+    int32_t more = MOST_READING - n_held(s, s->wanted, s->n_wanted, WANTED, 0);
+    for (int others = 0; others < 2; others++)
+        for (int32_t i = 0; i < s->n_wanted && more > 0; i++) {
+            const int32_t id = s->wanted[i];
+            if ((s->share[i] != share) != others || s->mark[id] != WANTED || slot_at(s, id)) continue;
+            more = start(s, id, SOON, share) ? more - 1 : 0;
+        }
+    if (more < 1 || !s->n_soon) return;
+    const int32_t n_slots = pool_at(s, s->soon[0])->n_most / 4;
+    more = (n_slots < MOST_READING ? n_slots : MOST_READING) - n_held(s, s->soon, s->n_soon, SOON, 1);
+    for (int32_t i = 0; i < s->n_soon && more > 0; i++)
+        if (s->mark[s->soon[i]] == SOON && !slot_at(s, s->soon[i]))
+            more = start(s, s->soon[i], NOTHING, share) ? more - 1 : 0;
+}
+void slots_want(slots *s, int32_t layer, const int32_t *ids, const uint8_t *share, int32_t n, const atomic_int *stop,
+                int32_t *n_there) {
+    slots_drop(s);
+    s->layer = layer;
+    s->stop = stop;
+    s->turn++;
+    s->n_wanted = n;
+    *n_there = 0;
+    for (int32_t i = 0; i < n; i++) {
+        const int32_t id = layer * s->n_expert + ids[i];
+        slot *at = slot_at(s, id);
+        s->wanted[i] = id;
+        s->share[i] = share ? share[i] : 0;
+        s->mark[id] = WANTED;
+        if (!at) continue;
+        at->used = ++s->clock;
+        if (state_of(at) == DISK_READ) ++*n_there;
+        else if (state_of(at) == DISK_READING) disk_hurry(s->disk, &at->job);
+        else drop(s, pool_at(s, id), at);                     /* failed when nobody waited: tried again */
+    }
+    s->counts.n_wanted += (uint64_t)n;
+    s->counts.n_hits += (uint64_t)*n_there;
+    start_all(s, 0);
+}
+static int fail(const slots *s, const slot *at) {
+    const disk_job *job = &at->job;
+    FAIL_IF(job->error == ENODATA, MS4_EIO, "%s: the file became shorter while it was in use; load it again",
+            files_path(s->files, job->error_file));
+    return error_set(MS4_EIO, "%s: layer %d, expert %d cannot be read at byte %llu: %s",
+                     files_path(s->files, job->error_file), at->id / s->n_expert, at->id % s->n_expert,
+                     (unsigned long long)job->error_at, strerror(job->error));
+}
+/* Gives what is there; left: how many of the share are not. */
+static int collect(slots *s, int32_t share, int32_t *ids, int32_t *n, int32_t *left) {
+    *n = *left = 0;
+    for (int32_t i = 0; i < s->n_wanted; i++) {
+        const int32_t id = s->wanted[i];
+        slot *at = slot_at(s, id);
+        if (s->share[i] != share || s->mark[id] != WANTED) continue;
+        if (!at || state_of(at) == DISK_READING) ++*left;
+        else if (state_of(at) == DISK_READ) {
+            s->mark[id] = GIVEN;
+            ids[(*n)++] = id % s->n_expert;
+        } else {
+            int status = fail(s, at);
+            drop(s, pool_at(s, id), at);
+            return status;
+        }
+    }
+    return MS4_OK;
+}
+/* Is anything of this share on its way? */
+static int is_reading(const slots *s, int32_t share) {
+    for (int32_t i = 0; i < s->n_wanted; i++)
+        if (s->share[i] == share && s->mark[s->wanted[i]] == WANTED && slot_at(s, s->wanted[i])) return 1;
+    return 0;
+}
+/* Nothing of the share is on its way, for want of a slot: takes one from another share, which will read it again. */
+static void take_from_others(slots *s, int32_t share) {
+    for (int32_t i = 0; i < s->n_wanted; i++)
+        if (s->share[i] == share && s->mark[s->wanted[i]] == WANTED && start(s, s->wanted[i], WANTED, share)) return;
+}
+int slots_next(slots *s, int32_t share, int wait, int32_t *ids, int32_t *n) {
+    int32_t left;
+    int64_t since = 0;
+    int status;
+    for (int32_t i = 0; i < s->n_wanted; i++)
+        if (s->mark[s->wanted[i]] == GIVEN) s->mark[s->wanted[i]] = NOTHING;
+    for (;;) {
+        status = collect(s, share, ids, n, &left);
+        if (!status) start_all(s, share);
+        if (status || *n || !left || !wait) break;
+        if (!is_reading(s, share)) take_from_others(s, share);
+        if (!since) since = now_ns();
+        disk_wait(s->disk, &s->seen, LOOK_MS);
+        if (s->stop && atomic_load_explicit(s->stop, memory_order_relaxed))
+            status = error_set(MS4_ECANCELED, "canceled");
+        if (status) break;
+    }
+    if (since) s->counts.ns_waited += (uint64_t)(now_ns() - since);
+    return status;
+}
+void slots_drop(slots *s) {
+    for (int32_t i = 0; i < s->n_wanted; i++) s->mark[s->wanted[i]] = NOTHING;
+    s->n_wanted = 0;
+}
+void slots_soon(slots *s, int32_t layer, const int32_t *ids, int32_t n) {
+    for (int32_t i = 0; i < s->n_soon; i++)
+        if (s->mark[s->soon[i]] == SOON) s->mark[s->soon[i]] = NOTHING;
+    s->n_soon = n;
+    for (int32_t i = 0; i < n; i++) {
+        s->soon[i] = layer * s->n_expert + ids[i];
+        if (s->mark[s->soon[i]] == NOTHING) s->mark[s->soon[i]] = SOON;
+    }
+}
+const uint8_t *slots_at(const slots *s, int32_t layer, int32_t expert, int32_t part) {
+    return slot_at(s, layer * s->n_expert + expert)->job.range[part].to;
+}
+void slots_rate(slots *s, double (*value)(const void *, int32_t, int32_t), const void *context) {
+    s->value = value;
+    s->context = context;
+}
+void slots_fit(slots *s, uint64_t bytes) {
+    share_out(s, bytes);
+    s->counts.most_bytes = bytes;
+    for (pool_of *p = s->pools; p < s->pools + s->n_pools; p++)
+        while (p->n_used > p->n_most) {
+            slot *at = victim(s, p, SOON, 0);
+            if (!at) break;
+            drop(s, p, at);
+        }
+}
+void slots_count(slots *s, slots_counts *out) {
+    *out = s->counts;
+    for (const pool_of *p = s->pools; p < s->pools + s->n_pools; p++) {
+        out->n_slots += (uint64_t)p->n_used;
+        out->bytes += (uint64_t)p->n_used * p->slot_bytes;
+        for (const slot *at = p->slot; at < p->slot + p->n; at++)
+            out->bytes_there += state_of(at) == DISK_READ ? p->slot_bytes : 0;
+    }
+    disk_count(s->disk, &out->bytes_read, &out->ns_reading);
+}
+/* --- opening ------------------------------------------------------------------------------ */
+/* Finds the experts of a layer in the files, and the pool of their size, or makes it. */
+static int find_layer(slots *s, int32_t layer, const layer_weights *w) {
+    const matrix *parts[DISK_RANGES] = { &w->experts.gate, &w->experts.up, &w->experts.down };
+    const uint64_t room = expert_room(&w->experts);
+    place *at = &s->places[layer];
+    for (int i = 0; i < DISK_RANGES; i++) {
+        FAIL_IF(!files_find(s->files, parts[i]->data, &at->file[i], &at->offset[i]), MS4_EMODEL,
+                "experts of layer %d are in no file", layer);
+        at->bytes[i] = matrix_bytes(parts[i]);
+        at->step[i] = parts[i]->slice_bytes;
+    }
+    while (at->pool < s->n_pools && s->pools[at->pool].slot_bytes != room) at->pool++;
+    if (at->pool == s->n_pools) s->pools[s->n_pools++].slot_bytes = room;
+    s->pools[at->pool].file_bytes += room * (uint64_t)s->n_expert;
+    return MS4_OK;
+}
+static int open_pools(slots *s, uint64_t bytes) {
+    for (pool_of *p = s->pools; p < s->pools + s->n_pools; p++) p->n = (int32_t)(p->file_bytes / p->slot_bytes);
+    share_out(s, bytes);
+    for (pool_of *p = s->pools; p < s->pools + s->n_pools; p++) {
+        p->n = p->n_most;
+        p->slot = memory_take((size_t)p->n, sizeof *p->slot);
+        p->memory = memory_take_pages((size_t)p->n * p->slot_bytes, 1);
+        FAIL_IF(!p->slot || !p->memory, MS4_ENOMEM, "no memory for %d experts of %llu bytes", p->n,
+                (unsigned long long)p->slot_bytes);
+        for (int32_t i = 0; i < p->n; i++) p->slot[i].id = -1;
+    }
+    return MS4_OK;
+}
+static int open_all(slots *s, const layer_weights *layers, uint64_t bytes) {
+    const size_t n_layer = (size_t)s->n_layer, n_expert = (size_t)s->n_expert, n = n_layer * n_expert;
+    s->places = memory_take(n_layer, sizeof *s->places);
+    s->pools = memory_take(n_layer, sizeof *s->pools);
+    s->slot_of = memory_take(n, sizeof *s->slot_of);
+    s->mark = memory_take(n, sizeof *s->mark);
+    s->share = memory_take(n_expert, sizeof *s->share);
+    s->wanted = memory_take(n_expert, sizeof *s->wanted);
+    s->soon = memory_take(n_expert, sizeof *s->soon);
+    FAIL_IF(!s->places || !s->pools || !s->slot_of || !s->mark || !s->share || !s->wanted || !s->soon, MS4_ENOMEM,
+            "no memory for the table of experts");
+    for (size_t i = 0; i < n; i++) s->slot_of[i] = -1;
+    for (int32_t i = 0; i < s->n_layer; i++)
+        if (layers[i].has_experts) TRY(find_layer(s, i, &layers[i]));
+    TRY(open_pools(s, bytes));
+    return disk_open(s->files, N_THREADS, &s->disk);
+}
+int slots_open(const ms4_shape *shape, const layer_weights *layers, files *f, uint64_t bytes, slots **out) {
+    const uint64_t least = slots_least(shape, layers);
+    FAIL_IF(bytes < least, MS4_ENOMEM, "%llu bytes for experts: at least %llu", (unsigned long long)bytes,
+            (unsigned long long)least);
+    slots *s = memory_take(1, sizeof *s);
+    FAIL_IF(!s, MS4_ENOMEM, "no memory for the table of experts");
+    *s = (slots){ .files = f, .n_layer = shape->n_layer, .n_expert = shape->n_expert, .least = least,
+                  .counts = { .most_bytes = bytes } };
+    int status = open_all(s, layers, bytes);
+    if (status) slots_close(s);
+    else *out = s;
+    return status;
+}
+void slots_close(slots *s) {
+    if (!s) return;
+    disk_close(s->disk);
+    for (pool_of *p = s->pools; p && p < s->pools + s->n_pools; p++) {
+        memory_give_pages(p->memory, (size_t)p->n * p->slot_bytes);
+        memory_give(p->slot);
+    }
+    void *all[] = { s->places, s->pools, s->slot_of, s->mark, s->share, s->wanted, s->soon };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) memory_give(all[i]);
+    memory_give(s);
+}

@@ -1,0 +1,55 @@
+/* slots.h -- the experts of a file that stays on the disk: places in memory for some of them, and who has one.
+ *
+ * A slot holds one expert: its rows of gate, up and down, as the file has them.  Slots come in pools, one for each size
+ * of expert that the file has, which share a number of bytes in proportion to what they hold of the file; that number
+ * is never exceeded.  An expert is read once, however many wait for it, and is there only when all of it has been read.
+ *
+ * For each layer of a step:
+ *     slots_want(s, layer, ids, share, n, &n_there);
+ *     while (!slots_next(s, share, wait, ids, &n) && n) ... slots_at(s, layer, ids[i], ...) ...;
+ *     slots_drop(s);
+ * What slots_next gives stays until it is called again, or the wants are dropped.  Everything else may be moved, that
+ * which is wanted and was not given last of all: so one slot in each pool is enough.
+ *
+ * One thread at a time (the engine's turn); only the threads of the disk work beside it, and only on what is read.
+ */
+#ifndef MS4_SLOTS_H
+#define MS4_SLOTS_H
+#include "files.h"
+#include "weights.h"
+#include <stdatomic.h>
+typedef struct slots slots;
+
+typedef struct {
+    uint64_t n_wanted, n_hits, n_reads;                       /* experts: wanted; there already then; read */
+    uint64_t ns_waited;                                       /* that somebody waited for reads */
+    uint64_t bytes_read, ns_reading;                          /* from the disk; while at least one read was under way */
+    uint64_t n_slots, bytes, bytes_there, most_bytes;         /* in use now; bytes of these; read; that they may have */
+} slots_counts;
+
+/* layers: n_layer, with experts bound to addresses of f, which outlives this.  bytes: for all slots together.
+ * MS4_ENOMEM: less than slots_least. */
+int slots_open(const ms4_shape *s, const layer_weights *layers, files *f, uint64_t bytes, slots **out);
+void slots_close(slots *s);
+uint64_t slots_least(const ms4_shape *s, const layer_weights *layers);         /* bytes of one slot in each pool */
+uint64_t slots_all(const ms4_shape *s, const layer_weights *layers);           /* bytes of a slot for each expert */
+/* Which expert has least reason to stay: that of the lowest value.  NULL: the one that was used longest ago. */
+void slots_rate(slots *s, double (*value)(const void *context, int32_t layer, int32_t expert), const void *context);
+/* Other bytes than before, and never less than slots_least; what is too much is given back to the system at once, but
+ * for what is being read. */
+void slots_fit(slots *s, uint64_t bytes);
+
+/* These n experts (ascending) are to be computed, expert ids[i] as part of share[i] (NULL: 0).  Starts to read what is
+ * missing.  n_there: how many of them are there.  stop: NULL, or a flag that ends waiting. */
+void slots_want(slots *s, int32_t layer, const int32_t *ids, const uint8_t *share, int32_t n, const atomic_int *stop,
+                int32_t *n_there);
+/* Those of a share that are there and have not been given, ascending; n 0: all have been.  wait: until there is one.
+ * MS4_EIO names file, layer and expert that could not be read; MS4_ECANCELED: stopped. */
+int slots_next(slots *s, int32_t share, int wait, int32_t *ids, int32_t *n);
+void slots_drop(slots *s);
+/* These experts of a layer will be wanted next, in this order: read where there is room, until the next call. */
+void slots_soon(slots *s, int32_t layer, const int32_t *ids, int32_t n);
+/* Where part 0 (gate), 1 (up) or 2 (down) of an expert lies that slots_next gave. */
+const uint8_t *slots_at(const slots *s, int32_t layer, int32_t expert, int32_t part);
+void slots_count(slots *s, slots_counts *out);                /* since it was opened */
+#endif

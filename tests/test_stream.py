@@ -1,0 +1,271 @@
+"""Experts that stay on the disk: the same bits for every budget, number of threads and timing, and clear ends of what
+cannot go on."""
+
+import os
+import shlex
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_hashes
+
+import ms4
+from ms4.models.model import Model
+from ms4.quant.tiny import Tiny, write_tiny
+
+ROOT = Path(__file__).parents[1]
+ALL = 1 << 40  # bytes: more than there is
+SLOTS = ("tests/checkslots.c", "csrc/slots.c", "csrc/disk.c", "csrc/memory.c", "csrc/error.c")
+IDS = np.random.default_rng(7).integers(0, 1400, 150)
+FEW = ("fused, Q8_0", "separate, Q8_0", "dense layer, tied output, F32", "no shared expert, Q8_0", "split, Q8_0")
+has_hashes = pytest.mark.skipif(ms4.probe().isa == "ref", reason="ref sums in double: its bits are its own")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf")[0]
+
+
+@pytest.fixture(scope="module")
+def want(tiny):
+    """The logits of IDS and of one token more, with everything in memory."""
+    with Model.open(tiny, load="copy") as model, model.session(200) as session:
+        return answer(session)
+
+
+def answer(session):
+    session.rewind(0)
+    return np.concatenate([session.feed(IDS, all_logits=True), [session.feed([5])]])
+
+
+def compiled(source, out, *flags):
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    command = [*compiler, "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", *flags, *source, "-o", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return str(out)
+
+
+# --- the same bits ------------------------------------------------------------------------------------------------
+
+
+def hash_of_stream(folder, tiny, threads, n_bytes):
+    path = write_tiny(folder / "t.gguf", tiny)[0]
+    with Model.open(path, load="stream", threads=threads) as model, model.session(200) as session:
+        model.engine.fix_slots(n_bytes)
+        assert model.engine.stats().load == "stream"
+        return test_hashes.digest(answer(session))
+
+
+@has_hashes
+@pytest.mark.parametrize("name", FEW)
+def test_what_stays_on_the_disk_never_shows(name, tmp_path, rng):
+    threads, n_bytes = int(rng.integers(1, 6)), int(rng.choice([1, 100_000, 300_000, ALL]))
+    assert hash_of_stream(tmp_path, test_hashes.CASES[name], threads, n_bytes) == test_hashes.stored()[name]
+
+
+@has_hashes
+@pytest.mark.slow
+@pytest.mark.parametrize("name", test_hashes.CASES)
+def test_what_stays_on_the_disk_never_shows_for_any_file_budget_and_threads(name, tmp_path, rng):
+    tiny = test_hashes.CASES[name]
+    for threads in range(1, 6):
+        for n_bytes in (1, int(rng.integers(1, 2_000_000)), ALL):
+            got = hash_of_stream(tmp_path, tiny, threads, n_bytes)
+            assert got == test_hashes.stored()[name], (threads, n_bytes)
+
+
+def test_any_budget_gives_the_same_bits_and_is_kept(tiny, want):
+    with Model.open(tiny, load="stream", threads=2) as model, model.session(200) as session:
+        engine = model.engine
+        seen = []
+        for n_bytes in (1, 60_000, 130_000, 400_000, ALL, 200_000, 1):
+            engine.fix_slots(n_bytes)
+            assert np.array_equal(answer(session), want)
+            stats = engine.stats()
+            assert stats.slots >= 1 and stats.slot_bytes <= max(n_bytes, stats.slot_bytes // stats.slots)
+            seen.append(stats)
+        assert seen[4].experts_there > seen[3].experts_there and seen[4].slots == 12
+        # With all of them in memory nothing is read.
+        engine.fix_slots(ALL)
+        answer(session)
+        before = engine.stats()
+        assert np.array_equal(answer(session), want)
+        after = engine.stats()
+        wanted = after.experts_wanted - before.experts_wanted
+        assert wanted > 12 and after.experts_there - before.experts_there == wanted
+        assert after.experts_read == before.experts_read and after.bytes_disk == before.bytes_disk
+
+
+def test_what_is_read_is_counted(tiny):
+    tensors = Model.open(tiny).gguf.tensors
+    one = sum(t.bytes for name, t in tensors.items() if "_exps" in name and name.startswith("blk.0.")) // 6
+    with Model.open(tiny, load="stream") as model, model.session(200) as session:
+        model.engine.fix_slots(ALL)
+        session.feed([5])
+        stats = model.engine.stats()
+        assert (stats.experts_wanted, stats.experts_there, stats.experts_read) == (6, 0, 6)
+        assert stats.bytes_disk == 6 * one and stats.ns_disk > 0
+        assert stats.slots == 6 and stats.slot_bytes >= stats.bytes_disk
+
+
+def test_two_devices_share_experts_from_the_disk(tiny, want, rng):
+    with Model.open(tiny, load="stream", threads=2) as model, model.session(200) as session:
+        for n_bytes in (1, 200_000, ALL):
+            model.engine.fix_slots(n_bytes)
+            model.engine.place_experts(rng.integers(0, 2, (2, 6)))
+            assert np.array_equal(answer(session), want)
+
+
+def test_sessions_in_one_step_share_experts_from_the_disk(tiny):
+    def steps(**how):
+        with Model.open(tiny, **how) as model, model.session(96) as one, model.session(96) as two:
+            if how:
+                model.engine.fix_slots(1)
+            spans = [ms4.Span(one, IDS[:40]), ms4.Span(two, IDS[40:41])]
+            return np.concatenate([*model.engine.step(spans), *model.engine.step(spans[::-1])])
+
+    assert np.array_equal(steps(load="stream"), steps())
+
+
+def test_what_was_saved_with_a_file_in_memory_is_loaded_with_one_on_the_disk(tiny, tmp_path):
+    with open(tmp_path / "saved", "w+b") as file:
+        with Model.open(tiny, load="map") as model, model.session(64) as session:
+            session.feed(IDS[:20])
+            session.save(file.fileno())
+            want = session.feed([5])
+        file.seek(0)
+        with Model.open(tiny, load="stream") as model, model.session(64) as session:
+            assert session.load(file.fileno()) == 20
+            assert np.array_equal(session.feed([5]), want)
+
+
+def test_a_stop_ends_waiting_for_the_disk(tiny, want):
+    with Model.open(tiny, load="stream") as model, model.session(1600) as session:
+        model.engine.fix_slots(1)
+        stop = ms4.StopFlag()
+        timer = threading.Timer(0.02, stop.set)
+        timer.start()
+        with pytest.raises(ms4.Canceled):
+            for _ in range(1000):
+                session.feed([5], stop=stop)
+        timer.join()
+        assert np.array_equal(answer(session), want)
+
+
+def test_the_limits_of_the_machine_are_measured_without_what_is_on_the_disk(tiny):
+    with Model.open(tiny, load="stream") as model:
+        limits = model.engine.measure(1 << 30)
+        assert limits.read_bytes_per_s > 0 and limits.int8_macs_per_s > 0
+
+
+# --- slots alone --------------------------------------------------------------------------------------------------
+
+
+def test_slots_are_like_the_model_of_them(tmp_path, rng):
+    program = compiled(SLOTS, tmp_path / "checkslots", "-Icsrc", "-pthread")
+    done = subprocess.run([program, str(rng.integers(1 << 32)), "500"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "ok\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n, flags", [(100_000, []), (5_000, ["-g", "-fsanitize=thread"])], ids=["many", "tsan"])
+def test_slots_are_like_the_model_of_them_for_long(n, flags, tmp_path, rng):
+    program = compiled(SLOTS, tmp_path / "checkslots", "-Icsrc", "-pthread", *flags)
+    done = subprocess.run([program, str(rng.integers(1 << 32)), str(n)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+
+
+# --- faults -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [pytest.param(17, id="some"), pytest.param(1, id="each", marks=pytest.mark.slow)])
+def test_reads_that_fail_stop_short_or_come_late(tiny, tmp_path, every):
+    library = compiled(["tests/faultinj.c"], tmp_path / "faultinj.so", "-shared", "-fPIC", "-ldl")
+    before = os.environ.get("LD_PRELOAD", "").split()
+    env = {**os.environ, "LD_PRELOAD": " ".join([*before, library])}
+    command = [sys.executable, "tests/faulty_reads.py", str(tiny), str(every)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+
+
+def test_a_file_that_shrinks_is_an_error(tmp_path):
+    path = write_tiny(tmp_path / "t.gguf")[0]
+    with Model.open(path, load="stream") as model, model.session(8) as session:
+        model.engine.fix_slots(1)
+        session.feed([1])
+        os.truncate(path, os.path.getsize(path) - 20000)
+        with pytest.raises(ms4.EngineError, match="t.gguf: the file became shorter while it was in use; load it again"):
+            for i in range(6):
+                session.feed([i])
+
+
+def test_a_file_that_is_written_to_is_an_error(tmp_path):
+    path = write_tiny(tmp_path / "t.gguf")[0]
+    with Model.open(path, load="stream") as model, model.session(8) as session:
+        session.feed([1])
+        with open(path, "r+b") as file:
+            file.seek(30000)
+            file.write(b"x")
+        with pytest.raises(ms4.EngineError, match="t.gguf: the file was written to while it was in use; load it again"):
+            session.feed([2])
+        assert session.length == 1
+
+
+def test_a_file_that_is_replaced_is_read_to_the_end(tmp_path, want):
+    path = write_tiny(tmp_path / "t.gguf")[0]
+    other = write_tiny(tmp_path / "other.gguf", Tiny(seed=1))[0]
+    with Model.open(path, load="stream") as model, model.session(200) as session:
+        model.engine.fix_slots(1)
+        os.replace(other, path)
+        assert np.array_equal(answer(session), want)
+
+
+def test_every_failing_allocation_of_a_stream_is_reported(tiny, monkeypatch):
+    def once():
+        with Model.open(tiny, threads=2, load="stream") as model, model.session(32) as session:
+            return session.feed([5, 6, 7])
+
+    want = once()
+    for n in range(1, 400):
+        monkeypatch.setenv("MS4_FAIL_ALLOC", str(n))
+        try:
+            got = once()
+        except MemoryError:
+            continue
+        finally:
+            monkeypatch.delenv("MS4_FAIL_ALLOC")
+            once()  # an ordinary run afterwards, and the count begins anew
+        assert np.array_equal(got, want)
+        assert n > 30
+        return
+    raise AssertionError("400 allocations to open a tiny model?")
+
+
+# --- how much memory ----------------------------------------------------------------------------------------------
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_a_file_that_does_not_fit_stays_on_the_disk(tiny):
+    with Model.open(tiny, ram=resident() + (64 << 20)) as model, model.session(8) as session:
+        session.feed([1])
+        stats = model.engine.stats()
+        assert stats.load == "stream" and 0 < stats.slot_bytes_most < 64 << 20
+    with Model.open(tiny, ram=resident() + (3 << 30)) as model:
+        assert model.engine.stats().load in ("map", "copy")
+
+
+def test_a_budget_that_is_too_small_is_refused(tiny):
+    with pytest.raises(MemoryError, match="of memory are not enough: all but the experts are 0.0 GB"):
+        Model.open(tiny, load="stream", ram=1000)
+    for load in ("map", "copy"):
+        with pytest.raises(ValueError, match="a budget of memory needs load mode auto or stream"):
+            Model.open(tiny, load=load, ram=1 << 40)
+    with pytest.raises(ValueError, match="no expert stays on the disk"):
+        with Model.open(tiny, load="map") as model:
+            model.engine.fix_slots(1)
