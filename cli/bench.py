@@ -52,6 +52,9 @@ class Row:
     macs_per_token: float
     share_of_read_bandwidth: float
     share_of_int8_peak: float
+    share_of_experts_in_memory: float  # of those that were needed, when they were
+    disk_bytes_per_token: float
+    share_waited_for_disk: float  # of the time
     bottleneck: str
 
 
@@ -81,12 +84,28 @@ def combined(limits: list[ms4.Limits], how: Callable[[list[float]], float]) -> m
 
 
 @dataclass(frozen=True)
+class Disk:
+    """What experts that stay on the disk cost; nothing where none do."""
+
+    wanted: int = 0
+    there: int = 0
+    n_bytes: int = 0
+    ns_waited: int = 0
+
+    @classmethod
+    def between(cls, before: ms4.Stats, after: ms4.Stats) -> "Disk":
+        names = ("experts_wanted", "experts_there", "bytes_disk", "ns_waited")
+        return cls(*(getattr(after, name) - getattr(before, name) for name in names))
+
+
+@dataclass(frozen=True)
 class Timing:
     """One repetition of a phase, and the limits of the machine around it."""
 
     seconds: float
     n_bytes: int  # of weights that it read
     limits: ms4.Limits
+    disk: Disk = Disk()
 
 
 def measure_depth(
@@ -105,12 +124,14 @@ def measure_depth(
 
     def timed(work: Callable[[], object]) -> Timing:
         session.rewind(depth)
-        before = bytes_read(model)
+        before = model.engine.stats()
         begun = time.perf_counter()
         work()
         seconds = time.perf_counter() - begun
+        after = model.engine.stats()
         limits.append(model.engine.measure(MOST_MEASURED))
-        return Timing(seconds, bytes_read(model) - before, combined(limits[-2:], statistics.mean))
+        n_bytes = bytes_read(after) - bytes_read(before)
+        return Timing(seconds, n_bytes, combined(limits[-2:], statistics.mean), Disk.between(before, after))
 
     def prefill() -> None:
         session.feed(ids(plan.n_prefill), stop=stop)
@@ -132,10 +153,16 @@ def measure_depth(
     ]
 
 
-def bytes_read(model: "Model") -> int:
+def bytes_read(stats: ms4.Stats) -> int:
     """Of the weights, since the model was opened."""
-    stats = model.engine.stats()
     return stats.bytes_prefill + stats.bytes_decode
+
+
+def disk_columns(n: int, timings: tuple[Timing, ...]) -> tuple[float, float, float]:
+    """Medians: the share of experts that was there, bytes read from the disk per token, the share of time waited."""
+    there = statistics.median(t.disk.there / t.disk.wanted if t.disk.wanted else 1.0 for t in timings)
+    waited = statistics.median(t.disk.ns_waited / 1e9 / t.seconds for t in timings)
+    return there, statistics.median(t.disk.n_bytes for t in timings) / n, waited
 
 
 def phase_row(phase: str, depth: int, n: int, timings: tuple[Timing, ...], macs: float) -> Row:
@@ -146,7 +173,10 @@ def phase_row(phase: str, depth: int, n: int, timings: tuple[Timing, ...], macs:
     name = "memory bandwidth" if read > int8 else "int8 arithmetic"
     if max(read, int8) < NEAR:
         name = "attention or overhead"
-    return Row(phase, depth, n, max(rates), statistics.median(rates), n_bytes, macs, read, int8, name)
+    disk = disk_columns(n, timings)
+    if disk[-1] > NEAR:
+        name = "disk"
+    return Row(phase, depth, n, max(rates), statistics.median(rates), n_bytes, macs, read, int8, *disk, name)
 
 
 def show(model: "Model", rows: list[Row], limits: ms4.Limits, path: str, form: str) -> None:
@@ -183,5 +213,8 @@ def table(about: dict[str, object], rows: list[Row], limits: ms4.Limits) -> str:
     for r in rows:
         shares = f"{100 * r.share_of_read_bandwidth:.0f} % | {100 * r.share_of_int8_peak:.0f} %"
         speeds = f"{r.best_tokens_per_s:.2f} | {r.median_tokens_per_s:.2f} | {r.bytes_per_token / 1e6:.2f}"
+        if r.disk_bytes_per_token:
+            shares += f" (experts: {100 * r.share_of_experts_in_memory:.0f} % in memory, "
+            shares += f"{r.disk_bytes_per_token / 1e6:.0f} MB/token from the disk)"
         lines.append(f"| {r.phase} | {r.depth} | {r.n_tokens} | {speeds} | {shares} | {r.bottleneck} |")
     return "\n".join(lines) + "\n"

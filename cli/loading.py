@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ms4.models.vocabulary import Vocabulary
     from ms4.quant.gguf_file import GgufFile
 
-LOADED = {"map": "used where the file lies in memory", "copy": "copied into memory"}
+LOADED = {"map": "used where the file lies in memory", "copy": "copied into memory", "stream": "experts on the disk"}
 GRACE = 0.5  # seconds that an interrupted opening has to end by itself
 DEMO_NOTE = "the demonstration model answers, a toy; -m FILE names a real one"
 
@@ -39,6 +39,22 @@ def name_size(gguf: "GgufFile", path: str) -> None:
         there = f"{render.gigabytes(size)} of weights, {render.gigabytes(room)} of memory free"
         advice = f"ms4 doctor -m {shlex.quote(path[-80:])} says what helps"
         errors.note(f"{there}: what does not fit is read from the disk again and again, which is slow; {advice}")
+
+
+def name_disk(model: "Model", engine: EngineOptions) -> None:
+    """Says so, if weights have stayed on the disk: that is slower than what fits."""
+    stats = model.engine.stats()
+    if stats.load == "map" and engine.load == "auto":
+        name_size(model.gguf, model.gguf.path)
+    if not stats.slot_bytes_most:
+        return
+    n_bytes = sum(t.bytes for name, t in model.gguf.tensors.items() if "_exps." in name)
+    share = min(100 * stats.slot_bytes_most // n_bytes, 100)
+    through = "" if stats.direct else "; this file system reads through the page cache"
+    errors.note(
+        f"of {render.gigabytes(stats.ram)} of memory {render.gigabytes(stats.slot_bytes_most)} are left for experts, "
+        f"{share} % of them: the others are read from the disk when they are needed{through}"
+    )
 
 
 def name_notes(model: "Model") -> None:
@@ -77,8 +93,9 @@ def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0) -> "
                     threads=engine.threads,
                     load=engine.load,
                     n_batch=n_batch,
+                    ram=engine.ram,
                     progress=progress,
-                    seen=None if engine.quiet else lambda gguf: name_size(gguf, path),
+                    seen=lambda gguf: name_size(gguf, path) if engine.load == "map" and not engine.quiet else None,
                 )
             )
         except BaseException as error:
@@ -102,6 +119,8 @@ def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0) -> "
         raise failed[0]
     if engine.verbose:
         name_notes(opened[0])
+    if not engine.quiet:
+        name_disk(opened[0], engine)
     return opened[0]
 
 

@@ -168,6 +168,7 @@ def run(
     ctx: opt.Context = opt.N_CTX_DEFAULT,
     threads: opt.Threads = None,
     load: opt.Load = "auto",
+    ram: opt.Ram = None,
     attn_scale: opt.Scale = "plain",
     quiet: opt.Quiet = None,
 ) -> int:
@@ -176,7 +177,7 @@ def run(
     from ms4.cli import run as one_shot
 
     sampling = opt.Sampling(effort or "none", greedy, temp, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
-    engine = opt.engine_options(model, threads, load, attn_scale, quiet)
+    engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram)
     return one_shot.run(one_shot.Request.of(given), sampling, engine)
 
 
@@ -203,6 +204,7 @@ def chat(
     ctx: opt.Context = opt.N_CTX_DEFAULT,
     threads: opt.Threads = None,
     load: opt.Load = "auto",
+    ram: opt.Ram = None,
     attn_scale: opt.Scale = "plain",
     quiet: opt.Quiet = None,
 ) -> int:
@@ -210,7 +212,7 @@ def chat(
     from ms4.cli import repl
 
     sampling = opt.Sampling(effort, greedy, temp, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
-    engine = opt.engine_options(model, threads, load, attn_scale, quiet)
+    engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram)
     images = repl.ImageOptions(mmproj, image_max_tokens)
     settings = repl.ChatSettings(
         sampling,
@@ -352,12 +354,13 @@ def bench(
     format: Table = "md",
     threads: opt.Threads = None,
     load: opt.Load = "auto",
+    ram: opt.Ram = None,
     quiet: opt.Quiet = None,
 ) -> int:
     """Measure reading (prefill) and writing (decode), and how near they come to the machine's limits."""
     from ms4.cli import bench as command
 
-    engine = opt.engine_options(model, threads, load, quiet=quiet)
+    engine = opt.engine_options(model, threads, load, quiet=quiet, ram=ram)
     if image:
         from ms4.cli import bench_image
 
@@ -381,13 +384,14 @@ def perplexity(
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     threads: opt.Threads = None,
     load: opt.Load = "auto",
+    ram: opt.Ram = None,
     attn_scale: opt.Scale = "plain",
     quiet: opt.Quiet = None,
 ) -> int:
     """Measure how well the model predicts a text: lower is better."""
     from ms4.cli import perplexity as command
 
-    engine = opt.engine_options(model, threads, load, attn_scale, quiet)
+    engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram)
     return command.perplexity(file, ctx, segments, engine, Reading(encoding, lossy), as_json=json)
 
 
@@ -423,13 +427,14 @@ def logits(
     image_max_tokens: opt.ImageMaxTokens = None,
     threads: opt.Threads = None,
     load: opt.Load = "auto",
+    ram: opt.Ram = None,
     attn_scale: opt.Scale = "plain",
     quiet: opt.Quiet = None,
 ) -> int:
     """Write the logits at every position: float32, positions by vocabulary."""
     from ms4.cli import logits as command
 
-    engine = opt.engine_options(model, threads, load, attn_scale, quiet)
+    engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram)
     return command.logits(ids, output, chunk, engine, image or [], command.ImageOptions(mmproj, image_max_tokens))
 
 

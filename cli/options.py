@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ms4.cli.errors import MissingError
+from ms4.cli.errors import MissingError, UsageError
 
 if TYPE_CHECKING:
     from ms4.models.sampling import Sampler
@@ -18,13 +18,13 @@ MOST_CTX = 1 << 20
 MOST_THREADS = 1024
 # The checkpoint that comes with ms4, for those who have no other yet.
 DEMO = os.path.join(os.path.dirname(os.path.dirname(__file__)), "models", "demo", "ms4-demo.gguf")
-UNITS = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
+UNITS = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2, "g": 1000**3, "G": 1024**3}
 RATE_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9}
 
 
 def size(text: str) -> int:
     """32768, 32k (32,000) or 32K (32,768)."""
-    match = re.fullmatch(r"([0-9]{1,30})([kKmM]?)", text)
+    match = re.fullmatch(r"([0-9]{1,30})([kKmMgG]?)", text)
     if not match:
         raise ValueError(f"{text!r} is not a whole number such as 32768, 32k or 32K")
     return int(match[1]) * UNITS[match[2]]
@@ -118,7 +118,14 @@ Threads = Annotated[
     int | None,
     typer.Option("-t", "--threads", metavar="N", parser=whole(1, MOST_THREADS), help="Threads; else as many as fit."),
 ]
-Load = Annotated[str, choice(("auto", "map", "copy"), "Use the file's pages (map) or copy them into memory.", "--load")]
+Load = Annotated[
+    str,
+    choice(("auto", "map", "copy", "stream"), "The file's pages, a copy, or experts left on the disk.", "--load"),
+]
+Ram = Annotated[
+    int | None,
+    typer.Option("--ram", metavar="BYTES", parser=whole(1, 1 << 50), help="Memory to use (24G); else what is free."),
+]
 Scale = Annotated[
     str, choice(("plain", "mscale2"), "Softmax scale: 1/sqrt(d), or that times mscale squared.", "--attn-scale")
 ]
@@ -156,6 +163,7 @@ class EngineOptions:
     attn_scale: str = "plain"
     quiet: bool = False
     verbose: bool = False
+    ram: int = 0  # 0: what is free
 
     def require(self) -> str:
         """The model's path; an error with what to type, if there is no such file."""
@@ -183,8 +191,11 @@ def engine_options(
     load: str = "auto",
     attn_scale: str = "plain",
     quiet: bool | None = None,
+    ram: int | None = None,
 ) -> EngineOptions:
-    return EngineOptions(model, threads or 0, load, attn_scale, quiet is True, quiet is False)
+    if ram and load in ("map", "copy"):
+        raise UsageError(f"--ram cannot limit --load {load}", "leave --load out, or use --load stream")
+    return EngineOptions(model, threads or 0, load, attn_scale, quiet is True, quiet is False, ram or 0)
 
 
 @dataclass(frozen=True)

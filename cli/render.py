@@ -13,6 +13,7 @@ from ms4.cli import streams
 from ms4.quant import visible
 
 if TYPE_CHECKING:
+    import ms4
     from ms4.models.answer import Statistics
 
 DIM, PLAIN, ERASE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
@@ -142,6 +143,16 @@ def statistics(s: "Statistics", s_images: float = 0.0) -> str:
         f"{images}read {s.n_prompt} tok{cached} {s.s_prefill:.1f} s · {wrote}{thinking} · "
         f"ctx {short(s.n_context)}/{short(s.n_ctx)}"
     )
+
+
+def from_disk(now: "ms4.Stats", before: "ms4.Stats | None" = None) -> str:
+    """What experts that stay on the disk cost between two looks, or since the model was opened; "" if none do."""
+    names = ("experts_wanted", "experts_there", "bytes_disk", "ns_waited")
+    wanted, there, n_bytes, ns = (getattr(now, name) - (getattr(before, name) if before else 0) for name in names)
+    if not wanted:
+        return ""
+    share = f"{100 * there // wanted} %"
+    return f" · experts {share} in memory, {gigabytes(n_bytes)} from the disk, waited {ns / 1e9:.1f} s"
 
 
 class Screen:

@@ -159,6 +159,7 @@ class Talk:
         self.interactive = interactive
         self.over = False
         self.last: Statistics | None = None
+        self.last_disk = ""
         self._sampler: Sampler = settings.sampling.sampler()
         self.commands: dict[str, Callable[[str], None]] = {
             "/effort": self.set_effort,
@@ -305,7 +306,7 @@ class Talk:
         self.turn(message)
 
     def stats(self, _: str) -> None:
-        self.tell(render.statistics(self.last) if self.last else "no turn yet")
+        self.tell(render.statistics(self.last) + self.last_disk if self.last else "no turn yet")
 
     def leave(self, _: str) -> None:
         self.over = True
@@ -323,6 +324,7 @@ class Talk:
 
         A failure takes it back too; at a terminal the chat goes on.
         """
+        before = self.scheduler.engine.stats()
         try:
             answer = self.begin(message)
             done = self.show(answer, self.encode(answer))
@@ -335,6 +337,7 @@ class Talk:
             return False
         self.dialogue.answered(answer.ids)
         self.last = done.statistics
+        self.last_disk = render.from_disk(self.scheduler.engine.stats(), before)
         self.conclude(done, bool(answer.ids))
         return bool(answer.ids)
 

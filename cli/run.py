@@ -79,6 +79,7 @@ class Request:
                 "only": "prompt" if given["show_prompt"] else "count" if given["count"] else "",
                 "stop": tuple(given["stop"] or ()),
                 "n_ctx": given["ctx"],
+                "stats": given["stats"] or given["quiet"] is False,
                 "format": "text" if given["format"] == "auto" else given["format"],
             }
         )
@@ -262,7 +263,8 @@ class Job:
         if message:
             errors.note(f"error: {message}")
         if request.stats:
-            errors.note(render.statistics(done.statistics, self.images.seconds))
+            of_disk = render.from_disk(self.model.engine.stats())
+            errors.note(render.statistics(done.statistics, self.images.seconds) + of_disk)
         return code
 
     def follow(self, answer: "Answer") -> tuple["Done", bool]:

@@ -455,7 +455,7 @@ def test_bench_counts_against_the_limits(ms4):
 
 def test_shares_are_of_the_limits_around_each_repetition():
     from ms4 import Limits
-    from ms4.cli.bench import Timing, phase_row
+    from ms4.cli.bench import Disk, Timing, phase_row
 
     # a machine that drifts: half as fast in the second and third repetition, which take twice as long
     timings = [(1.0, 80.0), (2.0, 40.0), (2.0, 50.0)]
@@ -468,6 +468,10 @@ def test_shares_are_of_the_limits_around_each_repetition():
     assert row.bottleneck == "memory bandwidth"
     rounds = tuple(Timing(t.seconds, 10, t.limits) for t in rounds)
     assert phase_row("decode", 0, 10, rounds, macs=1.0).bottleneck == "attention or overhead"
+    rounds = tuple(Timing(t.seconds, 40, t.limits, Disk(80, 20, 500, 10**9)) for t in rounds)
+    row = phase_row("decode", 0, 10, rounds, macs=10.0)
+    assert (row.share_of_experts_in_memory, row.disk_bytes_per_token, row.share_waited_for_disk) == (0.25, 50, 0.5)
+    assert row.bottleneck == "disk"
 
 
 def test_multiply_adds_by_hand():

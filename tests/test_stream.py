@@ -1,6 +1,7 @@
 """Experts that stay on the disk: the same bits for every budget, number of threads and timing, and clear ends of what
 cannot go on."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -269,3 +270,35 @@ def test_a_budget_that_is_too_small_is_refused(tiny):
     with pytest.raises(ValueError, match="no expert stays on the disk"):
         with Model.open(tiny, load="map") as model:
             model.engine.fix_slots(1)
+
+
+# --- the commands -------------------------------------------------------------------------------------------------
+
+
+def test_run_says_what_stays_on_the_disk_and_what_that_cost(ms4):
+    want = ms4("run", "-n", "3", "--greedy", "Hi")
+    code, out, err = ms4("run", "-n", "3", "--greedy", "--load", "stream", "--stats", "Hi")
+    assert (code, out) == (want[0], want[1])
+    note, *_, stats = err.splitlines()
+    assert "are left for experts" in note and "read from the disk when they are needed" in note
+    assert " · experts " in stats and " in memory, " in stats and " MB from the disk, waited " in stats
+    assert "experts" not in ms4("run", "-n", "3", "--stats", "-q", "Hi")[2]
+    assert "experts" in ms4("chat", "--load", "stream", "-q", stdin=b"Hi\n/stats\n")[2]
+
+
+def test_memory_that_cannot_be_kept_is_refused_in_one_line(ms4):
+    code, out, err = ms4("run", "--ram", "1M", "--load", "stream", "Hi")
+    assert (code, out) == (6, "") and "of memory are not enough: all but the experts" in err
+    code, out, err = ms4("run", "--ram", "4G", "--load", "map", "Hi")
+    assert (code, out) == (2, "") and err.startswith(
+        "ms4: error: --ram cannot limit --load map\nhint: leave --load out"
+    )
+    assert ms4("run", "--ram", "4X", "Hi")[0] == 2
+
+
+def test_bench_counts_what_comes_from_the_disk(tiny, ms4):
+    arguments = ("bench", "-m", tiny, "--pp", "8", "--tg", "4", "-r", "1", "--format", "json", "--load")
+    prefill, decode = json.loads(ms4(*arguments, "stream")[1])["rows"]
+    assert prefill["share_of_experts_in_memory"] == decode["share_of_experts_in_memory"] == 1.0  # from the warm-up
+    assert decode["disk_bytes_per_token"] == 0
+    assert json.loads(ms4(*arguments, "map")[1])["rows"][0]["disk_bytes_per_token"] == 0
