@@ -394,6 +394,17 @@ class Engine:
             raise ValueError(f"places of {place.shape}; expected {(self.shape.n_layer, self.shape.n_expert)}")
         check(lib.ms4_engine_place(self._live(), ffi.from_buffer("uint8_t[]", place)))
 
+    def uses(self) -> bytes:
+        """What has been used of experts that stay on the disk, for `warm` the next time; empty if none stay there."""
+        n = lib.ms4_engine_uses(self._live(), ffi.NULL, 0)
+        out = ffi.new("uint8_t[]", n)
+        lib.ms4_engine_uses(self._live(), out, n)
+        return bytes(ffi.buffer(out, n))
+
+    def warm(self, uses: bytes) -> None:
+        """Begins to read what was used most, in the background.  EngineError: these are not the uses of this model."""
+        check(lib.ms4_engine_warm(self._live(), ffi.from_buffer(uses), len(uses)))
+
     def fix_slots(self, n_bytes: int) -> None:
         """For the tests: bytes of memory for experts that stay on the disk, at least one expert; 0: what fits."""
         check(lib.ms4_engine_slots(self._live(), n_bytes))

@@ -155,3 +155,27 @@ int ms4_engine_slots(ms4_engine *e, uint64_t bytes) {
     FAIL_IF(!s, MS4_EARG, "no expert stays on the disk");
     return MS4_OK;
 }
+size_t ms4_engine_uses(ms4_engine *e, uint8_t *out, size_t room) {
+    turn_take(&e->turn);
+    const policy *p = experts_policy(e->experts);
+    const size_t n = p ? policy_pack_bytes(p) : 0;
+    if (p && n <= room) policy_pack(p, text_weights_fingerprint(&e->weights, &e->shape), out);
+    turn_give(&e->turn);
+    return n;
+}
+static int warm(ms4_engine *e, const uint8_t *uses, size_t n) {
+    FAIL_IF(!experts_slots(e->experts), MS4_EARG, "no expert stays on the disk");
+    TRY(policy_unpack(experts_policy(e->experts), text_weights_fingerprint(&e->weights, &e->shape), uses, n));
+    budget_fit(&e->budget, experts_slots(e->experts), 0);
+    TRY(slots_fill(experts_slots(e->experts)));
+    pthread_mutex_lock(&e->counting);
+    engine_count_slots(e, &e->stats);
+    pthread_mutex_unlock(&e->counting);
+    return MS4_OK;
+}
+int ms4_engine_warm(ms4_engine *e, const uint8_t *uses, size_t n) {
+    turn_take(&e->turn);
+    int status = warm(e, uses, n);
+    turn_give(&e->turn);
+    return status;
+}

@@ -14,23 +14,31 @@ struct experts {
     uint8_t *place;                                            /* by layer and expert: its device; NULL: all home */
     ffn_group *groups[MAX_SHARES];                             /* n_expert for each device; made when needed */
     slots *slots;                                              /* NULL: all experts lie with their files */
+    policy *policy;                                            /* who has earned a slot */
     ffn_group *part;                                           /* n_expert: of a part that comes from slots */
     uint8_t *share_of;                                         /* by place in `used` */
-    int32_t *ids;                                              /* n_expert: scratch */
+    int32_t *ids, *pairs;                                      /* n_expert: scratch */
     const picks *picks;                                        /* of the layer that is computed */
     const atomic_int *stop;
     uint64_t n_pairs, n_bytes;
     int32_t n_layer, n_expert, n_devices, layer;
 };
 
+static double value_of(const void *counts, int32_t layer, int32_t expert) {
+    return policy_value(counts, layer, expert);
+}
 static int open_parts(experts *store) {
     const size_t n = (size_t)store->n_expert;
     store->groups[0] = memory_take(n, sizeof *store->groups[0]);
     store->part = memory_take(n, sizeof *store->part);
     store->share_of = memory_take(n, 1);
     store->ids = memory_take(n, sizeof *store->ids);
-    FAIL_IF(!store->groups[0] || !store->part || !store->share_of || !store->ids, MS4_ENOMEM,
+    store->pairs = memory_take(n, sizeof *store->pairs);
+    FAIL_IF(!store->groups[0] || !store->part || !store->share_of || !store->ids || !store->pairs, MS4_ENOMEM,
             "no memory for the expert table");
+    if (!store->slots) return MS4_OK;
+    TRY(policy_open(store->n_layer, store->n_expert, NULL, &store->policy));
+    slots_rate(store->slots, value_of, store->policy);
     return MS4_OK;
 }
 int experts_open(const ms4_shape *s, const layer_weights *layers, device *home, slots *from_disk, experts **out) {
@@ -50,14 +58,17 @@ void experts_close(experts *store) {
     if (!store) return;
     for (int i = 0; i < MAX_SHARES; i++) memory_give(store->groups[i]);
     slots_close(store->slots);
+    policy_close(store->policy);
     memory_give(store->place);
     memory_give(store->part);
     memory_give(store->share_of);
     memory_give(store->ids);
+    memory_give(store->pairs);
     memory_give(store);
 }
 void experts_begin(experts *store, const atomic_int *stop) { store->stop = stop; }
 slots *experts_slots(experts *store) { return store->slots; }
+policy *experts_policy(experts *store) { return store->policy; }
 
 /* Where an expert is, and its pairs.  With slots the addresses are those of a part that slots_next has given. */
 static ffn_group group_of(const experts *store, int32_t expert, const picks *p) {
@@ -85,6 +96,8 @@ static ffn_group pairs_of(int32_t expert, const picks *p) {
 static int32_t want(experts *store, const picks *p) {
     int32_t n_there = p->n_used, next = store->layer + 1;
     if (!store->slots) return n_there;
+    for (int32_t i = 0; i < p->n_used; i++) store->pairs[i] = p->first[p->used[i] + 1] - p->first[p->used[i]];
+    policy_count(store->policy, store->layer, p->used, store->pairs, p->n_used, p->n);
     slots_want(store->slots, store->layer, p->used, store->share_of, p->n_used, store->stop, &n_there);
     /* The last layer is computed for those tokens only whose logits are wanted. */
     const int ahead = next + 1 < store->n_layer && store->layers[next].has_experts

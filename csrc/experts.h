@@ -11,6 +11,7 @@
 #ifndef MS4_EXPERTS_H
 #define MS4_EXPERTS_H
 #include "device.h"
+#include "policy.h"
 #include "slots.h"
 typedef struct experts experts;
 #define MAX_SHARES 4
@@ -34,6 +35,7 @@ void experts_give(experts *store, int32_t layer, const picks *p);      /* the st
 int experts_place(experts *store, const uint8_t *place, device *const *others, int32_t n_others);
 int experts_in_parts(const experts *store);                            /* 0: always one share, in one part */
 slots *experts_slots(experts *store);                                  /* NULL: everything is in memory */
+policy *experts_policy(experts *store);                                /* what was used; NULL without slots */
 /* (token, expert) pairs computed, and bytes of the experts that were needed, each once a step, since the last call. */
 void experts_count(experts *store, uint64_t *pairs, uint64_t *bytes);
 #endif

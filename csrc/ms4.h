@@ -134,6 +134,12 @@ typedef struct {
 } ms4_stats;
 void ms4_engine_stats(ms4_engine *engine, ms4_stats *out);
 
+/* What has been used of experts that stay on the disk, to begin with it the next time: the number of bytes, and the
+ * bytes, if there is room for them.  0: none stay there.  The caller owns the file's name and atomicity. */
+size_t ms4_engine_uses(ms4_engine *engine, uint8_t *out, size_t room);
+/* The reverse: reads, in the background, what was used most.  MS4_EMODEL: these are not the uses of this model. */
+int ms4_engine_warm(ms4_engine *engine, const uint8_t *uses, size_t n);
+
 /* Who is told what the router chose, from the thread of the step, which waits for it: after each layer that has
  * experts, n_tokens x n_expert_used ids, those of a token ascending; and with layer -1 once the step has ended well, so
  * that what was said of it counts.  It calls no function of the engine.  NULL: nobody, and then it costs nothing. */

@@ -10,6 +10,7 @@
 #include "error.h"
 #include "memory.h"
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define N_THREADS 8                                           /* reads at a time: docs/tried.md */
@@ -161,7 +162,7 @@ static int start(slots *s, int32_t id, int most, int32_t share) {
         at->job.range[i] = (disk_range){ from->file[i], offset, from->bytes[i], to + offset % FILES_ALIGN };
         to += room_of(from->bytes[i]);
     }
-    disk_read(s->disk, &at->job, s->mark[id] == SOON);
+    disk_read(s->disk, &at->job, s->mark[id] != WANTED);
     s->counts.n_reads++;
     return 1;
 }
@@ -294,6 +295,25 @@ const uint8_t *slots_at(const slots *s, int32_t layer, int32_t expert, int32_t p
 void slots_rate(slots *s, double (*value)(const void *, int32_t, int32_t), const void *context) {
     s->value = value;
     s->context = context;
+}
+typedef struct { double value; int32_t id; } rated;
+static int by_value(const void *a, const void *b) {
+    const rated *x = a, *y = b;
+    return x->value != y->value ? x->value < y->value ? 1 : -1 : x->id - y->id;
+}
+int slots_fill(slots *s) {
+    int32_t n = 0;
+    rated *all = memory_take((size_t)s->n_layer * (size_t)s->n_expert, sizeof *all);
+    FAIL_IF(!all, MS4_ENOMEM, "no memory to sort experts");
+    for (int32_t id = 0; s->value && id < s->n_layer * s->n_expert; id++) {
+        const double value = s->value(s->context, id / s->n_expert, id % s->n_expert);
+        if (value > 0 && !slot_at(s, id)) all[n++] = (rated){ value, id };
+    }
+    qsort(all, (size_t)n, sizeof *all, by_value);
+    for (int32_t i = 0; i < n; i++)
+        if (pool_at(s, all[i].id)->n_used < pool_at(s, all[i].id)->n_most) start(s, all[i].id, NOTHING, 0);
+    memory_give(all);
+    return MS4_OK;
 }
 void slots_fit(slots *s, uint64_t bytes) {
     share_out(s, bytes);

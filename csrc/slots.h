@@ -35,6 +35,8 @@ uint64_t slots_least(const ms4_shape *s, const layer_weights *layers);         /
 uint64_t slots_all(const ms4_shape *s, const layer_weights *layers);           /* bytes of a slot for each expert */
 /* Which expert has least reason to stay: that of the lowest value.  NULL: the one that was used longest ago. */
 void slots_rate(slots *s, double (*value)(const void *context, int32_t layer, int32_t expert), const void *context);
+/* Reads, while nobody waits for it, those of the highest values above 0 into slots that hold nothing. */
+int slots_fill(slots *s);
 /* Other bytes than before, and never less than slots_least; what is too much is given back to the system at once, but
  * for what is being read. */
 void slots_fit(slots *s, uint64_t bytes);
