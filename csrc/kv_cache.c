@@ -47,7 +47,9 @@ static int host_copy(kv_memory *m, uint8_t *to, const uint8_t *from, size_t byte
     memcpy(to, from, bytes);
     return MS4_OK;
 }
-static int host_read(kv_memory *m, void *to, const uint8_t *from, size_t bytes) { return host_copy(m, to, from, bytes); }
+static int host_read(kv_memory *m, void *to, const uint8_t *from, size_t bytes) {
+    return host_copy(m, to, from, bytes);
+}
 static int host_write(kv_memory *m, uint8_t *to, const void *from, size_t bytes) {
     return host_copy(m, to, from, bytes);
 }
