@@ -81,7 +81,7 @@ test-all: all
 
 lint: all
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	$(CC) -fsyntax-only -std=gnu11 -Wall -Wextra -Werror -Icsrc $(wildcard csrc/*.c csrc/cpu/*.c csrc/cpu/*/*.c)
+	$(CC) -fsyntax-only -std=gnu11 -Wall -Wextra -Werror -Icsrc $(wildcard csrc/*.c csrc/cpu/*.c csrc/cpu/*/*.c csrc/cuda/*.c)
 	$(PY) -c "import sys; sys.path.insert(0, 'csrc'); import build_core, pathlib; \
 	    build_core.link_package(pathlib.Path('build/types'))"
 	MYPYPATH=build/types $(PY) -m mypy -p ms4

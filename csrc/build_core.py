@@ -19,8 +19,8 @@ from setuptools.command.build_py import build_py
 CSRC = Path("csrc")
 GLUE = Path("build", "glue")
 # The kernels first: they take longest to compile, and so they are not left for one core.
-SOURCES = [str(p) for pattern in ("cpu/*/*.c", "cpu/*.c", "*.c") for p in sorted(CSRC.glob(pattern))]
-HEADERS = sorted(str(p) for suffix in ("h", "cdef") for p in CSRC.rglob(f"*.{suffix}"))
+SOURCES = [str(p) for pattern in ("cpu/*/*.c", "cpu/*.c", "cuda/*.c", "*.c") for p in sorted(CSRC.glob(pattern))]
+HEADERS = sorted(str(p) for suffix in ("h", "cdef", "cu", "cuh") for p in CSRC.rglob(f"*.{suffix}"))
 CFLAGS = ["-std=gnu11", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off"]
 CFLAGS += ["-Wall", "-Wextra", "-MMD"]
 
@@ -130,7 +130,7 @@ def run_setup(**kwargs):
         depends=HEADERS,
         include_dirs=["csrc"],
         extra_compile_args=CFLAGS + os.environ.get("CFLAGS", "").split(),  # last, so that they win
-        extra_link_args=["-pthread"],
+        extra_link_args=["-pthread", "-ldl"],
         define_macros=[("Py_LIMITED_API", "0x030a0000")],
         py_limited_api=True,
     )

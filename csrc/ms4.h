@@ -30,7 +30,8 @@ typedef enum {
     MS4_ENOMEM = -4,     /* not enough memory */
     MS4_EFULL = -6,      /* the session's context is full */
     MS4_ECANCELED = -7,  /* the stop flag was raised */
-    MS4_ENUMBER = -8     /* the model gave a number that is not finite */
+    MS4_ENUMBER = -8,    /* the model gave a number that is not finite */
+    MS4_EDEVICE = -9     /* there is no GPU that can be used, or it failed */
 } ms4_status;
 
 /* --- this process ------------------------------------------------------------------------- */
@@ -41,6 +42,15 @@ typedef struct {
     int32_t n_threads;           /* default number of threads: affinity and cgroup quota allow so many */
 } ms4_machine;
 int ms4_probe(ms4_machine *out);
+
+typedef struct {                 /* the first GPU, as its driver describes it */
+    char name[128], bus[32];     /* bus: its address, as in /sys/bus/pci/devices */
+    int32_t driver;              /* CUDA version of the driver: 1000 * major + 10 * minor */
+    int32_t major, minor;        /* compute capability */
+    int32_t n_multiprocessors;
+    uint64_t total, free;        /* bytes of its memory */
+} ms4_gpu;
+int ms4_gpu_probe(ms4_gpu *out);                  /* MS4_EDEVICE: ms4_error() says why there is none */
 
 #define MS4_FILE_NAME 512
 typedef struct {                 /* what the system lets this process have; a name is empty where there is no limit */
@@ -101,11 +111,16 @@ typedef struct {                 /* one tensor of the file */
 
 typedef enum { MS4_LOAD_AUTO, MS4_LOAD_MAP, MS4_LOAD_COPY, MS4_LOAD_STREAM } ms4_load;
 
+typedef enum { MS4_DEVICE_CPU, MS4_DEVICE_AUTO, MS4_DEVICE_CUDA, MS4_DEVICE_CUDA_SAFE } ms4_device;
+
 typedef struct {
     int32_t n_threads;           /* 0: as ms4_probe says */
     int32_t load;                /* ms4_load: use the file's pages, copy them, or leave experts on the disk */
     int32_t n_batch;             /* most tokens computed together in prefill; 0: 2048 */
     uint64_t ram;                /* bytes of memory for this process, all in all; 0: what is free, less a reserve */
+    int32_t device;              /* ms4_device; AUTO: a GPU if one can do it; SAFE: each call of it is waited for */
+    uint64_t vram;               /* bytes of the GPU's memory to use; 0: what is free, less a reserve */
+    const char *code;            /* the folder of the package, for the GPU's kernels; NULL: there are none */
     /* called during a copy, from the opening thread; a non-zero answer ends the opening with MS4_ECANCELED */
     int (*progress)(uint64_t done, uint64_t total, void *user);
     void *user;
@@ -131,6 +146,13 @@ typedef struct {
     int32_t direct;                         /* 1: the disk is read past the page cache */
     int32_t n_threads, n_batch, load;       /* as chosen */
     const char *isa;
+    const char *device;          /* "cpu" or "cuda": who computes all but the experts that it has no room for */
+    const char *note;            /* what is not as it might be, and why; empty: nothing */
+    uint64_t vram_bytes;         /* of the GPU's memory, taken */
+    uint64_t experts;            /* of the model, where there is a GPU */
+    uint64_t vram_slots, vram_experts;      /* places for experts there; those that hold one */
+    uint64_t pairs_on_gpu;       /* of experts_used */
+    uint64_t uploads, bytes_uploaded;       /* experts brought to the GPU since opening */
 } ms4_stats;
 void ms4_engine_stats(ms4_engine *engine, ms4_stats *out);
 

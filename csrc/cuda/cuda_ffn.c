@@ -1,0 +1,192 @@
+/* cuda_ffn.c -- feed-forward networks: the router's choice, then gate, up and down of dense, shared or routed ones.
+ *
+ * All jobs of a share go together: gate and up, then the activation, then down.  A shared expert or dense layer is
+ * added to H at once; results of routed experts wait a row a pair, in PAIRS where other devices bring some of them,
+ * else in memory of our own, and are added by one kernel in ascending order of the experts (device.h).
+ */
+#include "cpu/cpu_device.h"
+#include "cuda/cuda_device.h"
+#include "memory.h"
+#include <string.h>
+
+/* --- choosing ---------------------------------------------------------------------------------------------------- */
+/* Pinned memory for n pairs: ids, then weights, rows and tokens. */
+static int room_chosen(cuda_device *d, size_t n) {
+    TRY(gpu_pinned(d->g, &d->chosen, 4 * n * sizeof *d->ids));
+    d->ids = d->chosen.at;
+    d->pairs_here = (cuda_pairs){ (float *)(d->ids + n), d->ids + 2 * n, d->ids + 3 * n };
+    return MS4_OK;
+}
+/* What kernels read of the choice: where it lies, if it is short, else a copy on the card. */
+static int show_pairs(cuda_device *d, const picks *p) {
+    enum { SHORT = 64 };
+    const size_t n = (size_t)p->n * (size_t)p->k;
+    memcpy(d->pairs_here.row, p->row, n * sizeof *p->row);
+    memcpy(d->pairs_here.token, p->token, n * sizeof *p->token);
+    d->pairs_seen = d->pairs_here;
+    if (n <= SHORT) return MS4_OK;
+    TRY(gpu_need(d->g, &d->routing, 3 * n * sizeof(int32_t)));
+    int32_t *card = d->routing.at;
+    d->pairs_seen = (cuda_pairs){ (float *)card, card + n, card + 2 * n };
+    return gpu_show(d->g, card, d->pairs_here.weight, 3 * n * sizeof *card);
+}
+/* X of few rows comes along with the choice: another device may need it, and then nobody has to wait once more. */
+static int bring_x(cuda_device *d, int32_t n) {
+    enum { FEW = 8 };
+    const cuda_rows *x = &d->rows[BUF_X];
+    const size_t bytes = (size_t)n * x->blocks * sizeof *x->q;
+    d->x_here = NULL;
+    if (!d->rows[BUF_PAIRS].width || !x->q || n > FEW) return MS4_OK;
+    TRY(gpu_pinned(d->g, &d->x_pinned, bytes));
+    TRY(gpu_fetch(d->g, d->x_pinned.at, x->q, bytes));
+    d->x_here = d->x_pinned.at;
+    return MS4_OK;
+}
+int cuda_route(device *base, const ms4_shape *s, picks *p) {
+    cuda_device *d = (cuda_device *)base;
+    const size_t n = (size_t)p->n * (size_t)p->k;
+    TRY(room_chosen(d, n));
+    const choose_args args = { cuda_row(d, BUF_ROUTER, 0), d->ids, d->pairs_here.weight, d->rows[BUF_ROUTER].width,
+                               p->n, s->n_expert, p->k, s->router_norm, s->router_scale };
+    TRY(gpu_launch(d->g, KERNEL_choose_experts, &args, (gpu_grid){ p->n, 1, 1 }, 0));
+    TRY(bring_x(d, p->n));
+    TRY(gpu_wait(d->g));
+    memcpy(p->expert, d->ids, n * sizeof *p->expert);
+    memcpy(p->weight, d->pairs_here.weight, n * sizeof *p->weight);
+    picks_group(p, s->n_expert);
+    return show_pairs(d, p);
+}
+/* --- a share ----------------------------------------------------------------------------------------------------- */
+/* One FFN and the rows that go through it: those of `tokens` (NULL: x_row and the following). */
+typedef struct {
+    const ffn_weights *w;
+    const int32_t *tokens;
+    float *gate, *up, *y;
+    uint8_t *hidden;                                          /* floats or blocks, as down wants them */
+    size_t hidden_bytes;                                      /* of a row */
+    int32_t x_row, n, add;
+} ffn_job;
+static int takes_blocks(const ffn_job *j) { return matrix_quantised(&j->w->down); }
+static size_t width_of(const ffn_job *j) { return (size_t)j->w->gate.n_rows; }
+/* May their activations be computed in one go? */
+static int alike(const ffn_job *a, const ffn_job *b) {
+    return width_of(a) == width_of(b) && takes_blocks(a) == takes_blocks(b) && a->w->gelu == b->w->gelu;
+}
+/* Gives every job its rows, side by side where jobs are alike. */
+static int place(cuda_device *d, ffn_job *jobs, int32_t n_jobs) {
+    size_t floats = 0, bytes = 0;
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass) {
+            TRY(gpu_need(d->g, &d->gate, floats * sizeof(float)));
+            TRY(gpu_need(d->g, &d->up, floats * sizeof(float)));
+            TRY(gpu_need(d->g, &d->hidden, bytes));
+        }
+        floats = bytes = 0;
+        for (ffn_job *j = jobs; j < jobs + n_jobs; j++) {
+            const size_t width = width_of(j);
+            if (j > jobs && !alike(j - 1, j)) bytes = (bytes + 63) / 64 * 64;
+            j->hidden_bytes = takes_blocks(j) ? blocks_of(width) * sizeof(block_q8) : width * sizeof(float);
+            j->gate = (float *)d->gate.at + (pass ? floats : 0);
+            j->up = (float *)d->up.at + (pass ? floats : 0);
+            j->hidden = (uint8_t *)d->hidden.at + (pass ? bytes : 0);
+            floats += (size_t)j->n * width;
+            bytes += (size_t)j->n * j->hidden_bytes;
+        }
+    }
+    return MS4_OK;
+}
+static gpu_product from_x(const cuda_device *d, const matrix *m, const ffn_job *j, float *y) {
+    const cuda_rows *x = &d->rows[BUF_X];
+    const int quantised = matrix_quantised(m);
+    gpu_product p = cuda_product(m, quantised ? (const void *)cuda_blocks(d, BUF_X, j->x_row)
+                                              : (const void *)cuda_row(d, BUF_X, j->x_row),
+                                 quantised ? x->blocks * sizeof *x->q : x->width * sizeof *x->f, y, width_of(j), j->n);
+    p.job.x_rows = j->tokens;
+    return p;
+}
+static int gate_and_up(cuda_device *d, const ffn_job *jobs, int32_t n_jobs) {
+    TRY(cuda_room_products(d, 2 * n_jobs));
+    for (int32_t i = 0; i < n_jobs; i++) {
+        d->products[2 * i] = from_x(d, &jobs[i].w->gate, &jobs[i], jobs[i].gate);
+        d->products[2 * i + 1] = from_x(d, &jobs[i].w->up, &jobs[i], jobs[i].up);
+    }
+    return gpu_products(d->g, d->products, 2 * n_jobs);
+}
+static int activate(cuda_device *d, const ffn_job *jobs, int32_t n_jobs) {
+    for (int32_t i = 0, end; i < n_jobs; i = end) {
+        const ffn_job *j = &jobs[i];
+        int32_t n = 0;
+        for (end = i; end < n_jobs && alike(j, &jobs[end]); end++) n += jobs[end].n;
+        const act_args args = { j->gate, j->up, takes_blocks(j) ? NULL : (float *)(void *)j->hidden,
+                                takes_blocks(j) ? (block_q8 *)(void *)j->hidden : NULL, blocks_of(width_of(j)), n,
+                                (int32_t)width_of(j), j->w->gelu };
+        TRY(gpu_launch(d->g, KERNEL_act_rows, &args, (gpu_grid){ n, 1, 1 }, 0));
+    }
+    return MS4_OK;
+}
+static int down(cuda_device *d, const ffn_job *jobs, int32_t n_jobs) {
+    for (int32_t i = 0; i < n_jobs; i++) {
+        const ffn_job *j = &jobs[i];
+        d->products[i] = cuda_product(&j->w->down, j->hidden, j->hidden_bytes, j->y, d->rows[BUF_H].width, j->n);
+        d->products[i].job.add = j->add;
+    }
+    return gpu_products(d->g, d->products, n_jobs);
+}
+static int add_pairs(cuda_device *d, const picks *p, const float *pairs) {
+    const sum_args args = { cuda_row(d, BUF_H, 0), pairs, d->pairs_seen.weight, d->pairs_seen.row, d->rows[BUF_H].width,
+                            p->n, p->k, (int32_t)d->rows[BUF_H].width };
+    return gpu_launch(d->g, KERNEL_sum_pairs, &args, (gpu_grid){ p->n, 1, 1 }, 0);
+}
+int cuda_ffn(device *base, const ffn_share *share, const picks *p) {
+    cuda_device *d = (cuda_device *)base;
+    const size_t width = d->rows[BUF_H].width;
+    int32_t n_jobs = 0;
+    if (cuda_stopped(d)) return MS4_OK;
+    if (share->whole && share->n_groups)
+        TRY(gpu_need(d->g, &d->pairs, (size_t)p->n * (size_t)p->k * width * sizeof(float)));
+    ffn_job *jobs = memory_take((size_t)share->n_groups + 1, sizeof *jobs);
+    FAIL_IF(!jobs, MS4_ENOMEM, "no memory for the products of a step");
+    float *pairs = share->whole ? d->pairs.at : cuda_row(d, BUF_PAIRS, 0);
+    if (share->every)
+        jobs[n_jobs++] = (ffn_job){ .w = share->every, .x_row = share->row, .n = share->n, .add = 1,
+                                    .y = cuda_row(d, BUF_H, share->row) };
+    for (const ffn_group *g = share->groups; g < share->groups + share->n_groups; g++)
+        jobs[n_jobs++] = (ffn_job){ .w = &g->w, .tokens = d->pairs_seen.token + g->first, .n = g->n,
+                                    .y = pairs + (size_t)g->first * width };
+    int status = place(d, jobs, n_jobs);
+    if (!status) status = gate_and_up(d, jobs, n_jobs);
+    if (!status) status = activate(d, jobs, n_jobs);
+    if (!status) status = down(d, jobs, n_jobs);
+    memory_give(jobs);
+    if (!status && share->whole && share->n_groups) status = add_pairs(d, p, pairs);
+    return status;
+}
+/* --- with the CPU ------------------------------------------------------------------------------------------------ */
+/* The other device is the CPU's: it alone computes what is not on the card. */
+int cuda_send(device *base, device *other, const ffn_share *share, const picks *p) {
+    cuda_device *d = (cuda_device *)base;
+    const cuda_rows *x = &d->rows[BUF_X];
+    const cpu_rows *to = &((cpu_device *)other)->rows[BUF_X];
+    int floats = 0, blocks = 0;
+    for (const ffn_group *g = share->groups; g < share->groups + share->n_groups; g++) {
+        blocks |= matrix_quantised(&g->w.gate) || matrix_quantised(&g->w.up);
+        floats |= !matrix_quantised(&g->w.gate) || !matrix_quantised(&g->w.up);
+    }
+    const size_t bytes = (size_t)p->n * x->blocks * sizeof *x->q;
+    if (blocks && d->x_here) memcpy(to->q, d->x_here, bytes);
+    else if (blocks) TRY(gpu_download(d->g, to->q, x->q, bytes));
+    return floats ? gpu_download(d->g, to->f, x->f, (size_t)p->n * x->width * sizeof *x->f) : MS4_OK;
+}
+int cuda_fetch(device *base, device *other, const ffn_share *share) {
+    cuda_device *d = (cuda_device *)base;
+    const cpu_device *from = (const cpu_device *)other;
+    const size_t row_bytes = d->rows[BUF_PAIRS].width * sizeof(float);
+    for (const ffn_group *g = share->groups; g < share->groups + share->n_groups; g++)
+        TRY(gpu_upload(d->g, cuda_row(d, BUF_PAIRS, g->first), cpu_row(from, BUF_PAIRS, g->first),
+                       (size_t)g->n * row_bytes));
+    return MS4_OK;
+}
+int cuda_sum_pairs(device *base, const picks *p) {
+    cuda_device *d = (cuda_device *)base;
+    return cuda_stopped(d) ? MS4_OK : add_pairs(d, p, cuda_row(d, BUF_PAIRS, 0));
+}

@@ -1,0 +1,87 @@
+/* cuda_kv.c -- blocks of the kv cache on the card.  They are read and written by threads that hold no turn, so that
+ * goes through a stream and pinned memory of their own. */
+#include "cuda/cuda_device.h"
+#include "memory.h"
+#include <pthread.h>
+#include <string.h>
+
+#define PIECE ((size_t)1 << 20)
+
+typedef struct {
+    kv_memory base;
+    gpu *g;
+    pthread_mutex_t lock;                                     /* of the next two */
+    CUstream stream;
+    void *pinned;
+} cuda_kv;
+
+static uint8_t *take(kv_memory *m, size_t bytes) {
+    cuda_kv *kv = (cuda_kv *)m;
+    void *block = NULL;
+    if (!gpu_enter(kv->g)) gpu_take(kv->g, bytes, &block);
+    return block;
+}
+static void give(kv_memory *m, uint8_t *block, size_t bytes) {
+    cuda_kv *kv = (cuda_kv *)m;
+    gpu_enter(kv->g);
+    gpu_give(kv->g, block, bytes);
+}
+/* Waits for the copy: the block that is copied may be somebody else's, who gives it back. */
+static int copy(kv_memory *m, uint8_t *to, const uint8_t *from, size_t bytes) {
+    cuda_kv *kv = (cuda_kv *)m;
+    TRY(gpu_enter(kv->g));
+    TRY(gpu_copy(kv->g, to, from, bytes));
+    return gpu_wait(kv->g);
+}
+static CUdeviceptr address(const void *p) { return (CUdeviceptr)(uintptr_t)p; }
+/* One direction or the other, a piece at a time: `host` is read if `card` is to be written. */
+static int move(cuda_kv *kv, uint8_t *host, const uint8_t *card, size_t bytes, int up) {
+    for (size_t part; bytes; host += part, card += part, bytes -= part) {
+        part = bytes < PIECE ? bytes : PIECE;
+        if (up) {
+            memcpy(kv->pinned, host, part);
+            TRY(CU(cuMemcpyHtoDAsync, address(card), kv->pinned, part, kv->stream));
+        } else TRY(CU(cuMemcpyDtoHAsync, kv->pinned, address(card), part, kv->stream));
+        TRY(CU(cuStreamSynchronize, kv->stream));
+        if (!up) memcpy(host, kv->pinned, part);
+    }
+    return MS4_OK;
+}
+static int read_block(kv_memory *m, void *to, const uint8_t *from, size_t bytes) {
+    cuda_kv *kv = (cuda_kv *)m;
+    TRY(gpu_enter(kv->g));
+    pthread_mutex_lock(&kv->lock);
+    int status = move(kv, to, from, bytes, 0);
+    pthread_mutex_unlock(&kv->lock);
+    return status;
+}
+static int write_block(kv_memory *m, uint8_t *to, const void *from, size_t bytes) {
+    cuda_kv *kv = (cuda_kv *)m;
+    TRY(gpu_enter(kv->g));
+    pthread_mutex_lock(&kv->lock);
+    int status = move(kv, (uint8_t *)(uintptr_t)from, to, bytes, 1);
+    pthread_mutex_unlock(&kv->lock);
+    return status;
+}
+int cuda_kv_open(gpu *g, kv_memory **out) {
+    cuda_kv *kv = memory_take(1, sizeof *kv);
+    FAIL_IF(!kv, MS4_ENOMEM, "no memory for the kv cache");
+    *kv = (cuda_kv){ .base = { take, give, copy, read_block, write_block }, .g = g };
+    pthread_mutex_init(&kv->lock, NULL);
+    int status = gpu_pin(g, PIECE, &kv->pinned);
+    if (!status) status = CU(cuStreamCreate, &kv->stream, CU_STREAM_NON_BLOCKING);
+    if (status) {
+        cuda_kv_close(&kv->base);
+        return status;
+    }
+    *out = &kv->base;
+    return MS4_OK;
+}
+void cuda_kv_close(kv_memory *m) {
+    cuda_kv *kv = (cuda_kv *)m;
+    if (!kv) return;
+    if (!gpu_enter(kv->g) && kv->stream) cuda.cuStreamDestroy(kv->stream);
+    gpu_unpin(kv->g, kv->pinned);
+    pthread_mutex_destroy(&kv->lock);
+    memory_give(kv);
+}

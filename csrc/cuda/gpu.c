@@ -1,0 +1,383 @@
+/* gpu.c -- opens the card; its memory, counted and within a limit; what is asked of it, in order. */
+#include "cuda/gpu.h"
+#include "cuda/module.h"
+#include "memory.h"
+#include "ops.h"
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
+
+#define CHUNK ((size_t)4 << 20)                               /* pinned memory is taken in pieces of at least this */
+#define MOST_CHUNKS 16
+#define SPARE ((size_t)512 << 20)                             /* of the card, for its driver and for others */
+#define SHARED_FREE ((size_t)48 << 10)                        /* shared memory that a launch has without asking */
+#define PAD 256                                               /* bytes behind what is taken: kernels may read there */
+
+typedef struct { uint8_t *at; void *card; size_t bytes, used; } chunk;
+/* Two pieces of pinned memory through which other memory goes to the card, one being filled while the other leaves. */
+typedef struct { uint8_t *at[2]; CUevent left[2]; CUstream stream; int32_t next, used[2]; } pipe;
+typedef struct { CUfunction f; size_t granted; const char *name; int32_t threads; } loaded;
+
+struct gpu {
+    CUdevice id;
+    CUcontext context;
+    CUmodule module;
+    CUstream work, bring;
+    pipe up, aside;                                       /* aside: that of `bring` */
+    chunk chunks[MOST_CHUNKS];
+    int32_t n_chunks, safe;
+    atomic_int lost;
+    pthread_mutex_t lock;                                     /* of the next three */
+    char why[256];                                            /* it was lost */
+    uint64_t used, most;
+    loaded kernels[N_KERNELS];
+};
+/* A failed call of the driver other than one for want of memory makes the card of no use for good. */
+static int check(gpu *g, const char *call, CUresult result) {
+    int status = cuda_check(call, result);
+    if (status != MS4_EDEVICE) return status;
+    pthread_mutex_lock(&g->lock);
+    if (!atomic_load(&g->lost)) snprintf(g->why, sizeof g->why, "%s", ms4_error());
+    atomic_store(&g->lost, 1);
+    pthread_mutex_unlock(&g->lock);
+    return status;
+}
+#define GPU(g, name, ...) check(g, #name, cuda.name(__VA_ARGS__))
+static CUdeviceptr address(const void *p) { return (CUdeviceptr)(uintptr_t)p; }
+
+int gpu_enter(gpu *g) {
+    FAIL_IF(g->lost, MS4_EDEVICE, "%s", g->why);
+    return GPU(g, cuCtxSetCurrent, g->context);
+}
+int gpu_wait(gpu *g) {
+    FAIL_IF(g->lost, MS4_EDEVICE, "%s", g->why);
+    TRY(GPU(g, cuStreamSynchronize, g->work));
+    for (int32_t i = 0; i < g->n_chunks; i++) g->chunks[i].used = 0;
+    return MS4_OK;
+}
+void gpu_settle(gpu *g) {
+    if (g->lost) return;
+    if (g->work) cuda.cuStreamSynchronize(g->work);
+    if (g->bring && g->bring != g->work) cuda.cuStreamSynchronize(g->bring);
+}
+/* With `safe` every call is waited for, so that a failure is that of the call just made. */
+static int settle(gpu *g, CUstream stream) { return g->safe ? GPU(g, cuStreamSynchronize, stream) : MS4_OK; }
+
+/* --- memory of the card ---------------------------------------------------------------------------------------- */
+int gpu_take(gpu *g, size_t bytes, void **out) {
+    CUdeviceptr p = 0;
+    *out = NULL;
+    pthread_mutex_lock(&g->lock);
+    int fits = bytes <= g->most && g->used <= g->most - bytes;
+    if (fits) g->used += bytes;
+    uint64_t left = g->most - g->used;
+    pthread_mutex_unlock(&g->lock);
+    FAIL_IF(!fits, MS4_ENOMEM, "no memory on the GPU: %zu bytes are needed, %llu of %llu are left; use a larger --vram "
+            "or a smaller --ctx", bytes, (unsigned long long)left, (unsigned long long)g->most);
+    int status = GPU(g, cuMemAlloc, &p, bytes + PAD);
+    if (status) {
+        pthread_mutex_lock(&g->lock);
+        g->used -= bytes;
+        pthread_mutex_unlock(&g->lock);
+        return status;
+    }
+    *out = (void *)(uintptr_t)p;
+    return MS4_OK;
+}
+void gpu_give(gpu *g, void *p, size_t bytes) {
+    if (!p) return;
+    if (!g->lost) cuda.cuMemFree(address(p));
+    pthread_mutex_lock(&g->lock);
+    g->used -= bytes;
+    pthread_mutex_unlock(&g->lock);
+}
+uint64_t gpu_room(gpu *g) {
+    pthread_mutex_lock(&g->lock);
+    uint64_t room = g->most - g->used;
+    pthread_mutex_unlock(&g->lock);
+    return room;
+}
+uint64_t gpu_used(gpu *g) {
+    pthread_mutex_lock(&g->lock);
+    uint64_t used = g->used;
+    pthread_mutex_unlock(&g->lock);
+    return used;
+}
+int gpu_need(gpu *g, gpu_buffer *room, size_t bytes) {
+    if (bytes <= room->bytes) return MS4_OK;
+    if (room->at) TRY(gpu_wait(g));                           /* somebody may still be reading it */
+    gpu_drop(g, room);
+    TRY(gpu_take(g, bytes, &room->at));
+    room->bytes = bytes;
+    return MS4_OK;
+}
+void gpu_drop(gpu *g, gpu_buffer *room) {
+    gpu_give(g, room->at, room->bytes);
+    *room = (gpu_buffer){ 0 };
+}
+int gpu_copy(gpu *g, void *to, const void *from, size_t bytes) {
+    if (!bytes) return MS4_OK;
+    TRY(GPU(g, cuMemcpyDtoDAsync, address(to), address(from), bytes, g->work));
+    return settle(g, g->work);
+}
+/* --- pinned memory --------------------------------------------------------------------------------------------- */
+int gpu_pin(gpu *g, size_t bytes, void **out) {
+    int status = GPU(g, cuMemHostAlloc, out, bytes ? bytes : 1, CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP);
+    if (status == MS4_ENOMEM)
+        return error_set(MS4_ENOMEM, "%zu bytes of memory cannot be pinned for the GPU; raise the limit (ulimit -l) or "
+                         "use a smaller batch", bytes);
+    return status;
+}
+void gpu_unpin(gpu *g, void *p) {
+    if (p && !g->lost) cuda.cuMemFreeHost(p);
+}
+int gpu_pinned(gpu *g, gpu_pinned_room *room, size_t bytes) {
+    if (bytes <= room->bytes) return MS4_OK;
+    TRY(gpu_wait(g));
+    gpu_unpin(g, room->at);
+    *room = (gpu_pinned_room){ 0 };
+    TRY(gpu_pin(g, bytes, &room->at));
+    room->bytes = bytes;
+    return MS4_OK;
+}
+/* One chunk more, at least so large. */
+static int add_chunk(gpu *g, size_t bytes) {
+    chunk *c = &g->chunks[g->n_chunks];
+    const size_t usual = CHUNK << g->n_chunks / 2;
+    FAIL_IF(g->n_chunks == MOST_CHUNKS, MS4_ENOMEM, "a step needs too many tables; use a smaller batch");
+    *c = (chunk){ .bytes = bytes > usual ? bytes : usual };
+    TRY(gpu_pin(g, c->bytes, (void **)&c->at));
+    int status = gpu_take(g, c->bytes, &c->card);
+    if (status) gpu_unpin(g, c->at);
+    else g->n_chunks++;
+    return status;
+}
+int gpu_stage(gpu *g, size_t bytes, void **out, void **card) {
+    const size_t whole = (bytes + 63) / 64 * 64;
+    chunk *c = g->chunks;
+    while (c < g->chunks + g->n_chunks && c->bytes - c->used < whole) c++;
+    if (c == g->chunks + g->n_chunks) TRY(add_chunk(g, whole));
+    *out = memset(c->at + c->used, 0, whole);
+    if (card) *card = (uint8_t *)c->card + c->used;
+    c->used += whole;
+    return MS4_OK;
+}
+int gpu_show(gpu *g, void *card, const void *staged, size_t bytes) {
+    if (!bytes) return MS4_OK;
+    TRY(GPU(g, cuMemcpyHtoDAsync, address(card), staged, bytes, g->work));
+    return settle(g, g->work);
+}
+int gpu_fetch(gpu *g, void *pinned, const void *card, size_t bytes) {
+    if (!bytes) return MS4_OK;
+    TRY(GPU(g, cuMemcpyDtoHAsync, pinned, address(card), bytes, g->work));
+    return settle(g, g->work);
+}
+/* --- between host and card ------------------------------------------------------------------------------------- */
+static int pipe_open(gpu *g, pipe *p, CUstream stream) {
+    p->stream = stream;
+    for (int i = 0; i < 2; i++) {
+        TRY(gpu_pin(g, CHUNK, (void **)&p->at[i]));
+        TRY(gpu_event(g, &p->left[i]));
+    }
+    return MS4_OK;
+}
+static void pipe_close(gpu *g, pipe *p) {
+    for (int i = 0; i < 2; i++) {
+        gpu_unpin(g, p->at[i]);
+        gpu_event_close(g, p->left[i]);
+    }
+}
+static int pipe_copy(gpu *g, pipe *p, uint8_t *to, const uint8_t *from, size_t bytes) {
+    for (size_t part; bytes; to += part, from += part, bytes -= part) {
+        const int32_t i = p->next;
+        part = bytes < CHUNK ? bytes : CHUNK;
+        if (p->used[i]) TRY(GPU(g, cuEventSynchronize, p->left[i]));
+        memcpy(p->at[i], from, part);
+        TRY(GPU(g, cuMemcpyHtoDAsync, address(to), p->at[i], part, p->stream));
+        TRY(GPU(g, cuEventRecord, p->left[i], p->stream));
+        p->used[i] = 1;
+        p->next = !i;
+    }
+    return settle(g, p->stream);
+}
+int gpu_upload(gpu *g, void *to, const void *from, size_t bytes) { return pipe_copy(g, &g->up, to, from, bytes); }
+int gpu_download(gpu *g, void *to, const void *from, size_t bytes) {
+    uint8_t *out = to;
+    const uint8_t *at = from;
+    for (size_t part; bytes; out += part, at += part, bytes -= part) {
+        part = bytes < CHUNK ? bytes : CHUNK;
+        for (int i = 0; i < 2; i++)
+            if (g->up.used[i]) TRY(GPU(g, cuEventSynchronize, g->up.left[i]));
+        g->up.used[0] = g->up.used[1] = 0;
+        TRY(GPU(g, cuMemcpyDtoHAsync, g->up.at[0], address(at), part, g->work));
+        TRY(gpu_wait(g));
+        memcpy(out, g->up.at[0], part);
+    }
+    return MS4_OK;
+}
+/* --- the second stream ----------------------------------------------------------------------------------------- */
+int gpu_bring(gpu *g, void *to, const void *from, size_t bytes) { return pipe_copy(g, &g->aside, to, from, bytes); }
+int gpu_event(gpu *g, CUevent *out) { return GPU(g, cuEventCreate, out, CU_EVENT_DISABLE_TIMING); }
+void gpu_event_close(gpu *g, CUevent event) {
+    if (event && !g->lost) cuda.cuEventDestroy(event);
+}
+int gpu_brought(gpu *g, CUevent event) { return GPU(g, cuEventRecord, event, g->bring); }
+int gpu_worked(gpu *g, CUevent event) { return GPU(g, cuEventRecord, event, g->work); }
+int gpu_await(gpu *g, CUevent event) { return GPU(g, cuStreamWaitEvent, g->work, event, 0); }
+int gpu_hold(gpu *g, CUevent event) { return GPU(g, cuStreamWaitEvent, g->bring, event, 0); }
+int gpu_is_over(gpu *g, CUevent event, int *over) {
+    enum { NOT_READY = 600 };
+    CUresult result = cuda.cuEventQuery(event);
+    *over = result == CUDA_SUCCESS;
+    return result == NOT_READY ? MS4_OK : check(g, "cuEventQuery", result);
+}
+/* --- work ------------------------------------------------------------------------------------------------------ */
+static const struct { const char *name; int32_t threads; } rows[] = {
+#define X(name, type, threads) { #name, threads },
+    CUDA_ROW_KERNELS(X)
+#undef X
+};
+/* A kernel is looked up when it is first used: a module takes its time for each. */
+static int find(gpu *g, int32_t kernel, loaded **out) {
+    char text[64];
+    loaded *k = &g->kernels[kernel];
+    *out = k;
+    if (k->f) return MS4_OK;
+    if (kernel < KERNEL_mul) {
+        snprintf(text, sizeof text, "%s", rows[kernel].name);
+        k->threads = rows[kernel].threads;
+    } else {
+        const int gemm = kernel >= KERNEL_gemm;
+        snprintf(text, sizeof text, "%s_%s", gemm ? "gemm" : "mul",
+                 ms4_type_infos[kernel - (gemm ? KERNEL_gemm : KERNEL_mul)].name);
+        k->threads = gemm ? GEMM_THREADS : MUL_THREADS;
+    }
+    CUresult result = cuda.cuModuleGetFunction(&k->f, g->module, text);
+    FAIL_IF(result, MS4_EDEVICE, "the GPU's code has no kernel %s; build ms4 anew, or use --device cpu", text);
+    return MS4_OK;
+}
+int gpu_launch(gpu *g, int32_t kernel, const void *args, gpu_grid grid, size_t shared) {
+    loaded *k;
+    if (!grid.x || !grid.y || !grid.z) return MS4_OK;
+    TRY(find(g, kernel, &k));
+    if (shared > SHARED_FREE && shared > k->granted) {
+        TRY(GPU(g, cuFuncSetAttribute, k->f, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, (int)shared));
+        k->granted = shared;
+    }
+    void *parameters[] = { (void *)args };
+    TRY(GPU(g, cuLaunchKernel, k->f, (unsigned)grid.x, (unsigned)grid.y, (unsigned)grid.z, (unsigned)k->threads, 1, 1,
+            (unsigned)shared, g->work, parameters, NULL));
+    return settle(g, g->work);
+}
+/* --- products -------------------------------------------------------------------------------------------------- */
+static int is_many(const gpu_product *p) { return p->job.n_tokens >= GEMM_FROM; }
+/* The jobs of one kernel, in one launch. */
+static int launch_products(gpu *g, const gpu_product *products, int32_t n, int32_t type, int many) {
+    mul_job *jobs;
+    void *card;
+    int32_t n_jobs = 0, blocks = 0;
+    for (int32_t i = 0; i < n; i++) n_jobs += products[i].type == type && is_many(&products[i]) == many;
+    TRY(gpu_stage(g, (size_t)n_jobs * sizeof *jobs, (void **)&jobs, &card));
+    mul_job *job = jobs;
+    for (int32_t i = 0; i < n; i++) {
+        if (products[i].type != type || is_many(&products[i]) != many) continue;
+        *job = products[i].job;
+        job->first_block = blocks;
+        blocks += many ? gemm_blocks(type, job) : mul_blocks(type, job);
+        job++;
+    }
+    TRY(gpu_show(g, card, jobs, (size_t)n_jobs * sizeof *jobs));
+    const mul_args args = { card, n_jobs };
+    return gpu_launch(g, (many ? KERNEL_gemm : KERNEL_mul) + type, &args, (gpu_grid){ blocks, 1, 1 },
+                      many ? gemm_shared(type) : mul_shared(type));
+}
+int gpu_products(gpu *g, const gpu_product *products, int32_t n) {
+    uint8_t wanted[MS4_N_TYPES][2] = { 0 };
+    for (int32_t i = 0; i < n; i++)
+        if (products[i].job.n_tokens) wanted[products[i].type][is_many(&products[i])] = 1;
+    for (int32_t type = 0; type < MS4_N_TYPES; type++)
+        for (int many = 0; many < 2; many++)
+            if (wanted[type][many]) TRY(launch_products(g, products, n, type, many));
+    return MS4_OK;
+}
+/* --- opening --------------------------------------------------------------------------------------------------- */
+/* How much may be taken: what is free now, less what driver and others may want; `most` if that is less. */
+static int limit(gpu *g, uint64_t most) {
+    size_t free_now = 0, total = 0;
+    TRY(GPU(g, cuMemGetInfo, &free_now, &total));
+    const size_t spare = free_now / 16 < SPARE ? free_now / 16 : SPARE;
+    g->most = most && most < free_now - spare ? most : free_now - spare;
+    return MS4_OK;
+}
+static int open_parts(gpu *g, const gpu_options *o) {
+    int unified = 0;
+    TRY(cuda_driver_open());
+    TRY(GPU(g, cuDeviceGet, &g->id, 0));
+    TRY(GPU(g, cuDeviceGetAttribute, &unified, CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING, g->id));
+    FAIL_IF(!unified, MS4_EDEVICE, "the GPU does not see pinned memory at the host's addresses: it is too old");
+    TRY(GPU(g, cuDevicePrimaryCtxRetain, &g->context, g->id));
+    TRY(gpu_enter(g));
+    TRY(limit(g, o->most));
+    TRY(module_open(o->code, g->id, &g->module));
+    TRY(GPU(g, cuStreamCreate, &g->work, CU_STREAM_NON_BLOCKING));
+    if (!o->safe) TRY(GPU(g, cuStreamCreate, &g->bring, CU_STREAM_NON_BLOCKING));
+    TRY(pipe_open(g, &g->up, g->work));
+    return pipe_open(g, &g->aside, o->safe ? g->work : g->bring);
+}
+int gpu_open(const gpu_options *o, gpu **out) {
+    gpu *g = memory_take(1, sizeof *g);
+    FAIL_IF(!g, MS4_ENOMEM, "no memory for the GPU");
+    pthread_mutex_init(&g->lock, NULL);
+    g->safe = o->safe;
+    int status = open_parts(g, o);
+    if (status) {
+        gpu_close(g);
+        return status;
+    }
+    if (g->safe) g->bring = g->work;
+    *out = g;
+    return MS4_OK;
+}
+/* What fails here is not told: why the card is closed is the better reason.  Of a card that is lost nothing can be
+ * given back; the process's end does it. */
+void gpu_close(gpu *g) {
+    if (!g) return;
+    if (g->context && !g->lost && cuda.cuCtxSetCurrent(g->context) == CUDA_SUCCESS) {
+        gpu_settle(g);
+        pipe_close(g, &g->up);
+        pipe_close(g, &g->aside);
+        for (int32_t i = 0; i < g->n_chunks; i++) {
+            gpu_unpin(g, g->chunks[i].at);
+            gpu_give(g, g->chunks[i].card, g->chunks[i].bytes);
+        }
+        if (g->bring && g->bring != g->work) cuda.cuStreamDestroy(g->bring);
+        if (g->work) cuda.cuStreamDestroy(g->work);
+        if (g->module) cuda.cuModuleUnload(g->module);
+    }
+    if (g->context) cuda.cuDevicePrimaryCtxRelease(g->id);
+    pthread_mutex_destroy(&g->lock);
+    memory_give(g);
+}
+/* --- for people ------------------------------------------------------------------------------------------------- */
+int ms4_gpu_probe(ms4_gpu *out) {
+    CUdevice id;
+    CUcontext context;
+    size_t free_now = 0, total = 0;
+    *out = (ms4_gpu){ 0 };
+    TRY(cuda_driver_open());
+    TRY(CU(cuDeviceGet, &id, 0));
+    TRY(CU(cuDriverGetVersion, &out->driver));
+    TRY(CU(cuDeviceGetName, out->name, (int)sizeof out->name, id));
+    TRY(CU(cuDeviceGetAttribute, &out->major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, id));
+    TRY(CU(cuDeviceGetAttribute, &out->minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, id));
+    TRY(CU(cuDeviceGetAttribute, &out->n_multiprocessors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, id));
+    TRY(CU(cuDeviceGetPCIBusId, out->bus, (int)sizeof out->bus, id));
+    TRY(CU(cuDevicePrimaryCtxRetain, &context, id));
+    int status = CU(cuCtxSetCurrent, context);
+    if (!status) status = CU(cuMemGetInfo, &free_now, &total);
+    cuda.cuDevicePrimaryCtxRelease(id);
+    out->free = free_now;
+    out->total = total;
+    return status;
+}

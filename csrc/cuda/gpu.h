@@ -1,0 +1,77 @@
+/* gpu.h -- one card in use: its context, its kernels, two streams, its memory, and the pinned memory between host and
+ * card.
+ *
+ * All work goes to one stream, in order; the other one brings experts.  Whoever calls holds the engine's turn, except
+ * for gpu_take and gpu_give, which any thread may call that has called gpu_enter.  Pinned and device memory have the
+ * same address on both sides.  Errors: MS4_ENOMEM, or MS4_EDEVICE, which lasts: a card that failed once is not asked
+ * again.
+ */
+#ifndef MS4_CUDA_GPU_H
+#define MS4_CUDA_GPU_H
+#include "cuda/driver.h"
+#include "cuda/kernels.h"
+
+/* Kernels by number: those of CUDA_ROW_KERNELS, then a product of few and one of many tokens for each type. */
+typedef enum {
+#define X(name, ...) KERNEL_##name,
+    CUDA_ROW_KERNELS(X)
+#undef X
+    KERNEL_mul,
+    KERNEL_gemm = KERNEL_mul + MS4_N_TYPES,
+    N_KERNELS = KERNEL_gemm + MS4_N_TYPES
+} gpu_kernel;
+
+typedef struct gpu gpu;
+typedef struct {
+    const char *code;                                         /* a file of kernels (cubin, fat binary, PTX); module.c */
+    uint64_t most;                                            /* bytes of memory to take at most; 0: all that is free */
+    int32_t safe;                                             /* wait after every call, to see which one fails */
+} gpu_options;
+
+int gpu_open(const gpu_options *o, gpu **out);
+void gpu_close(gpu *g);
+int gpu_enter(gpu *g);                                        /* the calling thread works with this card */
+int gpu_wait(gpu *g);                                         /* all work is done */
+void gpu_settle(gpu *g);                                      /* before closing: both streams have come to their end */
+
+/* --- memory of the card */
+int gpu_take(gpu *g, size_t bytes, void **out);               /* aligned to 256; its content is undefined */
+void gpu_give(gpu *g, void *p, size_t bytes);
+uint64_t gpu_room(gpu *g);                                    /* bytes that may still be taken */
+uint64_t gpu_used(gpu *g);
+int gpu_copy(gpu *g, void *to, const void *from, size_t bytes);               /* on the card */
+int gpu_upload(gpu *g, void *to, const void *from, size_t bytes);             /* `from` may change afterwards */
+int gpu_download(gpu *g, void *to, const void *from, size_t bytes);           /* waits */
+typedef struct { void *at; size_t bytes; } gpu_buffer;        /* memory that only grows; its old content is lost then */
+int gpu_need(gpu *g, gpu_buffer *room, size_t bytes);         /* at least so many */
+void gpu_drop(gpu *g, gpu_buffer *room);
+
+/* --- pinned memory */
+int gpu_pin(gpu *g, size_t bytes, void **out);
+void gpu_unpin(gpu *g, void *p);
+typedef struct { void *at; size_t bytes; } gpu_pinned_room;   /* that only grows; its old content is lost then */
+int gpu_pinned(gpu *g, gpu_pinned_room *room, size_t bytes);  /* at least so many; waits where it grows */
+/* Pinned, zeroed, aligned to 64; card (or NULL): as much memory of the card, for gpu_show.  Good until the next
+ * gpu_wait, on both sides. */
+int gpu_stage(gpu *g, size_t bytes, void **out, void **card);
+int gpu_show(gpu *g, void *card, const void *staged, size_t bytes);           /* pinned -> card */
+int gpu_fetch(gpu *g, void *pinned, const void *card, size_t bytes);          /* card -> pinned; does not wait */
+
+/* --- work */
+typedef struct { int32_t x, y, z; } gpu_grid;
+/* args: the struct of the kernel.  A grid with a zero in it is no work. */
+int gpu_launch(gpu *g, int32_t kernel, const void *args, gpu_grid grid, size_t shared);
+typedef struct { mul_job job; int32_t type; } gpu_product;
+/* These products, none of which reads what another writes; first_block is filled in here. */
+int gpu_products(gpu *g, const gpu_product *products, int32_t n);
+
+/* --- the second stream: experts on their way; of one thread at a time, which need not be that of the work */
+int gpu_bring(gpu *g, void *to, const void *from, size_t bytes);
+int gpu_event(gpu *g, CUevent *out);
+int gpu_brought(gpu *g, CUevent event);                       /* recorded behind all that gpu_bring has begun */
+int gpu_await(gpu *g, CUevent event);                         /* work that comes after waits for it, on the card */
+int gpu_worked(gpu *g, CUevent event);                        /* recorded behind all work */
+int gpu_hold(gpu *g, CUevent event);                          /* what is brought after waits for it */
+int gpu_is_over(gpu *g, CUevent event, int *over);
+void gpu_event_close(gpu *g, CUevent event);
+#endif

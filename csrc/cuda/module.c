@@ -1,0 +1,53 @@
+/* module.c -- finds the code of the kernels: MS4_GPU_CODE, or what was built with ms4. */
+#include "cuda/module.h"
+#include "memory.h"
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { NO_BINARY_FOR_GPU = 209, INVALID_PTX = 218, UNSUPPORTED_PTX_VERSION = 222 };
+
+/* The bytes of a file, and a zero behind them (PTX is text); *out NULL: there is no such file. */
+static int read_file(const char *path, char **out, size_t *bytes) {
+    FILE *file = fopen(path, "rb");
+    *out = NULL;
+    FAIL_IF(!file && errno != ENOENT && errno != ENOTDIR, MS4_EIO, "%s: %s", path, strerror(errno));
+    if (!file) return MS4_OK;
+    long size = fseek(file, 0, SEEK_END) ? -1 : ftell(file);
+    char *text = size < 0 ? NULL : memory_take((size_t)size + 1, 1);
+    rewind(file);
+    int good = text && fread(text, 1, (size_t)size, file) == (size_t)size;
+    fclose(file);
+    if (!good) memory_give(text);
+    FAIL_IF(!good, MS4_EIO, "%s: it cannot be read", path);
+    *out = text;
+    *bytes = (size_t)size;
+    return MS4_OK;
+}
+static int find_code(const char *folder, CUdevice id, char **out) {
+    const char *given = getenv("MS4_GPU_CODE");
+    char path[1024];
+    size_t bytes;
+    if (given && *given) {
+        TRY(read_file(given, out, &bytes));
+        FAIL_IF(!*out, MS4_EIO, "MS4_GPU_CODE=%.200s: no such file", given);
+        return MS4_OK;
+    }
+    snprintf(path, sizeof path, "%s/cuda/kernels.fatbin", folder);
+    TRY(read_file(path, out, &bytes));
+    (void)id;
+    FAIL_IF(!*out, MS4_EDEVICE, "this ms4 has no code for GPUs: it was built where there was no nvcc; install the CUDA "
+            "toolkit and build ms4 anew");
+    return MS4_OK;
+}
+int module_open(const char *folder, CUdevice id, CUmodule *out) {
+    char *code;
+    TRY(find_code(folder, id, &code));
+    CUresult result = cuda.cuModuleLoadData(out, code);
+    memory_give(code);
+    FAIL_IF(result == NO_BINARY_FOR_GPU || result == INVALID_PTX || result == UNSUPPORTED_PTX_VERSION, MS4_EDEVICE,
+            "ms4 was built for other GPUs than this one, or for a newer driver; update the driver, or build ms4 anew");
+    return cuda_check("cuModuleLoadData", result);
+}

@@ -1,0 +1,303 @@
+/* vram.c -- pools of slots, what lies in them, and the thread that brings what is to lie there. */
+#include "cuda/vram.h"
+#include "memory.h"
+#include "policy.h"
+#include <pthread.h>
+#include <string.h>
+
+#define ALIGNED 256
+#define ON_THE_WAY 2                                          /* experts sent for together: the bus sets the pace */
+
+typedef struct { uint8_t *at; int32_t id, pool; } slot;       /* id: layer * n_expert + expert; -1: it holds nothing */
+typedef struct { uint8_t *memory; size_t bytes; int32_t n; } pool_of_slots;
+typedef enum { FREE, ASKED, SENT, FAILED } stage;
+typedef struct { ffn_weights from; CUevent done; int32_t slot, id; stage at; } errand;
+
+struct vram {
+    gpu *g;
+    const layer_weights *layers;
+    policy *counts;
+    slot *slots;
+    int32_t *slot_of;                                         /* by id: -1 is not there */
+    uint8_t *where;                                           /* by id: bits of policy.h */
+    int32_t *pool;                                            /* by layer: -1 has no experts, or no slots */
+    int32_t *pairs;                                           /* n_expert: scratch */
+    pool_of_slots pools[POLICY_POOLS];
+    uint64_t of_pool[POLICY_POOLS];                           /* bytes of an expert */
+    int32_t n_layer, n_expert, n_slots, n_pools, n_held, n_experts;
+    uint64_t n_brought, bytes_brought;
+    pthread_t thread;
+    pthread_mutex_t lock;                                     /* of the errands' stages, and of `ends` */
+    pthread_cond_t asked;
+    errand errands[ON_THE_WAY];
+    int32_t ends, has_thread;
+};
+static size_t up_to(size_t n) { return (n + ALIGNED - 1) / ALIGNED * ALIGNED; }
+static size_t expert_bytes(const ffn_weights *f) {
+    return up_to(matrix_bytes(&f->gate)) + up_to(matrix_bytes(&f->up)) + up_to(matrix_bytes(&f->down));
+}
+uint64_t vram_wanted(const ms4_shape *s, const layer_weights *layers) {
+    uint64_t bytes = 0;
+    for (int32_t i = 0; i < s->n_layer; i++)
+        if (layers[i].has_experts) bytes += (uint64_t)s->n_expert * expert_bytes(&layers[i].experts);
+    return bytes;
+}
+static ffn_weights host_expert(const vram *v, int32_t id) {
+    const ffn_weights *all = &v->layers[id / v->n_expert].experts;
+    const int32_t expert = id % v->n_expert;
+    return (ffn_weights){ matrix_rows(&all->gate, expert, 0, all->gate.n_rows),
+                          matrix_rows(&all->up, expert, 0, all->up.n_rows),
+                          matrix_rows(&all->down, expert, 0, all->down.n_rows), all->gelu };
+}
+/* Where the three matrices lie in a slot: gate, up, down, each aligned. */
+static void in_slot(const slot *s, ffn_weights *f) {
+    f->gate.data = s->at;
+    f->up.data = f->gate.data + up_to(matrix_bytes(&f->gate));
+    f->down.data = f->up.data + up_to(matrix_bytes(&f->up));
+}
+/* --- the table ---------------------------------------------------------------------------------------------------- */
+static void enter(vram *v, int32_t at, int32_t id) {
+    v->slots[at].id = id;
+    v->slot_of[id] = at;
+    v->where[id] = POLICY_RAM | POLICY_VRAM;
+    v->n_held++;
+}
+static void leave(vram *v, int32_t at) {
+    const int32_t id = v->slots[at].id;
+    v->slots[at].id = -1;
+    v->slot_of[id] = -1;
+    v->where[id] = POLICY_RAM;
+    v->n_held--;
+}
+int vram_find(const vram *v, int32_t layer, int32_t expert, ffn_weights *out) {
+    const int32_t id = layer * v->n_expert + expert, at = v->slot_of[id];
+    if (at < 0) return 0;
+    *out = host_expert(v, id);
+    in_slot(&v->slots[at], out);
+    return 1;
+}
+int vram_has_all(const vram *v) { return v->n_held == v->n_experts; }
+void vram_used(vram *v, int32_t layer, const picks *p) {
+    for (int32_t i = 0; i < p->n_used; i++) v->pairs[i] = p->first[p->used[i] + 1] - p->first[p->used[i]];
+    policy_count(v->counts, layer, p->used, v->pairs, p->n_used, p->n);
+}
+void vram_count(const vram *v, ms4_stats *out) {
+    out->experts = (uint64_t)v->n_experts;
+    out->vram_slots = (uint64_t)v->n_slots;
+    out->vram_experts = (uint64_t)v->n_held;
+    out->uploads = v->n_brought;
+    out->bytes_uploaded = v->bytes_brought;
+}
+/* --- on their way ------------------------------------------------------------------------------------------------- */
+static int send(vram *v, errand *e) {
+    const matrix *from[] = { &e->from.gate, &e->from.up, &e->from.down };
+    ffn_weights to = e->from;
+    TRY(gpu_enter(v->g));
+    in_slot(&v->slots[e->slot], &to);
+    const matrix *into[] = { &to.gate, &to.up, &to.down };
+    for (int i = 0; i < 3; i++)
+        TRY(gpu_bring(v->g, (void *)(uintptr_t)into[i]->data, from[i]->data, (size_t)matrix_bytes(from[i])));
+    return gpu_brought(v->g, e->done);
+}
+static errand *next_asked(vram *v) {
+    for (errand *e = v->errands; e < v->errands + ON_THE_WAY; e++)
+        if (e->at == ASKED) return e;
+    return NULL;
+}
+static void *run_errands(void *context) {
+    vram *v = context;
+    pthread_mutex_lock(&v->lock);
+    while (!v->ends) {
+        errand *e = next_asked(v);
+        if (!e) {
+            pthread_cond_wait(&v->asked, &v->lock);
+            continue;
+        }
+        pthread_mutex_unlock(&v->lock);
+        stage became = send(v, e) ? FAILED : SENT;
+        pthread_mutex_lock(&v->lock);
+        e->at = became;
+    }
+    pthread_mutex_unlock(&v->lock);
+    return NULL;
+}
+static stage stage_of(vram *v, const errand *e) {
+    pthread_mutex_lock(&v->lock);
+    stage at = e->at;
+    pthread_mutex_unlock(&v->lock);
+    return at;
+}
+static void set_stage(vram *v, errand *e, stage at) {
+    pthread_mutex_lock(&v->lock);
+    e->at = at;
+    pthread_cond_signal(&v->asked);
+    pthread_mutex_unlock(&v->lock);
+}
+/* What has arrived gets its place in the table; what could not be brought leaves its slot empty. */
+static int arrive(vram *v) {
+    for (errand *e = v->errands; e < v->errands + ON_THE_WAY; e++) {
+        const stage at = stage_of(v, e);
+        int over = at == FAILED;
+        if (at == SENT) TRY(gpu_is_over(v->g, e->done, &over));
+        if (!over) continue;
+        if (at == SENT) {
+            enter(v, e->slot, e->id);
+            v->n_brought++;
+            v->bytes_brought += expert_bytes(&e->from);
+        } else v->where[e->id] = POLICY_RAM;
+        set_stage(v, e, FREE);
+    }
+    return MS4_OK;
+}
+/* An empty slot of a pool that nobody is on the way to; -1: there is none. */
+static int32_t empty_slot(vram *v, int32_t pool) {
+    for (int32_t i = 0; i < v->n_slots; i++) {
+        int taken = v->slots[i].pool != pool || v->slots[i].id >= 0;
+        for (errand *e = v->errands; e < v->errands + ON_THE_WAY && !taken; e++)
+            taken = stage_of(v, e) != FREE && e->slot == i;
+        if (!taken) return i;
+    }
+    return -1;
+}
+/* Sends for what a move brings.  What leaves is gone from the table at once: the step that read it is over. */
+static void ask(vram *v, const policy_move *m, errand *e) {
+    int32_t at = m->out >= 0 ? v->slot_of[m->out] : empty_slot(v, v->pool[m->id / v->n_expert]);
+    if (at < 0) return;
+    if (m->out >= 0) leave(v, at);
+    v->where[m->id] |= POLICY_BUSY;
+    e->from = host_expert(v, m->id);
+    e->slot = at;
+    e->id = m->id;
+    set_stage(v, e, ASKED);
+}
+int vram_turn(vram *v) {
+    policy_move moves[ON_THE_WAY];
+    int32_t n_free[POLICY_POOLS] = { 0 }, idle = 0, next = 0;
+    if (vram_has_all(v) || !v->n_slots) return MS4_OK;
+    TRY(gpu_enter(v->g));
+    TRY(arrive(v));
+    for (errand *e = v->errands; e < v->errands + ON_THE_WAY; e++) idle += stage_of(v, e) == FREE;
+    if (!idle) return MS4_OK;
+    for (int32_t i = 0; i < v->n_slots; i++) n_free[v->slots[i].pool] += v->slots[i].id < 0;
+    for (errand *e = v->errands; e < v->errands + ON_THE_WAY; e++)
+        if (stage_of(v, e) != FREE) n_free[v->slots[e->slot].pool]--;
+    const policy_places at = { .where = v->where, .pool = v->pool, .n_free = n_free, .bytes = v->of_pool,
+                               .n_pools = v->n_pools };
+    const int32_t n = policy_moves(v->counts, &at, UINT64_MAX, moves, idle);
+    for (errand *e = v->errands; e < v->errands + ON_THE_WAY && next < n; e++)
+        if (stage_of(v, e) == FREE) ask(v, &moves[next++], e);
+    return MS4_OK;
+}
+/* --- opening ------------------------------------------------------------------------------------------------------ */
+/* Pools by byte size.  More sizes than there may be pools: those layers have none. */
+static void find_pools(vram *v) {
+    for (int32_t i = 0; i < v->n_layer; i++) {
+        int32_t pool = 0;
+        v->pool[i] = -1;
+        if (!v->layers[i].has_experts) continue;
+        const uint64_t bytes = expert_bytes(&v->layers[i].experts);
+        v->n_experts += v->n_expert;
+        while (pool < v->n_pools && v->of_pool[pool] != bytes) pool++;
+        if (pool == POLICY_POOLS) continue;
+        if (pool == v->n_pools) v->of_pool[v->n_pools++] = bytes;
+        v->pool[i] = pool;
+        v->pools[pool].n += v->n_expert;                      /* what it would take to hold them all */
+    }
+}
+/* As many slots of each size as their share of the bytes allows. */
+static int make_slots(vram *v, uint64_t bytes) {
+    uint64_t wanted = 0;
+    for (int32_t i = 0; i < v->n_pools; i++) wanted += (uint64_t)v->pools[i].n * v->of_pool[i];
+    for (int32_t i = 0; i < v->n_pools; i++) {
+        pool_of_slots *p = &v->pools[i];
+        if (wanted > bytes) p->n = (int32_t)((double)p->n * ((double)bytes / (double)wanted));
+        if (p->n) TRY(gpu_take(v->g, (size_t)p->n * v->of_pool[i], (void **)&p->memory));
+        p->bytes = (size_t)p->n * v->of_pool[i];
+        v->n_slots += p->n;
+    }
+    v->slots = memory_take((size_t)v->n_slots + 1, sizeof *v->slots);
+    FAIL_IF(!v->slots, MS4_ENOMEM, "no memory for the table of slots");
+    slot *next = v->slots;
+    for (int32_t i = 0; i < v->n_pools; i++)
+        for (int32_t k = 0; k < v->pools[i].n; k++)
+            *next++ = (slot){ v->pools[i].memory + (size_t)k * v->of_pool[i], -1, i };
+    return MS4_OK;
+}
+static int fill_slot(vram *v, int32_t at, int32_t id) {
+    ffn_weights from = host_expert(v, id), to = from;
+    in_slot(&v->slots[at], &to);
+    const matrix *pairs[][2] = { { &from.gate, &to.gate }, { &from.up, &to.up }, { &from.down, &to.down } };
+    for (int i = 0; i < 3; i++)
+        TRY(gpu_upload(v->g, (void *)(uintptr_t)pairs[i][1]->data, pairs[i][0]->data,
+                       (size_t)matrix_bytes(pairs[i][0])));
+    enter(v, at, id);
+    return MS4_OK;
+}
+static int fill(vram *v) {
+    int32_t next[POLICY_POOLS] = { 0 };
+    for (int32_t i = 1; i < v->n_pools; i++) next[i] = next[i - 1] + v->pools[i - 1].n;
+    int32_t end[POLICY_POOLS] = { 0 };
+    for (int32_t i = 0; i < v->n_pools; i++) end[i] = next[i] + v->pools[i].n;
+    for (int32_t expert = 0; expert < v->n_expert; expert++)
+        for (int32_t layer = 0; layer < v->n_layer; layer++) {
+            const int32_t pool = v->pool[layer];
+            if (pool >= 0 && next[pool] < end[pool]) TRY(fill_slot(v, next[pool]++, layer * v->n_expert + expert));
+        }
+    return gpu_wait(v->g);
+}
+static int start_thread(vram *v) {
+    if (vram_has_all(v) || !v->n_slots) return MS4_OK;
+    for (int i = 0; i < ON_THE_WAY; i++) TRY(gpu_event(v->g, &v->errands[i].done));
+    v->has_thread = !pthread_create(&v->thread, NULL, run_errands, v);
+    FAIL_IF(!v->has_thread, MS4_ENOMEM, "no thread to bring experts to the GPU");
+    return MS4_OK;
+}
+static int open_parts(vram *v, uint64_t bytes) {
+    const size_t n = (size_t)v->n_layer * (size_t)v->n_expert;
+    v->slot_of = memory_take(n, sizeof *v->slot_of);
+    v->where = memory_take(n, 1);
+    v->pool = memory_take((size_t)v->n_layer, sizeof *v->pool);
+    v->pairs = memory_take((size_t)v->n_expert, sizeof *v->pairs);
+    FAIL_IF(!v->slot_of || !v->where || !v->pool || !v->pairs, MS4_ENOMEM, "no memory for the table of slots");
+    for (size_t i = 0; i < n; i++) v->slot_of[i] = -1;
+    memset(v->where, POLICY_RAM, n);
+    TRY(policy_open(v->n_layer, v->n_expert, NULL, &v->counts));
+    find_pools(v);
+    TRY(make_slots(v, bytes));
+    TRY(fill(v));
+    return start_thread(v);
+}
+int vram_open(gpu *g, const ms4_shape *s, const layer_weights *layers, uint64_t bytes, vram **out) {
+    vram *v = memory_take(1, sizeof *v);
+    FAIL_IF(!v, MS4_ENOMEM, "no memory for the table of slots");
+    v->g = g;
+    v->layers = layers;
+    v->n_layer = s->n_layer;
+    v->n_expert = s->n_expert;
+    pthread_mutex_init(&v->lock, NULL);
+    pthread_cond_init(&v->asked, NULL);
+    int status = open_parts(v, bytes);
+    if (status) {
+        vram_close(v);
+        return status;
+    }
+    *out = v;
+    return MS4_OK;
+}
+void vram_close(vram *v) {
+    if (!v) return;
+    pthread_mutex_lock(&v->lock);
+    v->ends = 1;
+    pthread_cond_signal(&v->asked);
+    pthread_mutex_unlock(&v->lock);
+    if (v->has_thread) pthread_join(v->thread, NULL);
+    if (!gpu_enter(v->g)) gpu_settle(v->g);
+    for (int i = 0; i < ON_THE_WAY; i++) gpu_event_close(v->g, v->errands[i].done);
+    for (int32_t i = 0; i < v->n_pools; i++) gpu_give(v->g, v->pools[i].memory, v->pools[i].bytes);
+    policy_close(v->counts);
+    void *all[] = { v->slots, v->slot_of, v->where, v->pool, v->pairs };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) memory_give(all[i]);
+    pthread_cond_destroy(&v->asked);
+    pthread_mutex_destroy(&v->lock);
+    memory_give(v);
+}

@@ -1,0 +1,29 @@
+/* vram.h -- slots: places in the card's memory where experts lie, the file's bytes as they are.
+ *
+ * Slots of one byte size are a pool; layers whose experts have that size share it.  An expert is in a slot or on its
+ * way there; only what has arrived is found.  Which experts have earned a slot is policy.h's matter; they are brought
+ * one after the other by a thread of their own beside the work, so that no token waits for one.  The engine's turn
+ * guards all calls.
+ */
+#ifndef MS4_CUDA_VRAM_H
+#define MS4_CUDA_VRAM_H
+#include "cuda/gpu.h"
+#include "step.h"
+typedef struct vram vram;
+
+/* layers: n_layer, with experts in host memory, which stays where it is.  bytes: what slots may take at most; as many
+ * are made as fit, for all sizes alike, and filled, all layers in turn. */
+int vram_open(gpu *g, const ms4_shape *s, const layer_weights *layers, uint64_t bytes, vram **out);
+void vram_close(vram *v);
+uint64_t vram_wanted(const ms4_shape *s, const layer_weights *layers);        /* bytes that all experts would take */
+
+/* The expert as it lies on the card; 0: it is not there.  It stays there until the next vram_turn. */
+int vram_find(const vram *v, int32_t layer, int32_t expert, ffn_weights *out);
+int vram_has_all(const vram *v);                              /* every expert has a slot */
+void vram_used(vram *v, int32_t layer, const picks *p);       /* what the router chose */
+/* Between two steps, while no work is under way: what has arrived can be found, and what has earned a slot by now is
+ * sent for. */
+int vram_turn(vram *v);
+/* experts to bytes_uploaded; experts brought since the slots were filled are uploads. */
+void vram_count(const vram *v, ms4_stats *out);
+#endif
