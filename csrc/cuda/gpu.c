@@ -276,7 +276,7 @@ static int is_many(const gpu_product *p) { return p->job.n_tokens >= GEMM_FROM; 
 static int launch_products(gpu *g, const gpu_product *products, int32_t n, int32_t type, int many) {
     mul_job *jobs;
     void *card;
-    int32_t n_jobs = 0, blocks = 0;
+    int32_t n_jobs = 0, blocks = 0, n_tokens = 0;
     for (int32_t i = 0; i < n; i++) n_jobs += products[i].type == type && is_many(&products[i]) == many;
     TRY(gpu_stage(g, (size_t)n_jobs * sizeof *jobs, (void **)&jobs, &card));
     mul_job *job = jobs;
@@ -285,12 +285,13 @@ static int launch_products(gpu *g, const gpu_product *products, int32_t n, int32
         *job = products[i].job;
         job->first_block = blocks;
         blocks += many ? gemm_blocks(type, job) : mul_blocks(type, job);
+        n_tokens = job->n_tokens > n_tokens ? job->n_tokens : n_tokens;
         job++;
     }
     TRY(gpu_show(g, card, jobs, (size_t)n_jobs * sizeof *jobs));
     const mul_args args = { card, n_jobs };
     return gpu_launch(g, (many ? KERNEL_gemm : KERNEL_mul) + type, &args, (gpu_grid){ blocks, 1, 1 },
-                      many ? gemm_shared(type) : mul_shared(type));
+                      many ? gemm_shared(type) : mul_shared(type, n_tokens));
 }
 int gpu_products(gpu *g, const gpu_product *products, int32_t n) {
     uint8_t wanted[MS4_N_TYPES][2] = { 0 };
