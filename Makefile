@@ -10,6 +10,7 @@
 # make kernels   every fast kernel against the reference, with timings
 # make san       the same kernels under AddressSanitizer and UBSan
 # make san-engine, make tsan   the engine's tests under those, and under ThreadSanitizer
+# make cuda-check  the CUDA kernels without a GPU: emulated, as g++ and as nvcc compile them; targets, roofline, mutants
 # make arch      the same kernels as other CPUs would run them (qemu): old x86, AVX2 only, ARM without and with dotprod
 # make lint      ruff, mypy, and the warnings of the C compiler
 # make ci        what CI runs
@@ -23,7 +24,8 @@ SAN = -O1 -g -w -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SAN_TEST = $(PY) -m pytest -q -s -p no:cacheprovider --hypothesis-profile=few
 runtime = $$($(CC) -print-file-name=lib$(1).so)
 
-.PHONY: all wheel demo skills train-demo test test-all bench kernels san san-engine tsan arch lint ci clean FORCE
+.PHONY: all wheel demo skills train-demo test test-all bench kernels san san-engine tsan arch cuda-check lint ci clean \
+    FORCE
 
 all: .venv/ready
 	@$(PY) csrc/build_core.py
@@ -101,6 +103,9 @@ arch: all
 	aarch64-linux-gnu-gcc -O3 -Wall -Wextra -Werror -static -o build/checkarm $(filter-out %.c,$(CHECK)) build/checkarm.o $(KERNELS) -lm -pthread
 	qemu-aarch64 -cpu cortex-a53 build/checkarm
 	qemu-aarch64 -cpu max build/checkarm --isa=neon
+
+cuda-check: all
+	$(PY) tests/cuda/cuda_check.py
 
 # --- sanitizers
 

@@ -1,0 +1,274 @@
+"""Do the comparisons of the CUDA kernels have teeth?  Each wrong kernel here must be caught by one of them.
+
+    python tests/cuda/mutants.py [--jobs N] [--every N] [--only WORDS]
+
+Wrong kernels are made in two ways.  By rule: each barrier and each wait left out (or for one group of copies too few),
+each fma rounded twice, each product and sum fused.  And by hand: orders of sums, associations, signs.  The checks are
+build/cuda/check_*.o (make -f tests/cuda/Makefile); only a few types are compiled with each mutant.  Prints what was not
+caught; exits 1 then.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "csrc" / "cuda"
+BUILD = ROOT / "build" / "cuda"
+TRIES = 4  # runs with other seeds
+LIMIT = 240  # seconds of one run: a mutant that waits for ever is caught
+
+# File -> checks that see it: the program, and what the names of its kernels begin with (mul_ and gemm_: their types).
+ROWS, ATTEND, PATCHES = "rows", "attend", "patches"
+BLOCKS = ("q4_k", "q6_k", "q5_1", "nvfp4")  # a type of each family but two
+SEEN_BY = {
+    "rows.cuh": [(ROWS, "")],
+    "floats.cuh": [(ROWS, "norm"), (ROWS, "quantize"), (ATTEND, "latents"), (ATTEND, "query")],
+    "route.cuh": [(ROWS, "choose")],
+    "latents.cuh": [(ATTEND, "latents"), (ATTEND, "quer")],
+    "segment.cuh": [(ATTEND, "attend")],
+    "attend.cuh": [(ATTEND, "attend")],
+    "attend_mma.cuh": [(ATTEND, "attend_segments")],
+    "attend_rows.cuh": [(ATTEND, "attend_rows")],
+    "fragments.cuh": [(ATTEND, "attend")],
+    "patches.cuh": [(PATCHES, "")],
+    "attend_patches.cuh": [(PATCHES, "")],
+    "mul.cuh": [("mul", f"mul_{kind}") for kind in BLOCKS],
+    "mul_staged.cuh": [("mul", f"mul_{kind}") for kind in BLOCKS],
+    "gemm.cuh": [("mul", f"gemm_{kind}") for kind in BLOCKS],
+    "gemm_staged.cuh": [("mul", f"gemm_{kind}") for kind in BLOCKS],
+    "float.cuh": [("mul", "mul_f16"), ("mul", "gemm_f16")],
+    "job.cuh": [("mul", "mul_q4_k"), ("mul", "gemm_f16")],
+    "dev.cuh": [(ROWS, "act"), (ROWS, "bias")],
+}
+
+# By hand: file, from, to, what is wrong.  A text that occurs more than once is changed where it occurs first.
+BY_HAND = [
+    (
+        "floats.cuh",
+        "for (int j = 8; j; j >>= 1) part",
+        "for (int j = 1; j < 16; j <<= 1) part",
+        "tree from the other end",
+    ),
+    ("floats.cuh", "sum[h] += __shfl_xor_sync(ALL, sum[h], 2);", "", "quantize: sums of 8"),
+    ("floats.cuh", "__uint_as_float(bits) >= 0x1p-121f", "__uint_as_float(bits) > 0", "quantize: tiny superblocks"),
+    ("floats.cuh", "__fdiv_rn(most, 127.0f)", "__fmul_rn(most, 1.0f / 127.0f)", "quantize: times the reciprocal"),
+    ("floats.cuh", "by_length < 32767.0f ? by_length : 32767.0f", "by_length", "quantize_16: no limit"),
+    (
+        "rows.cuh",
+        "__fmul_rn(__fmul_rn(v.v[i], factor), w.v[i])",
+        "__fmul_rn(v.v[i], __fmul_rn(factor, w.v[i]))",
+        "norm: other association",
+    ),
+    (
+        "rows.cuh",
+        "for (int j = 0; j < a.k; j++) {",
+        "for (int j = a.k - 1; j >= 0; j--) {",
+        "pairs in descending order",
+    ),
+    (
+        "dev.cuh",
+        "__fmul_rn(__fdiv_rn(gate, __fadd_rn(1.0f, exp_dev(-gate))), up)",
+        "__fmul_rn(gate, __fdiv_rn(up, __fadd_rn(1.0f, exp_dev(-gate))))",
+        "silu: other association",
+    ),
+    ("dev.cuh", "__fmul_rn(__fmul_rn(p, first), second)", "__fmul_rn(p, __fmul_rn(first, second))", "exp: 2^k at once"),
+    ("route.cuh", "c.equal -= __popc(equal);", "", "choose: ties beyond 32"),
+    ("route.cuh", "x != x ? MINUS_INFINITY : x == 0 ? 0.0f : x", "x", "choose: NaN and zeros"),
+    ("segment.cuh", "by_sum < by_most ? by_most : by_sum", "by_most", "weights may overflow"),
+    (
+        "segment.cuh",
+        "return usable_unit(unit) ? (int16_t)whole_bits(w, factor) : (int16_t)0;",
+        "return (int16_t)whole_bits(w, factor);",
+        "integers from NaN",
+    ),
+    ("segment.cuh", "if (l2 == 0) return { -1, 0 };", "", "fold: keys that nobody saw"),
+    (
+        "attend.cuh",
+        "first += FOLD_WARPS * SEGMENT_GROUP) {",
+        "first += FOLD_WARPS * SEGMENT_GROUP + 0 * n) {\n        if (first) m = m;",
+        "harmless: must not be caught",
+    ),
+    (
+        "patches.cuh",
+        "__fadd_rn(__fadd_rn(part[0], part[2]), __fadd_rn(part[1], part[3]))",
+        "__fadd_rn(__fadd_rn(part[0], part[1]), __fadd_rn(part[2], part[3]))",
+        "patches: tree of other neighbours",
+    ),
+    (
+        "mul_staged.cuh",
+        "for (int i = 0; i <= s.mask; i++) y =",
+        "for (int i = s.mask; i >= 0; i--) y =",
+        "mul: superblocks in descending order",
+    ),
+    (
+        "mul_staged.cuh",
+        "for (int b = 0; b < S::WIDE; b++) {",
+        "for (int b = S::WIDE - 1; b >= 0; b--) {",
+        "mul: blocks in descending order",
+    ),
+    ("mul_staged.cuh", "int sum = -parts<T>::BIAS * sums[h];", "int sum = 0;", "mul: no bias"),
+    (
+        "mul.cuh",
+        "for (int from = 0; from < n / 8; from += LANES) {",
+        "for (int from = n / 8 - LANES; from >= 0; from -= LANES) {",
+        "mul: blocks in descending order, any shape",
+    ),
+    ("gemm.cuh", "low[i] + 16 * high[i]", "low[i] + 15 * high[i]", "gemm: sums of x"),
+    ("gemm.cuh", "(uint8_t)(x->sums[g] & 15)", "(uint8_t)(x->sums[g] & 7)", "gemm: low nibbles of sums"),
+    (
+        "gemm.cuh",
+        "mma_k32_first<true, true>(p, a[m], of_x);",
+        "mma_k32_first<false, true>(p, a[m], of_x);",
+        "gemm: weights taken as unsigned",
+    ),
+    (
+        "float.cuh",
+        "for (int with = 8; with; with /= 2) part",
+        "for (int with = 1; with < 16; with *= 2) part",
+        "floats: tree from the other end",
+    ),
+    ("job.cuh", "if (j.scaled) v = __fmul_rn(v, j.scale);", "", "job: no scale"),
+    ("job.cuh", "j.add ? __fadd_rn(*y, v) : v", "v", "job: nothing added"),
+    ("fragments.cuh", "mma_k32<false, true>", "mma_k32<true, true>", "attend: low bytes taken as signed"),
+]
+HARMLESS = "harmless: must not be caught"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    text: str  # all of the file
+    what: str
+
+
+def once(text: str, old: str, new: str, start: int) -> str:
+    return text[:start] + new + text[start + len(old) :]
+
+
+def by_rule(file: str, text: str) -> list[Mutant]:
+    found = []
+
+    def add(match: re.Match[str], new: str, what: str) -> None:
+        line = text[: match.start()].count("\n") + 1
+        found.append(Mutant(file, once(text, match[0], new, match.start()), f"{file}:{line}: {what}"))
+
+    for m in re.finditer(r"__sync(threads|warp)\(\);", text):
+        add(m, ";", f"no {m[0][:-1]}")
+    for m in re.finditer(r"copy_wait<([^>]*)>\(\);", text):
+        add(m, ";" if m[1] == "0" else f"copy_wait<{m[1]} + 1>();", f"{m[0][:-1]} waits for too few")
+    if file == "dev.cuh":  # polynomials: each fma is the same case
+        return found
+    for m in re.finditer(r"__fmaf_rn\(", text):
+        add(m, "TWICE_ROUNDED(", "fma rounded twice")
+    return found
+
+
+def mutants() -> list[Mutant]:
+    found = []
+    for file in SEEN_BY:
+        path = SOURCES / file
+        if path.exists():
+            found += by_rule(file, path.read_text())
+    for file, old, new, what in BY_HAND:
+        path = SOURCES / file
+        text = path.read_text() if path.exists() else ""
+        if old not in text:
+            sys.exit(f"mutants: {file} has no {old!r} any more: mend the list")
+        found.append(Mutant(file, once(text, old, new, text.index(old)), f"{file}: {what}"))
+    return found
+
+
+# --- running one
+
+
+def few_types(names: set[str]) -> list[str]:
+    """Defines for table.cpp: the rows of quant.h of these types alone."""
+    rows = re.findall(r"X\((\w+, \d+, [^)]*)\)", (ROOT / "csrc" / "quant.h").read_text())
+    floats = [f"X({r})" for r in rows if r.split(",")[0] in names and ", floats," in r]
+    quantised = [f"X({r})" for r in rows if r.split(",")[0] in names and ", floats," not in r]
+    return ["-DFEW_TYPES", f"-DFEW_FLOATS(X)={' '.join(floats)}", f"-DFEW_QUANTISED(X)={' '.join(quantised)}"]
+
+
+def build(mutant: Mutant, folder: Path) -> dict[str, Path] | None:
+    """The programs that see it; None: it does not compile."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(SOURCES, folder / "cuda")
+    (folder / "cuda" / mutant.file).write_text(mutant.text)
+    seen = SEEN_BY[mutant.file]
+    types = {re.sub(r"^(mul|gemm)_", "", prefix) for program, prefix in seen if program == "mul"}
+    include = [f"-I{p}" for p in (folder, folder / "cuda", ROOT / "tests/cuda", ROOT / "csrc", ROOT / "build/glue")]
+    flags = "-std=gnu++20 -O1 -march=x86-64-v3 -ffp-contract=off -fno-strict-aliasing -w".split()
+    twice = "-DTWICE_ROUNDED(a,b,c)=__fadd_rn(__fmul_rn(a,b),c)"
+    table = folder / "table.o"
+    command = ["g++", *flags, *include, twice, *few_types(types), "-c", "-o", table, ROOT / "tests/cuda/table.cpp"]
+    if subprocess.run(command, capture_output=True).returncode:
+        return None
+    objects = [*(ROOT / "build/obj/csrc/cpu").glob("*/*.o"), ROOT / "build/obj/csrc/cpu/dispatch.o"]
+    objects += [ROOT / "build/obj/csrc/types.o", ROOT / "build/obj/build/glue/grids.o"]
+    programs = {}
+    for name in {program for program, _ in seen}:
+        programs[name] = folder / f"check_{name}"
+        parts = [BUILD / f"check_{name}.o", BUILD / "emulate.o", table, *objects]
+        subprocess.run(["g++", "-o", programs[name], *parts, "-lm", "-pthread"], check=True)
+    return programs
+
+
+def fate(mutant: Mutant, folder: Path) -> str:
+    """How it was caught, or MISSED, or that it does not compile."""
+    programs = build(mutant, folder)
+    if programs is None:
+        return "does not compile"
+    for _ in range(TRIES):
+        for program, prefix in SEEN_BY[mutant.file]:
+            try:
+                run = [programs[program], "1", prefix]
+                done = subprocess.run(run, capture_output=True, text=True, timeout=LIMIT)
+            except subprocess.TimeoutExpired:
+                return "hangs"
+            if done.returncode == 1:
+                return "differs"
+            if done.returncode:
+                return "stopped: " + (done.stderr.strip().splitlines() or [str(done.returncode)])[-1].split(": ")[-1]
+    return "MISSED"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="wrong kernels, each of which must be caught")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--every", type=int, default=1, help="only each N-th mutant")
+    parser.add_argument("--only", default="", help="only what has this in its description")
+    options = parser.parse_args()
+    chosen = [m for m in mutants() if options.only in m.what][:: options.every]
+    folders = [BUILD / f"mutant_{i}" for i in range(options.jobs)]
+
+    def run(mutant: Mutant) -> tuple[Mutant, str]:
+        folder = folders.pop()
+        try:
+            return mutant, fate(mutant, folder)
+        finally:
+            folders.append(folder)
+
+    caught, bad = 0, []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for mutant, how in pool.map(run, chosen):
+            harmless = HARMLESS in mutant.what
+            good = (how == "MISSED") if harmless else how not in ("MISSED", "does not compile")
+            caught += good and not harmless
+            print(f"  {mutant.what}: {'not caught, as it should be' if harmless and good else how}", flush=True)
+            if not good:
+                bad.append(f"{mutant.what}: {how}")
+    tried = sum(HARMLESS not in m.what for m in chosen)
+    print(f"mutants caught: {caught} of {tried} tried")
+    for line in bad:
+        print("  NOT CAUGHT:", line)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,259 @@
+"""What nvcc makes of the kernels for each target: registers, spills, shared memory, instructions; and the roofline.
+
+    python tests/cuda/targets.py FOLDER     where kernels_sm_XX.cubin and .log are (make -f tests/cuda/Makefile cubins)
+
+Exits 1 where something is not as it has to be.  Instructions are counted if there is an nvdisasm (the PyPI package
+nvidia-cuda-nvdisasm; $NVDISASM).  Nothing here was measured: rates are those of data sheets.
+"""
+
+import collections
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TARGETS = ("80", "86", "89", "90", "100", "120")
+MOST_SHARED = 99 << 10
+REGISTERS = 65536  # of a multiprocessor
+ROUNDED = ("FFMA", "FMUL", "FADD")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What ptxas says of a kernel."""
+
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+
+
+def ptxas(log: str) -> dict[str, Compiled]:
+    found = {}
+    for part in log.split("Compiling entry function")[1:]:
+        name = re.search(r"'(\w+)'", part)[1]
+        numbers = {
+            word: int((re.search(rf"(\d+) {words}", part) or [0, 0])[1])
+            for word, words in (
+                ("stack", "bytes stack frame"),
+                ("stores", "bytes spill stores"),
+                ("loads", "bytes spill loads"),
+                ("shared", "bytes smem"),
+            )
+        }
+        registers = int(re.search(r"Used (\d+) registers", part)[1])
+        found[name] = Compiled(registers, numbers["stack"], numbers["stores"] + numbers["loads"], numbers["shared"])
+    return found
+
+
+def shared_sizes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Kernel -> threads of a block, most dynamic shared memory, as kernels.h says."""
+    source = folder / "shared_sizes.c"
+    source.write_text(
+        '#include <stdio.h>\n#include "cuda/kernels.h"\nint main(void) {\n'
+        + '#define X(name, args, threads) printf("%s %d 0\\n", #name, threads);\nCUDA_ROW_KERNELS(X)\n#undef X\n'
+        + '#define X(name, ...) printf("mul_%s %d %zu\\ngemm_%s %d %zu\\n", #name, MUL_THREADS, \\\n'
+        + "    mul_shared(MS4_TYPE_##name, MUL_TOKENS), #name, GEMM_THREADS, gemm_shared(MS4_TYPE_##name));\n"
+        + "MS4_TYPES(X)\n"
+        + '    printf("norm_rows 256 %zu\\n", norm_shared(4096));\n'
+        + '    printf("attend_segments 256 %zu\\n", segments_shared(256, 64));\n'
+        + '    printf("attend_rows 256 %zu\\n", attend_rows_shared(256, 64));\n    return 0;\n}\n'
+    )
+    subprocess.run(["gcc", "-I", ROOT / "csrc", "-o", folder / "shared_sizes", source], check=True)
+    lines = subprocess.run([folder / "shared_sizes"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return {name: (int(threads), int(size)) for name, threads, size in (line.split() for line in lines)}
+
+
+# --- instructions
+
+
+def nvdisasm() -> str | None:
+    given = os.environ.get("NVDISASM") or shutil.which("nvdisasm")
+    wheels = (ROOT / ".venv").glob("lib/python3*/site-packages/nvidia/*/bin/nvdisasm")
+    return given or next((str(p) for p in wheels), None)
+
+
+def functions(tool: str, cubin: Path) -> dict[str, list[str]]:
+    """Kernel -> its instructions, and labels (with a colon at the end)."""
+    text = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    found: dict[str, list[str]] = {}
+    body: list[str] = []
+    for line in text.splitlines():
+        if m := re.match(r"\.text\.(\w+):", line.strip()):
+            body = found[m[1]] = []
+        elif m := re.match(r"\s*(\.L_x_\d+:)", line):
+            body.append(m[1])
+        elif m := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
+            body.append(m[1])
+    return found
+
+
+def opcode(instruction: str) -> str:
+    words = instruction.split()
+    return words[1] if words[0].startswith("@") else words[0]
+
+
+def count(body: list[str]) -> collections.Counter[str]:
+    """Instructions by what stands before the first point; FFMA2 and so on are two."""
+    counts: collections.Counter[str] = collections.Counter()
+    for line in body:
+        if line.endswith(":"):
+            continue
+        base = opcode(line).split(".")[0]
+        packed = base[:-1] if base in ("FFMA2", "FMUL2", "FADD2") else None
+        counts[packed or base] += 2 if packed else 1
+        counts["all"] += 1
+    return counts
+
+
+def loops(body: list[str]) -> list[list[str]]:
+    """Each backward branch and what lies between it and where it goes."""
+    at = {line[:-1]: i for i, line in enumerate(body) if line.endswith(":")}
+    found = []
+    for i, line in enumerate(body):
+        m = re.search(r"\bBRA\b.*?(\.L_x_\d+)", line)
+        if m and at.get(m[1], i) < i:
+            found.append(body[at[m[1]] : i + 1])
+    return found
+
+
+def must_have(name: str) -> dict[str, str]:
+    """What has to be there: an opcode, and why."""
+    quantised = re.fullmatch(r"(mul|gemm)_(?!f32|f16|bf16)\w+", name)
+    if quantised and quantised[1] == "mul":
+        return {r"IDP\.4A": "dp4a", r"LDGSTS\.E.*128": "cp.async", r"LDS\.128": "16-byte loads"}
+    if quantised:
+        return {"IMMA": "tensor cores"}
+    if name == "attend_segments":
+        return {"IMMA": "tensor cores", "LDSM": "ldmatrix", r"LDGSTS\.E.*128": "cp.async"}
+    return {}
+
+
+# --- roofline
+
+
+@dataclass(frozen=True)
+class Card:
+    target: str
+    multiprocessors: int
+    clock: float  # Hz
+    bandwidth: float  # bytes a second
+    integer: int  # instructions of integer and logic that a multiprocessor begins a clock
+
+
+CARDS = {
+    "3090": Card("86", 82, 1.70e9, 936e9, 2),
+    "4090": Card("89", 128, 2.52e9, 1008e9, 2),
+    "5090": Card("120", 170, 2.41e9, 1792e9, 4),
+    "H100": Card("90", 132, 1.98e9, 3350e9, 2),
+    "H200": Card("90", 132, 1.98e9, 4800e9, 2),
+}
+ISSUED, MULTIPLIED = 4, 2  # instructions a clock and multiprocessor: all; IMAD and IDP
+INTEGER = {"LOP3", "SHF", "IADD3", "IADD", "VIADD", "PRMT", "ISETP", "SEL", "LEA", "IMNMX", "VIMNMX", "PLOP3", "FMNMX"}
+INTEGER |= {"FSETP", "FSEL", "BFE", "SGXT", "VABSDIFF4", "LOP"}
+AROUND = 200  # instructions of a warp around its loop: copies of x, the chain of results
+CHUNKS = 8  # of a warp: 32 rows of 16 superblocks by 8 warps, 8 superblocks each
+WANTED = {"q4_k": 144, "q5_k": 176, "q6_k": 210, "q8_0": 272, "iq4_xs": 136, "mxfp4": 136}  # bytes of a superblock
+ASSERTED = ("q4_k", "q5_k", "q6_k", "q8_0", "iq4_xs")
+LEAST = 1.5
+
+
+def chunk_loop(body: list[str]) -> collections.Counter[str] | None:
+    """The loop of mul_staged.cuh over chunks: the smallest that both copies and multiplies."""
+    found = [count(loop) for loop in loops(body)]
+    found = [c for c in found if c["LDGSTS"] and c["IDP"]]
+    return min(found, key=lambda c: c["all"], default=None)
+
+
+def roofline(by_target: dict[str, dict[str, list[str]]]) -> list[str]:
+    """Clocks that memory needs for a chunk of 8 superblocks, over those that the busiest unit does; one token."""
+    short = []
+    print("roofline of mul_<type>, one token: instructions of 8 superblocks; margin of memory over the busiest unit")
+    for kind, size in WANTED.items():
+        row = [f"  {kind:7}"]
+        for name, card in CARDS.items():
+            c = chunk_loop(by_target[card.target][f"mul_{kind}"])
+            if not c:
+                row.append(f"{name}: no loop found")
+                short.append(f"{kind} {name}")
+                continue
+            n = c["all"] + AROUND / CHUNKS
+            multiplied = (c["IMAD"] + c["IDP"]) / MULTIPLIED
+            integer = sum(c[op] for op in INTEGER) / card.integer
+            memory = 8 * size / (card.bandwidth / card.multiprocessors / card.clock)
+            margin = memory / max(n / ISSUED, multiplied, integer)
+            row.append(f"{name} {c['all']:4} {margin:5.2f}{'' if margin >= LEAST else ' *'}")
+            if margin < LEAST and kind in ASSERTED:
+                short.append(f"{kind} on {name}: {margin:.2f}")
+        print("   ".join(row))
+    return short
+
+
+# --- all of it
+
+
+def check_ptxas(folder: Path, targets: list[str]) -> tuple[int, list[str]]:
+    sizes, faults, n = shared_sizes(folder), [], 0
+    for target in targets:
+        kernels = ptxas((folder / f"kernels_sm_{target}.log").read_text())
+        missing = set(sizes) - set(kernels)
+        faults += [f"sm_{target}: no kernel {name}" for name in sorted(missing)]
+        for name, k in kernels.items():
+            threads, dynamic = sizes[name]
+            n += 1
+            if k.stack or k.spills:
+                faults.append(f"sm_{target} {name}: {k.stack} bytes of stack, {k.spills} of spills")
+            if (k.registers + 7) // 8 * 8 * threads > REGISTERS:
+                faults.append(f"sm_{target} {name}: {k.registers} registers for {threads} threads")
+            if k.shared + dynamic > MOST_SHARED:
+                faults.append(f"sm_{target} {name}: {k.shared + dynamic} bytes of shared memory")
+        most = max(kernels.items(), key=lambda k: k[1].registers)
+        print(f"  sm_{target}: {len(kernels)} kernels, most registers {most[1].registers} ({most[0]})")
+    return n, faults
+
+
+def check_instructions(by_target: dict[str, dict[str, list[str]]]) -> list[str]:
+    faults = []
+    for name in next(iter(by_target.values())):
+        counts = {target: count(kernels[name]) for target, kernels in by_target.items()}
+        rounded = {target: tuple(c[op] for op in ROUNDED) for target, c in counts.items()}
+        if len(set(rounded.values())) > 1:
+            faults.append(f"{name}: {'/'.join(ROUNDED)} differ: {rounded}")
+        for target, kernels in by_target.items():
+            local = counts[target]["LDL"] + counts[target]["STL"]
+            if local:
+                faults.append(f"sm_{target} {name}: {local} accesses to local memory")
+            for pattern, what in must_have(name).items():
+                if not any(re.match(pattern, opcode(line)) for line in kernels[name] if not line.endswith(":")):
+                    faults.append(f"sm_{target} {name}: no {what}")
+    return faults
+
+
+def main() -> int:
+    folder = Path(sys.argv[1])
+    targets = [t for t in TARGETS if (folder / f"kernels_sm_{t}.cubin").exists()]
+    n, faults = check_ptxas(folder, targets)
+    print(f"  {n} kernels by targets; spills, stack, too many registers, too much shared memory: {len(faults)}")
+    tool = nvdisasm()
+    if not tool:
+        print("  no nvdisasm (pip install nvidia-cuda-nvdisasm): instructions were not counted, no roofline")
+    else:
+        by_target = {t: functions(tool, folder / f"kernels_sm_{t}.cubin") for t in targets}
+        found = check_instructions(by_target)
+        print(
+            f"  SASS of {n} kernels: {', '.join(ROUNDED)} equal on all targets, dp4a, mma, cp.async and 16-byte "
+            f"loads where they are to be: {len(found)} faults"
+        )
+        short = roofline(by_target)
+        faults += found + [f"margin below {LEAST}: {what}" for what in short]
+    for fault in faults:
+        print("  FAULT:", fault)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
