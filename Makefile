@@ -105,6 +105,7 @@ arch: all
 	qemu-aarch64 -cpu max build/checkarm --isa=neon
 
 cuda-check: all
+	@! command -v nvcc >/dev/null || $(PIP) nvidia-cuda-nvdisasm || echo "no nvdisasm: SASS will not be looked at"
 	$(PY) tests/cuda/cuda_check.py
 
 # --- sanitizers
