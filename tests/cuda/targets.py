@@ -52,14 +52,16 @@ def ptxas(log: str) -> dict[str, Compiled]:
 
 
 def shared_sizes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Kernel -> threads of a block, most dynamic shared memory, as kernels.h says."""
+    """Kernel -> threads of a block, most dynamic shared memory, as kernels.h says; chunk_<type> -> superblocks."""
     source = folder / "shared_sizes.c"
     source.write_text(
         '#include <stdio.h>\n#include "cuda/kernels.h"\nint main(void) {\n'
         + '#define X(name, args, threads) printf("%s %d 0\\n", #name, threads);\nCUDA_ROW_KERNELS(X)\n#undef X\n'
         + '#define X(name, ...) printf("mul_%s %d %zu\\ngemm_%s %d %zu\\n", #name, MUL_THREADS, \\\n'
         + "    mul_shared(MS4_TYPE_##name, MUL_TOKENS), #name, GEMM_THREADS, gemm_shared(MS4_TYPE_##name));\n"
-        + "MS4_TYPES(X)\n"
+        + "MS4_TYPES(X)\n#undef X\n"
+        + '#define X(name, id, weights, bytes, ...) printf("chunk_%s %d 0\\n", #name, \\\n'
+        + "    (int)mul_chunk(bytes * SUPERBLOCK / weights));\nMS4_QUANTISED_TYPES(X)\n"
         + '    printf("norm_rows 256 %zu\\n", norm_shared(4096));\n'
         + '    printf("attend_segments 256 %zu\\n", segments_shared(256, 64));\n'
         + '    printf("attend_rows 256 %zu\\n", attend_rows_shared(256, 64));\n    return 0;\n}\n'
@@ -156,8 +158,7 @@ CARDS = {
 ISSUED, MULTIPLIED = 4, 2  # instructions a clock and multiprocessor: all; IMAD and IDP
 INTEGER = {"LOP3", "SHF", "IADD3", "IADD", "VIADD", "PRMT", "ISETP", "SEL", "LEA", "IMNMX", "VIMNMX", "PLOP3", "FMNMX"}
 INTEGER |= {"FSETP", "FSEL", "BFE", "SGXT", "VABSDIFF4", "LOP"}
-AROUND = 200  # instructions of a warp around its loop: copies of x, the chain of results
-CHUNKS = 8  # of a warp: 32 rows of 16 superblocks by 8 warps, 8 superblocks each
+AROUND = 200 / 64  # instructions around the loop, by superblock: copies of x and the chain of results; a warp has 64
 WANTED = {"q4_k": 144, "q5_k": 176, "q6_k": 210, "q8_0": 272, "iq4_xs": 136, "mxfp4": 136}  # bytes of a superblock
 LEAST = 1.5
 # What misses that: named, and not to become worse.  MXFP4 was never to reach it.
@@ -179,10 +180,10 @@ def chunk_loop(body: list[str]) -> collections.Counter[str] | None:
     return min(found, key=lambda c: c["all"], default=None)
 
 
-def roofline(by_target: dict[str, dict[str, list[str]]]) -> list[str]:
-    """Clocks that memory needs for a chunk of 8 superblocks, over those that the busiest unit does; one token."""
+def roofline(by_target: dict[str, dict[str, list[str]]], chunks: dict[str, int]) -> list[str]:
+    """Clocks that memory needs for a superblock, over those that the busiest unit does; one token."""
     faults = []
-    print("roofline of mul_<type>, one token: instructions of 8 superblocks; margin of memory over the busiest unit")
+    print("roofline of mul_<type>, one token: instructions of a superblock; margin of memory over the busiest unit")
     for kind, size in WANTED.items():
         row = [f"  {kind:7}"]
         for name, card in CARDS.items():
@@ -191,13 +192,15 @@ def roofline(by_target: dict[str, dict[str, list[str]]]) -> list[str]:
                 faults.append(f"roofline: mul_{kind} for {name}: no loop that copies and multiplies")
                 continue
             units = {
-                "issue": (c["all"] + AROUND / CHUNKS) / ISSUED,
-                "multiplication": (c["IMAD"] + c["IDP"]) / MULTIPLIED,
-                "integer": sum(c[op] for op in INTEGER) / card.integer,
+                "issue": (c["all"] / chunks[kind] + AROUND) / ISSUED,
+                "multiplication": (c["IMAD"] + c["IDP"]) / chunks[kind] / MULTIPLIED,
+                "integer": sum(c[op] for op in INTEGER) / chunks[kind] / card.integer,
             }
             unit = max(units, key=lambda u: units[u])
-            margin = 8 * size / (card.bandwidth / card.multiprocessors / card.clock) / units[unit]
-            row.append(f"{name} {c['all']:3} {unit[:5]} {margin:5.2f}{'' if margin >= LEAST else '*'}")
+            margin = size / (card.bandwidth / card.multiprocessors / card.clock) / units[unit]
+            row.append(
+                f"{name} {c['all'] / chunks[kind]:4.1f} {unit[:5]} {margin:5.2f}{'' if margin >= LEAST else '*'}"
+            )
             if margin < SHORT.get((kind, name), LEAST):
                 faults.append(f"roofline: mul_{kind} on {name}: margin {margin:.2f}")
         print("  ".join(row))
@@ -209,11 +212,11 @@ def roofline(by_target: dict[str, dict[str, list[str]]]) -> list[str]:
 # --- all of it
 
 
-def check_ptxas(folder: Path, targets: list[str]) -> tuple[int, list[str]]:
-    sizes, faults, n = shared_sizes(folder), [], 0
+def check_ptxas(folder: Path, targets: list[str], sizes: dict[str, tuple[int, int]]) -> tuple[int, list[str]]:
+    faults, n = [], 0
     for target in targets:
         kernels = ptxas((folder / f"kernels_sm_{target}.log").read_text())
-        missing = set(sizes) - set(kernels)
+        missing = {name for name in sizes if not name.startswith("chunk_")} - set(kernels)
         faults += [f"sm_{target}: no kernel {name}" for name in sorted(missing)]
         for name, k in kernels.items():
             threads, dynamic = sizes[name]
@@ -270,7 +273,8 @@ def same_without_contraction(folder: Path) -> list[str]:
 def main() -> int:
     folder = Path(sys.argv[1])
     targets = [t for t in TARGETS if (folder / f"kernels_sm_{t}.cubin").exists()]
-    n, faults = check_ptxas(folder, targets)
+    sizes = shared_sizes(folder)
+    n, faults = check_ptxas(folder, targets, sizes)
     print(f"  {n} kernels by targets; spills, stack, too many registers, too much shared memory: {len(faults)}")
     tool = nvdisasm()
     if not tool:
@@ -281,7 +285,8 @@ def main() -> int:
         print(
             f"  SASS of {n} kernels: contraction, local memory, dp4a, mma, cp.async, 16-byte loads: {len(found)} faults"
         )
-        faults += found + roofline(by_target)
+        chunks = {name.removeprefix("chunk_"): n for name, (n, _) in sizes.items() if name.startswith("chunk_")}
+        faults += found + roofline(by_target, chunks)
     faults += same_without_contraction(folder)
     for fault in faults:
         print("  FAULT:", fault)
