@@ -211,18 +211,15 @@ typedef struct {
 #define SIZE_FUNCTION static inline
 #endif
 /* Superblocks that a warp stages at once, and how often: two blocks fit a multiprocessor of 100 KB, if they can. */
-SIZE_FUNCTION size_t mul_chunk(size_t superblock_bytes) { return superblock_bytes > 144 ? 8 : 16; }
-SIZE_FUNCTION size_t mul_stages(size_t superblock_bytes) {
-    return mul_chunk(superblock_bytes) * superblock_bytes > 1700 ? 2 : 3;
+SIZE_FUNCTION size_t mul_chunk(size_t superblock_bytes, int family) {
+    return superblock_bytes > 144 || family >= FAMILY_blocks ? 8 : 16;
 }
-/* Bytes of: a chunk (a row may be read one word beyond its end); for each token the values of 32 rows' superblocks, and
- * x; for each warp the sums of 32-blocks, by token, after their scales and mins; the code book. */
-SIZE_FUNCTION size_t mul_stage_bytes(size_t superblock_bytes) {
-    return mul_chunk(superblock_bytes) * superblock_bytes + 16;
-}
+SIZE_FUNCTION size_t mul_stages(size_t chunk_bytes) { return chunk_bytes > 1700 ? 2 : 3; }
+/* Bytes of: for each token the values of 32 rows' superblocks, and x; for each warp the sums of a chunk's 32-blocks, by
+ * token, after their scales and mins; the code book. */
 SIZE_FUNCTION size_t mul_token_bytes(void) { return MUL_ROWS * (MUL_SUPERBLOCKS + 1) * 4 + MUL_SUPERBLOCKS * 292; }
-SIZE_FUNCTION size_t mul_block_sums(size_t superblock_bytes, int family) {
-    return family < FAMILY_blocks ? 0 : (family == FAMILY_blocks_16 ? 16 : 8) * (mul_chunk(superblock_bytes) + 1) * 4;
+SIZE_FUNCTION size_t mul_block_sums(size_t chunk, int family) {
+    return family < FAMILY_blocks ? 0 : (family == FAMILY_blocks_16 ? 16 : 8) * (chunk + 1) * 4;
 }
 SIZE_FUNCTION size_t mul_grid_bytes(int type) {
     return type == MS4_TYPE_iq2_xxs ? 2048 : type == MS4_TYPE_iq2_xs ? 4096 : type == MS4_TYPE_iq2_s ? 8192
@@ -237,8 +234,9 @@ SIZE_FUNCTION size_t mul_shared(int type, int32_t n_tokens) {
 #undef X
     };
     const size_t bytes = of[type].bytes, tokens = (size_t)(n_tokens < MUL_TOKENS ? n_tokens : MUL_TOKENS);
-    const size_t sums = (2 + tokens) * mul_block_sums(bytes, of[type].family);
-    const size_t warp = mul_stages(bytes) * mul_stage_bytes(bytes) + sums;
+    const size_t chunk = mul_chunk(bytes, of[type].family);
+    const size_t sums = (2 + tokens) * mul_block_sums(chunk, of[type].family);
+    const size_t warp = mul_stages(chunk * bytes) * (chunk * bytes + 16) + sums;      /* a row is read a word too far */
     return type <= MS4_TYPE_bf16 ? 0 : MUL_THREADS / 32 * warp + tokens * mul_token_bytes() + mul_grid_bytes(type);
 }
 #define GEMM_SHARED 67840

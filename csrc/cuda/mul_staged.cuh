@@ -25,15 +25,17 @@ struct staged_token {
 template <class T> struct staged {
     static_assert(sizeof(staged_token) == mul_token_bytes() && 4 * T::GRID == (int)mul_grid_bytes(T::ID),
                   "what the host gives");
-    static constexpr int CHUNK = (int)mul_chunk(T::BYTES), ROUNDS = CHUNK / 4;      /* of 4 superblocks of a warp */
-    static constexpr int STAGES = (int)mul_stages(T::BYTES), STAGE = (int)mul_stage_bytes(T::BYTES);
-    static constexpr int SUMS = (int)mul_block_sums(T::BYTES, T::FAMILY) / 4, SUM_STRIDE = CHUNK + 1;
+    static_assert(mul_shared(T::ID, MUL_TOKENS) <= 99 << 10, "what consumer cards have");
+    static constexpr int CHUNK = (int)mul_chunk(T::BYTES, T::FAMILY);
+    static constexpr int ROUNDS = CHUNK / 4;                        /* of 4 superblocks of a warp */
+    static constexpr int STAGES = (int)mul_stages(CHUNK * T::BYTES), STAGE = CHUNK * T::BYTES + 16;
+    static constexpr int SUMS = (int)mul_block_sums(CHUNK, T::FAMILY) / 4, SUM_STRIDE = CHUNK + 1;
     static constexpr int WARP = STAGES * STAGE;
     static constexpr int WIDE = form<T>::WIDTH == 16 ? 16 : 8;      /* 32-blocks, or of 16, in a superblock */
     char *stages;                   /* of this warp */
     float *sums;                    /* of this warp: scales, mins, then by token; rows of superblocks, by block */
     staged_token *tokens;
-    const unsigned *grid;
+    tables look;
     int n_tokens, mask, lane, warp; /* mask: superblocks of a row, less 1 */
     int x_at[ROUNDS];               /* of the superblocks of any chunk of this lane: which of their rows they are */
 };
@@ -46,7 +48,8 @@ template <class T> DEV staged<T> lay_out(char *shared, int n_tokens, int n_cols)
     s.tokens = (staged_token *)(shared + MUL_WARPS * S::WARP);
     float *all_sums = (float *)(s.tokens + n_tokens);
     s.sums = all_sums + s.warp * (2 + n_tokens) * S::SUMS;
-    s.grid = (const unsigned *)(all_sums + MUL_WARPS * (2 + n_tokens) * S::SUMS);
+    const unsigned *grid = (const unsigned *)(all_sums + MUL_WARPS * (2 + n_tokens) * S::SUMS);
+    s.look = tables_of(T::ID, grid, (unsigned)n_cols >> 31);
     /* chunks of a warp are 8 chunks apart, so a multiple of every row's length */
 #pragma unroll
     for (int i = 0; i < S::ROUNDS; i++) s.x_at[i] = (s.warp * S::CHUNK + 4 * i + (s.lane >> 3)) & s.mask;
@@ -58,7 +61,7 @@ template <class T> DEV void stage_x(const staged<T> &s, const tile &at) {
         staged_token *to = s.tokens + t;
         for (int i = (int)threadIdx.x; i < (s.mask + 1) * 16; i += MUL_THREADS) {
             const int j = i & 7, h = i >> 3 & 1;
-            to->x[i] = *(const uint4 *)(x[i >> 4].qs + parts<T>::x_at(j, h));
+            to->x[i] = parts<T>::x_piece(x[i >> 4].qs, j, h);
             if (h) continue;
             const int16_t *sums = x[i >> 4].sums;
             to->sums[i >> 4 << 3 | j] = (unsigned)(uint16_t)sums[parts<T>::x_at(j, 0) / 16]
@@ -67,7 +70,7 @@ template <class T> DEV void stage_x(const staged<T> &s, const tile &at) {
         }
     }
     if constexpr (T::GRID > 0)
-        for (int i = (int)threadIdx.x; i < T::GRID; i += MUL_THREADS) ((unsigned *)s.grid)[i] = T::book()[i];
+        for (int i = (int)threadIdx.x; i < T::GRID; i += MUL_THREADS) ((unsigned *)s.look.grid)[i] = T::book()[i];
 }
 /* The products of a part's halves with its token's; returns the sums of x, of either half in 16 bits. */
 template <class T> DEV int dot_part(int *dot, const part &w, const staged_token *x, int superblock, int j) {
@@ -98,7 +101,8 @@ template <int N> DEV int deal_sums(int *v, int j) {
     return v[0];
 }
 /* K and IQ types.  first: number of the chunk's first superblock, of the block's. */
-template <class T, bool ONE> DEV void value_of_chunk(const staged<T> &s, const part *w, const uint8_t *chunk, int first) {
+template <class T, bool ONE>
+DEV void value_of_chunk(const staged<T> &s, const part *w, const uint8_t *chunk, int first) {
     constexpr int ROUNDS = staged<T>::ROUNDS, N = form<T>::MINS ? 2 * ROUNDS : ROUNDS;
     const int g = s.lane >> 3, j = s.lane & 7;
     const int own = (j * N / 8 % ROUNDS) * 4 + g;               /* the superblock whose sums this lane gets */
@@ -200,7 +204,7 @@ template <class T, bool ONE> DEV void run_chunks(const staged<T> &s, source from
         part w[S::ROUNDS];
 #pragma unroll
         for (int i = 0; i < S::ROUNDS; i++)
-            parts<T>::open(w[i], here + (4 * i + (s.lane >> 3)) * T::BYTES, s.lane & 7, s.grid);
+            parts<T>::open(w[i], here + (4 * i + (s.lane >> 3)) * T::BYTES, s.lane & 7, s.look);
         if constexpr (form<T>::BLOCKS) chain_of_chunk<T, ONE>(s, w, first + s.warp * S::CHUNK);
         else value_of_chunk<T, ONE>(s, w, here, first + s.warp * S::CHUNK);
         __syncwarp();

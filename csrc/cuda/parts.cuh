@@ -1,7 +1,8 @@
 /* parts.cuh -- opens superblocks by parts of 32 weights, 8 lanes a superblock, for rows that lie in shared memory as
  * they lie in the file: what mul_staged.cuh needs, faster than by the units of unpack.cuh for types that have a way.
  *
- * Part j of a superblock is two times 16 weights: x_at(j, h) says where half h begins, and so which scale it has.
+ * Part j of a superblock is two times 16 weights: x_at(j, h) says where half h begins, and so which scale it has;
+ * x_piece(x, j, h) is the same of the activations x, in the order of the opened words.
  * For 32-blocks a part is block j (of NVFP4 two blocks).  BIAS: opened quants are larger by so much than they are.
  */
 #ifndef MS4_PARTS_CUH
@@ -14,14 +15,26 @@ struct part {
     unsigned mins;                  /* likewise, in two bytes */
     float d[2], m;                  /* 32-blocks: the scale (of NVFP4 of either half), and the min */
 };
+/* What types look up: a code book, and a table of nibbles.  The compiler must not know that `zero` is 0: it makes
+ * constants anew wherever they are used, and sums it keeps. */
+struct tables { const unsigned *grid; nibble_table of_nibbles; };
+DEV tables tables_of(int id, const unsigned *grid, unsigned zero) {
+    const nibble_table t = id == MS4_TYPE_mxfp4 || id == MS4_TYPE_nvfp4 ? table_e2m1() : table_kv();
+    return { grid, { t.a + zero, t.b + zero, t.c + zero, t.d + zero } };
+}
+
+#define X_ORDER(at) \
+    MEMBER int x_at(int j, int h) { return at; } \
+    MEMBER uint4 x_piece(const int8_t *x, int j, int h) { return *(const uint4 *)(x + x_at(j, h)); }
+struct natural_order { X_ORDER(32 * j + 16 * h) };
+
 /* Any type: its units 4 j to 4 j + 3. */
-template <class T> struct parts {
+template <class T> struct parts : natural_order {
     static constexpr int BIAS = 0;
-    MEMBER int x_at(int j, int h) { return 32 * j + 16 * h; }
-    MEMBER void open(part &o, const uint8_t *p, int j, const unsigned *grid) {
+    MEMBER void open(part &o, const uint8_t *p, int j, const tables &look) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const uint2 q = T::quants(p, 4 * j + i, grid);
+            const uint2 q = T::quants(p, 4 * j + i, look.grid);
             o.q[2 * i] = q.x;
             o.q[2 * i + 1] = q.y;
         }
@@ -35,7 +48,6 @@ template <class T> struct parts {
         }
     }
 };
-struct natural_order { MEMBER int x_at(int j, int h) { return 32 * j + 16 * h; } };
 
 /* --- words -------------------------------------------------------------------------------------------------------- */
 /* N words from anywhere, which may read the word behind them. */
@@ -54,24 +66,32 @@ DEV void split_nibbles(unsigned *q, const unsigned *w) {
 #pragma unroll
     for (int k = 0; k < 4; k++) q[k] = w[k] & 0x0f0f0f0fu, q[4 + k] = w[k] >> 4 & 0x0f0f0f0fu;
 }
-/* Four nibbles side by side, looked up. */
-DEV unsigned look_up_4(nibble_table t, unsigned nibbles) {
-    const unsigned low = __byte_perm(t.a, t.b, nibbles & 0x7777u), high = __byte_perm(t.c, t.d, nibbles & 0x7777u);
-    return __byte_perm(low, high, (nibbles >> 1 & 0x4444u) | 0x3210u);
+/* Eight nibbles looked up, as they lie: low, high of each byte. */
+DEV void look_up_8(unsigned *q, unsigned w, nibble_table t) {
+    const unsigned index = w & 0x77777777u, half = (w >> 1 & 0x44444444u) | 0x32103210u;    /* half: of the table */
+    q[0] = __byte_perm(__byte_perm(t.a, t.b, index), __byte_perm(t.c, t.d, index), half);
+    const unsigned next = index >> 16, next_half = half >> 16;
+    q[1] = __byte_perm(__byte_perm(t.a, t.b, next), __byte_perm(t.c, t.d, next), next_half);
 }
-/* The same as split_nibbles, looked up. */
-DEV void split_look_up(unsigned *low, unsigned *high, unsigned w, nibble_table t) {
-    const unsigned first = look_up_4(t, w & 0xffff), second = look_up_4(t, w >> 16);
-    *low = __byte_perm(first, second, 0x6420);
-    *high = __byte_perm(first, second, 0x7531);
-}
-DEV void split_table(unsigned *q, const unsigned *w, nibble_table t) {
+DEV void look_up_32(unsigned *q, const unsigned *w, nibble_table t) {
 #pragma unroll
-    for (int k = 0; k < 4; k++) split_look_up(q + k, q + 4 + k, w[k], t);
+    for (int k = 0; k < 4; k++) look_up_8(q + 2 * k, w[k], t);
 }
+/* So nibbles of 16 bytes mix weights 0 to 15 with 16 to 31, which have the same scale (of 8 bytes 0 to 7, 8 to 15). */
+DEV uint4 mixed(unsigned a, unsigned b, unsigned other_a, unsigned other_b) {
+    return uint4{ __byte_perm(a, other_a, 0x5140), __byte_perm(a, other_a, 0x7362), __byte_perm(b, other_b, 0x5140),
+                  __byte_perm(b, other_b, 0x7362) };
+}
+struct mixed_order {
+    MEMBER int x_at(int j, int h) { return 32 * j + 16 * h; }
+    MEMBER uint4 x_piece(const int8_t *x, int j, int h) {
+        const uint2 v = *(const uint2 *)(x + 32 * j + 8 * h), other = *(const uint2 *)(x + 32 * j + 16 + 8 * h);
+        return mixed(v.x, v.y, other.x, other.y);
+    }
+};
 
 /* --- K types: 16 bytes have the nibbles of 16 weights of a block and of as many of the next ----------------------- */
-struct nibble_order { MEMBER int x_at(int j, int h) { return (j >> 1) * 64 + (j & 1) * 16 + 32 * h; } };
+struct nibble_order { X_ORDER((j >> 1) * 64 + (j & 1) * 16 + 32 * h) };
 /* head: d, dmin and the 12 bytes of scales and mins; of blocks j / 2 * 2 and the next. */
 DEV void scales_mins(part &o, uint4 head, int j) {
     const bool late = j >= 4;       /* blocks 4 to 7: theirs are in two pieces */
@@ -84,7 +104,7 @@ DEV void scales_mins(part &o, uint4 head, int j) {
 }
 template <> struct parts<type_q4_k> : nibble_order {
     static constexpr int BIAS = 0;
-    MEMBER void open(part &o, const uint8_t *p, int j, const unsigned *) {
+    MEMBER void open(part &o, const uint8_t *p, int j, const tables &) {
         const uint4 q = *(const uint4 *)(p + 16 + 16 * j);
         const unsigned w[4] = { q.x, q.y, q.z, q.w };
         scales_mins(o, *(const uint4 *)p, j);
@@ -93,23 +113,23 @@ template <> struct parts<type_q4_k> : nibble_order {
 };
 template <> struct parts<type_q5_k> : nibble_order {
     static constexpr int BIAS = 0;
-    MEMBER void open(part &o, const uint8_t *p, int j, const unsigned *) {
+    MEMBER void open(part &o, const uint8_t *p, int j, const tables &) {
         const uint4 q = *(const uint4 *)(p + 48 + 16 * j), h = *(const uint4 *)(p + 16 + 16 * (j & 1));
         const unsigned w[4] = { q.x, q.y, q.z, q.w }, fifth[4] = { h.x, h.y, h.z, h.w };
         scales_mins(o, *(const uint4 *)p, j);
         split_nibbles(o.q, w);
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            const unsigned bits = fifth[k] >> (j & 6);          /* of this block and the next: bits 0 and 1 */
-            o.q[k] |= bits << 4 & 0x10101010u;
-            o.q[4 + k] |= bits << 3 & 0x10101010u;
+            const unsigned up = (unsigned)(4 - (j & 6)) & 31;   /* to bit 4, round the word */
+            o.q[k] |= __funnelshift_l(fifth[k], fifth[k], up) & 0x10101010u;
+            o.q[4 + k] |= __funnelshift_l(fifth[k], fifth[k], up - 1 & 31) & 0x10101010u;
         }
     }
 };
 template <> struct parts<type_q6_k> {
     static constexpr int BIAS = 32;
-    MEMBER int x_at(int j, int h) { return (j >> 2) * 128 + (j >> 1 & 1) * 32 + (j & 1) * 16 + 64 * h; }
-    MEMBER void open(part &o, const uint8_t *p, int j, const unsigned *) {
+    X_ORDER((j >> 2) * 128 + (j >> 1 & 1) * 32 + (j & 1) * 16 + 64 * h)
+    MEMBER void open(part &o, const uint8_t *p, int j, const tables &) {
         unsigned low[4], high[4];
         words_at<4>(low, p + 16 * j);
         words_at<4>(high, p + 128 + (j >> 2) * 32 + (j & 1) * 16);
@@ -126,25 +146,27 @@ template <> struct parts<type_q6_k> {
 };
 
 /* --- blocks of 32 ------------------------------------------------------------------------------------------------- */
-template <> struct parts<type_iq4_xs> : natural_order {
+template <> struct parts<type_iq4_xs> : mixed_order {
     static constexpr int BIAS = 0;
-    MEMBER void open(part &o, const uint8_t *p, int j, const unsigned *) {
+    MEMBER void open(part &o, const uint8_t *p, int j, const tables &look) {
         const uint2 a = *(const uint2 *)(p + 8 + 16 * j), b = *(const uint2 *)(p + 16 + 16 * j);
         const unsigned w[4] = { a.x, a.y, b.x, b.y };
-        split_table(o.q, w, table_kv());
-        o.scale[0] = o.scale[1] = type_iq4_xs::scale(p, 2 * j);
+        look_up_32(o.q, w, look.of_nibbles);
+        const uint2 head = *(const uint2 *)p;
+        const unsigned low = head.y >> 4 * j & 15, high = head.x >> (16 + 2 * j) & 3;
+        o.scale[0] = o.scale[1] = (int)(low | high << 4) - 32;
     }
 };
 template <> struct parts<type_q8_0> : natural_order {
     static constexpr int BIAS = 0;
-    MEMBER void open(part &o, const uint8_t *p, int j, const unsigned *) {
+    MEMBER void open(part &o, const uint8_t *p, int j, const tables &) {
         words_at<8>(o.q, p + 34 * j + 2);
         o.d[0] = type_q8_0::block_d(p, j);
     }
 };
 template <> struct parts<type_q4_0> : natural_order {
     static constexpr int BIAS = 8;
-    MEMBER void open(part &o, const uint8_t *p, int j, const unsigned *) {
+    MEMBER void open(part &o, const uint8_t *p, int j, const tables &) {
         unsigned w[4];
         words_at<4>(w, p + 18 * j + 2);
         split_nibbles(o.q, w);
@@ -153,37 +175,42 @@ template <> struct parts<type_q4_0> : natural_order {
 };
 template <> struct parts<type_q4_1> : natural_order {
     static constexpr int BIAS = 0;
-    MEMBER void open(part &o, const uint8_t *p, int j, const unsigned *) {
+    MEMBER void open(part &o, const uint8_t *p, int j, const tables &) {
         split_nibbles(o.q, (const unsigned *)(p + 20 * j + 4));
         o.d[0] = type_q4_1::block_d(p, j);
         o.m = type_q4_1::block_m(p, j);
     }
 };
-template <> struct parts<type_iq4_nl> : natural_order {
+template <> struct parts<type_iq4_nl> : mixed_order {
     static constexpr int BIAS = 0;
-    MEMBER void open(part &o, const uint8_t *p, int j, const unsigned *) {
+    MEMBER void open(part &o, const uint8_t *p, int j, const tables &look) {
         unsigned w[4];
         words_at<4>(w, p + 18 * j + 2);
-        split_table(o.q, w, table_kv());
+        look_up_32(o.q, w, look.of_nibbles);
         o.d[0] = type_iq4_nl::block_d(p, j);
     }
 };
-template <> struct parts<type_mxfp4> : natural_order {
+template <> struct parts<type_mxfp4> : mixed_order {
     static constexpr int BIAS = 0;
-    MEMBER void open(part &o, const uint8_t *p, int j, const unsigned *) {
+    MEMBER void open(part &o, const uint8_t *p, int j, const tables &look) {
         unsigned w[4];
         words_at<4>(w, p + 17 * j + 1);
-        split_table(o.q, w, table_e2m1());
+        look_up_32(o.q, w, look.of_nibbles);
         o.d[0] = type_mxfp4::block_d(p, j);
     }
 };
-template <> struct parts<type_nvfp4> : natural_order {
+template <> struct parts<type_nvfp4> {
+    MEMBER int x_at(int j, int h) { return 32 * j + 16 * h; }
+    MEMBER uint4 x_piece(const int8_t *x, int j, int h) {
+        const uint4 v = *(const uint4 *)(x + x_at(j, h));
+        return mixed(v.x, v.y, v.z, v.w);
+    }
     static constexpr int BIAS = 0;
-    MEMBER void open(part &o, const uint8_t *p, int j, const unsigned *) {
+    MEMBER void open(part &o, const uint8_t *p, int j, const tables &look) {
         const unsigned *w = (const unsigned *)(p + j / 2 * 36 + 4 + j % 2 * 16);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            for (int k = 0; k < 2; k++) split_look_up(o.q + 4 * h + k, o.q + 4 * h + 2 + k, w[2 * h + k], table_e2m1());
+            for (int k = 0; k < 2; k++) look_up_8(o.q + 4 * h + 2 * k, w[2 * h + k], look.of_nibbles);
             o.d[h] = type_nvfp4::block_d(p, 2 * j + h);
         }
     }
