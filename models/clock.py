@@ -313,9 +313,27 @@ def prefill(
     return Terms(**{name: seconds / n_tokens for name, seconds in terms.items()})
 
 
+def idle_bytes(sizes: Sizes, machine: Machine, engine: Engine) -> float:
+    """What the bus carries in a token's time while the CPU rests, if half of the experts are found in VRAM."""
+    if machine.card is None:
+        return 0.0
+    idle = (sizes.every + sizes.output + sizes.used / 2) / machine.card.reads
+    idle += sizes.n_layer * engine.n_kernels * engine.s_kernel
+    return idle * machine.link
+
+
 # --- what fits
 RESERVE = 0.08  # of VRAM: the driver's own, a desktop, and what must never be over-committed
 BUFFERS = 1.2 * GB  # rows of a step, k_b and v_b as floats, staging
+
+
+RAM_RESERVE = 4 * GB  # of host memory: the system, the process, and what lies there beside experts
+
+
+def places(sizes: Sizes, ram: float, *, card: bool, n_context: int) -> int:
+    """How many experts fit into so many bytes of host memory; without a card, all else lies there, too."""
+    left = ram - RAM_RESERVE - (0 if card else sizes.every + sizes.output + n_context * sizes.kv)
+    return max(0, min(int(left // sizes.expert), sizes.n_layer * sizes.n_expert)) if sizes.expert else 0
 
 
 def slots(sizes: Sizes, vram: float, n_context: int) -> int:

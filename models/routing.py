@@ -55,6 +55,16 @@ class Trace:
         return int(self.picks.shape[1])
 
     @property
+    def n_id(self) -> int:
+        """Ids of experts, layer * n_expert + expert, go up to this."""
+        return self.n_layer * self.n_expert
+
+    @property
+    def n_layer_used(self) -> int:
+        """Layers that have experts."""
+        return int(self.rows.any(axis=0).sum())
+
+    @property
     def n_decode(self) -> int:
         """Steps of one token."""
         return int((self.rows.max(axis=1) == 1).sum())
@@ -185,9 +195,16 @@ SKEWS = {
 
 
 def synthetic(
-    skew: Skew, n_tokens: int, *, n_layer: int = 36, n_expert: int = 128, n_used: int = 4, seed: int = 0
+    skew: Skew,
+    n_tokens: int,
+    *,
+    n_prompt: int = 0,
+    n_layer: int = 36,
+    n_expert: int = 128,
+    n_used: int = 4,
+    seed: int = 0,
 ) -> Trace:
-    """A trace of n_tokens decode steps, every layer drawn independently."""
+    """A trace of n_tokens, the first n_prompt of them as one prompt, every layer drawn independently."""
     random = np.random.default_rng(seed)
     shape = (n_layer, n_expert)
     lasting = skew.lasting * random.normal(size=shape)
@@ -199,4 +216,7 @@ def synthetic(
         drift = skew.memory * drift + np.sqrt(1 - skew.memory**2) * random.normal(size=shape)
         score = lasting + topic + skew.drift * drift + random.gumbel(size=shape)
         picks[t] = np.sort(np.argpartition(-score, n_used - 1, axis=1)[:, :n_used], axis=1)
-    return Trace(n_expert, np.ones((n_tokens, n_layer), np.int32), picks.reshape(-1, n_used))
+    rows = np.ones((n_tokens - n_prompt + (n_prompt > 0), n_layer), np.int32)
+    rows[: n_prompt > 0] = n_prompt
+    prompt = picks[:n_prompt].transpose(1, 0, 2)  # layer after layer
+    return Trace(n_expert, rows, np.concatenate([prompt.reshape(-1, n_used), picks[n_prompt:].reshape(-1, n_used)]))

@@ -231,6 +231,15 @@ def test_synthetic_traces_have_the_stated_skew():
     assert share_of_the_most_used(Skew()) < 0.2 < 0.5 < share_of_the_most_used(Skew(lasting=2))
 
 
+def test_a_synthetic_trace_may_begin_with_a_prompt():
+    single, first = (synthetic(Skew(), 30, n_prompt=n, n_layer=2, n_expert=9, n_used=3, seed=4) for n in (0, 10))
+    assert first.rows.tolist() == [[10, 10], *[[1, 1]] * 20] and first.n_decode == 20
+    tokens, (prompt, *others) = list(single.steps()), first.steps()
+    for layer in range(2):
+        np.testing.assert_array_equal(prompt[layer], np.concatenate([step[layer] for step in tokens[:10]]))
+    assert all((a[i] == b[i]).all() for a, b in zip(others, tokens[10:], strict=True) for i in range(2))
+
+
 def test_a_real_file_of_the_architecture_is_recorded():
     with Model.open(bravo(), threads=2) as opened:
         trace = recorded(opened, ids(12) % 500, ids(1) % 500)
