@@ -414,6 +414,86 @@ def tokenize(
 
 
 @app.command(cls=Command)
+def trace(
+    prompts: Annotated[str, typer.Argument(metavar="FILE", help="Prompts, one a line; - is stdin.")] = "",
+    output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="The trace; - is stdout.")] = ...,  # type: ignore[assignment]
+    model: opt.Model = None,
+    chat: Annotated[
+        str, typer.Option("--chat", metavar="FILE", help="Conversations instead, one JSON object a line; - is stdin.")
+    ] = "",
+    synthetic: Annotated[
+        str | None,
+        opt.choice(("uniform", "flat", "mid", "coherent"), "No model: choices drawn with this skew.", "--synthetic"),
+    ] = None,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            "-n", "--max-tokens", metavar="N", parser=opt.whole(1, opt.MOST_CTX), help="Of an answer, or drawn."
+        ),
+    ] = 1000,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", parser=opt.whole(0, 2**64 - 1), help="Of the drawn choices.")
+    ] = 0,
+    effort: Effort = "none",
+    ctx: opt.Context = opt.N_CTX_DEFAULT,
+    threads: opt.Threads = None,
+    load: opt.Load = "auto",
+    attn_scale: opt.Scale = "plain",
+    encoding: opt.Encoding = "",
+    lossy: opt.Lossy = False,
+    quiet: opt.Quiet = False,
+) -> int:
+    """Record which experts the model chooses while it answers: no text, no ids.  For ms4 simulate."""
+    from ms4.cli import trace as command
+
+    if synthetic:
+        return command.make(synthetic, max_tokens, output, seed, quiet)
+    job = command.Job(prompts, chat, output, max_tokens, ctx, effort)
+    return command.trace(job, opt.engine_options(model, threads, load, attn_scale, quiet), Reading(encoding, lossy))
+
+
+@app.command(cls=Command)
+def simulate(
+    path: Annotated[str, typer.Argument(metavar="TRACE", help="What ms4 trace has recorded.")],
+    model: opt.Model = None,
+    gpu: Annotated[str, opt.choice(opt.CARDS, "The card.", "--gpu")] = "3090",
+    memory: Annotated[
+        str, opt.choice(opt.MEMORIES, "The host's memory; x8: of eight channels.", "--memory")
+    ] = "DDR5-5600",
+    vram: Annotated[
+        int | None,
+        typer.Option(
+            "--vram", metavar="N", parser=opt.whole(0, opt.MOST_BYTES), help="Bytes of VRAM; else the card's."
+        ),
+    ] = None,
+    ram: Annotated[
+        int | None,
+        typer.Option(
+            "--ram", metavar="N", parser=opt.whole(0, opt.MOST_BYTES), help="Bytes of RAM; else enough for all."
+        ),
+    ] = None,
+    disk: Annotated[
+        float, typer.Option("--disk", metavar="GB/S", parser=opt.real(0, 1000, above=True), help="Speed of the disk.")
+    ] = 6.0,
+    policy: Annotated[
+        str, opt.choice(("all", "lru", "decayed", "static", "optimum"), "One of them alone.", "--policy")
+    ] = "all",
+    half_life: Annotated[
+        float,
+        typer.Option("--half-life", metavar="N", parser=opt.real(0, 1e6), help="Of decayed, in tokens; 0: its own."),
+    ] = 0.0,
+    ctx: opt.Context = opt.N_CTX_DEFAULT,
+    format: Table = "md",
+) -> int:
+    """Predict how often experts are where they are needed, and how fast a model writes.  Nothing is measured."""
+    from ms4.cli import simulate as command
+
+    policies = () if policy == "all" else (policy,)
+    question = command.Question(path, model, gpu, memory, vram, ram, 1e9 * disk, ctx, policies, half_life)
+    return command.simulate(question, format)
+
+
+@app.command(cls=Command)
 def logits(
     ids: Annotated[str, typer.Option("--ids", metavar="FILE", help="A JSON list of token ids; - is stdin.")],
     output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="The .npy file; - is stdout.")],

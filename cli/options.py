@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 N_CTX_DEFAULT = 32768
 MOST_CTX = 1 << 20
 MOST_THREADS = 1024
+MOST_BYTES = 1 << 50
+# What ms4.models.clock knows, and no card: its tables cost the import of NumPy.  A test compares them.
+CARDS = ("none", "3060", "3090", "4090", "5070 Ti", "5090")
+MEMORIES = ("DDR4-3200", "DDR5-5600", "DDR5-6000", "DDR5-6400", "DDR4-3200 x8")
 # The checkpoint that comes with ms4, for those who have no other yet.
 DEMO = os.path.join(os.path.dirname(os.path.dirname(__file__)), "models", "demo", "ms4-demo.gguf")
 UNITS = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2, "g": 1000**3, "G": 1024**3}

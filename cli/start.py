@@ -33,6 +33,8 @@ commands:
   bench       measure reading and writing speed
   perplexity  measure how well the model predicts a text
   tokenize    turn text or conversations into token ids
+  trace       record which experts a model chooses
+  simulate    predict speed from such a record, for cards and memories
   logits      write the logits of given token ids to a file
   convert     make a GGUF file of a folder from Hugging Face
 
