@@ -57,6 +57,18 @@ def name_disk(model: "Model", engine: EngineOptions) -> None:
     )
 
 
+def warm(model: "Model") -> None:
+    """Of experts that stay on the disk, reads those that earlier calls used most; at the end, keeps what was used."""
+    if not model.engine.stats().slot_bytes_most:
+        return
+    path = state.uses_path(model.gguf.path)
+    try:
+        model.engine.warm(path.read_bytes())
+    except (OSError, ms4.EngineError):  # none, or of another file that had this name
+        pass
+    model.at_close = lambda: state.keep(path, model.engine.uses())
+
+
 def name_notes(model: "Model") -> None:
     """-v: what was passed over in the file, and how it was opened."""
     for text in (*model.gguf.warnings, *model.vocabulary.notes):
@@ -121,6 +133,7 @@ def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0) -> "
         name_notes(opened[0])
     if not engine.quiet:
         name_disk(opened[0], engine)
+    warm(opened[0])
     return opened[0]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import sys
 import time
@@ -33,6 +35,24 @@ def first_today(name: str) -> bool:
     except OSError:
         pass
     return True
+
+
+def uses_path(model: str) -> Path:
+    """Where it is kept which experts of a model file were used."""
+    name = hashlib.sha256(os.fsencode(os.path.realpath(model))).hexdigest()[:16]
+    return folder() / "uses" / name
+
+
+def keep(path: Path, data: bytes) -> None:
+    """Writes a file of ours, whole or not at all; where that is not possible, nothing is remembered."""
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        new.write_bytes(data)
+        os.replace(new, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            new.unlink()
 
 
 def terminal() -> str:

@@ -20,6 +20,7 @@ class Model:
         self.gguf = gguf
         self.shape = shape
         self.engine = engine
+        self.at_close: Callable[[], None] | None = None  # called before the engine is closed
 
     @classmethod
     def open(
@@ -65,7 +66,12 @@ class Model:
         return self.engine.session(n_ctx)
 
     def close(self) -> None:
-        self.engine.close()
+        last, self.at_close = self.at_close, None
+        try:
+            if last is not None:
+                last()
+        finally:
+            self.engine.close()
 
     def __enter__(self) -> Model:
         return self

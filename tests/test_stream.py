@@ -302,3 +302,14 @@ def test_bench_counts_what_comes_from_the_disk(tiny, ms4):
     assert prefill["share_of_experts_in_memory"] == decode["share_of_experts_in_memory"] == 1.0  # from the warm-up
     assert decode["disk_bytes_per_token"] == 0
     assert json.loads(ms4(*arguments, "map")[1])["rows"][0]["disk_bytes_per_token"] == 0
+
+
+def test_the_commands_remember_what_was_used(ms4, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    command = ("run", "-n", "3", "--greedy", "--load", "stream", "--stats", "Hi")
+    first, second = ms4(*command), ms4(*command)
+    assert first[:2] == second[:2]
+    (kept,) = (tmp_path / "ms4" / "uses").iterdir()
+    size = kept.stat().st_size
+    kept.write_bytes(b"damaged")
+    assert ms4(*command)[:2] == first[:2] and kept.stat().st_size == size
