@@ -145,9 +145,8 @@ def check_model(path: str | None) -> list[Check]:
     available = ms4.allowed().room
     if available is not None and size > available:
         fix = "choose a smaller quantisation, or free memory"
-        checks.append(
-            Check("room", "warning", f"{gib(size)} of weights, {gib(available)} available: it will be slow", fix)
-        )
+        there = f"{gib(size)} of weights, {gib(available)} available"
+        return [*checks, Check("room", "warning", f"{there}: experts come from the disk, which is slow", fix)]
     share = host.cached_share(path)
     if share is not None:
         level, fix = ("ok", "") if share > 0.95 else ("warning", f"cat {shlex.quote(path)} > /dev/null")

@@ -9,8 +9,9 @@
 #include "error.h"
 #include "memory.h"
 
-#define RESERVE ((uint64_t)256 << 20)                         /* and a part of what is free: */
+#define RESERVE ((uint64_t)256 << 20)                         /* and a part of what is free, but not most of it */
 #define RESERVE_PART 32
+#define RESERVE_MOST_PART 4
 #define ENDS 256                                              /* bytes: text_weights_fingerprint */
 
 static int is_streamed(int32_t role) {
@@ -38,9 +39,10 @@ int budget_ranges(const ms4_tensor *tensors, size_t n_tensors, files_range **out
     return MS4_OK;
 }
 void budget_open(budget *b, uint64_t asked) {
-    const uint64_t free = allowance_room();
-    *b = (budget){ .most = asked, .reserve = RESERVE + free / RESERVE_PART };
-    if (!asked && free > b->reserve) b->most = memory_resident() + free - b->reserve;
+    const uint64_t free = allowance_room(), reserve = RESERVE + free / RESERVE_PART, most = free / RESERVE_MOST_PART;
+    *b = (budget){ .most = asked, .reserve = free && reserve > most ? most : reserve };
+    const uint64_t there = memory_resident() + free - b->reserve;
+    if (free && (!asked || there < asked)) b->most = there;
 }
 uint64_t budget_room(const budget *b) {
     const uint64_t used = memory_resident();

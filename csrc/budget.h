@@ -13,7 +13,7 @@ typedef struct {
     uint64_t reserve;                                         /* of what is free: for others */
     uint64_t fixed;                                           /* bytes of the slots, as tests want them; 0: what fits */
 } budget;
-/* asked: bytes that the user wants to be used; 0: what is free, less the reserve. */
+/* asked: bytes that the user wants to be used at most; 0: what is free, less the reserve, and never more than that. */
 void budget_open(budget *b, uint64_t asked);
 uint64_t budget_room(const budget *b);                        /* bytes that are left of it, by what is used now */
 /* Gives slots what nobody else uses, when so many bytes are about to be taken besides. */

@@ -261,6 +261,37 @@ def test_a_file_that_does_not_fit_stays_on_the_disk(tiny):
         assert model.engine.stats().load in ("map", "copy")
 
 
+WITHIN = """
+import sys
+import numpy as np
+from ms4.models.model import Model
+
+def status(name):
+    return int(open("/proc/self/status").read().split(name + ":")[1].split()[0]) * 1024
+
+ram, ids = status("VmRSS") + int(sys.argv[2]), np.random.default_rng(1).integers(0, 1400, 600)
+with Model.open(sys.argv[1], ram=ram, threads=2) as model, model.session(900) as session:
+    for n in (1, 1, 30, 200, 300):  # buffers grow, and slots make room for them
+        session.feed(ids[:n])
+        for i in ids[:8]:
+            session.feed([i])
+    stats = model.engine.stats()
+assert stats.load == "stream" and stats.ram == ram and stats.experts_read > stats.slots > 0, stats
+print(status("VmHWM") / ram)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_bytes", [60 << 20, 120 << 20])
+def test_the_process_keeps_within_its_memory(tmp_path, n_bytes):
+    big = Tiny(n_layer=4, n_expert=32, n_used=4, d_model=512, d_expert=1024)
+    path = write_tiny(tmp_path / "t.gguf", big)[0]
+    command = [sys.executable, "-c", WITHIN, str(path), str(n_bytes)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 0.9 < float(done.stdout) < 1.02
+
+
 def test_a_budget_that_is_too_small_is_refused(tiny):
     with pytest.raises(MemoryError, match="of memory are not enough: all but the experts are 0.0 GB"):
         Model.open(tiny, load="stream", ram=1000)
