@@ -134,6 +134,7 @@ def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0) -> "
     if not engine.quiet:
         name_disk(opened[0], engine)
     warm(opened[0])
+    status.also = lambda: render.waiting(opened[0].engine.stats())
     return opened[0]
 
 

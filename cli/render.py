@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DIM, PLAIN, ERASE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
 PERIOD = 0.1  # seconds between two looks at the progress
+LONG_WAIT = 5  # seconds
 
 
 class StatusLine:
@@ -25,6 +26,7 @@ class StatusLine:
 
     def __init__(self, quiet: bool = False) -> None:
         self.enabled = not quiet and streams.is_terminal(sys.stderr) and not streams.is_plain()
+        self.also: Callable[[], str] = lambda: ""  # what is to be said besides
         self._shown = False
         self._lock = threading.Lock()
 
@@ -57,7 +59,7 @@ class StatusLine:
         def poll() -> None:
             if not over.wait(streams.PATIENCE):
                 while not over.is_set():
-                    self.show(look())
+                    self.show(look() + self.also())
                     over.wait(PERIOD)
 
         thread = threading.Thread(target=poll, daemon=True)
@@ -143,6 +145,12 @@ def statistics(s: "Statistics", s_images: float = 0.0) -> str:
         f"{images}read {s.n_prompt} tok{cached} {s.s_prefill:.1f} s · {wrote}{thinking} · "
         f"ctx {short(s.n_context)}/{short(s.n_ctx)}"
     )
+
+
+def waiting(stats: "ms4.Stats") -> str:
+    """That a disk gives nothing, once that has lasted."""
+    seconds = stats.ns_waiting // 10**9
+    return f"  waiting for the disk {seconds} s" if seconds >= LONG_WAIT else ""
 
 
 def from_disk(now: "ms4.Stats", before: "ms4.Stats | None" = None) -> str:

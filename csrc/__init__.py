@@ -178,6 +178,7 @@ class Stats:
     bytes_disk: int
     ns_disk: int  # while at least one read was under way
     ns_waited: int  # that steps waited for the disk
+    ns_waiting: int  # that the running one waits now
     slots: int  # experts in memory after the last step, and their bytes
     slot_bytes: int
     slot_bytes_most: int  # that they may have

@@ -125,6 +125,7 @@ void ms4_engine_stats(ms4_engine *e, ms4_stats *out) {
     *out = e->stats;
     pthread_mutex_unlock(&e->counting);
     kv_store_count(e->kv, &out->kv_blocks, &out->kv_bytes);
+    if (experts_slots(e->experts)) out->ns_waiting = slots_waiting(experts_slots(e->experts));
     out->bytes_weights = e->weights.bytes;
     out->n_threads = pool_size(e->pool);
     out->n_batch = e->n_batch;

@@ -140,7 +140,7 @@ typedef struct {
     /* Of experts that stay on the disk; 0 if none do.  Wanted by the layers of steps, there already then; read. */
     uint64_t experts_wanted, experts_there, experts_read;
     uint64_t bytes_disk, ns_disk;           /* read of experts, and while at least one read was under way */
-    uint64_t ns_waited;                     /* that steps waited for the disk */
+    uint64_t ns_waited, ns_waiting;         /* that steps waited for the disk; that the running one waits now */
     uint64_t slots, slot_bytes;             /* experts that are in memory now, and their bytes */
     uint64_t slot_bytes_most, ram;          /* bytes that they may have, and the process all in all */
     int32_t direct;                         /* 1: the disk is read past the page cache */

@@ -42,6 +42,7 @@ struct slots {
     const void *context;
     const atomic_int *stop;
     uint64_t turn, clock, seen, least;                        /* turn: counts layers; clock: uses */
+    _Atomic int64_t waiting_since;                            /* 0: nobody waits; read by others, too */
     slots_counts counts;
 };
 
@@ -267,12 +268,13 @@ int slots_next(slots *s, int32_t share, int wait, int32_t *ids, int32_t *n) {
         if (!status) start_all(s, share);
         if (status || *n || !left || !wait) break;
         if (!is_reading(s, share)) take_from_others(s, share);
-        if (!since) since = now_ns();
+        if (!since) atomic_store(&s->waiting_since, since = now_ns());
         disk_wait(s->disk, &s->seen, LOOK_MS);
         if (s->stop && atomic_load_explicit(s->stop, memory_order_relaxed))
             status = error_set(MS4_ECANCELED, "canceled");
         if (status) break;
     }
+    atomic_store(&s->waiting_since, 0);
     if (since) s->counts.ns_waited += (uint64_t)(now_ns() - since);
     return status;
 }
@@ -324,6 +326,10 @@ void slots_fit(slots *s, uint64_t bytes) {
             if (!at) break;
             drop(s, p, at);
         }
+}
+uint64_t slots_waiting(slots *s) {
+    const int64_t since = atomic_load(&s->waiting_since);
+    return since ? (uint64_t)(now_ns() - since) : 0;
 }
 void slots_count(slots *s, slots_counts *out) {
     *out = s->counts;

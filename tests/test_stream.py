@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import test_hashes
 
 import ms4
+from ms4.cli import render
 from ms4.models.model import Model
 from ms4.quant.tiny import Tiny, write_tiny
 
@@ -325,6 +327,14 @@ def test_memory_that_cannot_be_kept_is_refused_in_one_line(ms4):
         "ms4: error: --ram cannot limit --load map\nhint: leave --load out"
     )
     assert ms4("run", "--ram", "4X", "Hi")[0] == 2
+
+
+def test_a_wait_for_the_disk_is_said_when_it_lasts(tiny):
+    with Model.open(tiny, load="stream") as model:
+        stats = model.engine.stats()
+    assert stats.ns_waiting == 0 and render.waiting(stats) == ""
+    assert render.waiting(replace(stats, ns_waiting=4_900_000_000)) == ""
+    assert render.waiting(replace(stats, ns_waiting=7_100_000_000)) == "  waiting for the disk 7 s"
 
 
 def test_bench_counts_what_comes_from_the_disk(tiny, ms4):
