@@ -95,14 +95,21 @@ kernels: all
 	$(CC) -O3 -Wall -Wextra -Werror -o build/checkkernels $(CHECK) $(KERNELS:%.c=build/obj/%.o) -lm -pthread
 	build/checkkernels --bench
 
+# Runs the kernels' check as another CPU and keeps what it prints; all get the same seed, and must see the same bits.
+SEED := $(or $(MS4_TEST_SEED),$(shell date +%s))
+emulated = @echo "$(2)"; $(2) --seed=$(SEED) >build/arch-$(1).txt 2>/dev/null; code=$$?; cat build/arch-$(1).txt; exit $$code
+
 arch: all
+	@rm -f build/arch-*.txt
 	$(CC) -O3 -static -o build/checkstatic $(CHECK) $(KERNELS:%.c=build/obj/%.o) -lm -pthread
-	qemu-x86_64 -cpu Nehalem build/checkstatic 2>/dev/null
-	qemu-x86_64 -cpu Haswell build/checkstatic --isa=avx2 --slack=16 2>/dev/null
+	$(call emulated,old,qemu-x86_64 -cpu Nehalem build/checkstatic)
+	$(call emulated,avx2,qemu-x86_64 -cpu Haswell build/checkstatic --isa=avx2 --slack=16)
 	aarch64-linux-gnu-gcc -O2 -Wall -Wextra -Werror -c -o build/checkarm.o $(CHECK)   # with -O3 GCC 12 crashes
 	aarch64-linux-gnu-gcc -O3 -Wall -Wextra -Werror -static -o build/checkarm $(filter-out %.c,$(CHECK)) build/checkarm.o $(KERNELS) -lm -pthread
-	qemu-aarch64 -cpu cortex-a53 build/checkarm
-	qemu-aarch64 -cpu max build/checkarm --isa=neon
+	$(call emulated,a53,qemu-aarch64 -cpu cortex-a53 build/checkarm)
+	$(call emulated,neon,qemu-aarch64 -cpu max build/checkarm --isa=neon)
+	@set -- $$(sed -n 's/.* bits \([0-9a-f]*\):.*/\1/p' build/arch-*.txt); echo "bits of $$# tables: $$*"; \
+	[ $$# -ge 2 ] && [ "$$(echo $$* | tr ' ' '\n' | sort -u | wc -l)" = 1 ] || { echo "arch: other bits on another CPU"; exit 1; }
 
 cuda-check: all
 	@! command -v nvcc >/dev/null || $(PIP) nvidia-cuda-nvdisasm || echo "no nvdisasm: SASS will not be looked at"
