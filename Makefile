@@ -96,7 +96,7 @@ kernels: all
 	build/checkkernels --bench
 
 # Runs the kernels' check as another CPU and keeps what it prints; all get the same seed, and must see the same bits.
-SEED := $(or $(MS4_TEST_SEED),$(shell date +%s))
+SEED = $(or $(MS4_TEST_SEED),$(shell date +%s))
 emulated = @echo "$(2)"; $(2) --seed=$(SEED) >build/arch-$(1).txt 2>/dev/null; code=$$?; cat build/arch-$(1).txt; exit $$code
 
 arch: all

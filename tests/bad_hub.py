@@ -1,7 +1,7 @@
 """A hub on this machine that misbehaves: listing, redirect, and a host for the bytes behind it.
 
-`Hub(files)` serves them under REPO at COMMIT; `kind` names what goes wrong, from KINDS.  What was asked for, and how
-many bytes were sent, is written down.
+`Hub(files)` serves them under REPO, or another name, at COMMIT; `kind` names what goes wrong, from KINDS.  What was asked
+for, and how many bytes were sent, is written down.
 """
 
 import gzip
@@ -64,8 +64,8 @@ class Asked:
 class Hub:
     """Two servers: the hub, and the host of the bytes.  A context manager."""
 
-    def __init__(self, files, kind="good", seed=0, bytes_per_s=0):
-        self.files, self.kind = dict(files), kind
+    def __init__(self, files, kind="good", seed=0, bytes_per_s=0, repo=REPO):
+        self.files, self.kind, self.repo = dict(files), kind, repo
         self.bytes_per_s = bytes_per_s
         self.random = random.Random(seed)
         self.asked: list[Asked] = []
@@ -138,9 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         with hub.lock:
             hub.asked.append(Asked(self.server.role, self.path, wanted, self.headers.get("Authorization", "")))
-        if path.startswith(f"/api/models/{REPO}/"):
+        if path.startswith(f"/api/models/{hub.repo}/"):
             return self.answer(200, json.dumps(hub.listing).encode(), {"Content-Type": "application/json"})
-        match = re.fullmatch(rf"(?:/hop\d)*/{REPO}/resolve/{COMMIT}/(.+)", unquote(path))
+        match = re.fullmatch(rf"(?:/hop\d)*/{hub.repo}/resolve/{COMMIT}/(.+)", unquote(path))
         name = match and match[1]
         if name not in hub.files:
             return self.answer(404, PAGE, {"Content-Type": "text/html"})

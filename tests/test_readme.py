@@ -7,10 +7,12 @@ from pathlib import Path
 
 import demo
 import pytest
+from bad_hub import Hub
 from PIL import Image as Pillow
 from test_document import TEXT, pdf
 
 from ms4.cli import start
+from ms4.models import repositories
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,7 +36,15 @@ def test_a6_the_readme_and_make_demo_are_of_one_piece():
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def hub():
+    """The address of a hub that has the demonstration where the model is."""
+    demonstration = ROOT / "models" / "demo" / "ms4-demo.gguf"
+    with Hub({"Model-Q4_K_M.gguf": demonstration.read_bytes()}, repo=repositories.REPOSITORIES[0].repo) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, hub):
     """The folder that the README speaks of, and an environment: a model that is the demonstration, a repository with a
     change, a curl that fetches nothing from anywhere."""
     folder = tmp_path_factory.mktemp("world")
@@ -52,6 +62,7 @@ def world(tmp_path_factory):
     (bin / "curl").write_text(f"#!/bin/sh\nexec cat {picture}\n")
     (bin / "curl").chmod(0o755)
     environment = {"PATH": f"{bin}:{demo.PATH}", "HOME": str(folder), "XDG_STATE_HOME": os.environ["XDG_STATE_HOME"]}
+    environment["HF_ENDPOINT"] = hub
     git = ["git", "-c", "user.name=A", "-c", "user.email=a@b"]
     (folder / "notes.txt").write_text("one\n")
     for command in (["init", "-q"], ["add", "notes.txt"], ["commit", "-qm", "notes"]):
