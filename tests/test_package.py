@@ -52,7 +52,8 @@ def test_the_wheel_holds_every_module_that_the_package_imports(tmp_path_factory)
 
 def test_the_sdist_can_be_built_from(tmp_path_factory):
     _, sdist = listed(str(tmp_path_factory.getbasetemp()))
-    sources = {str(p.relative_to(ROOT)) for end in ("c", "h", "cdef", "cu", "cuh") for p in (ROOT / "csrc").rglob(f"*.{end}")}
+    ends = ("c", "h", "cdef", "cu", "cuh")
+    sources = {str(path.relative_to(ROOT)) for end in ends for path in (ROOT / "csrc").rglob(f"*.{end}")}
     assert sources | {"csrc/build_core.py", "quant/grids.py", "pyproject.toml", "LICENSE", "README.md"} <= sdist
     assert not [name for name in sdist if name.startswith(("tests/", "models/training/"))]
 
