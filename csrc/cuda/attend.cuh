@@ -3,6 +3,7 @@
 #define MS4_ATTEND_CUH
 #include "latents.cuh"
 #include "attend_mma.cuh"
+#include "attend_tile.cuh"
 
 DEV int heads_from(int n_head, int first) { return n_head - first < ATTEND_HEADS ? n_head - first : ATTEND_HEADS; }
 
@@ -148,6 +149,8 @@ DEV void attend_any_rows(char *shared, const attend_rows_args &a, const attend_t
 KERNEL(attend_rows, attend_rows_args, ATTEND_THREADS) {
     SMEM(shared);
     const int head = (int)blockIdx.y * ATTEND_HEADS;
-    attend_any_rows(shared, a, a.tiles[blockIdx.x], head, heads_from(a.n_head, head));
+    const int heads = heads_from(a.n_head, head);
+    if (tensor_shape(a.rank, a.d_rope)) attend_mma_tile(shared, a, a.tiles[blockIdx.x], head, heads);
+    else attend_any_rows(shared, a, a.tiles[blockIdx.x], head, heads);
 }
 #endif

@@ -87,7 +87,7 @@ DEV void mma_values(const mma_room &room, int heads, float *out) {
         load_a(a, room.weights, rows_w, WEIGHT_BYTES, k);
 #pragma unroll
         for (int tile = 0; tile < 4; tile++) {
-            load_values(b, room.keys, chunk + tile, k);
+            load_values(b, room.keys, lane, chunk + tile, k);
             multiply(o[tile], a, b);
         }
     }

@@ -55,13 +55,20 @@ DEV void load_b(fragment_b &f, const char *rows, int lane_row, int k) {
     ldmatrix_x4<false>(r, rows + step_of(lane_row, k));
     split_bytes(r, f.high, f.low);
 }
-/* 32 rows of keys from 32 k on, along k; chunk: 8 latents, the columns of b. */
-DEV void load_values(fragment_b &f, const char *keys, int chunk, int k) {
+/* 32 rows of keys from 32 k on, along k; chunk: 8 latents, the columns of b; lane: of this thread. */
+DEV void load_values(fragment_b &f, const char *keys, int lane, int chunk, int k) {
     unsigned r[4];
-    ldmatrix_x4<true>(r, keys + chunk_at((int)threadIdx.x & 31, KEY_BYTES, chunk) + k * 32 * KEY_BYTES);
+    ldmatrix_x4<true>(r, keys + chunk_at(lane, KEY_BYTES, chunk) + k * 32 * KEY_BYTES);
     split_bytes(r, f.high, f.low);
 }
 struct products { int high[4], mixed[4], low[4]; };
+/* p = a b, and p += a b */
+DEV void multiply_first(products &p, const fragment_a &a, const fragment_b &b) {
+    mma_k32_first<true, true>(p.high, a.high, b.high);
+    mma_k32_first<true, false>(p.mixed, a.high, b.low);
+    mma_k32_first<false, false>(p.low, a.low, b.low);
+    mma_k32<false, true>(p.mixed, a.low, b.high);
+}
 DEV void multiply(products &p, const fragment_a &a, const fragment_b &b) {
     mma_k32<true, true>(p.high, a.high, b.high);
     mma_k32<true, false>(p.mixed, a.high, b.low);
@@ -71,15 +78,19 @@ DEV void multiply(products &p, const fragment_a &a, const fragment_b &b) {
 DEV int whole(const products &p, int i) {
     return (int)(((unsigned)p.high[i] << 16) + ((unsigned)p.mixed[i] << 8) + (unsigned)p.low[i]);
 }
-/* Copies the first n rows of keys or queries, 640 bytes each; threads first, first + step, ... take a chunk each. */
-DEV void copy_rows(char *to, const int16_t *from, int n, int first, int step) {
-#pragma unroll 4
-    for (int i = first; i < n * (KEY_BYTES / 16); i += step) {
-        const int row = i / (KEY_BYTES / 16), chunk = i - row * (KEY_BYTES / 16);
-        copy16_async(to + chunk_at(row, KEY_BYTES, chunk), (const char *)from + (size_t)i * 16);
+/* Copies the first n rows of keys or queries, 640 bytes each, with `threads` threads, of which this one is number
+ * `thread`: eight a row, every eighth chunk each. */
+DEV void copy_rows(char *to, const int16_t *from, int n, int thread, int threads) {
+    const int chunk = thread % 8;
+#pragma unroll 1
+    for (int row = thread / 8; row < n; row += threads / 8) {
+        char *place = to + chunk_at(row, KEY_BYTES, chunk);
+        const int16_t *own = from + row * (KEY_BYTES / 2) + chunk * 8;
+#pragma unroll
+        for (int i = 0; i < KEY_BYTES / 128; i++) copy16_async(place + i * 128, own + i * 64);
     }
 }
-DEV void copy_scales(float *to, const float *from, int n, int first, int step) {     /* three floats a key */
-    for (int i = first; i < (3 * n + 3) / 4; i += step) copy16_async(to + 4 * i, from + 4 * i);
+DEV void copy_scales(float *to, const float *from, int n, int thread, int threads) {    /* three floats a key */
+    for (int i = thread; i < (3 * n + 3) / 4; i += threads) copy16_async(to + 4 * i, from + 4 * i);
 }
 #endif

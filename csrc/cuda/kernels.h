@@ -249,9 +249,10 @@ static inline size_t gemm_shared(int type) { return is_float_type(type) ? 0 : GE
 static inline size_t segments_shared(int32_t rank, int32_t d_rope) {
     return tensor_shape(rank, d_rope) ? MMA_SEGMENT_ROOM : SEGMENT_ROOM;
 }
+#define MMA_TILE_ROOM 101376   /* keys, scales, weights and sums of ATTEND_TILE rows */
 static inline size_t attend_rows_shared(int32_t rank, int32_t d_rope) {
-    (void)d_rope;
-    return SEGMENT_ROOM + 512 + sizeof(float) * ATTEND_HEADS * (size_t)rank;
+    return tensor_shape(rank, d_rope) ? MMA_TILE_ROOM
+                                      : SEGMENT_ROOM + 512 + sizeof(float) * ATTEND_HEADS * (size_t)rank;
 }
 #define NORM_STAGED 16384      /* floats of a row that is kept in shared memory */
 static inline size_t norm_shared(int32_t width) {

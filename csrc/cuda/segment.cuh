@@ -22,9 +22,14 @@ DEV seen_keys keys_of(const kv_span &span, size_t layer_offset, int position, in
     const int16_t *rows = (const int16_t *)(span.blocks[segment] + layer_offset);
     return { rows, (const float *)(rows + KV_ROWS * (size_t)width), seen_of(position, segment) };
 }
-DEV float score_of(const float *q_d, const float *d, int of_latents, int of_rope) {
-    const float s = __fmul_rn(__fmul_rn(q_d[1], d[1]), __int2float_rn(of_rope));
+DEV float rope_score(const float *q_d, const float *d, int of_rope) {
+    return __fmul_rn(__fmul_rn(q_d[1], d[1]), __int2float_rn(of_rope));
+}
+DEV float add_latent_score(const float *q_d, const float *d, int of_latents, float s) {
     return __fmaf_rn(__fmul_rn(q_d[0], d[0]), __int2float_rn(of_latents), s);
+}
+DEV float score_of(const float *q_d, const float *d, int of_latents, int of_rope) {
+    return add_latent_score(q_d, d, of_latents, rope_score(q_d, d, of_rope));
 }
 DEV float larger_float(float a, float b) { return a > b ? a : b; }
 /* Of 16 lanes; NaN may win or lose: see segment_weights_plain, where the sums find it. */
