@@ -15,7 +15,7 @@ DEV float tree_of_16(float part) {
 }
 /* Half a warp: one row, two tokens. */
 template <class T> DEV void mul_floats(const mul_args &a) {
-    const tile at = tile_of_block<MUL_FLOAT_ROWS, MUL_TOKENS>(a);
+    const tile &at = tile_of_block<MUL_FLOAT_ROWS, MUL_TOKENS>(a);
     const mul_job &j = at.job;
     constexpr int TOKENS_APART = MUL_THREADS / 16 / MUL_FLOAT_ROWS;
     static_assert(MUL_TOKENS == 2 * TOKENS_APART, "two tokens for half a warp");
@@ -59,7 +59,7 @@ template <class F> DEV void stage_floats(float *to, int k, int n_cols, F at) {
 template <class T> DEV void gemm_floats(const mul_args &a) {
     SHARED(float, w, GEMM_FLOAT_ROWS * FLOAT_STRIDE);
     SHARED(float, x, GEMM_FLOAT_TOKENS * FLOAT_STRIDE);
-    const tile at = tile_of_block<GEMM_FLOAT_ROWS, GEMM_FLOAT_TOKENS>(a);
+    const tile &at = tile_of_block<GEMM_FLOAT_ROWS, GEMM_FLOAT_TOKENS>(a);
     const mul_job &j = at.job;
     static_assert(GEMM_FLOAT_ROWS == GEMM_FLOAT_TOKENS && GEMM_FLOAT_ROWS == 4 * FLOAT_EACH, "16 halves");
     const int lane = (int)threadIdx.x & 15, half = (int)threadIdx.x >> 4;

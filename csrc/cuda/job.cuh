@@ -6,16 +6,22 @@
 /* A block's share of a job: rows from `row`, tokens from `token` on. */
 struct tile { mul_job job; int row, token; };
 
-template <int ROWS, int TOKENS> DEV tile tile_of_block(const mul_args &a) {
-    const int block = (int)blockIdx.x, lane = (int)threadIdx.x & 31;
+/* It lies in shared memory, where it takes no registers. */
+template <int ROWS, int TOKENS> DEV const tile &tile_of_block(const mul_args &a) {
+    SHARED(tile, t, 1);
+    const int block = (int)blockIdx.x, tid = (int)threadIdx.x;
     int begun = 0;
-    for (int i = lane; i < a.n_jobs; i += 32) begun += a.jobs[i].first_block <= block;
-    tile t;
-    t.job = a.jobs[__reduce_add_sync(ALL, begun) - 1];
-    const int in = block - t.job.first_block, row_tiles = (t.job.n_rows + ROWS - 1) / ROWS;
-    t.row = in % row_tiles * ROWS;
-    t.token = in / row_tiles * TOKENS;
-    return t;
+    for (int i = tid & 31; i < a.n_jobs; i += 32) begun += a.jobs[i].first_block <= block;
+    const unsigned *from = (const unsigned *)(a.jobs + __reduce_add_sync(ALL, begun) - 1);
+    if (tid < (int)(sizeof(mul_job) / 4)) ((unsigned *)&t->job)[tid] = from[tid];
+    __syncthreads();
+    if (!tid) {
+        const int in = block - t->job.first_block, row_tiles = (t->job.n_rows + ROWS - 1) / ROWS;
+        t->row = in % row_tiles * ROWS;
+        t->token = in / row_tiles * TOKENS;
+    }
+    __syncthreads();
+    return *t;
 }
 /* Rows and tokens beyond the last stand for the last: computed as well, so that no lane is missing, and not stored. */
 DEV const uint8_t *row_of_w(const mul_job &j, int row) {

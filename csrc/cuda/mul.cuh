@@ -76,7 +76,7 @@ template <class T> DEV void mul_any(const tile &at) {
 }
 template <class T> DEV void mul_quantised(const mul_args &a) {
     SMEM(shared);
-    const tile at = tile_of_block<MUL_ROWS, MUL_TOKENS>(a);
+    const tile &at = tile_of_block<MUL_ROWS, MUL_TOKENS>(a);
     if (can_stage<T>(at.job)) mul_staged<T>(shared, at);
     else mul_any<T>(at);
 }
