@@ -4,7 +4,7 @@
 
 1. the kernels, as g++ compiles them, in the emulation beside the CPU's; 2. the same as nvcc compiles them, as PTX;
 3. nvcc for every target: spills, registers, instructions, roofline; 4. mutants; 5. the emulated driver, and whole
-models through it (tests/test_cuda_*.py).  Without nvcc, 2 and 3 are left out, and that is said.  --short: 1 and a few
+models through it (tests/test_cuda*.py).  Without nvcc, 2 and 3 are left out, and that is said.  --short: 1 and a few
 mutants.  The exit status is 1 if anything was not as it has to be.
 """
 
@@ -108,7 +108,7 @@ def main() -> int:
     report.head("mutants")
     every = ["--every", "20"] if options.short else []
     report.run("mutants", [sys.executable, "tests/cuda/mutants.py", "--jobs", report.jobs, *every])
-    tests = sorted((ROOT / "tests").glob("test_cuda_*.py"))
+    tests = sorted((ROOT / "tests").glob("test_cuda*.py"))
     if not options.short:
         report.head("the emulated driver, and models through it")
         report.run("tests", [sys.executable, "-m", "pytest", "-q", "-n", report.jobs, *tests])

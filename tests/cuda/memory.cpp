@@ -1,5 +1,6 @@
 /* memory.cpp -- memory of the emulated device: every allocation ends at an unreadable page and is full of poison. */
 #include "driver.h"
+#include <atomic>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -13,19 +14,36 @@ char *arena;
 size_t arena_used, used, most, n_pinned;
 bool is_open;
 std::mutex lookup;                                          /* kernels look up areas without the driver's lock */
+std::atomic<unsigned> changes;                              /* of areas and pins, but for new ones */
 
 bool in_arena(const void *p) { return arena && (const char *)p >= arena && (const char *)p < arena + ARENA; }
 template <class M> auto find_in(M &all, const void *p) {
     auto next = all.upper_bound((uintptr_t)p);
     return next == all.begin() ? all.end() : std::prev(next);
 }
-bool has(const void *p, size_t n) {
+/* Where p lies, as far as kernels may read; the same place if it is none. */
+std::pair<uintptr_t, uintptr_t> range_of(const void *p) {
     std::lock_guard<std::mutex> guard(lookup);
     auto a = find_in(areas(), p);
-    if (a != areas().end() && (uintptr_t)p + n <= a->first + a->second.bytes + 15 - (a->second.bytes + 15) % 16)
-        return true;
+    uintptr_t end = a == areas().end() ? 0 : (a->first + a->second.bytes + 15) / 16 * 16;
+    if ((uintptr_t)p < end) return { a->first, end };
     auto pin = find_in(pins(), p);
-    return pin != pins().end() && (uintptr_t)p + n <= pin->first + pin->second.bytes;
+    if (pin == pins().end()) return { 0, 0 };
+    return { pin->first, pin->first + pin->second.bytes };
+}
+/* Kernels ask for each access, mostly for the same few places. */
+bool has(const void *p, size_t n) {
+    static thread_local struct { uintptr_t from, end; } known[4];
+    static thread_local unsigned of_changes, next;
+    if (of_changes != changes) {
+        memset(known, 0, sizeof known);
+        of_changes = changes;
+    }
+    for (auto &k : known) if ((uintptr_t)p >= k.from && (uintptr_t)p + n <= k.end) return true;
+    auto range = range_of(p);
+    if ((uintptr_t)p < range.first || (uintptr_t)p + n > range.second) return false;
+    known[next++ % 4] = { range.first, range.second };
+    return true;
 }
 [[noreturn]] void stop(const char *what, const void *p, size_t n) {
     fprintf(stderr, "cuda emulation: %s: %zu bytes at %p\n", what, n, p);
@@ -74,6 +92,7 @@ int memory_give(uint64_t at) {
     used -= (of.bytes + ALIGN - 1) / ALIGN * ALIGN;
     std::lock_guard<std::mutex> guard(lookup);
     areas().erase(a);
+    changes++;
     return OK;
 }
 size_t memory_used() { return used; }
@@ -113,6 +132,7 @@ int memory_unpin(void *at, bool own) {
     if (own) munmap(at, (pin->second.bytes + PAGE - 1) / PAGE * PAGE);
     std::lock_guard<std::mutex> guard(lookup);
     pins().erase(pin);
+    changes++;
     return OK;
 }
 place memory_place(const void *p, size_t n) {
