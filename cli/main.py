@@ -438,18 +438,20 @@ def trace(
     ctx: opt.Context = opt.N_CTX_DEFAULT,
     threads: opt.Threads = None,
     load: opt.Load = "auto",
+    ram: opt.Ram = None,
     attn_scale: opt.Scale = "plain",
     encoding: opt.Encoding = "",
     lossy: opt.Lossy = False,
-    quiet: opt.Quiet = False,
+    quiet: opt.Quiet = None,
 ) -> int:
     """Record which experts the model chooses while it answers: no text, no ids.  For ms4 simulate."""
     from ms4.cli import trace as command
 
     if synthetic:
-        return command.make(synthetic, max_tokens, output, seed, quiet)
+        return command.make(synthetic, max_tokens, output, seed, quiet is True)
     job = command.Job(prompts, chat, output, max_tokens, ctx, effort)
-    return command.trace(job, opt.engine_options(model, threads, load, attn_scale, quiet), Reading(encoding, lossy))
+    engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram)
+    return command.trace(job, engine, Reading(encoding, lossy))
 
 
 @app.command(cls=Command)
