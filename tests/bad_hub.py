@@ -1,7 +1,7 @@
 """A hub on this machine that misbehaves: listing, redirect, and a host for the bytes behind it.
 
-`Hub(files)` serves them under REPO, or another name, at COMMIT; `kind` names what goes wrong, from KINDS.  What was asked
-for, and how many bytes were sent, is written down.
+`Hub(files)` serves them under REPO, or another name, at COMMIT; `kind` names what goes wrong, from KINDS.  What was
+asked for, and how many bytes were sent, is written down.
 """
 
 import gzip

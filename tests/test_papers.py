@@ -29,8 +29,8 @@ def test_files_that_the_papers_name_are_there():
     assert len(named) > 40
     assert not {name for name in named if not (ROOT / name).exists()}
     table = re.findall(r"^\| (.*?) \|", (DOCS / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE)
-    c_files = {name for row in table for name in re.findall(r"`(?:cpu/)?(\w+\.[ch])`", row)}
-    there = {path.name for folder in ("", "cpu") for path in (ROOT / "csrc" / folder).glob("*.[ch]")}
+    c_files = {name for row in table for name in re.findall(r"`(?:cpu/|cuda/)?(\w+\.[ch])`", row)}
+    there = {path.name for folder in ("", "cpu", "cuda") for path in (ROOT / "csrc" / folder).glob("*.[ch]")}
     assert len(c_files) > 20 and not c_files - there
     assert not there - c_files - {"clock.h", "numbers.h"} - {name.replace(".c", ".h") for name in c_files}
 
