@@ -1,13 +1,22 @@
 """Traces against slots: each policy against a definition that fits on a screen."""
 
 from itertools import combinations
+from random import Random
 
 import numpy as np
 import pytest
 
 from ms4 import Policy
+from ms4.cli.options import DEMO
+from ms4.models.answer import Answer
+from ms4.models.clock import sizes_of
+from ms4.models.mistral4 import tensors_of
+from ms4.models.model import Model
 from ms4.models.replay import NAMES, POLICIES, Decayed, Furthest, Outcome, Room, replay
-from ms4.models.routing import SKEWS, Skew, Trace, synthetic
+from ms4.models.routing import SKEWS, Recorder, Skew, Trace, synthetic
+from ms4.models.sampling import Sampler, SamplingParams
+from ms4.models.tokenizer import Tokenizer
+from ms4.models.training.skills import KINDS, questions
 
 N_LAYER, N_EXPERT = 3, 12
 N = N_LAYER * N_EXPERT
@@ -170,3 +179,29 @@ def test_rates_are_of_all_choices():
     outcome = Outcome("x", np.array([[1, 0], [0, 1]]), np.array([[1, 0], [0, 0]]), np.array([3, 1]), 2)
     assert (outcome.hit_rate, outcome.read_rate, outcome.uploads_per_token) == (0.75, 0.125, 2)
     assert set(NAMES) == set(POLICIES)
+
+
+@pytest.mark.slow
+def test_the_engine_reads_from_the_disk_as_often_as_the_replay_says():
+    """The demonstration with slots for 40 and 60 % of its experts: within a tenth of the replay of its own trace."""
+    for share in (0.4, 0.6):
+        with Model.open(DEMO, load="stream", threads=1) as model, model.session(2048) as session:
+            tokenizer, sampler = Tokenizer(model.vocabulary), Sampler(SamplingParams(temperature=0))
+            sizes = sizes_of(model.shape, tensors_of(model.gguf, model.shape))
+            model.engine.fix_slots(int(share * sizes.experts))
+            random, read, wanted = Random(11), 0, 0
+            with Recorder(model.engine) as recorder:
+                for kind in KINDS:
+                    *_, question = questions(KINDS[kind](random))
+                    answer = Answer(question.prompt(tokenizer), sampler, tokenizer, 2048, max_tokens=150)
+                    session.rewind(0)
+                    answer.choose(session.feed(answer.prompt.ids))
+                    before = model.engine.stats()
+                    while answer.reason is None:
+                        answer.choose(session.feed(answer.ids[-1:]))
+                    after = model.engine.stats()
+                    read += after.experts_read - before.experts_read
+                    wanted += after.experts_wanted - before.experts_wanted
+        trace = recorder.trace()
+        said = replay(trace, "decayed", Room(0, after.slots)).read_rate
+        assert read / wanted == pytest.approx(said, rel=0.1)
