@@ -193,7 +193,7 @@ class Terms:
     dense: float = 0.0  # attention's weights, router, shared experts, output
     context: float = 0.0  # the kv cache, or the scores of a prompt
     hits: float = 0.0  # experts in VRAM
-    misses: float = 0.0  # what the CPU takes longer than the card
+    misses: float = 0.0  # what the CPU takes longer than the card, or than it computes
     disk: float = 0.0  # what reading takes longer than both
     bus: float = 0.0  # experts copied up that something waited for
     control: float = 0.0  # kernels one after another, and handing over to the CPU
@@ -291,26 +291,40 @@ def _mean(by_layer: np.ndarray, shares: np.ndarray) -> float:
 
 
 def prefill(
-    sizes: Sizes, machine: Machine, engine: Engine, n_tokens: int, n_chunk: int, resident: float = 0.0
+    sizes: Sizes,
+    machine: Machine,
+    engine: Engine,
+    n_tokens: int,
+    n_chunk: int,
+    *,
+    resident: float = 0.0,
+    on_disk: float = 0.0,
 ) -> Terms:
-    """A token of a prompt of n_tokens that is read in chunks; resident: the share of the experts that lies in VRAM.
+    """A token of a prompt of n_tokens that is read in chunks of n_chunk.
 
-    With a card all others are copied up once for every chunk, and all is computed there.
+    resident, on_disk: the shares of the experts that lie in VRAM, and that have to be read for every chunk.  With a
+    card all others are copied up once for every chunk, and all is computed there.
     """
-    sizes_of_chunks = [min(n_chunk, n_tokens - at) for at in range(0, n_tokens, n_chunk)]
     flops = sizes.flops_every + sizes.n_layer * sizes.n_used * sizes.flops_expert
     scores = sizes.flops_pair * n_tokens / 2
-    if machine.card is None:
-        return Terms(dense=flops / machine.cpu_flops, context=scores / machine.cpu_flops)
-    terms = {field.name: 0.0 for field in fields(Terms)}
-    for n in sizes_of_chunks:
-        copied = (1 - resident) * sizes.n_layer * sizes.distinct(n) * sizes.expert / machine.link
-        computed = n * (flops + scores) / machine.card.flops
-        terms["dense"] += n * flops / machine.card.flops
-        terms["context"] += n * scores / machine.card.flops
-        terms["bus"] += max(copied - computed, 0.0) if engine.overlaps else copied
-        terms["control"] += sizes.n_layer * engine.n_kernels * engine.s_kernel
-    return Terms(**{name: seconds / n_tokens for name, seconds in terms.items()})
+    spent = {field.name: 0.0 for field in fields(Terms)}
+    for at in range(0, n_tokens, n_chunk):
+        n = min(n_chunk, n_tokens - at)
+        used = sizes.n_layer * sizes.distinct(n) * sizes.expert
+        speed = machine.card.flops if machine.card else machine.cpu_flops
+        busy = n * (flops + scores) / speed
+        spent["dense"] += n * flops / speed
+        spent["context"] += n * scores / speed
+        if machine.card:
+            copied = (1 - resident) * used / machine.link
+            waited = max(copied - busy, 0.0) if engine.overlaps else copied
+            spent["bus"] += waited
+            spent["control"] += sizes.n_layer * engine.n_kernels * engine.s_kernel
+        else:  # few tokens: what they read takes longer than what they compute
+            waited = max((sizes.every + used) / machine.ram - busy, 0.0)
+            spent["misses"] += waited
+        spent["disk"] += max(on_disk * used / machine.disk - busy - waited, 0.0)
+    return Terms(**{name: seconds / n_tokens for name, seconds in spent.items()})
 
 
 def idle_bytes(sizes: Sizes, machine: Machine, engine: Engine) -> float:

@@ -91,6 +91,25 @@ def test_a_prompt_waits_for_copies_or_for_products():
     assert 200 * twice.bus == pytest.approx(2 * 2 * TOY.distinct(100) * 10 * MB / (10 * GB))
 
 
+def test_a_prompt_without_a_card_waits_for_memory_or_for_the_cpu():
+    alone = replace(HOST, card=None, cpu_flops=1e12)
+    short = clock.prefill(TOY, alone, FREE, 1, 512)
+    assert short.seconds == pytest.approx((30 + 40) * MB / (10 * GB)) and short.limit == "misses"
+    long = clock.prefill(TOY, alone, FREE, 4096, 4096)
+    assert long.misses == 0 and long.seconds == pytest.approx((2e9 + 4e8 + 1e4 * 2048) / 1e12)
+
+
+def test_what_lies_on_the_disk_is_read_once_for_every_chunk_beside_the_rest():
+    slow = replace(HOST, disk=0.1 * GB)
+    for here in (slow, replace(slow, card=None, cpu_flops=1e12)):
+        base = clock.prefill(TOY, here, FREE, 256, 64)
+        half = clock.prefill(TOY, here, FREE, 256, 64, on_disk=0.5)
+        reading = 4 * 0.5 * 2 * TOY.distinct(64) * 10 * MB / (0.1 * GB)
+        assert reading > 256 * base.seconds
+        assert 256 * half.seconds == pytest.approx(max(reading, 256 * base.seconds))
+        assert clock.prefill(TOY, here, FREE, 256, 256, on_disk=0.5).seconds < half.seconds
+
+
 def test_distinct_experts_of_many_tokens():
     assert TOY.distinct(1) == pytest.approx(2) and TOY.distinct(2) == pytest.approx(3)
     assert SMALL_4.distinct(10_000) == pytest.approx(128)

@@ -75,7 +75,7 @@ def split(n_cpu: int, memory: str = "DDR5-5600", card: Card = clock.CARDS["3090"
 
 def split_prompt(chunk: int, n_cpu: int) -> float:
     here = replace(clock.machine("3090", "DDR5-5600"), card=replace(clock.CARDS["3090"], flops=FLOATS))
-    return clock.prefill(GPT_OSS, here, LLAMA_CPP, max(chunk, 4096), chunk, 1 - n_cpu / 36).tokens_per_s
+    return clock.prefill(GPT_OSS, here, LLAMA_CPP, max(chunk, 4096), chunk, resident=1 - n_cpu / 36).tokens_per_s
 
 
 def drafted(sizes: Sizes, memory: str, hit_rate: float) -> float:
@@ -90,6 +90,13 @@ def whole() -> float:
     here = Machine(Card(96 * GIB, 1792 * GB, 290e12, clock.PCIE["5 x16"]), clock.MEMORIES["DDR5-6000"])
     graph = replace(LLAMA_CPP, s_kernel=2 * US)
     return clock.decode(SMALL_4, here, graph, *clock.at_hit_rate(SMALL_4, 1.0), n_context=4096).tokens_per_s
+
+
+def ours(n_layer: int) -> float:
+    """A file of the real shape with fewer layers and words, in the memory of a server that reads 14.5 GB/s."""
+    share = n_layer / SMALL_4.n_layer
+    sizes = replace(SMALL_4, n_layer=n_layer, every=share * SMALL_4.every, output=22016 / 131072 * SMALL_4.output)
+    return clock.decode(sizes, Machine(None, 14.5 * GB), MS4, *clock.at_hit_rate(sizes, 0.0)).tokens_per_s
 
 
 OSS, FLASH = "gpt-oss-120b, llama.cpp", "Flash-Next, 3090, Strata"
@@ -107,6 +114,7 @@ PEERS = (
     Peer(f"{FLASH}, IQ3_S, DDR4, 86.6 % hits", "its users", 90.4, drafted(IQ3_S, "DDR4-3200", 0.866)),
     Peer(f"{FLASH}, IQ3_S, DDR4, 59 % hits", "its users", 50.4, drafted(IQ3_S, "DDR4-3200", 0.59)),
     Peer(f"{FLASH}, UD-Q4_K_XL, DDR4, 81 % hits", "its users", 37.5, drafted(UD_Q4_K_XL, "DDR4-3200", 0.81), False),
+    Peer("ms4 itself, 6 layers, no card, memory at 14 to 15 GB/s", "speed.md", 24.7, ours(6)),
     Peer("Mistral Small 4 Q4_K_M, llama.cpp, PRO 6000, all in VRAM", "llama.cpp 22286", 185.9, whole()),
 )
 
@@ -155,7 +163,8 @@ def cards() -> str:
             speeds = [written(name, "decayed", here)[1] for name in ("coherent", "demonstration")]
             lent = max(slots - 2 * SMALL_4.n_expert, 0) / n  # two layers' worth of slots take what is on its way
             prompts = [
-                clock.prefill(SMALL_4, here, MS4, tokens, min(tokens, 4096), lent) for tokens in (512, 4096, 16384)
+                clock.prefill(SMALL_4, here, MS4, tokens, min(tokens, 4096), resident=lent)
+                for tokens in (512, 4096, 16384)
             ]
             lines.append(
                 [f"{card}, {memory}", f"{100 * slots / n:.0f} %", f"{fixed.tokens_per_s:.0f}"]
