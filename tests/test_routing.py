@@ -188,7 +188,7 @@ def test_damaged_files_end_in_one_clear_error(tmp_path, rng):
         path.write_bytes(data)
         with pytest.raises(TraceError):
             routing.load(path)
-    for _ in range(200):
+    for _ in range(60):
         forged = bytearray(good)
         forged[int(rng.integers(len(good)))] ^= 1 << int(rng.integers(8))
         path.write_bytes(forged)
