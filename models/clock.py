@@ -167,6 +167,11 @@ def machine(card: str | None, memory: str, bus: str = "") -> Machine:
     return Machine(CARDS[card] if card else None, MEMORIES[memory], bus=PCIE[bus] if bus else 0.0)
 
 
+def measured(limits: ms4.Limits, card: Card | None = None, *, disk: float = 6 * GB, bus: float = 0.0) -> Machine:
+    """From what `Engine.measure` has found.  Prompts reach about half of the 8-bit peak (docs/speed.md)."""
+    return Machine(card, limits.read_bytes_per_s, 0.5 * 2 * limits.int8_macs_per_s, disk, bus)
+
+
 # --- what an engine spends beside that
 @dataclass(frozen=True)
 class Engine:

@@ -166,6 +166,13 @@ def test_what_fits_is_never_more_than_there_is():
     assert taken < 0.92 * 24 * GIB
 
 
+def test_a_machine_is_made_of_what_an_engine_measures():
+    here = clock.measured(ms4.Limits(20 * GB, 500e9, 100e9), clock.CARDS["3090"], disk=2 * GB)
+    assert (here.ram, here.cpu_flops, here.disk, here.link) == (20 * GB, 500e9, 2 * GB, clock.PCIE["4 x16"])
+    alone = clock.measured(ms4.Limits(20 * GB, 500e9, 100e9))
+    assert clock.prefill(SMALL_4, alone, MS4, 4096, 4096).tokens_per_s == pytest.approx(500e9 / 12.3e9, rel=0.02)
+
+
 # --- what others have measured
 PREDICT = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "speed" / "predict.py"))
 

@@ -222,6 +222,15 @@ def test_foreign_and_damaged_counts_are_refused_and_change_nothing(rng):
         assert policy.pack(1) == before
 
 
+def test_an_allocation_that_fails_is_an_error_and_leaves_nothing(monkeypatch):
+    for n in (1, 2, 3):
+        monkeypatch.setenv("MS4_FAIL_ALLOC", str(n))
+        with pytest.raises(MemoryError, match="counts of experts"):
+            Policy(2, 3)
+        monkeypatch.delenv("MS4_FAIL_ALLOC")
+        Policy(2, 3).close()  # counting begins anew
+
+
 def test_settings_that_make_no_sense_are_refused():
     for settings in ({"half_life": -1}, {"half_life": math.nan}, {"margin": math.inf}, {"pay_back": -0.5}):
         with pytest.raises(ValueError, match="half-life"):
