@@ -21,6 +21,7 @@ static void write_report() {
     fprintf(f, "calls %llu\nbytes copied %llu\nmost memory %zu\n", (unsigned long long)d.n_calls,
             (unsigned long long)d.copied, memory_most());
     for (auto &c : d.calls) fprintf(f, "call %s %llu\n", c.first.c_str(), (unsigned long long)c.second);
+    for (auto &p : d.places) fprintf(f, "places %s %zu\n", p.first.c_str(), p.second.size());
     for (auto &k : d.kernels_run) fprintf(f, "kernel %s %llu\n", k.first.c_str(), (unsigned long long)k.second);
     fclose(f);
 }
@@ -48,12 +49,25 @@ static void read_settings() {
     d.set.n_devices = (int)number_of("MS4_EMU_DEVICES", 1);
     emu::n_threads = (int)number_of("MS4_EMU_THREADS", 2);
     if (getenv("MS4_EMU_FAIL")) read_failure(&d.set, getenv("MS4_EMU_FAIL"));
+    if (const char *text = getenv("MS4_EMU_FORGET")) {
+        const char *colon = strchr(text, ':');
+        d.set.forget_call.assign(text, colon ? (size_t)(colon - text) : strlen(text));
+        d.set.forget_place = colon ? strtoull(colon + 1, nullptr, 10) : 1;
+    }
     if (getenv("MS4_EMU_REPORT")) {
         d.set.report = getenv("MS4_EMU_REPORT");
         atexit(write_report);
     }
     d.random.seed(d.set.seed);
     d.streams.push_back(&d.zero);
+}
+bool forgotten(const char *name, const void *place) {
+    driver_state &d = state();
+    auto &places = d.places[name];
+    auto found = std::find(places.begin(), places.end(), place);
+    size_t i = (size_t)(found - places.begin());
+    if (found == places.end()) places.push_back(place);
+    return d.set.forget_call == name && d.set.forget_place == i + 1;
 }
 entry::entry(const char *name, bool needs_context, bool takes_memory) : lock(state().lock), error(OK) {
     driver_state &d = state();

@@ -3,9 +3,9 @@
     python tests/cuda/cuda_check.py [--jobs N] [--short]
 
 1. the kernels, as g++ compiles them, in the emulation beside the CPU's; 2. the same as nvcc compiles them, as PTX;
-3. nvcc for every target: spills, registers, instructions, roofline; 4. mutants; 5. the emulated driver, and whole
-models through it (tests/test_cuda*.py).  Without nvcc, 2 and 3 are left out, and that is said.  --short: 1 and a few
-mutants.  The exit status is 1 if anything was not as it has to be.
+3. nvcc for every target: spills, registers, instructions, roofline; 4. mutants; 5. waits that the engine forgets, the
+emulated driver, and whole models through it (tests/test_cuda*.py).  Without nvcc, 2 and 3 are left out, and that is
+said.  --short: 1 and a few mutants.  The exit status is 1 if anything was not as it has to be.
 """
 
 import argparse
@@ -109,7 +109,9 @@ def main() -> int:
     every = ["--every", "20"] if options.short else []
     report.run("mutants", [sys.executable, "tests/cuda/mutants.py", "--jobs", report.jobs, *every])
     tests = sorted((ROOT / "tests").glob("test_cuda*.py"))
-    if not options.short:
+    if not options.short and report.make("driver"):
+        report.head("waits that the engine forgets")
+        report.run("forgotten waits", [sys.executable, "tests/cuda/forget.py"])
         report.head("the emulated driver, and models through it")
         report.run("tests", [sys.executable, "-m", "pytest", "-q", "-n", report.jobs, *tests])
     report.head("cuda-check: " + ("FAILED: " + "; ".join(report.failed) if report.failed else "all passed"))

@@ -11,7 +11,9 @@
  *   MS4_EMU_FAIL=call:n, call:n:code or n, n:code   the n-th call (of that name, or of all) fails with this error (2
  *                       where memory is asked for, 999 else); call `kernel`: the n-th kernel that runs faults; code
  *                       `lost`: that call and all later ones fail, and what was queued is never done
- *   MS4_EMU_REPORT=file at exit: calls by name, kernels by name, bytes copied, most memory in use
+ *   MS4_EMU_FORGET=call:n  a mutant: what the n-th place of the program does that calls this (cuStreamSynchronize,
+ *                       cuEventSynchronize, cuStreamWaitEvent or cuEventRecord), in order of first calls, has no effect
+ *   MS4_EMU_REPORT=file at exit: calls by name, kernels by name, places that wait, bytes copied, most memory in use
  */
 #ifndef MS4_EMULATED_DRIVER_H
 #define MS4_EMULATED_DRIVER_H
@@ -86,7 +88,8 @@ struct settings {
     uint32_t seed;
     size_t vram, pinned;
     int capability, n_devices;
-    std::string fail_call, report;
+    std::string fail_call, forget_call, report;
+    size_t forget_place;
     uint64_t fail_at;
     int fail_code;
     bool fail_lost;
@@ -103,6 +106,7 @@ struct driver_state {
     std::vector<stream *> streams;                  /* all, stream 0 first */
     std::mt19937 random;
     std::map<std::string, uint64_t> calls, kernels_run;
+    std::map<std::string, std::vector<const void *>> places;        /* return addresses, by call */
     uint64_t n_calls = 0, n_kernels = 0, copied = 0;
     std::map<const emu::kernel *, int> shared_allowed;
 };
@@ -134,6 +138,8 @@ struct entry {
     int error;
     explicit entry(const char *name, bool needs_context = true, bool takes_memory = false);
 };
+/* Whether the place of the program that an entry point returns to is the one that MS4_EMU_FORGET names. */
+bool forgotten(const char *name, const void *place);
 /* Looks over a launch; fills what. */
 stream *stream_of(void *handle);                    /* NULL: no such stream */
 int submit(stream *s, op &&what);                   /* to the stream's work, or to the graph that captures it */

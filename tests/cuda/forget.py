@@ -1,0 +1,88 @@
+"""Does anything show when the engine forgets to wait for the card?
+
+    python tests/cuda/forget.py [--seeds N]
+
+The emulated driver takes one place of the program at a time that waits, or records what is waited for, for nothing
+(MS4_EMU_FORGET), under several orders of the card's work; caught is what gives other logits, stops or hangs.  Prints
+how many of how many; exits 1 if one was not caught.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CALLS = ("cuStreamSynchronize", "cuEventSynchronize", "cuStreamWaitEvent", "cuEventRecord")
+LIMIT = 300  # seconds
+# Experts that come and go, sessions in turns, one that is saved and loaded: the places that wait are on these ways.
+PROGRAM = """
+import hashlib, sys, tempfile
+import numpy as np
+import ms4
+from ms4.models.model import Model
+out, ids = hashlib.sha256(), np.random.default_rng(3).integers(5, 900, (2, 150))
+with Model.open(sys.argv[1], device="cuda", vram=24 << 20) as model:
+    with model.session(256) as one, model.session(256) as two:
+        logits = one.feed(ids[0])
+        for _ in range(8):
+            logits = one.feed([int(np.argmax(logits))])
+            out.update(logits.tobytes())
+        for part in model.engine.step([ms4.Span(one, ids[1, :3]), ms4.Span(two, ids[1, :20])]):
+            out.update(part.tobytes())
+        with tempfile.TemporaryFile() as file:
+            one.save(file.fileno())
+            file.seek(0)
+            out.update(file.read())
+            file.seek(0)
+            two.load(file.fileno())
+        out.update(two.feed([7]).tobytes())
+print(out.hexdigest())
+"""
+
+
+def run(seed: int, **more: str) -> str:
+    """What the program prints, or how it ended."""
+    environment = {**os.environ, "MS4_LIBCUDA": str(ROOT / "build/cuda/libcuda_emu.so"), "MS4_EMU_SEED": str(seed)}
+    environment |= {"MS4_GPU_CODE": __file__, **more}
+    command = [sys.executable, "-c", PROGRAM, str(ROOT / "models/demo/ms4-demo.gguf")]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return "hangs"
+    return done.stdout.strip() if not done.returncode else f"stops: {done.stderr.strip().splitlines()[-1]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="waits that are forgotten, each of which must be caught")
+    parser.add_argument("--seeds", type=int, default=4)
+    options = parser.parse_args()
+    with tempfile.NamedTemporaryFile("r") as report:
+        want = run(0, MS4_EMU_REPORT=report.name)
+        places = dict(re.findall(r"^places (\w+) (\d+)$", Path(report.name).read_text(), re.MULTILINE))
+    if not re.fullmatch("[0-9a-f]{64}", want) or any(run(seed) != want for seed in range(1, 3)):
+        print(f"  without forgetting: {want}, or other bits for other orders")
+        return 1
+    tried, missed = 0, []
+    for call in CALLS:
+        for place in range(1, int(places.get(call, 0)) + 1):
+            tried += 1
+            for seed in range(1, options.seeds + 1):
+                got = run(seed, MS4_EMU_FORGET=f"{call}:{place}")
+                if got != want:
+                    break
+            else:
+                missed.append(f"{call}, place {place}")
+            how = "other bits" if re.fullmatch("[0-9a-f]{64}", got) and got != want else got[:100]
+            print(f"  {call}, place {place}: {how}", flush=True)
+    print(f"forgotten waits caught: {tried - len(missed)} of {tried} tried")
+    for what in missed:
+        print("  NOT CAUGHT:", what)
+    return 1 if missed or not tried else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
