@@ -26,7 +26,8 @@ static dim3 rows_and_parts(int n, int round) { return dim3((unsigned)n, round % 
 
 static void check_norm() {
     for (int round = 0; round < 88 * repeat; round++) {
-        const int n = between(1, 3), width = round == 43 ? NORM_STAGED + 32 : a_width(round), kind = round % ROW_KINDS;
+        const int width = round / 2 == 20 ? NORM_STAGED + 32 : a_width(round);      /* ordinary numbers, any bits */
+        const int n = between(1, 3), kind = round % ROW_KINDS;
         const bool in_place = round % 5 == 0, has_blocks = round % 4 && width % 32 == 0;
         const size_t stride = (size_t)width + rnd() % 2 * 3, blocks = blocks_of(width) + rnd() % 2;
         buffer<float> x((size_t)n * stride, 16), y((size_t)n * stride, 16), weight((size_t)width), want((size_t)width);
