@@ -14,7 +14,7 @@ static uint64_t int8_peak(uint64_t rounds) {
     for (uint64_t i = 0; i < rounds; i++)
         for (int j = 0; j < PEAK_CHAINS; j++) sum[j] = _mm512_dpbusd_epi32(sum[j], a, b);
     for (int j = 1; j < PEAK_CHAINS; j++) sum[0] = _mm512_add_epi32(sum[0], sum[j]);
-    volatile int keep = _mm512_reduce_add_epi32(sum[0]);
+    volatile int keep = _mm512_cvtsi512_si32(sum[0]);
     (void)keep;
     return rounds * PEAK_CHAINS * 64;
 }
@@ -89,10 +89,10 @@ static uint64_t float_peak(uint64_t rounds) {
 }
 #else
 static uint64_t int8_peak(uint64_t rounds) {
-    int32_t sum[PEAK_CHAINS] = { 0 };
+    uint32_t sum[PEAK_CHAINS] = { 0 };
     for (uint64_t i = 0; i < rounds; i++)
-        for (int j = 0; j < PEAK_CHAINS; j++) sum[j] += (int8_t)(i + (uint64_t)j) * (int8_t)sum[j];
-    volatile int32_t keep = sum[0];
+        for (int j = 0; j < PEAK_CHAINS; j++) sum[j] += (uint32_t)((int8_t)(i + (uint64_t)j) * (int8_t)sum[j]);
+    volatile uint32_t keep = sum[0];
     (void)keep;
     return rounds * PEAK_CHAINS;
 }
