@@ -17,7 +17,7 @@ from ms4.models import hf_cache, hub, mistral4, repositories, variants
 from ms4.models.download import DigestError, Download, Progress, Throttle
 from ms4.models.hf_cache import Cached
 from ms4.models.hub import Beginning, Listing, RemoteFile
-from ms4.models.part import JOURNAL, Part, beginning, read_journal
+from ms4.models.part import INCOMPLETE, JOURNAL, Part, beginning, holes, read_journal, tiling
 from ms4.models.pixtral import Tower
 from ms4.models.variants import Variant, Wanted
 from ms4.models.vocabulary import Vocabulary
@@ -205,7 +205,8 @@ def missing(repo: Cached, file: RemoteFile) -> int:
     if is_here(repo, file):
         return 0
     head, records, _ = read_journal(repo.blobs / (file.sha256 + JOURNAL))
-    return file.bytes - (sum(r.bytes for r in records.values()) if head.get("sha256") == file.sha256 else 0)
+    begun = head.get("sha256") == file.sha256 and (repo.blobs / (file.sha256 + INCOMPLETE)).exists()
+    return sum(b - a for a, b in holes(tiling(records, file.bytes), file.bytes)) if begun else file.bytes
 
 
 def is_here(repo: Cached, file: RemoteFile) -> bool:
@@ -301,7 +302,7 @@ def fetch_file(
             part.discard()
             raise DigestError(f"{file.name}: {error}", error.hint) from None
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             lacking = gigabytes(file.bytes - part.n_held)
             raise DownloadError(f"the disk is full: {file.name} lacks {lacking}", "the same command goes on") from None

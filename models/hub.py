@@ -63,6 +63,8 @@ def _listing(repo: str, answer: Any) -> Listing:
     commit = answer.get("sha")
     if not isinstance(commit, str) or not hf_cache.COMMIT.fullmatch(commit):
         raise DownloadError(f"the hub does not say which commit of {repo} it lists")
+    if isinstance(answer.get("id"), str) and answer["id"].lower() == repo.lower():
+        repo = answer["id"]  # as it is spelled there: the cache has one folder of it
     files = {}
     for sibling in answer["siblings"][:MOST_FILES]:
         name = sibling.get("rfilename") if isinstance(sibling, dict) else None

@@ -261,7 +261,6 @@ class Part:
     def finish(self, path: Path, journal: Path) -> None:
         """Makes the file the whole one at `path`; its records stay at `journal`: they tell which pieces are damaged."""
         os.ftruncate(self._fd, self.size)  # what lies behind it was of a file that is repaired
-        os.fchmod(self._fd, 0o644)
         os.fsync(self._fd)
         self.close()
         os.replace(self.path, path)

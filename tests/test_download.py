@@ -255,6 +255,15 @@ def test_a_listing_that_says_nonsense_is_refused(change, said, monkeypatch):
         hub.read_listing(Web("https://hub.test", patience=QUICK), REPO)
 
 
+def test_a_repository_is_spelled_as_on_the_hub(monkeypatch):
+    said = iter((REPO, "else/where", 7))
+    answering(
+        monkeypatch, lambda r: streamed(json.dumps({"sha": COMMIT, "siblings": [GOOD], "id": next(said)}).encode())
+    )
+    asked = Web("https://hub.test")
+    assert [hub.read_listing(asked, REPO.lower()).repo for _ in range(3)] == [REPO, REPO.lower(), REPO.lower()]
+
+
 def test_small_files_without_a_sum_are_no_models(monkeypatch):
     answer = {"sha": COMMIT, "siblings": [GOOD, {"rfilename": "imatrix.gguf", "size": 10}]}
     answering(monkeypatch, lambda r: streamed(json.dumps(answer).encode()))

@@ -18,6 +18,7 @@ from fixtures import IMAGE, MMPROJ, MODEL
 
 import ms4 as engine
 from ms4.cli import pull, start
+from ms4.cli.render import StatusLine
 from ms4.models import acquire, hf_cache, repositories, stored, variants, web
 from ms4.models.hf_cache import Cached
 from ms4.models.variants import Wanted
@@ -186,6 +187,20 @@ def test_without_a_name_the_largest_that_fits_is_taken(files, server):
         acquire.choose(listing, "", 1000)
 
 
+def test_what_is_missing_is_counted(server, files):
+    listing = acquire.hub.read_listing(web.Web(server.url), REPO)
+    file, repo = listing.files[Q4], Cached.of(REPO)
+    assert acquire.missing(repo, file) == file.bytes
+    begun = acquire.Part(repo.blobs, file.sha256, file.bytes, {})
+    begun.write(1000, bytes(5000))
+    begun.close()
+    assert acquire.missing(repo, file) == file.bytes - 5000
+    begun.path.unlink()  # a journal alone is worth nothing
+    assert acquire.missing(repo, file) == file.bytes
+    put(REPO, Q4, files[Q4])
+    assert acquire.missing(repo, file) == 0
+
+
 def test_a_disk_without_room_is_said_before_the_weights(ms4, server, monkeypatch):
     monkeypatch.setattr(acquire, "free_disk", lambda: acquire.SPARE + 1_000_000)
     code, out, err = ms4("pull", f"{REPO}:Q4_K_M")
@@ -236,6 +251,32 @@ def test_the_progress_fits_one_line():
     assert pull.progress(state, 11_300_000) == "42 %  30.2 GB of 72.0 GB  11.3 MB/s  1 h 02 left  29.8 GB checked"
     assert pull.progress(acquire.State(0, 0, 0, 0, Q4), 0) == "0 %  0 bytes of 0 bytes  0 bytes checked"
     assert [pull.duration(s) for s in (0.2, 59, 61, 3600, 90061)] == ["1 s", "1 min", "1 min", "1 h 00", "25 h 01"]
+
+
+def test_without_a_terminal_the_progress_is_a_note_now_and_then(monkeypatch):
+    now, err = [0.0], io.StringIO()
+    monkeypatch.setattr("ms4.cli.pull.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", err)
+    shown = pull.Shown(StatusLine(), quiet=False)
+    for second in range(70):
+        now[0] = float(second)
+        shown.show(acquire.State(10**9, second * 10**7, second * 10**7, second * 10**7, Q4))
+    lines = err.getvalue().splitlines()
+    assert [line[:15] for line in lines] == ["ms4: 30 %  300.", "ms4: 60 %  600."]
+    assert "10.0 MB/s  1 min left" in lines[0] and "\x1b" not in err.getvalue()
+
+
+def test_on_a_terminal_it_is_one_line_that_goes_away(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", err := io.StringIO())
+    status = StatusLine()
+    status.enabled = True
+    shown = pull.Shown(status, quiet=False)
+    shown.show(acquire.State(100, 42, 40, 42, Q4))
+    shown.show(acquire.State(100, 43, 40, 43, Q4, trouble="the server answers 503"))
+    shown.say("done")
+    assert err.getvalue().count("\n") == 1
+    assert "43 %  43 bytes of 100 bytes  trying again: the server answers 503" in err.getvalue()
+    assert err.getvalue().endswith("\r\x1b[Kms4: done\n")
 
 
 # --- names
