@@ -247,7 +247,7 @@ def pull(
     revision: Annotated[str, typer.Option("--revision", metavar="REV", help="A branch, tag or commit.")] = "main",
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-    quiet: opt.Quiet = False,
+    quiet: opt.Quiet = None,
 ) -> int:
     """Get a model; the same command goes on with one that was interrupted.  Prints its path."""
     from ms4.cli import pull as command
@@ -285,7 +285,7 @@ def rm(
     name: Annotated[str, typer.Argument(metavar="NAME", help="As ms4 ls shows it.")],
     yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files that would go.")] = False,
-    quiet: opt.Quiet = False,
+    quiet: opt.Quiet = None,
 ) -> int:
     """Remove a model from this machine, or what has been fetched of one."""
     from ms4.cli import library
@@ -298,7 +298,7 @@ def verify(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Else all of ms4 ls.")] = None,
     repair: Annotated[bool, typer.Option("--repair", help="Fetch what is damaged again, and only that.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON array.")] = False,
-    quiet: opt.Quiet = False,
+    quiet: opt.Quiet = None,
 ) -> int:
     """Read the files of models and compare their SHA-256 with what the hub had promised."""
     from ms4.cli import library

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ms4.cli import errors, start
-from ms4.cli.main import app
+from ms4.cli.main import app, command
 
 ROOT = Path(__file__).parents[1]
 MODEL = str(ROOT / "tests" / "data" / "bravo-Q4_K_M.gguf")
@@ -89,6 +89,12 @@ def test_every_command_has_help(ms4, command, flag):
     result = ms4(command, flag)
     assert result.code == 0 and result.err == ""
     assert result.out.startswith(f"Usage: ms4 {command}")
+
+
+@pytest.mark.parametrize("name", start.COMMANDS)
+def test_a_command_is_neither_quiet_nor_verbose_unless_it_is_told_to_be(name):
+    """-q is True and -v False: a default of False would be -v."""
+    assert {param.default for param in command(name).params if param.name == "quiet"} <= {None}
 
 
 @pytest.mark.parametrize(
