@@ -178,7 +178,8 @@ print((status("VmHWM:") - before) * 1024)
 """
 
 
-@pytest.mark.parametrize("turn", [pytest.param(1, marks=pytest.mark.slow), 6])
+@pytest.mark.slow
+@pytest.mark.parametrize("turn", [1, 6])
 def test_a_large_picture_is_held_once(tmp_path, turn):
     width, height = 5000, 4000
     exif = chunk(b"eXIf", b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0" + bytes([turn, 0, 0, 0]) + bytes(4))

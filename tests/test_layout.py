@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -24,13 +25,21 @@ def files(*suffixes):
     return found
 
 
+@cache
+def nodes(path):
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@cache
 def imported(path):
     """Our modules that a file imports, by package."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    found = []
+    for node in nodes(path):
         if isinstance(node, ast.Import):
-            yield from (a.name for a in node.names)
+            found += [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield from (f"{node.module}.{a.name}" if node.module == "ms4" else node.module for a in node.names)
+            found += [f"{node.module}.{a.name}" if node.module == "ms4" else node.module for a in node.names]
+    return found
 
 
 def package(module):
@@ -91,7 +100,7 @@ def test_functions_are_short():
     long = [
         f"{path.name}: {node.name}"
         for path in files(".py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes(path)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         and node.end_lineno - node.lineno >= LONGEST_FUNCTION
     ]
@@ -104,7 +113,7 @@ def test_every_file_says_what_it_owns():
         if not text:
             continue
         if path.suffix == ".py":
-            assert ast.get_docstring(ast.parse(text)), f"{path}: no docstring"
+            assert ast.get_docstring(nodes(path)[0]), f"{path}: no docstring"
         else:
             # The ISA of a kernel file is chosen on its first line.
             text = re.sub(r"^(#pragma GCC target.*\n|//.*\n)+", "", text)
