@@ -16,7 +16,9 @@ from ms4.cli.errors import UnreadableError, UsageError
 from ms4.models.untrusted import Reading, drop_line_end, shown
 
 if TYPE_CHECKING:
+    from ms4.models.dialogue import Content, Dialogue
     from ms4.models.prompt import Measure, Prompt
+    from ms4.models.sessions import Session
     from ms4.models.tokenizer import Tokenizer
 
 
@@ -27,11 +29,33 @@ class Asked:
     messages: list[dict[str, Any]]
     effort: str
     tools: list[Any] | None = None
+    session: Session | None = None  # the turns before them
 
     def prompt(self, tokenizer: Tokenizer, measure: Measure) -> Prompt:
         from ms4.models import prompt as prompts
 
+        if self.session is not None:
+            return self.dialogue(tokenizer, measure).ask(self.question)
         return prompts.render(self.messages, tokenizer, tools=self.tools, effort=self.effort, measure=measure)
+
+    @property
+    def question(self) -> Content:
+        """The message that waits for an answer."""
+        content: Content = next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
+        return content
+
+    def dialogue(self, tokenizer: Tokenizer, measure: Measure) -> Dialogue:
+        """The session so far."""
+        from ms4.cli import remembered
+        from ms4.models.dialogue import Dialogue
+
+        made = Dialogue(tokenizer, None, self.effort, measure)
+        if self.session is not None:
+            remembered.replay(self.session, made)
+        made.effort = self.effort
+        if self.messages[0]["role"] == "system":
+            made.system = self.messages[0]["content"]
+        return made
 
 
 def ask(
@@ -43,16 +67,18 @@ def ask(
     prefill: str = "",
     messages: str | None = None,
     tools: str | None = None,
+    session: Session | None = None,
 ) -> Asked:
     """The conversation that the options describe.
 
     messages: a file with the turns so far, as OpenAI's chat API takes them; the prompt, if there is one, comes after
-    them.  tools: a file that lists functions.  effort None: what the file of messages says, else none.
+    them.  tools: a file that lists functions.  session: turns before the prompt.  effort None: what the file of
+    messages or the session says, else none.
     """
     rule = attached.rule
     if messages == tools == "-":
         raise UsageError("--messages and --tools cannot both be stdin")
-    asked = Asked([], "none")
+    asked = Asked([], session.effort if session else "none", session=session)
     if "-" in (messages, tools):
         attached = replace(attached, stdin=False)
     if messages is not None:

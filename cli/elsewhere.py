@@ -201,7 +201,7 @@ def command_hint(args: Sequence[str], ours: Sequence[str]) -> str:
         return f"{_COMMANDS[first].ours}; ms4 --help"
     import difflib
 
-    near = difflib.get_close_matches(first, ours, 1, 0.6)
+    near = difflib.get_close_matches(first, ours, 1, 0.65)
     if near and len(args) < 3 and not re.search(r"\s", first):
         return f"{' '.join(['ms4', near[0], *map(quoted, rest)])[:120]}   or   ms4 --help"
     text = first if not rest or any(word.startswith("-") for word in rest) else " ".join(args)

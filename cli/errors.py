@@ -62,6 +62,7 @@ CODES = {
     "ms4.models.document.EncodingError": UNREADABLE,
     "ms4.models.document.PasswordError": UNREADABLE,
     "ms4.models.untrusted.InputError": UNREADABLE,
+    "ms4.models.sessions.SessionError": UNREADABLE,
     "ms4.models.answer.ContextError": INCOMPLETE,
     "ms4.models.vision.NoTowerError": MISSING,
     "ms4.models.stored.NotStoredError": MISSING,

@@ -31,6 +31,8 @@ class Command(TyperCommand):
         if name := elsewhere.stranger(args, ours):
             hint = elsewhere.option_hint(name, ctx.command_path, ours)
             raise UsageError(f"no such option: {name}", hint)
+        if "--resume" in ours:
+            args = fill_resume(args)
         if {"-i", "-f"} & {*ours} and any(arg.startswith(("-i", "-f", "--i", "--f")) for arg in args):
             from ms4.cli.attachments import spread  # it knows pictures, which takes time to import
 
@@ -40,6 +42,16 @@ class Command(TyperCommand):
             if order.count(param) > 1 and not getattr(param, "multiple", True):
                 raise UsageError(f"{param.opts[-1]} is given twice", f"{ctx.command_path} --help")
         return super().parse_args(ctx, args)
+
+
+def fill_resume(args: list[str]) -> list[str]:
+    """--resume without an id asks for one from a list."""
+    filled: list[str] = []
+    for arg, after in zip(args, [*args[1:], "--"], strict=True):
+        filled.append(arg)
+        if arg == "--resume" and after.startswith("-"):
+            filled.append("?")
+    return filled
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -115,6 +127,11 @@ Seconds = Annotated[
     float | None,
     typer.Option("--timeout", metavar="S", parser=opt.real(0, 1e6, above=True), help="Exit 3 after S seconds."),
 ]
+Continue = Annotated[bool, typer.Option("-c", "--continue", help="Go on with the last conversation.")]
+Resume = Annotated[
+    str | None, typer.Option("--resume", metavar="[ID]", help="Go on with that one; without ID, choose from a list.")
+]
+NoSession = Annotated[bool, typer.Option("--no-session", help="Leave nothing of it on disk.")]
 Messages = Annotated[
     str | None, typer.Option("--messages", metavar="FILE", help="The turns before PROMPT (JSON, as OpenAI has it).")
 ]
@@ -151,6 +168,9 @@ def run(
     greedy: Greedy = False,
     stop: Stop = None,
     prefill: Annotated[str, typer.Option(metavar="TEXT", help="The answer begins with TEXT.")] = "",
+    goes_on: Continue = False,
+    resume: Resume = None,
+    no_session: NoSession = False,
     messages: Messages = None,
     tools: Tools = None,
     schema: Schema = None,
@@ -185,6 +205,9 @@ def run(
 def chat(
     files: Annotated[list[str] | None, typer.Argument(metavar="FILE", help="Goes with the first message.")] = None,
     model: opt.Model = None,
+    goes_on: Continue = False,
+    resume: Resume = None,
+    no_session: NoSession = False,
     pdf: Pdf = "auto",
     pdf_password: PdfPassword = "",
     encoding: opt.Encoding = "",
@@ -224,6 +247,8 @@ def chat(
         pdf,
         images,
         Reading(encoding, lossy, pdf_password),
+        "" if goes_on and resume is None else resume,
+        no_session,
     )
     return repl.chat(settings, engine)
 
@@ -304,6 +329,21 @@ def verify(
     from ms4.cli import library
 
     return library.verify(names or [], repair=repair, as_json=json, quiet=quiet is True)
+
+
+@app.command(cls=Command)
+def sessions(
+    action: Annotated[str, typer.Argument(metavar="ls|show|export|search|rm", help="What to do.")] = "ls",
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="ID", help="A session; or the words to look for.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="In JSON.")] = False,
+    yes: Annotated[bool, typer.Option("-y", "--yes", help="Remove without asking.")] = False,
+) -> int:
+    """List, show, export, search and remove conversations."""
+    from ms4.cli import session_list as command
+
+    return command.carry_out(action, names or [], as_json=json, yes=yes)
 
 
 @app.command(cls=Command)

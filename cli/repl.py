@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ms4.cli import attachments, errors, image_notes, lines, loading, render, streams
+from ms4.cli import attachments, errors, image_notes, lines, loading, remembered, render, streams
 from ms4.cli.asked import Asked, system_text
 from ms4.cli.errors import IncompleteError, UsageError
 from ms4.cli.follow import follow
@@ -22,6 +22,7 @@ from ms4.cli.image_notes import ImageOptions
 from ms4.cli.options import EngineOptions, Sampling
 from ms4.cli.run import check_length
 from ms4.models.untrusted import Reading
+from ms4.quant import visible
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ms4.models.document import Attachment
     from ms4.models.sampling import Sampler
     from ms4.models.scheduler import Scheduler
+    from ms4.models.sessions import Session
     from ms4.models.timeline import Timeline
     from ms4.models.vision import ImageInput
 
@@ -68,12 +70,18 @@ class ChatSettings:
     pdf: str = "auto"
     images: ImageOptions = ImageOptions()
     rule: Reading = Reading()  # --encoding, --lossy, --pdf-password
+    resume: str | None = None  # the session to go on with: its id, or "" for the last one
+    no_session: bool = False
 
 
 def chat(settings: ChatSettings, engine: EngineOptions) -> int:
     """Runs the loop until the input ends; returns the exit code."""
     settings.sampling.sampler()  # a setting out of range is said before the model is opened
     engine.require()
+    if settings.resume is not None:
+        remembered.no_number(settings.files)
+    name = remembered.pick() if settings.resume == "?" else settings.resume
+    session = remembered.open_session(name or None) if name is not None else None
     system = system_text(settings.system, settings.rule) if settings.system is not None else None
     status = render.StatusLine(engine.quiet)
     images = settings.images.open(engine.require())
@@ -96,12 +104,19 @@ def chat(settings: ChatSettings, engine: EngineOptions) -> int:
         interactive = streams.is_terminal(seen) and streams.is_terminal(sys.stdin)
         with Scheduler(model.engine) as scheduler:
             dialogue = Dialogue(tokenizer, system, settings.sampling.effort, images.measure)
-            talk = Talk(settings, dialogue, scheduler, scheduler.open(n_ctx), output, status, images, interactive)
+            off = not remembered.wanted(settings.no_session)
+            memory = remembered.Memory(engine, settings.images, errors.note, off=off, session=session)
+            timeline = scheduler.open(n_ctx)
+            talk = Talk(settings, dialogue, scheduler, timeline, output, status, images, interactive, memory)
+            talk.open(session, system)
             talk.take(attached, prices)
             commands = [*talk.commands, *ALIASES]
             source = lines.EditedLines(commands, seen) if interactive else lines.PipedLines(settings.rule)
             talk.say(f"context of {n_ctx} tokens · /help lists the commands · Ctrl-D leaves")
-            return loop(talk, source)
+            try:
+                return loop(talk, source)
+            finally:
+                talk.close()
 
 
 def loop(talk: Talk, source: lines.Lines) -> int:
@@ -147,7 +162,9 @@ class Talk:
         status: render.StatusLine,
         images: ImageInput,
         interactive: bool,
+        memory: remembered.Memory,
     ) -> None:
+        self.memory = memory
         self.settings = settings
         self.dialogue = dialogue
         self.scheduler = scheduler
@@ -176,6 +193,33 @@ class Talk:
             "/help": lambda _: self.tell(HELP),
             "/exit": self.leave,
         }
+
+    def open(self, session: Session | None, system: str | None) -> None:
+        """Begins a conversation, or goes on with one; a system prompt that is given now replaces its own."""
+        if session is None:
+            self.memory.begin(self.dialogue)
+            return
+        from ms4.models.sessions import words_of
+
+        remembered.replay(session, self.dialogue)
+        self._sampler = self.settings.sampling.sampler(session.effort)
+        if system is not None and system != session.system:
+            self.set_system(system)
+        n = len(session.turns)
+        self.say(f"session {session.id}: {n} turn{'' if n == 1 else 's'}, the last one:")
+        for turn in session.turns[-1:]:
+            self.tell(errors.escape(f"> {words_of(turn.message)}"))
+            self.tell(visible.text(turn.text.strip()))
+        if session.torn:
+            self.tell("its last turn was cut while it was written, and is left out")
+
+    def close(self) -> None:
+        """Keeps what the next chat need not read again."""
+        path = self.memory.path
+        if path is not None:
+            self.memory.keep(self.timeline)
+            self.say(f"ms4 chat -c goes on with this conversation, {path.stem}")
+        self.memory.close()
 
     def say(self, text: str) -> None:
         """A remark that only a person needs."""
@@ -217,6 +261,7 @@ class Talk:
         if value != self.dialogue.effort:
             self.dialogue.effort = value
             self._sampler = self.settings.sampling.sampler(value)
+            self.memory.effort(value)
         self.tell(f"effort {value}{self.price()}")
 
     def price(self) -> str:
@@ -243,6 +288,7 @@ class Talk:
 
     def set_system(self, value: str) -> None:
         self.dialogue.system = value or None
+        self.memory.system(self.dialogue.system)
         self.tell(("system prompt set" if value else "no system prompt") + self.price())
 
     def add_image(self, value: str) -> None:
@@ -288,6 +334,7 @@ class Talk:
 
     def new(self, _: str) -> None:
         self.dialogue.turns.clear()
+        self.memory.begin(self.dialogue)
         self.tell("a new conversation")
 
     def undo(self, value: str) -> None:
@@ -295,6 +342,7 @@ class Talk:
             self.tell("/undo N: N is a number of turns")
             return
         n = self.dialogue.undo(int(value or 1))
+        self.memory.undo(n)
         self.tell(f"took back {n} turn{'' if n == 1 else 's'}" if n else "there is nothing to take back")
 
     def retry(self, _: str) -> None:
@@ -302,7 +350,7 @@ class Talk:
             self.tell("there is nothing to answer again")
             return
         message = self.dialogue.turns[-1].message
-        self.dialogue.undo()
+        self.memory.undo(self.dialogue.undo())
         self.turn(message)
 
     def stats(self, _: str) -> None:
@@ -327,7 +375,9 @@ class Talk:
         before = self.scheduler.engine.stats()
         try:
             answer = self.begin(message)
-            done = self.show(answer, self.encode(answer))
+            self.memory.restore(self.timeline, answer.prompt)
+            pieces = remembered.Pieces()
+            done = self.show(answer, self.encode(answer), pieces)
         except BaseException as error:
             self.dialogue.answered([])
             code, text, hint = errors.describe(error)
@@ -336,6 +386,8 @@ class Talk:
             self.tell(f"{text}; {hint or '/new begins a new conversation'}")
             return False
         self.dialogue.answered(answer.ids)
+        if answer.ids:
+            self.memory.turn(message, self.dialogue.turns[-1].answer or (), pieces, done.reason)
         self.last = done.statistics
         self.last_disk = render.from_disk(self.scheduler.engine.stats(), before)
         self.conclude(done, bool(answer.ids))
@@ -361,14 +413,15 @@ class Talk:
                 raise
             raise IncompleteError("stopped", "the message is taken back") from None
 
-    def show(self, answer: Answer, rows: np.ndarray | None) -> Done:
-        """Streams one answer; returns how it ended."""
+    def show(self, answer: Answer, rows: np.ndarray | None, pieces: remembered.Pieces) -> Done:
+        """Streams one answer, and lets `pieces` see it; returns how it ended."""
         from ms4.models.answer_parser import Text, Thinking
 
         screen = render.Screen(self.output)
         thoughts = self.output.terminal and self.settings.think != "hide"
 
         def show(event: Event) -> None:
+            pieces(event)
             if isinstance(event, Text):
                 screen.text(event.text)
             elif isinstance(event, Thinking) and thoughts:

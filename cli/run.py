@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import ms4
-from ms4.cli import errors, image_notes, loading, render, streams, writers
+from ms4.cli import errors, image_notes, loading, remembered, render, streams, writers
 from ms4.cli.asked import Asked, ask
 from ms4.cli.attachments import Sources
 from ms4.cli.errors import IncompleteError, UsageError
@@ -29,10 +29,13 @@ if TYPE_CHECKING:
     from ms4.models.constraint import Grammar
     from ms4.models.model import Model
     from ms4.models.sampling import Sampler
+    from ms4.models.sessions import Session
+    from ms4.models.tokenizer import Tokenizer
     from ms4.models.vision import ImageInput
 
 
 SHORT = 1024  # tokens that every context of a usable model holds
+LONG = 1024  # tokens of a prompt that is kept for another question about it
 OVERHEAD = 128  # tokens of a prompt that are not its texts
 
 
@@ -46,6 +49,8 @@ class Request:
     system: str | None = None
     prefill: str = ""
     effort: str | None = None  # None: what the file of messages says, else none
+    resume: str | None = None  # the session to go on with: its id, or "" for the last one
+    no_session: bool = False
     messages: str | None = None  # files
     tools: str | None = None
     schema: str | None = None  # a file, or the schema itself
@@ -76,6 +81,7 @@ class Request:
                     given["image"], given["file"], given["pdf"], rule, not given["no_stdin"], given["quiet"]
                 ),
                 "images": ImageOptions(given["mmproj"], given["image_max_tokens"]),
+                "resume": "" if given["goes_on"] and given["resume"] is None else given["resume"],
                 "only": "prompt" if given["show_prompt"] else "count" if given["count"] else "",
                 "stop": tuple(given["stop"] or ()),
                 "n_ctx": given["ctx"],
@@ -91,6 +97,7 @@ def run(request: Request, sampling: Sampling, engine: EngineOptions) -> int:
     check_request(request)
     grammar = grammar_of(request)
     sampling.sampler()  # a setting out of range is said before anything is read
+    session = session_of(request)
     if request.words or request.attached or request.messages or streams.is_terminal(sys.stdin):
         engine.require()
     asked = ask(
@@ -101,6 +108,7 @@ def run(request: Request, sampling: Sampling, engine: EngineOptions) -> int:
         prefill=request.prefill,
         messages=request.messages,
         tools=request.tools,
+        session=session,
     )
     sampling = replace(sampling, effort=asked.effort)
     sampler = sampling.sampler()
@@ -123,7 +131,9 @@ def run(request: Request, sampling: Sampling, engine: EngineOptions) -> int:
         load_ms = round(1000 * (time.monotonic() - loading_begun))
         writer = new_writer(request, output, replace(about, load_ms=load_ms))
         end = None if request.timeout is None else begun + request.timeout
-        job = Job(request, model, sampler, writer, status, images, grammar, end)
+        off = not remembered.wanted(request.no_session) or request.messages is not None or bool(request.prefill)
+        memory = remembered.Memory(engine, request.images, errors.note, off=off, session=session)
+        job = Job(request, model, sampler, writer, status, images, memory, grammar, end)
         try:
             return job.answer(asked)
         except BaseException as error:
@@ -143,12 +153,24 @@ def check_request(request: Request) -> None:
         raise UsageError("--stop needs a text that is not empty")
     if request.extract and request.format != "text":
         raise UsageError("--extract is for the text of an answer, --format text")
+    if request.resume is not None and (request.messages is not None or request.prefill):
+        other = "--prefill" if request.prefill else "--messages"
+        raise UsageError(f"-c and {other} exclude each other")
     form = "--schema" if request.schema is not None else "--json-object" if request.json_object else ""
     if request.schema is not None and request.json_object:
         raise UsageError("--schema and --json-object exclude each other")
     for name, given in (("--prefill", request.prefill), ("--tools", request.tools), ("--extract", request.extract)):
         if form and given:
             raise UsageError(f"{form} and {name} exclude each other")
+
+
+def session_of(request: Request) -> "Session | None":
+    """The conversation that -c or --resume goes on with."""
+    if request.resume is None:
+        return None
+    remembered.no_number(request.words)
+    name = remembered.pick() if request.resume == "?" else request.resume
+    return remembered.open_session(name or None)
 
 
 def grammar_of(request: Request) -> "Grammar | None":
@@ -173,7 +195,7 @@ def check_length(asked: Asked, n_ctx: int, max_tokens: int | None, engine: Engin
     """
     contents = [message.get("content") for message in asked.messages]
     texts = [content for content in contents if isinstance(content, str)]
-    if not asked.tools and len(texts) == len(contents):
+    if not asked.tools and asked.session is None and len(texts) == len(contents):
         n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
         if n_bytes + (max_tokens or 1) + OVERHEAD <= min(n_ctx, SHORT):
             return
@@ -225,6 +247,7 @@ class Job:
     writer: writers.Writer
     status: render.StatusLine
     images: "ImageInput"
+    memory: remembered.Memory
     grammar: "Grammar | None" = None
     end: float | None = None  # when --timeout is over
 
@@ -252,8 +275,10 @@ class Job:
             )
         except ContextError as error:
             raise no_room(error, self.model.engine.shape.n_ctx_train) from None
+        pieces = remembered.Pieces()
         with deadline(answer, self.end) as late:
-            done, answered = self.follow(answer)
+            done, answered = self.follow(answer, pieces)
+        self.record(asked, tokenizer, answer, pieces)
         code, message = verdict(done, answered or bool(request.prefill), request.strict)
         if late() and done.reason == "interrupted":
             code, message = errors.INCOMPLETE, f"--timeout {request.timeout:g} cut the answer"
@@ -267,7 +292,24 @@ class Job:
             errors.note(render.statistics(done.statistics, self.images.seconds) + of_disk)
         return code
 
-    def follow(self, answer: "Answer") -> tuple["Done", bool]:
+    def record(self, asked: Asked, tokenizer: "Tokenizer", answer: "Answer", pieces: remembered.Pieces) -> None:
+        """Writes the turn into its session: that of -c, or at a terminal a new one."""
+        from ms4.models.dialogue import closed
+
+        if not answer.ids or self.request.resume is None and not self.writer.output.terminal:
+            return
+        dialogue = asked.dialogue(tokenizer, self.images.measure)
+        if asked.session is None:
+            self.memory.begin(dialogue)
+        else:
+            if dialogue.effort != asked.session.effort:
+                self.memory.effort(dialogue.effort)
+            if dialogue.system != asked.session.system:
+                self.memory.system(dialogue.system)
+        self.memory.turn(asked.question, closed(answer.ids), pieces, answer.reason or "")
+        self.memory.close()
+
+    def follow(self, answer: "Answer", pieces: remembered.Pieces) -> tuple["Done", bool]:
         """Passes every event to the writer.  Returns the last one, and whether there was any text or tool call."""
         from ms4.models.answer_parser import Text, ToolCall
         from ms4.models.scheduler import Scheduler
@@ -278,6 +320,7 @@ class Job:
         def show(event: "Event") -> None:
             nonlocal answered
             answered = answered or isinstance(event, (Text, ToolCall))
+            pieces(event)
             if rest := continuation.event(event):
                 self.writer.event(rest)
 
@@ -285,7 +328,10 @@ class Job:
         rows = image_notes.encode(answer.prompt.images, self.images, engine, self.status, answer.stop_flag)
         with Scheduler(engine) as scheduler:
             timeline = scheduler.open(answer.n_ctx)
+            self.memory.restore(timeline, answer.prompt)
             done = follow(scheduler, answer, timeline, rows, self.status, show, self.writer.hides_thoughts)
+            if self.request.resume is not None or len(answer.prompt.ids) >= LONG:
+                self.memory.keep(timeline)
         return done, answered
 
 

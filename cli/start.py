@@ -28,6 +28,7 @@ commands:
   ls          list the models on this machine
   rm          remove one of them
   verify      compare their checksums, and repair what is damaged
+  sessions    list, show, export, search, remove conversations
   info        show what is in a model file
   doctor      check this machine and say what to change
   bench       measure reading and writing speed

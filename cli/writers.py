@@ -27,6 +27,8 @@ class About:
 
 
 class Writer(Protocol):
+    output: streams.Output
+
     @property
     def hides_thoughts(self) -> bool:
         """True if a thought changes nothing that a person sees, and a status would stand on no text of the answer."""
@@ -65,6 +67,7 @@ class TextWriter:
     """Only the answer; on a terminal the thoughts too, dimmed, unless they are hidden."""
 
     def __init__(self, output: streams.Output, think: str, prefill: str) -> None:
+        self.output = output
         self.screen = render.Screen(output)
         self._on_screen = output.terminal and think != "hide"
         self._beside = not output.terminal and think == "show"  # to stderr: stdout is for the answer

@@ -1,0 +1,182 @@
+"""What a conversation leaves on disk: its session, and the kv cache behind it.
+
+`Memory` is told what happens and writes it down.  What cannot be written is said once, and the conversation goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ms4
+from ms4.cli import errors, streams
+from ms4.cli.errors import MissingError, UnreadableError, UsageError
+
+if TYPE_CHECKING:
+    from ms4.cli.image_notes import ImageOptions
+    from ms4.cli.options import EngineOptions
+    from ms4.models.answer import Event, Prompt
+    from ms4.models.dialogue import Content, Dialogue
+    from ms4.models.sessions import Session
+    from ms4.models.timeline import Timeline
+
+MOST_SHOWN = 20  # of the sessions to choose from
+NOT_SAVED = "the conversation is not saved: {}; --no-session says that it need not be"
+
+
+def wanted(no_session: bool) -> bool:
+    """False: nothing that was typed or answered is to stay on disk."""
+    return not no_session and not os.environ.get("MS4_NO_HISTORY")
+
+
+def open_session(name: str | None) -> Session:
+    """The session of that id, or the last one."""
+    from ms4.models import sessions
+
+    try:
+        return sessions.read(sessions.find(name))
+    except sessions.SessionError as error:
+        if "no session" in str(error) or "several" in str(error):
+            raise MissingError(str(error), "ms4 sessions ls lists them") from None
+        raise UnreadableError(str(error), "ms4 sessions ls lists the others") from None
+
+
+def no_number(words: Sequence[str]) -> None:
+    """UsageError where -c stands before a number: elsewhere that is the size of the context."""
+    if words and words[0].isascii() and words[0].isdigit() and len(words[0]) > 2:
+        raise UsageError("-c goes on with the last conversation", f"--ctx {words[0]} is a context of that size")
+
+
+def pick() -> str:
+    """The id of a session that the user chooses from a list, at a terminal."""
+    from ms4.models import sessions
+
+    known = [s for s in sessions.sessions() if isinstance(s, sessions.Session)][:MOST_SHOWN]
+    if not known:
+        raise MissingError("there is no session yet", "ms4 chat begins one")
+    if not streams.is_terminal(sys.stdin) or not streams.is_terminal(sys.stderr):
+        raise UsageError("--resume needs an id where nobody can choose", "ms4 sessions ls lists them")
+    for number, session in enumerate(known, 1):
+        print(f"{number:3}  {described(session)}", file=sys.stderr)
+    while True:
+        print("number (Enter: 1): ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            raise KeyboardInterrupt
+        text = line.strip() or "1"
+        if text.isascii() and text.isdigit() and 1 <= int(text) <= len(known):
+            return known[int(text) - 1].id
+
+
+def described(session: Session) -> str:
+    """One line about a session."""
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(session.path.stat().st_mtime))
+    n = len(session.turns)
+    return f"{session.id}  {when}  {n:3} turn{'' if n == 1 else 's'}  {errors.escape(session.title)}"
+
+
+def replay(session: Session, dialogue: Dialogue) -> None:
+    """Gives a dialogue the turns of a session."""
+    from ms4.models.dialogue import Turn
+
+    dialogue.system, dialogue.effort = session.system, session.effort
+    dialogue.turns = [Turn(turn.message, turn.answer) for turn in session.turns]
+
+
+class Pieces:
+    """Collects what an answer says, while it is shown."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.thinking: list[str] = []
+
+    def __call__(self, event: Event) -> None:
+        from ms4.models.answer_parser import Text, Thinking
+
+        if isinstance(event, Text):
+            self.text.append(event.text)
+        elif isinstance(event, Thinking):
+            self.thinking.append(event.text)
+
+
+class Memory:
+    """A conversation on disk.  `off`: it leaves nothing there."""
+
+    def __init__(
+        self,
+        engine: EngineOptions,
+        images: ImageOptions,
+        tell: Callable[[str], None],
+        *,
+        off: bool = False,
+        session: Session | None = None,
+    ) -> None:
+        self._tell = tell
+        self._off = off
+        self._model = os.path.basename(engine.require())
+        self._recorder: Any = None
+        self._kv: Any = None
+        if off:
+            return
+        from ms4.models.kv_files import KvFiles
+        from ms4.models.sessions import Recorder
+
+        self._kv = KvFiles.of(engine.require(), engine.attn_scale, images.mmproj)
+        if session is not None:
+            self._guard(lambda: setattr(self, "_recorder", Recorder.onto(session)))
+
+    def begin(self, dialogue: Dialogue) -> None:
+        """From here on it is another conversation; its file comes with its first turn."""
+        self.close()
+        if not self._off:
+            from ms4.models.sessions import Recorder
+
+            self._recorder = Recorder(self._model, ms4.__version__, dialogue.system, dialogue.effort)
+
+    @property
+    def path(self) -> Path | None:
+        """The file of the conversation, if there is one yet."""
+        recorder = self._recorder
+        return recorder.path if recorder is not None and recorder.path.exists() else None
+
+    def turn(self, message: Content, answer: tuple[int, ...], pieces: Pieces, reason: str) -> None:
+        text, thinking = "".join(pieces.text), "".join(pieces.thinking)
+        self._guard(lambda: self._recorder and self._recorder.turn(message, answer, text, thinking, reason))
+
+    def undo(self, n: int) -> None:
+        self._guard(lambda: self._recorder and self._recorder.undo(n))
+
+    def effort(self, value: str) -> None:
+        self._guard(lambda: self._recorder and self._recorder.effort(value))
+
+    def system(self, value: str | None) -> None:
+        self._guard(lambda: self._recorder and self._recorder.system(value))
+
+    def restore(self, timeline: Timeline, prompt: Prompt) -> int:
+        """Before a prompt is computed: what is kept of it.  The last position is always computed."""
+        keys = prompt.keys[:-1]
+        if self._kv is None or timeline.common(keys) == len(timeline.keys) > 0:
+            return 0
+        return int(self._kv.restore(timeline, keys))
+
+    def keep(self, timeline: Timeline) -> None:
+        """At the end: what the timeline holds."""
+        if self._kv is not None and (reason := self._kv.keep(timeline)):
+            self._tell(f"what was read is not kept on disk: {reason}")
+
+    def close(self) -> None:
+        if self._recorder is not None:
+            self._recorder.close()
+        self._recorder = None
+
+    def _guard(self, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self._tell(NOT_SAVED.format(error.strerror))
+            self.close()
+            self._off = True

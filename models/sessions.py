@@ -1,0 +1,326 @@
+"""Conversations on disk: a file for each, a line of JSON for each thing that happened.
+
+A file is only ever added to.  Its first line says what it is, the others replay the conversation:
+
+    {"event": "begin", "format": 1, "id", "created", "model", "version", "system", "effort"}
+    {"event": "turn", "message", "answer": [ids], "text", "thinking", "at", "reason"}
+    {"event": "undo", "n"}    {"event": "effort", "value"}    {"event": "system", "value"}
+
+A message is what `dialogue.Content` is; its images stand in it as they were decoded (PNG, base64), so a session needs
+no other file.  The answer is kept as the ids that the model wrote: a session that goes on has the very prompt that it
+would have had.  Who writes a line has it on the disk (fsync) before the next message; a last line that is torn is left
+out, and cut off when the session goes on.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ms4.models.image import Image
+from ms4.models.untrusted import InputError, shown
+
+if TYPE_CHECKING:
+    from ms4.models.dialogue import Content
+
+FORMAT = 1
+MOST_BYTES = 1 << 30  # of a file that is read
+ID_LETTERS = "0123456789abcdefghjkmnpqrstvwxyz"
+EFFORTS = ("none", "high")
+
+
+class SessionError(InputError):
+    """This session cannot be read; the message is one sentence."""
+
+
+@dataclass
+class Turn:
+    message: Content
+    answer: tuple[int, ...]
+    text: str
+    thinking: str = ""
+
+
+@dataclass
+class Session:
+    """What a file says, replayed."""
+
+    path: Path
+    id: str
+    created: float
+    model: str
+    system: str | None = None
+    effort: str = "none"
+    turns: list[Turn] = field(default_factory=list)
+    n_bytes: int = 0  # of its whole lines
+    torn: bool = False  # its last line was cut
+
+    @property
+    def title(self) -> str:
+        """The first words of the first message."""
+        text = " ".join(words_of(self.turns[0].message).split()) if self.turns else ""
+        return text[:77] + "..." if len(text) > 80 else text
+
+
+def folder() -> Path:
+    data = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
+    return Path(data, "ms4", "sessions")
+
+
+def words_of(message: Content) -> str:
+    """The text of a message, an image as its name."""
+    if isinstance(message, str):
+        return message
+    parts = []
+    for chunk in message:
+        if chunk.get("type") == "text":
+            parts.append(str(chunk["text"]))
+        elif chunk.get("type") == "image":
+            parts.append(f"[{os.path.basename(chunk['image'].name)}]")
+    return "\n".join(parts)
+
+
+# --- writing
+
+
+class Recorder:
+    """Adds to one session; the file is made with its first turn, so a chat in which nothing is said leaves nothing."""
+
+    def __init__(self, model: str, version: str, system: str | None, effort: str, where: Path | None = None) -> None:
+        self._begin = {
+            "event": "begin",
+            "format": FORMAT,
+            "id": new_id(),
+            "created": round(time.time(), 3),
+            "model": model,
+            "version": version,
+            "system": system,
+            "effort": effort,
+        }
+        self.id = str(self._begin["id"])
+        self.path = (where or folder()) / f"{self.id}.jsonl"
+        self._file: int | None = None
+        self._before: list[dict[str, Any]] = []  # what happened before the first turn
+
+    @classmethod
+    def onto(cls, session: Session) -> Recorder:
+        """One that goes on where a session has ended; a torn last line is cut off."""
+        made = cls(session.model, "", session.system, session.effort)
+        made.id, made.path = session.id, session.path
+        made._file = os.open(session.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        os.ftruncate(made._file, session.n_bytes)
+        return made
+
+    def turn(self, message: Content, answer: Sequence[int], text: str, thinking: str, reason: str) -> None:
+        self._put(
+            event="turn",
+            message=pack(message),
+            answer=[int(id) for id in answer],
+            text=text,
+            thinking=thinking,
+            at=round(time.time(), 3),
+            reason=reason,
+        )
+
+    def undo(self, n: int) -> None:
+        if n and self._file is not None:
+            self._put(event="undo", n=n)
+
+    def effort(self, value: str) -> None:
+        self._note(event="effort", value=value)
+
+    def system(self, value: str | None) -> None:
+        self._note(event="system", value=value)
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+        self._file = None
+
+    def _note(self, **event: Any) -> None:
+        if self._file is None:
+            self._before.append(event)
+        else:
+            self._put(**event)
+
+    def _put(self, **event: Any) -> None:
+        """Writes a line, whole or not at all, and waits until the disk has it.  OSError: it is not there."""
+        lines = [event]
+        if self._file is None:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._file = os.open(self.path, flags, 0o600)
+            lines = [self._begin, *self._before, event]
+        data = b"".join(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n" for line in lines)
+        size = os.fstat(self._file).st_size
+        try:
+            done = 0
+            while done < len(data):
+                done += os.write(self._file, data[done:])
+            os.fsync(self._file)
+        except OSError:
+            os.ftruncate(self._file, size)
+            if not size:
+                os.unlink(self.path)
+                self.close()
+            raise
+        self._before = []
+
+
+def new_id() -> str:
+    """Ids sort by the time at which they were made."""
+    return time.strftime("%Y%m%d-%H%M%S-") + "".join(secrets.choice(ID_LETTERS) for _ in range(4))
+
+
+def pack(message: Content) -> Any:
+    """A message as JSON has it."""
+    if isinstance(message, str):
+        return message
+    return [pack_image(chunk["image"]) if chunk.get("type") == "image" else dict(chunk) for chunk in message]
+
+
+def pack_image(image: Image) -> dict[str, Any]:
+    data = io.BytesIO()
+    picture = image.picture if image.picture.mode in PNG_MODES else image.picture.convert("RGBA")
+    picture.save(data, "PNG", compress_level=1)
+    return {
+        "type": "image",
+        "name": image.name,
+        "digest": image.digest.hex(),
+        "orientation": image.orientation,
+        "whole": list(image.whole) if image.whole else None,
+        "png": base64.b64encode(data.getvalue()).decode("ascii"),
+    }
+
+
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+
+
+def unpack(value: Any) -> Content:
+    """The reverse of pack; ValueError, KeyError or TypeError if it is none."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise TypeError("neither a text nor a list")
+    return [unpack_chunk(chunk) for chunk in value]
+
+
+def unpack_chunk(chunk: Mapping[str, Any]) -> dict[str, Any]:
+    if chunk["type"] != "image":
+        return {"type": "text", "text": str(chunk["text"])}
+    from PIL import Image as pillow
+
+    picture = pillow.open(io.BytesIO(base64.b64decode(chunk["png"], validate=True)), formats=("PNG",))
+    picture.load()
+    whole = chunk.get("whole")
+    image = Image(
+        str(chunk["name"]),
+        picture,
+        bytes.fromhex(chunk["digest"]),
+        int(chunk["orientation"]),
+        whole=(int(whole[0]), int(whole[1])) if whole else None,
+    )
+    return {"type": "image", "image": image}
+
+
+# --- reading
+
+
+def read(path: Path) -> Session:
+    """Replays a file.  SessionError if it is none, or damaged elsewhere than in its last line."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise SessionError(f"{shown(path.name)}: a session of more than {MOST_BYTES >> 20} MiB")
+        data = path.read_bytes()
+    except OSError as error:
+        raise SessionError(f"{shown(path.name)}: {error.strerror}") from None
+    session: Session | None = None
+    at = 0
+    for number, line in enumerate(data.splitlines(keepends=True), 1):
+        try:
+            if not line.endswith(b"\n"):
+                raise ValueError("torn")
+            event = json.loads(line)
+            session = began(path, event) if session is None else session
+            replay(session, event)
+        except (ValueError, KeyError, TypeError, IndexError, OSError, RecursionError) as error:
+            if session is not None and at + len(line) == len(data):
+                session.torn = True
+                break
+            raise SessionError(f"{shown(path.name)}: line {number} is damaged ({type(error).__name__})") from None
+        at += len(line)
+    if session is None:
+        raise SessionError(f"{shown(path.name)}: empty")
+    session.n_bytes = at
+    return session
+
+
+def began(path: Path, event: Mapping[str, Any]) -> Session:
+    if event["event"] != "begin":
+        raise ValueError("no beginning")
+    if event["format"] != FORMAT:
+        raise SessionError(f"{shown(path.name)}: format {event['format']!r}; this version reads {FORMAT}")
+    system, effort = event.get("system"), event["effort"]
+    if not (system is None or isinstance(system, str)) or effort not in EFFORTS:
+        raise ValueError("system or effort")
+    return Session(path, path.stem, float(event["created"]), str(event["model"]), system, effort)
+
+
+def replay(session: Session, event: Mapping[str, Any]) -> None:
+    kind = event["event"]
+    if kind == "turn":
+        answer = tuple(int(id) for id in event["answer"])
+        if not answer or min(answer) < 0 or max(answer) > 1 << 30:
+            raise ValueError("ids")
+        turn = Turn(unpack(event["message"]), answer, str(event["text"]), str(event.get("thinking", "")))
+        session.turns.append(turn)
+    elif kind == "undo":
+        del session.turns[max(0, len(session.turns) - int(event["n"])) :]
+    elif kind == "effort" and event["value"] in EFFORTS:
+        session.effort = event["value"]
+    elif kind == "system" and (event["value"] is None or isinstance(event["value"], str)):
+        session.system = event["value"]
+    elif kind != "begin":
+        raise ValueError("an unknown event")
+
+
+def paths(where: Path | None = None) -> list[Path]:
+    """The files of all sessions, those that went on last first."""
+    found = []
+    try:
+        for path in (where or folder()).glob("*.jsonl"):
+            found.append((path.stat().st_mtime_ns, path))
+    except OSError:
+        pass
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def sessions(where: Path | None = None) -> Iterator[Session | SessionError]:
+    """All of them, those that went on last first; what cannot be read as its error."""
+    for path in paths(where):
+        try:
+            yield read(path)
+        except SessionError as error:
+            yield error
+
+
+def find(name: str | None, where: Path | None = None) -> Path:
+    """The session whose id begins with a name, or the last one.  SessionError: none, or several."""
+    known = paths(where)
+    if name is None:
+        if not known:
+            raise SessionError("there is no session yet")
+        return known[0]
+    matching = [path for path in known if path.stem.startswith(name) or path.stem.endswith(f"-{name}")]
+    if len(matching) != 1:
+        said = "several sessions begin" if matching else "no session begins"
+        raise SessionError(f"{said} with {shown(name)[:40]}")
+    return matching[0]
