@@ -170,8 +170,10 @@ static int run_checks(int argc, char **argv, std::initializer_list<check> checks
     repeat = argc > 1 ? std::max(1, atoi(argv[1])) : 1;
     check_seed = given ? strtoull(given, nullptr, 10) : std::random_device()();
     cpu = ms4_ops_for(nullptr);
+    int n_run = 0;
     for (auto &c : checks) {
         if (strncmp(c.name, only, strlen(only))) continue;
+        n_run++;
         rng.seed(check_seed);
         launch_seed = 1 + (uint32_t)(check_seed & 0xffff);
         n_equal = n_nan = n_wrong = 0;
@@ -185,6 +187,7 @@ static int run_checks(int argc, char **argv, std::initializer_list<check> checks
         }
         fflush(stdout);
     }
-    return 0;
+    if (!n_run) printf("no check begins with %s\n", only);
+    return n_run ? 0 : 2;
 }
 #endif

@@ -28,7 +28,7 @@ ROWS, ATTEND, PATCHES = "rows", "attend", "patches"
 BLOCKS = ("q4_k", "q6_k", "q5_1", "nvfp4")  # a type of each family but two
 SEEN_BY = {
     "rows.cuh": [(ROWS, "")],
-    "floats.cuh": [(ROWS, "norm"), (ROWS, "quantize"), (ATTEND, "latents"), (ATTEND, "query")],
+    "floats.cuh": [(ROWS, "norm"), ("quantize", ""), (ATTEND, "latents"), (ATTEND, "query")],
     "route.cuh": [(ROWS, "choose")],
     "latents.cuh": [(ATTEND, "latents"), (ATTEND, "quer")],
     "segment.cuh": [(ATTEND, "attend")],
@@ -83,12 +83,6 @@ BY_HAND = [
     ("route.cuh", "c.equal -= __popc(equal);", "", "choose: ties beyond 32"),
     ("route.cuh", "x != x ? MINUS_INFINITY : x == 0 ? 0.0f : x", "x", "choose: NaN and zeros"),
     ("segment.cuh", "by_sum < by_most ? by_most : by_sum", "by_most", "weights may overflow"),
-    (
-        "segment.cuh",
-        "return usable_unit(unit) ? (int16_t)whole_bits(w, factor) : (int16_t)0;",
-        "return (int16_t)whole_bits(w, factor);",
-        "integers from NaN",
-    ),
     ("segment.cuh", "if (l2 == 0) return { -1, 0 };", "", "fold: keys that nobody saw"),
     (
         "attend.cuh",
