@@ -83,7 +83,6 @@ BY_HAND = [
     ("route.cuh", "c.equal -= __popc(equal);", "", "choose: ties beyond 32"),
     ("route.cuh", "x != x ? MINUS_INFINITY : x == 0 ? 0.0f : x", "x", "choose: NaN and zeros"),
     ("segment.cuh", "by_sum < by_most ? by_most : by_sum", "by_most", "weights may overflow"),
-    ("segment.cuh", "if (l2 == 0) return { -1, 0 };", "", "fold: keys that nobody saw"),
     (
         "attend.cuh",
         "first += FOLD_WARPS * SEGMENT_GROUP) {",
