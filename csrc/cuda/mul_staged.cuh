@@ -72,7 +72,7 @@ template <class T> DEV void stage_x(const staged<T> &s, const tile &at) {
     if constexpr (T::GRID > 0)
         for (int i = (int)threadIdx.x; i < T::GRID; i += MUL_THREADS) ((unsigned *)s.look.grid)[i] = T::book()[i];
 }
-/* The products of a part's halves with its token's; returns the sums of x, of either half in 16 bits. */
+/* The products of a part's halves, or quarters, with its token's; returns the sums of x, of either half in 16 bits. */
 template <class T> DEV int dot_part(int *dot, const part &w, const staged_token *x, int superblock, int j) {
     const int both = (int)x->sums[superblock * 8 + j];
     const int sums[2] = { (int16_t)both, both >> 16 };
@@ -82,8 +82,9 @@ template <class T> DEV int dot_part(int *dot, const part &w, const staged_token 
         int sum = -parts<T>::BIAS * sums[h];
         sum = dp4a_ss((int)w.q[4 * h], (int)v.x, sum);
         sum = dp4a_ss((int)w.q[4 * h + 1], (int)v.y, sum);
+        if (parts<T>::SCALES == 4) dot[2 * h] = sum, sum = 0;
         sum = dp4a_ss((int)w.q[4 * h + 2], (int)v.z, sum);
-        dot[h] = dp4a_ss((int)w.q[4 * h + 3], (int)v.w, sum);
+        dot[parts<T>::SCALES / 2 * (h + 1) - 1] = dp4a_ss((int)w.q[4 * h + 3], (int)v.w, sum);
     }
     return both;
 }
@@ -113,9 +114,10 @@ DEV void value_of_chunk(const staged<T> &s, const part *w, const uint8_t *chunk,
         int sums[N];
 #pragma unroll
         for (int i = 0; i < ROUNDS; i++) {
-            int dot[2];
+            int dot[4];
             const int of_x = dot_part<T>(dot, w[i], s.tokens + t, s.x_at[i], j);
             sums[i] = w[i].scale[0] * dot[0] + w[i].scale[1] * dot[1];
+            if (parts<T>::SCALES == 4) sums[i] += w[i].scale[2] * dot[2] + w[i].scale[3] * dot[3];
             if constexpr (form<T>::MINS) sums[ROUNDS + i] = dp2a_ss(of_x, (int)w[i].mins, 0);
         }
         const int I = deal_sums<N>(sums, j);

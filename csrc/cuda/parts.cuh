@@ -2,7 +2,8 @@
  * they lie in the file: what mul_staged.cuh needs, faster than by the units of unpack.cuh for types that have a way.
  *
  * Part j of a superblock is two times 16 weights: x_at(j, h) says where half h begins, and so which scale it has;
- * x_piece(x, j, h) is the same of the activations x, in the order of the opened words.
+ * x_piece(x, j, h) is the same of the activations x, in the order of the opened words.  With SCALES 4 a part is four
+ * times 8 weights, and x_at goes for mins alone.
  * For 32-blocks a part is block j (of NVFP4 two blocks).  BIAS: opened quants are larger by so much than they are.
  */
 #ifndef MS4_PARTS_CUH
@@ -11,7 +12,7 @@
 
 struct part {
     unsigned q[8];                  /* four words of each half */
-    int scale[2];                   /* K and IQ types: of either half */
+    int scale[4];                   /* K and IQ types: of either half, or of 8 weights each */
     unsigned mins;                  /* likewise, in two bytes */
     float d[2], m;                  /* 32-blocks: the scale (of NVFP4 of either half), and the min */
 };
@@ -30,7 +31,7 @@ struct natural_order { X_ORDER(32 * j + 16 * h) };
 
 /* Any type: its units 4 j to 4 j + 3. */
 template <class T> struct parts : natural_order {
-    static constexpr int BIAS = 0;
+    static constexpr int BIAS = 0, SCALES = 2;
     MEMBER void open(part &o, const uint8_t *p, int j, const tables &look) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -103,7 +104,7 @@ DEV void scales_mins(part &o, uint4 head, int j) {
     o.mins = mins >> 8 * at;
 }
 template <> struct parts<type_q4_k> : nibble_order {
-    static constexpr int BIAS = 0;
+    static constexpr int BIAS = 0, SCALES = 2;
     MEMBER void open(part &o, const uint8_t *p, int j, const tables &) {
         const uint4 q = *(const uint4 *)(p + 16 + 16 * j);
         const unsigned w[4] = { q.x, q.y, q.z, q.w };
@@ -112,7 +113,7 @@ template <> struct parts<type_q4_k> : nibble_order {
     }
 };
 template <> struct parts<type_q5_k> : nibble_order {
-    static constexpr int BIAS = 0;
+    static constexpr int BIAS = 0, SCALES = 2;
     MEMBER void open(part &o, const uint8_t *p, int j, const tables &) {
         const uint4 q = *(const uint4 *)(p + 48 + 16 * j), h = *(const uint4 *)(p + 16 + 16 * (j & 1));
         const unsigned w[4] = { q.x, q.y, q.z, q.w }, fifth[4] = { h.x, h.y, h.z, h.w };
@@ -122,12 +123,12 @@ template <> struct parts<type_q5_k> : nibble_order {
         for (int k = 0; k < 4; k++) {
             const unsigned up = (unsigned)(4 - (j & 6)) & 31;   /* to bit 4, round the word */
             o.q[k] |= __funnelshift_l(fifth[k], fifth[k], up) & 0x10101010u;
-            o.q[4 + k] |= __funnelshift_l(fifth[k], fifth[k], up - 1 & 31) & 0x10101010u;
+            o.q[4 + k] |= __funnelshift_l(fifth[k], fifth[k], (up - 1) & 31) & 0x10101010u;
         }
     }
 };
 template <> struct parts<type_q6_k> {
-    static constexpr int BIAS = 32;
+    static constexpr int BIAS = 32, SCALES = 2;
     X_ORDER((j >> 2) * 128 + (j >> 1 & 1) * 32 + (j & 1) * 16 + 64 * h)
     MEMBER void open(part &o, const uint8_t *p, int j, const tables &) {
         unsigned low[4], high[4];
@@ -145,9 +146,52 @@ template <> struct parts<type_q6_k> {
     }
 };
 
+/* --- Q2_K, Q3_K: 8 bytes have 2 bits of four times 8 weights, 32 weights apart ------------------------------------ */
+struct crumb_order {
+    static constexpr int BIAS = 0, SCALES = 4;
+    MEMBER int x_at(int j, int h) { return 32 * j + 16 * h; }
+    MEMBER uint4 x_piece(const int8_t *x, int j, int h) {
+        const int8_t *at = x + (j >> 2) * 128 + h * 64 + (j & 3) * 8;
+        const uint2 a = *(const uint2 *)at, b = *(const uint2 *)(at + 32);
+        return uint4{ a.x, a.y, b.x, b.y };
+    }
+};
+template <> struct parts<type_q2_k> : crumb_order {
+    MEMBER void open(part &o, const uint8_t *p, int j, const tables &) {
+        const unsigned *w = (const unsigned *)(p + 16 + 8 * j), *scales = (const unsigned *)(p + (j >> 2) * 8);
+#pragma unroll
+        for (int s = 0; s < 4; s++) {
+            o.q[2 * s] = w[0] >> 2 * s & 0x03030303u;
+            o.q[2 * s + 1] = w[1] >> 2 * s & 0x03030303u;
+            o.scale[s] = (int)(scales[s / 2] >> (s % 2 * 16 + (j & 2) * 4) & 15);
+        }
+        o.mins = half_at(p + 2 * j) >> 4 & 0x0f0f;
+    }
+};
+template <> struct parts<type_q3_k> : crumb_order {
+    MEMBER void open(part &o, const uint8_t *p, int j, const tables &) {
+        const int upper = (j >> 2) * 4;                         /* bits of the upper half of the superblock */
+        unsigned w[2], high[2], scales[3];
+        words_at<2>(w, p + 32 + 8 * j);
+        words_at<2>(high, p + 8 * (j & 3));
+        words_at<3>(scales, p + 96);
+#pragma unroll
+        for (int s = 0; s < 4; s++) {
+            const unsigned bits = scales[2] >> (upper + s / 2 * 2) & 0x03030303u;
+            const unsigned six = (scales[s / 2] >> upper & 0x0f0f0f0fu) | bits << 4;
+            o.scale[s] = (int)(six >> (s % 2 * 16 + (j & 2) * 4) & 63) - 32;
+#pragma unroll
+            for (int k = 0; k < 2; k++) {       /* without the high bit less 4: with all bits above the two */
+                const unsigned none = ~(high[k] >> (upper + s)) & 0x01010101u;
+                o.q[2 * s + k] = (w[k] >> 2 * s & 0x03030303u) | none * 0xfc;
+            }
+        }
+    }
+};
+
 /* --- blocks of 32 ------------------------------------------------------------------------------------------------- */
 template <> struct parts<type_iq4_xs> : mixed_order {
-    static constexpr int BIAS = 0;
+    static constexpr int BIAS = 0, SCALES = 2;
     MEMBER void open(part &o, const uint8_t *p, int j, const tables &look) {
         const uint2 a = *(const uint2 *)(p + 8 + 16 * j), b = *(const uint2 *)(p + 16 + 16 * j);
         const unsigned w[4] = { a.x, a.y, b.x, b.y };
@@ -158,14 +202,14 @@ template <> struct parts<type_iq4_xs> : mixed_order {
     }
 };
 template <> struct parts<type_q8_0> : natural_order {
-    static constexpr int BIAS = 0;
+    static constexpr int BIAS = 0, SCALES = 2;
     MEMBER void open(part &o, const uint8_t *p, int j, const tables &) {
         words_at<8>(o.q, p + 34 * j + 2);
         o.d[0] = type_q8_0::block_d(p, j);
     }
 };
 template <> struct parts<type_q4_0> : natural_order {
-    static constexpr int BIAS = 8;
+    static constexpr int BIAS = 8, SCALES = 2;
     MEMBER void open(part &o, const uint8_t *p, int j, const tables &) {
         unsigned w[4];
         words_at<4>(w, p + 18 * j + 2);
@@ -174,7 +218,7 @@ template <> struct parts<type_q4_0> : natural_order {
     }
 };
 template <> struct parts<type_q4_1> : natural_order {
-    static constexpr int BIAS = 0;
+    static constexpr int BIAS = 0, SCALES = 2;
     MEMBER void open(part &o, const uint8_t *p, int j, const tables &) {
         split_nibbles(o.q, (const unsigned *)(p + 20 * j + 4));
         o.d[0] = type_q4_1::block_d(p, j);
@@ -182,7 +226,7 @@ template <> struct parts<type_q4_1> : natural_order {
     }
 };
 template <> struct parts<type_iq4_nl> : mixed_order {
-    static constexpr int BIAS = 0;
+    static constexpr int BIAS = 0, SCALES = 2;
     MEMBER void open(part &o, const uint8_t *p, int j, const tables &look) {
         unsigned w[4];
         words_at<4>(w, p + 18 * j + 2);
@@ -191,7 +235,7 @@ template <> struct parts<type_iq4_nl> : mixed_order {
     }
 };
 template <> struct parts<type_mxfp4> : mixed_order {
-    static constexpr int BIAS = 0;
+    static constexpr int BIAS = 0, SCALES = 2;
     MEMBER void open(part &o, const uint8_t *p, int j, const tables &look) {
         unsigned w[4];
         words_at<4>(w, p + 17 * j + 1);
@@ -205,7 +249,7 @@ template <> struct parts<type_nvfp4> {
         const uint4 v = *(const uint4 *)(x + x_at(j, h));
         return mixed(v.x, v.y, v.z, v.w);
     }
-    static constexpr int BIAS = 0;
+    static constexpr int BIAS = 0, SCALES = 2;
     MEMBER void open(part &o, const uint8_t *p, int j, const tables &look) {
         const unsigned *w = (const unsigned *)(p + j / 2 * 36 + 4 + j % 2 * 16);
 #pragma unroll
