@@ -1,6 +1,7 @@
 /* kernels.cu -- every kernel of kernels.h: the one file that is compiled, by nvcc, NVRTC, or g++ for the emulation. */
 #include "dev.cuh"
 #include "attend.cuh"
+#include "attend_patches.cuh"
 #include "float.cuh"
 #include "gemm.cuh"
 #include "mul.cuh"

@@ -32,7 +32,7 @@ KERNEL(rotate_patches, rotate_args, 128) {
 #define OWN 4                                   /* queries of a thread, and keys that it scores them with */
 #define OWN_COLUMNS 8
 #define QUERY_STRIDE (ATTEND_PATCHES + 4)       /* floats of a row of queries, or of weights, side by side */
-#define KEY_STRIDE (TILE_KEYS + 4)
+#define KEY_STRIDE (TILE_KEYS + 4)              /* likewise of keys */
 struct patch_place {                            /* of a thread */
     int first, query, key, n;                   /* of the block; its first query there, its first key in a tile; keys */
     size_t column;                              /* of the head, in all rows */
@@ -76,8 +76,8 @@ DEV float tile_weights(float *s, int key, int n, float &m, float &l) {
     return factor;
 }
 /* All of a thread's scores to weights, which its lanes show each other in `weights`: rows of keys, by query. */
-DEV void put_weights(float *weights, float (*s)[OWN], const patch_place &at, int keys, float *m, float *l,
-                     float *factor) {
+DEV void show_weights(float *weights, float (*s)[OWN], const patch_place &at, int keys, float *m, float *l,
+                      float *factor) {
     for (int i = 0; i < OWN; i++) factor[i] = tile_weights(s[i], at.key, keys, m[i], l[i]);
     __syncwarp();                               /* the weights of the tile before have been read */
     for (int j = 0; j < OWN; j++)
@@ -116,7 +116,7 @@ DEV void attend_any_patches(float *weights, const attend_patches_args &a) {
                 s[i][j] = 0;
                 for (int c = 0; c < a.d_head; c++) s[i][j] = __fmaf_rn(q[c], k[c], s[i][j]);
             }
-        put_weights(weights, s, at, a.n - first, m, l, factor);
+        show_weights(weights, s, at, a.n - first, m, l, factor);
         for (int column = at.key / OWN * OWN_COLUMNS; column < a.d_head; column += 8 * OWN_COLUMNS) {
             float o[OWN][OWN_COLUMNS];
             for (int i = 0; i < OWN; i++)
@@ -133,10 +133,6 @@ DEV void attend_any_patches(float *weights, const attend_patches_args &a) {
                         = ends ? __fdiv_rn(o[i][c], l[i]) : o[i][c];
         }
     }
-}
-KERNEL(attend_patches, attend_patches_args, 128) {
-    SHARED(float, weights, TILE_KEYS * QUERY_STRIDE);
-    attend_any_patches(weights, a);
 }
 
 /* --- the projector ----------------------------------------------------------------------------------------------- */
