@@ -137,7 +137,8 @@ typedef struct {
     uint64_t experts_used;       /* (token, expert) pairs computed */
     uint64_t bytes_weights;      /* bytes of the tensors in the table */
     uint64_t kv_blocks, kv_bytes;           /* of all sessions' kv caches; what several share counts once */
-    /* Of experts that stay on the disk; 0 if none do.  Wanted by the layers of steps, there already then; read. */
+    /* Of experts that stay on the disk; 0 if none do.  Wanted by the layers of steps; there without being read for it,
+     * or just ahead of it; read. */
     uint64_t experts_wanted, experts_there, experts_read;
     uint64_t bytes_disk, ns_disk;           /* read of experts, and while at least one read was under way */
     uint64_t ns_waited, ns_waiting;         /* that steps waited for the disk; that the running one waits now */

@@ -19,7 +19,8 @@
 
 enum { NOTHING, SOON, WANTED, GIVEN };                        /* marks; the order says who has to leave first */
 
-typedef struct { int32_t id; uint64_t used; double value; disk_job job; } slot;    /* id -1: it holds nothing */
+/* id -1: it holds nothing; ahead: it was read for the next layer, and not wanted since. */
+typedef struct { int32_t id, ahead; uint64_t used; double value; disk_job job; } slot;
 typedef struct {
     uint8_t *memory;
     slot *slot;
@@ -163,6 +164,7 @@ static int start(slots *s, int32_t id, int most, int32_t share) {
         at->job.range[i] = (disk_range){ from->file[i], offset, from->bytes[i], to + offset % FILES_ALIGN };
         to += room_of(from->bytes[i]);
     }
+    at->ahead = s->mark[id] == SOON;
     disk_read(s->disk, &at->job, s->mark[id] != WANTED);
     s->counts.n_reads++;
     return 1;
@@ -211,12 +213,13 @@ void slots_want(slots *s, int32_t layer, const int32_t *ids, const uint8_t *shar
         s->mark[id] = WANTED;
         if (!at) continue;
         at->used = ++s->clock;
+        s->counts.n_hits += state_of(at) == DISK_READ && !at->ahead;
+        at->ahead = 0;
         if (state_of(at) == DISK_READ) ++*n_there;
         else if (state_of(at) == DISK_READING) disk_hurry(s->disk, &at->job);
         else drop(s, pool_at(s, id), at);                     /* failed when nobody waited: tried again */
     }
     s->counts.n_wanted += (uint64_t)n;
-    s->counts.n_hits += (uint64_t)*n_there;
     start_all(s, 0);
 }
 static int fail(const slots *s, const slot *at) {

@@ -21,7 +21,7 @@
 typedef struct slots slots;
 
 typedef struct {
-    uint64_t n_wanted, n_hits, n_reads;                       /* experts: wanted; there already then; read */
+    uint64_t n_wanted, n_hits, n_reads;                       /* experts: wanted; there, not just read ahead; read */
     uint64_t ns_waited;                                       /* that somebody waited for reads */
     uint64_t bytes_read, ns_reading;                          /* from the disk; while at least one read was under way */
     uint64_t n_slots, bytes, bytes_there, most_bytes;         /* in use now; bytes of these; read; that they may have */

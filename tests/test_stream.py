@@ -305,6 +305,48 @@ def test_a_budget_that_is_too_small_is_refused(tiny):
             model.engine.fix_slots(1)
 
 
+# --- what is used most --------------------------------------------------------------------------------------------
+
+
+def test_what_was_used_most_is_read_before_anybody_asks(tiny, want):
+    with Model.open(tiny, load="stream") as model, model.session(200) as session:
+        assert np.array_equal(answer(session), want)
+        uses, n_used = model.engine.uses(), model.engine.stats().slots
+    with Model.open(tiny, load="stream") as model, model.session(200) as session:
+        model.engine.warm(uses)
+        warm = model.engine.stats()
+        assert warm.slots == warm.experts_read == n_used and warm.experts_wanted == 0
+        assert np.array_equal(answer(session), want)
+        assert model.engine.stats().experts_read == n_used  # none of them twice
+        for damaged in (b"", uses[:-1], uses[:50] + bytes([uses[50] ^ 1]) + uses[51:]):
+            with pytest.raises(ms4.EngineError, match="counts of experts"):
+                model.engine.warm(damaged)
+        assert np.array_equal(answer(session), want)
+
+
+def test_the_uses_of_a_file_in_memory_are_not_kept(tiny):
+    with Model.open(tiny, load="map") as model:
+        assert model.engine.uses() == b""
+        with pytest.raises(ValueError, match="no expert stays on the disk"):
+            model.engine.warm(b"x")
+
+
+def test_a_prompt_does_not_push_out_what_is_used_all_the_time(tmp_path):
+    """Twelve layers of a prompt pass through half as many slots as there are experts, twice."""
+    path = write_tiny(tmp_path / "t.gguf", Tiny(n_layer=12))[0]
+    with Model.open(path, load="stream", threads=1) as model, model.session(200) as session:
+        session.feed([7])  # the sizes of slots are rounded up: measure one
+        stats = model.engine.stats()
+        model.engine.fix_slots(stats.slot_bytes // stats.slots * 36)
+        for _ in range(4):
+            before = model.engine.stats()
+            session.rewind(0)
+            session.feed(IDS)
+            stats = model.engine.stats()
+        there = (stats.experts_there - before.experts_there) / (stats.experts_wanted - before.experts_wanted)
+        assert there > 0.2, there  # used longest ago: none, as a layer comes back after all the others
+
+
 # --- the commands -------------------------------------------------------------------------------------------------
 
 
