@@ -14,7 +14,10 @@
 #include <string.h>
 
 #define N_THREADS 8                                           /* reads at a time: docs/tried.md */
+#ifndef MOST_READING                                          /* tests make them smaller */
 #define MOST_READING 24                                       /* experts */
+#define MOST_GIVEN 16
+#endif
 #define LOOK_MS 50                                            /* between two looks at the stop flag */
 
 enum { NOTHING, SOON, WANTED, GIVEN };                        /* marks; the order says who has to leave first */
@@ -230,15 +233,22 @@ static int fail(const slots *s, const slot *at) {
                      files_path(s->files, job->error_file), at->id / s->n_expert, at->id % s->n_expert,
                      (unsigned long long)job->error_at, strerror(job->error));
 }
-/* Gives what is there; left: how many of the share are not. */
+static int is_missing(const slots *s, int32_t id) {
+    const slot *at = slot_at(s, id);
+    return !at || state_of(at) == DISK_READING;
+}
+/* Gives what is there; left: how many of the share are not.  If some are not, at most MOST_GIVEN: reads are started
+ * between parts, and a long part would leave the disk idle. */
 static int collect(slots *s, int32_t share, int32_t *ids, int32_t *n, int32_t *left) {
     *n = *left = 0;
-    for (int32_t i = 0; i < s->n_wanted; i++) {
+    for (int32_t i = 0; i < s->n_wanted; i++)
+        *left += s->share[i] == share && s->mark[s->wanted[i]] == WANTED && is_missing(s, s->wanted[i]);
+    const int32_t most = *left ? MOST_GIVEN : s->n_wanted;
+    for (int32_t i = 0; i < s->n_wanted && *n < most; i++) {
         const int32_t id = s->wanted[i];
         slot *at = slot_at(s, id);
-        if (s->share[i] != share || s->mark[id] != WANTED) continue;
-        if (!at || state_of(at) == DISK_READING) ++*left;
-        else if (state_of(at) == DISK_READ) {
+        if (s->share[i] != share || s->mark[id] != WANTED || is_missing(s, id)) continue;
+        if (state_of(at) == DISK_READ) {
             s->mark[id] = GIVEN;
             ids[(*n)++] = id % s->n_expert;
         } else {

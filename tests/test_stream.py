@@ -21,6 +21,7 @@ from ms4.quant.tiny import Tiny, write_tiny
 
 ROOT = Path(__file__).parents[1]
 ALL = 1 << 40  # bytes: more than there is
+SMALL = ("-Icsrc", "-pthread", "-DMOST_READING=5", "-DMOST_GIVEN=3")
 SLOTS = ("tests/checkslots.c", "csrc/slots.c", "csrc/disk.c", "csrc/memory.c", "csrc/error.c")
 IDS = np.random.default_rng(7).integers(0, 1400, 150)
 FEW = ("fused, Q8_0", "separate, Q8_0", "dense layer, tied output, F32", "no shared expert, Q8_0", "split, Q8_0")
@@ -168,7 +169,7 @@ def test_the_limits_of_the_machine_are_measured_without_what_is_on_the_disk(tiny
 
 
 def test_slots_are_like_the_model_of_them(tmp_path, rng):
-    program = compiled(SLOTS, tmp_path / "checkslots", "-Icsrc", "-pthread")
+    program = compiled(SLOTS, tmp_path / "checkslots", *SMALL)
     done = subprocess.run([program, str(rng.integers(1 << 32)), "500"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "ok\n")
 
@@ -176,7 +177,7 @@ def test_slots_are_like_the_model_of_them(tmp_path, rng):
 @pytest.mark.slow
 @pytest.mark.parametrize("n, flags", [(100_000, []), (5_000, ["-g", "-fsanitize=thread"])], ids=["many", "tsan"])
 def test_slots_are_like_the_model_of_them_for_long(n, flags, tmp_path, rng):
-    program = compiled(SLOTS, tmp_path / "checkslots", "-Icsrc", "-pthread", *flags)
+    program = compiled(SLOTS, tmp_path / "checkslots", *SMALL, *flags)
     done = subprocess.run([program, str(rng.integers(1 << 32)), str(n)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
