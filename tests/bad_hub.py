@@ -73,6 +73,7 @@ class Hub:
         self.uses: dict[str, int] = {}
         self.lock = threading.Lock()
         self.listing = {
+            "id": self.repo,
             "sha": COMMIT,
             "siblings": [
                 {
@@ -140,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
             hub.asked.append(Asked(self.server.role, self.path, wanted, self.headers.get("Authorization", "")))
         if path.startswith(f"/api/models/{hub.repo}/"):
             return self.answer(200, json.dumps(hub.listing).encode(), {"Content-Type": "application/json"})
-        match = re.fullmatch(rf"(?:/hop\d)*/{hub.repo}/resolve/{COMMIT}/(.+)", unquote(path))
+        match = re.fullmatch(rf"(?:/hop\d)*/{hub.repo}/resolve/(?:main|{COMMIT})/(.+)", unquote(path))
         name = match and match[1]
         if name not in hub.files:
             return self.answer(404, PAGE, {"Content-Type": "text/html"})
@@ -148,12 +149,17 @@ class _Handler(BaseHTTPRequestHandler):
             return self.link(hub, path, name)
         return self.file(hub, name, query, wanted)
 
+    def do_HEAD(self):
+        """As huggingface_hub asks before it fetches; ms4 does not."""
+        self.do_GET()
+
     def answer(self, code, body, headers):
         self.send_response(code)
         for key, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def link(self, hub, path, name):
         """The hub's answer: a redirect to the host of the bytes."""
@@ -174,7 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
         with hub.lock:
             number = len(hub.uses)
             hub.uses[str(number)] = 0
-        self.answer(302, b"", {"Location": f"{place}?link={number}", "X-Linked-Etag": f'"{digest}"'})
+        said = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(hub.files[name])), "X-Repo-Commit": COMMIT}
+        self.answer(302, b"", {"Location": f"{place}?link={number}", **said})
 
     def file(self, hub, name, query, wanted):
         """The bytes, or what comes instead of them."""
@@ -194,7 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
             data = data[:-1] + bytes([data[-1] ^ 1])
         if kind == "changed bytes" and sum(a.host == "cdn" for a in hub.asked) > 3:
             data = bytes(len(data))
-        if kind in ("no ranges", "no length"):
+        if kind in ("no ranges", "no length") or wanted is None:
             return self.whole(hub, data, kind == "no length")
         if kind == "compressed":
             return self.answer(206, gzip.compress(data[start:end]), {**_range(start, end, data), **GZIP})

@@ -109,6 +109,21 @@ def test_huggingface_hub_finds_what_was_fetched(ms4, server, files):
     assert not info.warnings and info.size_on_disk == len(files[Q4]) + len(files[TOWER])
 
 
+def test_what_huggingface_hub_has_fetched_is_found(ms4, server, files):
+    """From this very hub, which so is one that the official client takes for a hub."""
+    library = pytest.importorskip("huggingface_hub")
+    said = library.HfApi(endpoint=server.url).model_info(REPO, revision="main", files_metadata=True)
+    sums = {s.rfilename: (s.lfs.sha256, s.lfs.size) for s in said.siblings}
+    mine = acquire.hub.read_listing(web.Web(server.url), REPO)
+    assert (said.sha, sums) == (mine.commit, {f.name: (f.sha256, f.bytes) for f in mine.files.values()})
+    path = library.hf_hub_download(REPO, Q4, endpoint=server.url, cache_dir=hf_cache.root())
+    assert stored.resolve(REPO) == path
+    assert json.loads(ms4("ls", "--json")[1])[0]["path"] == path
+    assert ms4("verify", REPO)[:2] == (0, f"right     {REPO}/{Q4}\n")
+    sent = server.n_sent
+    assert ms4("pull", f"{REPO}:Q4_K_M", "--no-mmproj")[0] == 0 and server.n_sent == sent
+
+
 def test_it_runs_by_its_name(ms4, server):
     ms4("pull", f"{REPO}:Q4_K_M", "-q")
     asked = len(server.asked)
