@@ -536,6 +536,25 @@ def test_a_file_of_others_is_repaired_in_full_or_in_part(ms4, server, files):
     assert "1 pieces are damaged" in ms4("verify", "a/one")[1]
 
 
+def test_bytes_that_several_repositories_share_are_not_written_to(ms4, server, files):
+    """As huggingface_hub 2.4 may lay them: the blob is a link into a store, under a name that is no SHA-256 of it."""
+    link = put(REPO, Q4, files[Q4])
+    shared = hf_cache.root() / "blobs" / "ab" / ("ab" * 32)
+    shared.parent.mkdir(parents=True)
+    os.replace(blob(files[Q4]), shared)
+    blob(files[Q4]).symlink_to(os.path.relpath(shared, blob(files[Q4]).parent))
+    assert stored.resolve(REPO) == str(link) and ms4("verify", REPO)[0] == 0
+    damage(shared, 1_000_000)
+    rotten = shared.read_bytes()
+    assert ms4("verify", REPO)[0] == 5
+    assert ms4("verify", REPO, "--repair")[0] == 0 and link.read_bytes() == files[Q4]
+    assert shared.read_bytes() == rotten and not blob(files[Q4]).is_symlink()
+    blob(files[Q4]).unlink()
+    blob(files[Q4]).symlink_to(os.path.relpath(shared, blob(files[Q4]).parent))
+    assert ms4("rm", REPO, "-y")[0] == 0
+    assert shared.read_bytes() == rotten and not os.path.lexists(blob(files[Q4]))
+
+
 def test_a_repair_that_fails_leaves_no_damaged_file_under_its_name(ms4, server, files):
     ms4("pull", f"{REPO}:Q4_K_M", "-q")
     damage(blob(files[Q4]), 3_000_000)
