@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 ROW = -1  # in `Session.feed`: this position takes the next row of `rows`
 NOT_FINITE = "the model gave a logit that is not a finite number; the file is damaged (compare its checksum)"
 LOAD = {"auto": 0, "map": 1, "copy": 2, "stream": 3}
+DEVICE = {"cpu": 0, "auto": 1, "cuda": 2, "cuda:safe": 3}
 
 # The roles of tensors, by the GGUF name without "blk.N." and ".weight".
 ROLES = {
@@ -65,6 +66,10 @@ class ContextFull(EngineError):
 
 class NotFinite(EngineError):
     """The model gave a number that is not finite."""
+
+
+class DeviceError(EngineError):
+    """There is no GPU that can be used, or it failed."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,8 @@ class Limits:
     read_bytes_per_s: float
     int8_macs_per_s: float
     float_macs_per_s: float
+    vram_bytes_per_s: float  # of a GPU: its own memory; 0: there is none
+    bus_bytes_per_s: float  # from pinned memory to it
 
 
 @dataclass(frozen=True)
@@ -188,6 +195,30 @@ class Stats:
     n_batch: int
     load: str
     isa: str
+    device: str  # "cpu" or "cuda"
+    note: str  # what is not as it might be, and why
+    vram_bytes: int  # of the GPU's memory, taken
+    experts: int  # of the model, where there is a GPU
+    vram_slots: int  # places for experts there
+    vram_experts: int  # those that hold one
+    pairs_on_gpu: int  # of experts_used
+    uploads: int  # experts brought to the GPU since opening
+    bytes_uploaded: int
+    bytes_streamed: int  # of experts brought for one layer of a prompt
+    bytes_on_gpu: int  # of bytes_prefill and bytes_decode, what the GPU read in its own memory
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The first GPU, as its driver describes it."""
+
+    name: str
+    bus: str  # its address, as in /sys/bus/pci/devices
+    driver: str  # CUDA version
+    capability: str  # such as 8.6
+    n_multiprocessors: int
+    total: int  # bytes of its memory
+    free: int
 
 
 def check(status: int) -> None:
@@ -203,6 +234,7 @@ def failure(status: int, message: str) -> Exception:
     if status == lib.MS4_ENOMEM:
         return MemoryError(message)
     kinds = {lib.MS4_ECANCELED: Canceled, lib.MS4_EFULL: ContextFull, lib.MS4_ENUMBER: NotFinite}
+    kinds[lib.MS4_EDEVICE] = DeviceError
     return kinds.get(status, EngineError)(message, status)
 
 
@@ -211,6 +243,21 @@ def probe() -> Machine:
     out = ffi.new("ms4_machine *")
     check(lib.ms4_probe(out))
     return Machine(ffi.string(out.isa).decode(), out.n_threads)
+
+
+def gpu() -> Gpu:
+    """The GPU that `device="cuda"` would take; DeviceError says why there is none."""
+    out = ffi.new("ms4_gpu *")
+    check(lib.ms4_gpu_probe(out))
+    name, bus = (ffi.string(text).decode("utf-8", "replace") for text in (out.name, out.bus))
+    driver = f"{out.driver // 1000}.{out.driver % 1000 // 10}"
+    return Gpu(name, bus, driver, f"{out.major}.{out.minor}", out.n_multiprocessors, out.total, out.free)
+
+
+def has_gpu_code() -> bool:
+    """Whether this installation has kernels for GPUs."""
+    given = os.environ.get("MS4_GPU_CODE")
+    return os.path.exists(given or os.path.join(os.path.dirname(__file__), "cuda", "kernels.fatbin"))
 
 
 def allowed(root: str | os.PathLike[str] = "") -> Allowance:
@@ -298,12 +345,17 @@ class Engine:
         load: str = "auto",
         n_batch: int = 0,
         ram: int = 0,
+        device: str = "cpu",
+        vram: int = 0,
         progress: Callable[[int, int], bool] | None = None,
     ) -> Engine:
         """Opens the files and checks the table.  threads, n_batch, ram: 0 chooses.
 
         load: "map" uses the file's pages, "copy" copies them; with "stream" experts stay on the disk and are read when
         they are needed, and this process takes at most `ram` bytes of memory.
+
+        device: "cpu"; "cuda", which raises DeviceError where there is no GPU; "auto", a GPU where there is one that can
+        do it; "cuda:safe", which waits for every call of it.  vram: bytes of its memory to use, 0: what is free.
 
         progress(bytes done, bytes in all) is called while weights are copied; True ends the opening with Canceled.
         """
@@ -317,6 +369,9 @@ class Engine:
         names = [ffi.new("char[]", os.fsencode(p)) for p in paths]
         options = ffi.new("ms4_options *")
         options.n_threads, options.load, options.n_batch, options.ram = threads, LOAD[load], n_batch, ram
+        options.device, options.vram = DEVICE[device], vram
+        keep.append(ffi.new("char[]", os.fsencode(os.path.dirname(__file__))))
+        options.code = keep[-1]
         if progress is not None:
             call = ffi.callback("int(uint64_t, uint64_t, void *)", lambda done, total, _: int(progress(done, total)))
             keep.append(call)
@@ -329,7 +384,7 @@ class Engine:
         """The limits of this machine for this engine; at most so many bytes of its weights are read."""
         out = ffi.new("ms4_limits *")
         check(lib.ms4_measure(self._live(), most, out))
-        return Limits(out.read_bytes_per_s, out.int8_macs_per_s, out.float_macs_per_s)
+        return Limits(*(getattr(out, limit.name) for limit in fields(Limits)))
 
     @cached_property
     def n_batch(self) -> int:
@@ -433,7 +488,8 @@ class Engine:
         lib.ms4_engine_stats(self._live(), s)
         numbers: dict[str, Any] = {f.name: getattr(s, f.name) for f in fields(Stats)}
         load = next(name for name, code in LOAD.items() if code == s.load)
-        return Stats(**numbers | {"load": load, "isa": ffi.string(s.isa).decode()})
+        words = {name: ffi.string(getattr(s, name)).decode("utf-8", "replace") for name in ("isa", "device", "note")}
+        return Stats(**numbers | words | {"load": load})
 
     def close(self) -> None:
         """Frees the model, and the sessions and vision towers that are still open."""
@@ -604,6 +660,11 @@ class Vision(_Handle):
     def __init__(self, handle: Any, shape: VisionShape) -> None:
         super().__init__(handle, lib.ms4_vision_close)
         self.shape = shape
+
+    @property
+    def on_gpu(self) -> bool:
+        """False: the CPU computes the tower, also where there is a GPU, but no room on it."""
+        return bool(lib.ms4_vision_on_gpu(self._live()))
 
     def encode(self, pixels: np.ndarray, stop: StopFlag | None = None) -> np.ndarray:
         """Normalised pixels, float32 [3, height, width], to features, float32 [rows * columns, d_out], raster order.

@@ -17,8 +17,9 @@ typedef struct device device;
 /* Rows [y_row, y_row + n) of y = m times rows [x_row, x_row + n) of x; add: added to what is there. */
 typedef struct { const matrix *m; buffer x, y; int32_t add, x_row, y_row; } product;
 
-/* One expert, and its pairs first .. first + n - 1. */
-typedef struct { ffn_weights w; int32_t first, n; } ffn_group;
+/* One expert, and its pairs first .. first + n - 1.  away: its weights lie in host memory, and the device, which cannot
+ * look there, is to bring them. */
+typedef struct { ffn_weights w; int32_t first, n, away; } ffn_group;
 /* What one device computes of a feed-forward step.  `every` goes through all rows [row, row + n) and is added to H at
  * once.  The groups are in ascending order of their experts.  whole: there are no other shares, so their results, times
  * the pairs' weights, are added to H in that order; else they are left in PAIRS, one row a pair. */

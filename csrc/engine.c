@@ -5,6 +5,7 @@
 #include "allowance.h"
 #include "memory.h"
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -54,6 +55,26 @@ static int open_slots(ms4_engine *e, slots **out) {
             1e-9 * (double)e->budget.most, 1e-9 * (double)used, 1e-9 * (double)least);
     return slots_open(&e->shape, e->weights.layers, e->files, budget_room(&e->budget), out);
 }
+/* A card, if one was asked for; with AUTO the CPU where there is none, and with a reason where it cannot do it. */
+static int open_home(ms4_engine *e, const ms4_options *o, slots *from_disk) {
+    ms4_gpu found;
+    int status = o->device == MS4_DEVICE_CPU ? MS4_EDEVICE : MS4_OK;
+    e->at_home = &e->weights;
+    if (o->device == MS4_DEVICE_AUTO) status = ms4_gpu_probe(&found);
+    if (!status) {
+        status = card_open(o, &e->shape, &e->weights, e->ops, from_disk, &e->n_batch, &e->card);
+        if (status && o->device != MS4_DEVICE_AUTO) return status;
+        if (status) snprintf(e->note, sizeof e->note, "the GPU is not used: %s", ms4_error());
+    }
+    if (status) return cpu_device_open(e->ops, e->pool, &e->home);
+    e->home = e->card->device;
+    e->at_home = &e->card->weights.text;
+    card_count(e->card, &e->stats);
+    if (e->stats.vram_experts < e->stats.experts)
+        snprintf(e->note, sizeof e->note, "%llu of %llu experts fit on the GPU; the CPU computes the others",
+                 (unsigned long long)e->stats.vram_slots, (unsigned long long)e->stats.experts);
+    return MS4_OK;
+}
 static int open_parts(ms4_engine *e, const ms4_tensor *tensors, size_t n_tensors, const char *const *paths,
                       size_t n_paths, const ms4_options *o) {
     slots *from_disk;
@@ -61,16 +82,24 @@ static int open_parts(ms4_engine *e, const ms4_tensor *tensors, size_t n_tensors
     FAIL_IF(o->load < MS4_LOAD_AUTO || o->load > MS4_LOAD_STREAM, MS4_EARG, "load mode %d", o->load);
     FAIL_IF(o->ram && (o->load == MS4_LOAD_MAP || o->load == MS4_LOAD_COPY), MS4_EARG,
             "a budget of memory needs load mode auto or stream");
+    FAIL_IF(o->device < MS4_DEVICE_CPU || o->device > MS4_DEVICE_CUDA_SAFE, MS4_EARG, "device %d", o->device);
     FAIL_IF(o->n_batch < 0 || o->n_batch > 1 << 16, MS4_EARG, "batch of %d tokens: 1 to 65536", o->n_batch);
     TRY(cpu_ops_here(&e->ops));
     e->n_batch = o->n_batch ? o->n_batch : 2048;
     TRY(pool_open(o->n_threads ? o->n_threads : allowance_threads(), &e->pool));
     TRY(open_files(e, tensors, n_tensors, paths, n_paths, o));
     TRY(text_weights_open(&e->weights, &e->shape, tensors, n_tensors, e->files, e->ops));
-    TRY(kv_store_open(&e->shape, NULL, &e->kv));
-    TRY(cpu_device_open(e->ops, e->pool, &e->home));
     TRY(open_slots(e, &from_disk));
-    return experts_open(&e->shape, e->weights.layers, e->home, from_disk, &e->experts);
+    int status = open_home(e, o, from_disk);
+    if (status) {
+        slots_close(from_disk);
+        return status;
+    }
+    TRY(experts_open(&e->shape, e->weights.layers, e->home, from_disk, &e->experts));
+    TRY(kv_store_open(&e->shape, e->card ? e->card->kv : NULL, &e->kv));
+    if (!e->card || !e->card->slots) return MS4_OK;
+    TRY(cpu_device_open(e->ops, e->pool, &e->other));
+    return experts_on_card(e->experts, e->card->slots, e->other);
 }
 /* What the slots have counted, for ms4_stats: at opening, and after each step in its turn. */
 void engine_count_slots(ms4_engine *e, ms4_stats *c) {
@@ -107,12 +136,13 @@ int ms4_engine_open(const ms4_shape *shape, const ms4_tensor *tensors, size_t n_
 }
 void ms4_engine_close(ms4_engine *e) {
     if (!e) return;
-    device *devices[] = { e->home, e->other };
+    device *devices[] = { e->card ? NULL : e->home, e->other };
     for (int i = 0; i < 2; i++)
         if (devices[i]) devices[i]->ops->close(devices[i]);
     step_room_close(&e->room);
     experts_close(e->experts);
     kv_store_close(e->kv);
+    card_close(e->card);
     text_weights_close(&e->weights);
     pool_close(e->pool);
     files_close(e->files);
@@ -131,6 +161,8 @@ void ms4_engine_stats(ms4_engine *e, ms4_stats *out) {
     out->n_batch = e->n_batch;
     out->load = files_load(e->files);
     out->isa = e->ops->isa;
+    out->device = e->card ? "cuda" : "cpu";
+    out->note = e->note;
 }
 void ms4_engine_watch(ms4_engine *e, void (*routed)(int32_t, int32_t, const int32_t *, void *), void *user) {
     turn_take(&e->turn);
@@ -165,10 +197,13 @@ size_t ms4_engine_uses(ms4_engine *e, uint8_t *out, size_t room) {
     return n;
 }
 static int warm(ms4_engine *e, const uint8_t *uses, size_t n) {
-    FAIL_IF(!experts_slots(e->experts), MS4_EARG, "no expert stays on the disk");
+    slots *from_disk = experts_slots(e->experts);
+    FAIL_IF(!experts_policy(e->experts), MS4_EARG, "no expert moves: all of them lie where they are computed");
     TRY(policy_unpack(experts_policy(e->experts), text_weights_fingerprint(&e->weights, &e->shape), uses, n));
-    budget_fit(&e->budget, experts_slots(e->experts), 0);
-    TRY(slots_fill(experts_slots(e->experts)));
+    if (from_disk) {
+        budget_fit(&e->budget, from_disk, 0);
+        TRY(slots_fill(from_disk));
+    } else TRY(vram_warm(e->card->slots));
     pthread_mutex_lock(&e->counting);
     engine_count_slots(e, &e->stats);
     pthread_mutex_unlock(&e->counting);

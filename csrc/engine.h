@@ -3,6 +3,7 @@
 #define MS4_ENGINE_H
 #include "budget.h"
 #include "cpu/pool.h"
+#include "cuda/card.h"
 #include "experts.h"
 #include "numbers.h"
 #include "turn.h"
@@ -20,8 +21,11 @@ struct ms4_engine {
     const struct ms4_ops *ops;
     pool *pool;
     files *files;
-    text_weights weights;
-    device *home, *other;                                     /* other: a second CPU device, for the tests */
+    text_weights weights;                                     /* in host memory */
+    card *card;                                               /* NULL: the CPU does it all */
+    const text_weights *at_home;                              /* the weights where the home device has them */
+    device *home, *other;                                     /* other: the CPU beside a card, or a second one */
+    char note[256];                                           /* for people, ms4_stats */
     experts *experts;
     kv_store *kv;
     budget budget;                                            /* of memory, where experts stay on the disk */

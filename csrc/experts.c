@@ -7,6 +7,9 @@
 /* From this share of a layer's experts on the step is one of many tokens, and the next layer will want nearly all of
  * its own: they are read while this layer is computed. */
 #define AHEAD_FROM 0.75
+/* Rows from which an expert that is not on the card is brought there for this layer alone, and computed there: the CPU
+ * takes longer for so many than the bus does for its weights. */
+#define STREAM_FROM 32
 
 struct experts {
     const layer_weights *layers;
@@ -14,13 +17,14 @@ struct experts {
     uint8_t *place;                                            /* by layer and expert: its device; NULL: all home */
     ffn_group *groups[MAX_SHARES];                             /* n_expert for each device; made when needed */
     slots *slots;                                              /* NULL: all experts lie with their files */
+    vram *on_card;                                             /* NULL: the home device sees host memory */
     policy *policy;                                            /* who has earned a slot */
     ffn_group *part;                                           /* n_expert: of a part that comes from slots */
-    uint8_t *share_of;                                         /* by place in `used` */
-    int32_t *ids, *pairs;                                      /* n_expert: scratch */
+    uint8_t *share_of;                                         /* by place in `wanted` */
+    int32_t *ids, *pairs, *wanted;                             /* n_expert: scratch */
     const picks *picks;                                        /* of the layer that is computed */
     const atomic_int *stop;
-    uint64_t n_pairs, n_bytes;
+    experts_counts counts;
     int32_t n_layer, n_expert, n_devices, layer;
 };
 
@@ -34,8 +38,9 @@ static int open_parts(experts *store) {
     store->share_of = memory_take(n, 1);
     store->ids = memory_take(n, sizeof *store->ids);
     store->pairs = memory_take(n, sizeof *store->pairs);
-    FAIL_IF(!store->groups[0] || !store->part || !store->share_of || !store->ids || !store->pairs, MS4_ENOMEM,
-            "no memory for the expert table");
+    store->wanted = memory_take(n, sizeof *store->wanted);
+    FAIL_IF(!store->groups[0] || !store->part || !store->share_of || !store->ids || !store->pairs || !store->wanted,
+            MS4_ENOMEM, "no memory for the expert table");
     if (!store->slots) return MS4_OK;
     TRY(policy_open(store->n_layer, store->n_expert, NULL, &store->policy));
     slots_rate(store->slots, value_of, store->policy);
@@ -64,11 +69,14 @@ void experts_close(experts *store) {
     memory_give(store->share_of);
     memory_give(store->ids);
     memory_give(store->pairs);
+    memory_give(store->wanted);
     memory_give(store);
 }
 void experts_begin(experts *store, const atomic_int *stop) { store->stop = stop; }
 slots *experts_slots(experts *store) { return store->slots; }
-policy *experts_policy(experts *store) { return store->policy; }
+policy *experts_policy(experts *store) {
+    return store->policy ? store->policy : store->on_card ? vram_policy(store->on_card) : NULL;
+}
 
 /* Where an expert is, and its pairs.  With slots the addresses are those of a part that slots_next has given. */
 static ffn_group group_of(const experts *store, int32_t expert, const picks *p) {
@@ -85,20 +93,42 @@ static ffn_group group_of(const experts *store, int32_t expert, const picks *p) 
     g.w.down.data = slots_at(store->slots, store->layer, expert, 2);
     return g;
 }
-static int32_t share_of(const experts *store, int32_t expert) {
-    return store->place ? store->place[(size_t)store->layer * (size_t)store->n_expert + (size_t)expert] : 0;
+/* What a device has to know beforehand: the pairs, and what the weights are like, but not where. */
+static ffn_group pairs_of(const experts *store, int32_t expert, const picks *p) {
+    return (ffn_group){ .w = store->layers[store->layer].experts, .first = p->first[expert],
+                        .n = p->first[expert + 1] - p->first[expert] };
 }
-/* Pairs without weights: what a device has to know beforehand. */
-static ffn_group pairs_of(int32_t expert, const picks *p) {
-    return (ffn_group){ .first = p->first[expert], .n = p->first[expert + 1] - p->first[expert] };
+/* Who computes an expert.  On a card: those in its slots, and those that are worth the way for this layer alone. */
+static int32_t locate(const experts *store, int32_t expert, ffn_group *g) {
+    const int32_t at =
+        store->place ? store->place[(size_t)store->layer * (size_t)store->n_expert + (size_t)expert] : 0;
+    if (!store->on_card) return at;
+    if (!at && vram_find(store->on_card, store->layer, expert, &g->w)) return 0;
+    g->away = !store->place && !store->slots && g->n >= STREAM_FROM;
+    return !g->away;
 }
-/* Asks for what is not there; how many of the layer's experts are. */
-static int32_t want(experts *store, const picks *p) {
-    int32_t n_there = p->n_used, next = store->layer + 1;
+/* Puts an expert into the share of who computes it, and among those that the disk has to bring. */
+static void share_out(experts *store, const picks *p, int32_t id, ffn_share *all, int32_t *n_wanted) {
+    ffn_group g = pairs_of(store, id, p);
+    const int32_t device = locate(store, id, &g), on_card = store->on_card && !device;
+    const uint64_t bytes = store->layers[store->layer].bytes_per_expert;
+    if (!store->slots && (!on_card || g.away)) g.w = group_of(store, id, p).w;
+    if (store->slots && !on_card) {
+        store->share_of[*n_wanted] = (uint8_t)device;
+        store->wanted[(*n_wanted)++] = id;
+    }
+    all[device].groups[all[device].n_groups++] = g;
+    if (on_card) store->counts.on_card += (uint64_t)g.n;
+    *(g.away ? &store->counts.bytes_streamed : &store->counts.bytes_on_card) += on_card ? bytes : 0;
+}
+/* Asks for what is not there; how many of the n wanted experts are. */
+static int32_t want(experts *store, const picks *p, int32_t n) {
+    int32_t n_there = n, next = store->layer + 1;
+    if (store->on_card) vram_used(store->on_card, store->layer, p);
     if (!store->slots) return n_there;
     for (int32_t i = 0; i < p->n_used; i++) store->pairs[i] = p->first[p->used[i] + 1] - p->first[p->used[i]];
     policy_count(store->policy, store->layer, p->used, store->pairs, p->n_used, p->n);
-    slots_want(store->slots, store->layer, p->used, store->share_of, p->n_used, store->stop, &n_there);
+    slots_want(store->slots, store->layer, store->wanted, store->share_of, n, store->stop, &n_there);
     /* The last layer is computed for those tokens only whose logits are wanted. */
     const int ahead = next + 1 < store->n_layer && store->layers[next].has_experts
                    && p->n_used >= AHEAD_FROM * store->n_expert;
@@ -109,21 +139,18 @@ static int32_t want(experts *store, const picks *p) {
 int experts_take(experts *store, int32_t layer, const picks *p, ffn_share shares[MAX_SHARES], int32_t *n_shares) {
     const layer_weights *w = &store->layers[layer];
     ffn_share all[MAX_SHARES] = { 0 };
+    int32_t n_wanted = 0;
     store->layer = layer;
     store->picks = p;
     for (int32_t i = 0; i < store->n_devices; i++)
         all[i] = (ffn_share){ .on = store->devices[i], .groups = store->groups[i], .n = p->n };
-    for (int32_t i = 0; i < p->n_used; i++) {
-        const int32_t id = p->used[i], device = share_of(store, id);
-        store->share_of[i] = (uint8_t)device;
-        all[device].groups[all[device].n_groups++] = store->slots ? pairs_of(id, p) : group_of(store, id, p);
-    }
+    for (int32_t i = 0; i < p->n_used; i++) share_out(store, p, p->used[i], all, &n_wanted);
     *n_shares = 0;
     for (int32_t i = 0; i < store->n_devices; i++)             /* home is there even if it has only the shared expert */
         if (!i || all[i].n_groups) shares[(*n_shares)++] = all[i];
-    shares[0].whole = want(store, p) == p->n_used && *n_shares == 1;
-    store->n_pairs += (uint64_t)p->n * (uint64_t)p->k;
-    store->n_bytes += (uint64_t)p->n_used * w->bytes_per_expert;
+    shares[0].whole = want(store, p, n_wanted) == n_wanted && *n_shares == 1;
+    store->counts.pairs += (uint64_t)p->n * (uint64_t)p->k;
+    store->counts.bytes += (uint64_t)p->n_used * w->bytes_per_expert;
     return MS4_OK;
 }
 /* The next part of a share whose experts come from slots.  What goes with `every` does not wait. */
@@ -138,7 +165,8 @@ static int part_from_slots(experts *store, ffn_share *share, ffn_share *part) {
 }
 int experts_ready(experts *store, ffn_share *share, ffn_share *part) {
     *part = *share;
-    if (store->slots) TRY(part_from_slots(store, share, part));
+    const int on_card = store->on_card && share->on == store->devices[0];
+    if (store->slots && !on_card) TRY(part_from_slots(store, share, part));
     share->every = NULL;
     share->n_groups = 0;
     return MS4_OK;
@@ -148,6 +176,12 @@ void experts_give(experts *store, int32_t layer, const picks *p) {
     if (store->slots) slots_drop(store->slots);
 }
 
+static int add_device(experts *store, int32_t at, device *d) {
+    if (!store->groups[at]) store->groups[at] = memory_take((size_t)store->n_expert, sizeof *store->groups[at]);
+    FAIL_IF(!store->groups[at], MS4_ENOMEM, "no memory for the places of experts");
+    store->devices[at] = d;
+    return MS4_OK;
+}
 int experts_place(experts *store, const uint8_t *place, device *const *others, int32_t n_others) {
     size_t n = (size_t)store->n_layer * (size_t)store->n_expert;
     FAIL_IF(n_others < 0 || n_others >= MAX_SHARES, MS4_EARG,
@@ -158,19 +192,25 @@ int experts_place(experts *store, const uint8_t *place, device *const *others, i
         store->place = memory_take(n, 1);
         FAIL_IF(!store->place, MS4_ENOMEM, "no memory for the places of experts");
     }
-    for (int32_t i = 1; i <= n_others && place; i++) {
-        if (!store->groups[i]) store->groups[i] = memory_take((size_t)store->n_expert, sizeof *store->groups[i]);
-        FAIL_IF(!store->groups[i], MS4_ENOMEM, "no memory for the places of experts");
-        store->devices[i] = others[i - 1];
-    }
+    for (int32_t i = 1; i <= n_others && place; i++) TRY(add_device(store, i, others[i - 1]));
     if (place) memcpy(store->place, place, n);
-    else if (store->place) memset(store->place, 0, n);
-    store->n_devices = place ? n_others + 1 : 1;
+    store->n_devices = place ? n_others + 1 : store->on_card && !vram_has_all(store->on_card) ? 2 : 1;
+    if (!place) {                                              /* as if there had never been one */
+        memory_give(store->place);
+        store->place = NULL;
+    }
     return MS4_OK;
 }
+int experts_on_card(experts *store, vram *on_card, device *other) {
+    store->on_card = on_card;
+    TRY(add_device(store, 1, other));
+    store->n_devices = vram_has_all(on_card) ? 1 : 2;
+    return MS4_OK;
+}
+int experts_turn(experts *store) { return store->on_card ? vram_turn(store->on_card) : MS4_OK; }
 int experts_in_parts(const experts *store) { return store->n_devices > 1 || store->slots; }
-void experts_count(experts *store, uint64_t *pairs, uint64_t *bytes) {
-    *pairs = store->n_pairs;
-    *bytes = store->n_bytes;
-    store->n_pairs = store->n_bytes = 0;
+experts_counts experts_count(experts *store) {
+    const experts_counts counts = store->counts;
+    store->counts = (experts_counts){ 0 };
+    return counts;
 }

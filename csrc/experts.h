@@ -6,10 +6,12 @@
  *     experts_give(store, layer, p);
  * A share is what one device computes; a part is what of it can be computed now.  An expert belongs to the home device
  * unless experts_place says otherwise, and lies in host memory: with the rest of its file, or, if the file stays on the
- * disk, in one of the slots.  The layer does not notice: results are the same to the last bit.
+ * disk, in one of the slots.  A card computes those that lie in its own slots, the CPU the others.  The layer does not
+ * notice: results are the same to the last bit.
  */
 #ifndef MS4_EXPERTS_H
 #define MS4_EXPERTS_H
+#include "cuda/vram.h"
 #include "device.h"
 #include "policy.h"
 #include "slots.h"
@@ -35,7 +37,13 @@ void experts_give(experts *store, int32_t layer, const picks *p);      /* the st
 int experts_place(experts *store, const uint8_t *place, device *const *others, int32_t n_others);
 int experts_in_parts(const experts *store);                            /* 0: always one share, in one part */
 slots *experts_slots(experts *store);                                  /* NULL: everything is in memory */
-policy *experts_policy(experts *store);                                /* what was used; NULL without slots */
-/* (token, expert) pairs computed, and bytes of the experts that were needed, each once a step, since the last call. */
-void experts_count(experts *store, uint64_t *pairs, uint64_t *bytes);
+policy *experts_policy(experts *store);                                /* what was used; NULL if nothing moves */
+/* The home device is a card with these slots: it computes what it has, and of what it has not that with many rows;
+ * `other` (the CPU) does the rest. */
+int experts_on_card(experts *store, vram *on_card, device *other);
+int experts_turn(experts *store);                                      /* between two steps: experts may move now */
+/* Since the last call: (token, expert) pairs computed, and those of them on the card; bytes of the experts that were
+ * needed, each once a step, those of them that lay on the card, and those brought there for one layer. */
+typedef struct { uint64_t pairs, on_card, bytes, bytes_on_card, bytes_streamed; } experts_counts;
+experts_counts experts_count(experts *store);
 #endif

@@ -73,6 +73,7 @@ int ms4_measure(ms4_engine *e, uint64_t most, ms4_limits *out) {
     int32_t n = 0, items = 4 * pool_size(e->pool);
     uint64_t read = 0, bytes;
     for (; read < most && piece_at(e->files, n, &bytes); n++) read += bytes;
+    out->vram_bytes_per_s = out->bus_bytes_per_s = 0;
     turn_take(&e->turn);
     int reads = read && most / read < PASSES ? (int)(most / read) : PASSES;
     out->read_bytes_per_s = best_of(reads < 1 ? 1 : reads, e->pool, read_item, job, n, (double)read);
@@ -80,7 +81,9 @@ int ms4_measure(ms4_engine *e, uint64_t most, ms4_limits *out) {
                                    items * (double)e->ops->int8_peak(PEAK_ROUNDS));
     out->float_macs_per_s = best_of(PASSES, e->pool, float_item, job, items,
                                     items * (double)e->ops->float_peak(PEAK_ROUNDS));
+    int status = e->card ? card_measure(e->card, &out->vram_bytes_per_s, &out->bus_bytes_per_s) : MS4_OK;
     turn_give(&e->turn);
     memory_give(job);
+    TRY(status);
     return files_check(e->files);
 }

@@ -153,7 +153,9 @@ typedef struct {
     uint64_t experts;            /* of the model, where there is a GPU */
     uint64_t vram_slots, vram_experts;      /* places for experts there; those that hold one */
     uint64_t pairs_on_gpu;       /* of experts_used */
-    uint64_t uploads, bytes_uploaded;       /* experts brought to the GPU since opening */
+    uint64_t uploads, bytes_uploaded;       /* experts brought to the GPU since opening, to stay there for a while */
+    uint64_t bytes_streamed;     /* of experts brought for one layer of a prompt */
+    uint64_t bytes_on_gpu;       /* of bytes_prefill and bytes_decode, what the GPU read in its own memory */
 } ms4_stats;
 void ms4_engine_stats(ms4_engine *engine, ms4_stats *out);
 
@@ -173,7 +175,10 @@ void ms4_engine_watch(ms4_engine *engine, void (*routed)(int32_t layer, int32_t 
  * `most` bytes of its weights once in order (caches hold less than a large model, so nothing else would do; fewer bytes
  * are read up to five times), and multiply-adds per second of the kernel table's ISA in registers, 8-bit and float.  On
  * a shared machine they change by the second: measure close to what is compared with them. */
-typedef struct { double read_bytes_per_s, int8_macs_per_s, float_macs_per_s; } ms4_limits;
+typedef struct {
+    double read_bytes_per_s, int8_macs_per_s, float_macs_per_s;
+    double vram_bytes_per_s, bus_bytes_per_s;    /* of a GPU: its memory, read and written by copies; host to card */
+} ms4_limits;                                    /* 0: there is none */
 int ms4_measure(ms4_engine *engine, uint64_t most, ms4_limits *out);
 
 /* --- a line of tokens --------------------------------------------------------------------- */
@@ -235,6 +240,7 @@ void ms4_vision_close(ms4_vision *vision);
  * features: (height / side) x (width / side) rows of d_out floats in raster order, side = patch_size * merge. */
 int ms4_vision_encode(ms4_vision *vision, const float *pixels, int32_t width, int32_t height, float *features,
                       const int32_t *stop);
+int32_t ms4_vision_on_gpu(const ms4_vision *vision);     /* 0: the CPU computes it; a GPU, if any, has no room for it */
 void ms4_vision_progress(const ms4_vision *vision, uint64_t *done, uint64_t *total);   /* layers; from any thread */
 
 /* --- choosing tokens ---------------------------------------------------------------------- */

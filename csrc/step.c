@@ -124,7 +124,7 @@ static int run_layers(run *r) {
     ms4_engine *e = r->e;
     step *st = &r->st;
     for (int32_t layer = 0; layer < e->shape.n_layer && !all_stopped(r); layer++) {
-        const layer_weights *w = &e->weights.layers[layer];
+        const layer_weights *w = &e->at_home->layers[layer];
         TRY(layer_forward(st, e->home, layer, w, e->experts, &e->room.picks, layer + 1 == e->shape.n_layer));
         for (int32_t i = 0; i < st->n_spans; i++)
             atomic_fetch_add(&r->part[i]->session->done, (uint64_t)r->part[i]->n);
@@ -152,8 +152,8 @@ static int logits(run *r) {
         e->room.n_logits = st->n;
     }
     if (!in_one) out = e->room.logits;
-    TRY(DO(e->home, norm, BUF_H, &e->weights.output_norm, e->shape.norm_eps, BUF_X, st->n));
-    TRY(DO(e->home, logits, &e->weights.output, st->n, out));
+    TRY(DO(e->home, norm, BUF_H, &e->at_home->output_norm, e->shape.norm_eps, BUF_X, st->n));
+    TRY(DO(e->home, logits, &e->at_home->output, st->n, out));
     for (int32_t i = 0; i < st->n_spans && !in_one; i++) {
         const ms4_span *s = r->part[i];
         if (s->n_logits)
@@ -184,24 +184,28 @@ static void conclude(run *r) {
 static void count(const run *r, int64_t ns, int32_t n_out) {
     ms4_engine *e = r->e;
     const text_weights *w = &e->weights;
-    uint64_t bytes = n_out ? matrix_bytes(&w->output) : 0, prefill = 0, decode = 0, pairs, of_experts;
+    uint64_t dense = n_out ? matrix_bytes(&w->output) : 0, embeddings = 0, prefill = 0, decode = 0;
     for (int32_t i = 0; i < e->shape.n_layer; i++)
-        bytes += i + 1 < e->shape.n_layer || n_out ? w->layers[i].bytes_per_step : matrix_bytes(&w->layers[i].kv_a);
+        dense += i + 1 < e->shape.n_layer || n_out ? w->layers[i].bytes_per_step : matrix_bytes(&w->layers[i].kv_a);
     for (int32_t i = 0; i < r->st.n_spans; i++) {
         const ms4_span *s = r->part[i];
-        for (size_t t = 0; t < s->n; t++) bytes += s->tokens[t] == MS4_ROW ? 0 : w->token_embd.row_bytes;
+        for (size_t t = 0; t < s->n; t++) embeddings += s->tokens[t] == MS4_ROW ? 0 : w->token_embd.row_bytes;
         if (s->n > 1) prefill += s->n;
         else decode++;
     }
-    experts_count(e->experts, &pairs, &of_experts);
+    const experts_counts experts = experts_count(e->experts);
     pthread_mutex_lock(&e->counting);
     ms4_stats *c = &e->stats;
-    c->experts_used += pairs;
+    c->experts_used += experts.pairs;
+    c->pairs_on_gpu += experts.on_card;
+    c->bytes_streamed += experts.bytes_streamed;
+    if (e->card) c->bytes_on_gpu += dense + experts.bytes_on_card + experts.bytes_streamed;
+    if (e->card) card_count(e->card, c);
     c->n_steps++;
     c->tokens_prefill += prefill;
     c->tokens_decode += decode;
     *(prefill ? &c->ns_prefill : &c->ns_decode) += (uint64_t)ns;
-    *(prefill ? &c->bytes_prefill : &c->bytes_decode) += bytes + of_experts;
+    *(prefill ? &c->bytes_prefill : &c->bytes_decode) += dense + embeddings + experts.bytes;
     engine_count_slots(e, c);
     pthread_mutex_unlock(&e->counting);
 }
@@ -260,6 +264,7 @@ static int prepare(run *r) {
         TRY(kv_cache_room(&session->kv, length, n));
     }
     TRY(room_for(&e->room, &e->shape, (size_t)st->n));
+    TRY(experts_turn(e->experts));
     st->rope = e->room.rope;
     st->scale = e->room.scale;
     st->keep = e->room.keep;
@@ -286,6 +291,7 @@ static int compute(run *r) {
 static int take_turn(ms4_engine *e, run *r) {
     int64_t start = now_ns();
     int status = compute(r), canceled = r->st.n_spans > 0;
+    if (status) DO(r->e->home, wait);          /* nobody may be at work on what is given back now */
     for (size_t i = 0; i < r->n_spans; i++) {
         ms4_span *s = &r->spans[i];
         if (status) s->status = status;
@@ -295,10 +301,7 @@ static int take_turn(ms4_engine *e, run *r) {
     if (!status && r->st.n_spans && !canceled) {
         count(r, now_ns() - start, r->st.n_out);
         if (e->watch.call) e->watch.call(-1, 0, NULL, e->watch.user);
-    } else {
-        uint64_t pairs, bytes;
-        experts_count(e->experts, &pairs, &bytes);            /* of no use to anybody */
-    }
+    } else experts_count(e->experts);                         /* of no use to anybody */
     return status;
 }
 void ms4_stop(int32_t *stop) { atomic_store((atomic_int *)stop, 1); }

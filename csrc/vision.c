@@ -17,7 +17,10 @@ struct ms4_vision {
     ms4_engine *engine;
     ms4_vision_shape shape;
     files *files;
-    tower_weights weights;
+    tower_weights weights;                                    /* in host memory */
+    cuda_weights on_card;
+    const tower_weights *at_home;                             /* the weights where the tower is computed */
+    gpu *g;                                                   /* NULL: by the CPU */
     _Atomic uint64_t done;
 };
 /* One image on its way through the tower. */
@@ -60,7 +63,7 @@ static int embed_patches(const image *im, const float *pixels) {
     const size_t width = side * columns, height = side * (size_t)im->grid.rows;
     for (int32_t t = 0; t < im->n; t += FFN_PATCHES) {
         const int32_t n = int_min(FFN_PATCHES, im->n - t);
-        const product p = { .m = &v->weights.patch_embd, .x = BUF_PATCH, .y = BUF_H, .y_row = t };
+        const product p = { .m = &v->at_home->patch_embd, .x = BUF_PATCH, .y = BUF_H, .y_row = t };
         float *to = im->patches;
         for (size_t i = (size_t)t; i < (size_t)(t + n); i++)
             for (size_t c = 0; c < 3; c++)
@@ -71,11 +74,11 @@ static int embed_patches(const image *im, const float *pixels) {
         TRY(DO(im->d, write, BUF_PATCH, n, im->patches));
         TRY(DO(im->d, products, &p, 1, n));
     }
-    return DO(im->d, norm, BUF_H, &v->weights.pre_ln, v->shape.eps, BUF_H, im->n);
+    return DO(im->d, norm, BUF_H, &v->at_home->pre_ln, v->shape.eps, BUF_H, im->n);
 }
 /* H -> features: norm, merge x merge patches to one row, two products with GELU between. */
 static int project(const image *im, float *features) {
-    const tower_weights *w = &im->v->weights;
+    const tower_weights *w = im->v->at_home;
     const vector none = { 0 };
     device *d = im->d;
     const int32_t total = im->n / (im->grid.merge * im->grid.merge);
@@ -111,9 +114,13 @@ static void fill_rope(const image *im, int32_t most) {
             *rope++ = (float)sin(angle);
         }
 }
+static int open_device(const ms4_vision *v, device **out) {
+    const ms4_engine *e = v->engine;
+    return v->g ? cuda_device_open(v->g, e->ops, out) : cpu_device_open(e->ops, e->pool, out);
+}
 static int image_open(image *im) {
     const ms4_vision_shape *s = &im->v->shape;
-    const tower_weights *w = &im->v->weights;
+    const tower_weights *w = im->v->at_home;
     const size_t d = (size_t)s->d_model, merged = d * (size_t)(s->merge * s->merge);
     const int32_t n = im->n, blocks = w->quantised;
     const int32_t most = im->grid.rows > im->grid.columns ? im->grid.rows : im->grid.columns;
@@ -132,10 +139,10 @@ static int image_open(image *im) {
     FAIL_IF(!im->rope || !im->patches, MS4_ENOMEM, "no memory for an image of %d patches; lower --image-max-tokens", n);
     fill_rope(im, most);
     im->grid.rope = im->rope;
-    TRY(cpu_device_open(im->v->engine->ops, im->v->engine->pool, &im->d));
-    if (DO(im->d, begin, shapes, (const atomic_int *)im->stop))
-        return error_set(MS4_ENOMEM, "no memory for an image of %d patches; lower --image-max-tokens", n);
-    return MS4_OK;
+    TRY(open_device(im->v, &im->d));
+    int status = DO(im->d, begin, shapes, (const atomic_int *)im->stop);
+    FAIL_IF(status == MS4_ENOMEM, MS4_ENOMEM, "no memory for an image of %d patches; lower --image-max-tokens", n);
+    return status;
 }
 static void image_close(image *im) {
     if (im->d) im->d->ops->close(im->d);
@@ -148,7 +155,7 @@ static int run_tower(image *im, const float *pixels, float *features) {
     turn_take(t);
     int status = embed_patches(im, pixels);
     for (int32_t i = 0; i < v->shape.n_layer && !status && !is_stopped(im); i++) {
-        status = tower_layer_forward(im, &v->weights.layers[i]);
+        status = tower_layer_forward(im, &v->at_home->layers[i]);
         atomic_fetch_add(&v->done, 1);
         turn_give(t);                          /* whoever waits goes first */
         turn_take(t);
@@ -178,11 +185,24 @@ int ms4_vision_encode(ms4_vision *v, const float *pixels, int32_t width, int32_t
                 "the vision tower gave a number that is not finite; the mmproj file is damaged");
     return files_check(v->files);
 }
+int32_t ms4_vision_on_gpu(const ms4_vision *v) { return v->g != NULL; }
 void ms4_vision_progress(const ms4_vision *v, uint64_t *done, uint64_t *total) {
     *done = atomic_load(&v->done);
     *total = (uint64_t)v->shape.n_layer;
 }
 /* --- opening ---------------------------------------------------------------------------------- */
+/* The tower to the card, if there is room for it: else the CPU computes it, as where there is no card. */
+static int open_on_card(ms4_vision *v) {
+    ms4_engine *e = v->engine;
+    turn_take(&e->turn);
+    int status = card_tower(e->card, &v->weights, &v->shape, &v->on_card);
+    turn_give(&e->turn);
+    if (status == MS4_ENOMEM) return MS4_OK;
+    TRY(status);
+    v->g = e->card->g;
+    v->at_home = &v->on_card.tower;
+    return MS4_OK;
+}
 static int open_vision(ms4_vision *v, const ms4_tensor *tensors, size_t n_tensors, const char *path) {
     const ms4_vision_shape *s = &v->shape;
     const files_options how = { .load = MS4_LOAD_MAP };
@@ -193,7 +213,9 @@ static int open_vision(ms4_vision *v, const ms4_tensor *tensors, size_t n_tensor
                 || s->patch_size > 256 || s->merge < 1 || s->merge > 8 || !(s->eps >= 0) || !(s->rope_theta > 0),
             MS4_EMODEL, "%s: a vision tower of this shape is not supported", path);
     TRY(files_open(&path, 1, &how, v->engine->pool, &v->files));
-    return tower_weights_open(&v->weights, s, tensors, n_tensors, v->files, v->engine->ops);
+    TRY(tower_weights_open(&v->weights, s, tensors, n_tensors, v->files, v->engine->ops));
+    v->at_home = &v->weights;
+    return v->engine->card ? open_on_card(v) : MS4_OK;
 }
 int ms4_vision_open(ms4_engine *engine, const ms4_vision_shape *shape, const ms4_tensor *tensors, size_t n_tensors,
                     const char *path, ms4_vision **out) {
@@ -211,6 +233,7 @@ int ms4_vision_open(ms4_engine *engine, const ms4_vision_shape *shape, const ms4
 }
 void ms4_vision_close(ms4_vision *v) {
     if (!v) return;
+    cuda_weights_close(&v->on_card);
     tower_weights_close(&v->weights);
     files_close(v->files);
     memory_give(v);

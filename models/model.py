@@ -32,6 +32,8 @@ class Model:
         load: str = "auto",
         n_batch: int = 0,
         ram: int = 0,
+        device: str = "cpu",
+        vram: int = 0,
         progress: Callable[[int, int], bool] | None = None,
         seen: Callable[[GgufFile], None] | None = None,
     ) -> Model:
@@ -46,7 +48,16 @@ class Model:
         shape = mistral4.shape_of(gguf, attn_scale)
         table = mistral4.tensors_of(gguf, shape)
         engine = ms4.Engine.open(
-            shape, table, gguf.paths, threads=threads, load=load, n_batch=n_batch, ram=ram, progress=progress
+            shape,
+            table,
+            gguf.paths,
+            threads=threads,
+            load=load,
+            n_batch=n_batch,
+            ram=ram,
+            device=device,
+            vram=vram,
+            progress=progress,
         )
         try:
             # The engine opened the files once more, by name: they must be those whose headers were checked.

@@ -77,7 +77,7 @@ class ImageInput:
         self.model = model
         self.mmproj = mmproj
         self.max_tokens = max_tokens
-        self.doubt = ""  # a line to say: whether the tower belongs to the model
+        self.doubt = ""  # a line to say: whether the tower belongs to the model, and who computes it
         self.seconds = 0.0  # spent on the images of the last prompt
         self._encoder: VisionEncoder | None = None
         self._rows: dict[tuple[bytes, int, int], np.ndarray] = {}  # those used last at the end
@@ -124,7 +124,7 @@ class ImageInput:
             key = place.digest, place.width, place.height
             rows = self._rows.pop(key, None)
             if rows is None:
-                self._encoder = self._encoder or VisionEncoder(engine, self.tower)
+                self._encoder = self._encoder or self._open(engine)
                 pixels = preprocess(chunk_image(place.chunk), self.max_tokens, self.tower.rule)
                 with watch(number, len(places), self._encoder.vision.progress):
                     rows = self._encoder.encode(pixels, stop)
@@ -133,6 +133,12 @@ class ImageInput:
         self._forget({(place.digest, place.width, place.height) for place in places})
         self.seconds = time.monotonic() - begun if places else 0.0
         return np.concatenate(found) if found else None
+
+    def _open(self, engine: ms4.Engine) -> VisionEncoder:
+        encoder = VisionEncoder(engine, self.tower)
+        if engine.stats().device != "cpu" and not encoder.vision.on_gpu:
+            self.doubt = "the CPU computes images: beside the text model the GPU has no room for the vision tower"
+        return encoder
 
     def _forget(self, needed: set[tuple[bytes, int, int]]) -> None:
         """The rows that were not used for the longest time, until the others are few enough."""

@@ -1,12 +1,14 @@
 /* card.c -- puts a model on a card: says how its memory is divided, and opens what lives there. */
 #include "cuda/card.h"
+#include "clock.h"
 #include "memory.h"
 
 #define N_CTX_USUAL 32768                                     /* positions that memory is set aside for */
 #define LEAST_BATCH 32
+#define MOST_PIXELS 1540                                      /* of a side of an image, as images are scaled */
 
 /* Bytes that the buffers of a step of n tokens take, and a little more: what cuda_device.c and its neighbours need. */
-static uint64_t step_bytes(const ms4_shape *s, uint64_t n) {
+static uint64_t step_bytes(const ms4_shape *s, const layer_weights *layers, uint64_t n) {
     const uint64_t d = (uint64_t)s->d_model, heads = (uint64_t)s->n_head, rank = (uint64_t)s->kv_rank;
     const uint64_t k = (uint64_t)s->n_expert_used, rope = (uint64_t)s->d_rope;
     const uint64_t widest = (uint64_t)(s->d_dense > s->d_expert + s->d_shared ? s->d_dense : s->d_expert + s->d_shared);
@@ -15,49 +17,97 @@ static uint64_t step_bytes(const ms4_shape *s, uint64_t n) {
                           + (uint64_t)s->n_expert + (k + 1) * widest * 2 + 2 * k * d + rope + 64;
     const uint64_t quantised = 320 * ((d + (uint64_t)s->q_rank + heads * (uint64_t)s->d_value
                                        + (k + 1) * widest) / SUPERBLOCK + k + 4);
-    return n * (4 * floats + quantised) + 4 * (uint64_t)s->n_vocab * (n < 32 ? n : 32) + ((uint64_t)8 << 20);
+    return n * (4 * floats + quantised) + 4 * (uint64_t)s->n_vocab * (n < 32 ? n : 32) + ((uint64_t)8 << 20)
+         + 2 * vram_wanted(s, layers) / ((uint64_t)s->n_expert * (uint64_t)s->n_layer + 1);
 }
 static uint64_t kv_bytes(const ms4_shape *s, uint64_t n) {
     const uint64_t row = 2 * (uint64_t)(s->kv_rank + s->d_rope) + KV_SCALES * sizeof(float);
     return (n + SEGMENT_KEYS - 1) / SEGMENT_KEYS * SEGMENT_KEYS * row * (uint64_t)s->n_layer;
 }
 /* Bytes for slots: what is left when steps and the kv cache have their part, each at most a quarter. */
-static int divide(const card *c, const ms4_shape *s, int32_t *n_batch, int may_shrink, uint64_t *slots) {
+static int divide(card *c, const ms4_shape *s, const layer_weights *layers, int32_t *n_batch, int may_shrink,
+                  uint64_t *slots) {
     const uint64_t room = gpu_room(c->g);
     const int32_t n_ctx = int_min(s->n_ctx_train, N_CTX_USUAL);
-    while (may_shrink && *n_batch > LEAST_BATCH && step_bytes(s, (uint64_t)*n_batch) > room / 4) *n_batch /= 2;
-    uint64_t aside = step_bytes(s, (uint64_t)*n_batch), kv = kv_bytes(s, (uint64_t)n_ctx);
+    while (may_shrink && *n_batch > LEAST_BATCH && step_bytes(s, layers, (uint64_t)*n_batch) > room / 4) *n_batch /= 2;
+    const uint64_t aside = step_bytes(s, layers, (uint64_t)*n_batch), kv = kv_bytes(s, (uint64_t)n_ctx);
     FAIL_IF(aside + kv_bytes(s, 1) > room, MS4_ENOMEM, "no room on the GPU for the buffers of a step: %llu MB are "
             "needed beside the dense weights, %llu MB are left; use a larger --vram or --device cpu",
             (unsigned long long)(aside >> 20), (unsigned long long)(room >> 20));
-    aside += kv < room / 4 ? kv : room / 4;
-    *slots = aside < room ? room - aside : 0;
+    c->aside = aside + (kv < room / 4 ? kv : room / 4);
+    *slots = c->aside < room ? room - c->aside : 0;
     return MS4_OK;
 }
 static int open_parts(card *c, const ms4_options *o, const ms4_shape *s, const text_weights *host,
-                      const struct ms4_ops *ops, int32_t *n_batch, int may_shrink) {
+                      const struct ms4_ops *ops, slots *from_disk, int32_t *n_batch) {
     const gpu_options how = { o->code, o->vram, o->device == MS4_DEVICE_CUDA_SAFE };
-    uint64_t slots = 0;
+    uint64_t bytes = 0;
     FAIL_IF(s->kv_rank > MOST_RANK, MS4_EDEVICE, "the GPU takes latents of %d numbers at most; this model has %d",
             MOST_RANK, s->kv_rank);
     TRY(gpu_open(&how, &c->g));
     TRY(cuda_text_open(c->g, host, s, ops, &c->weights));
     TRY(cuda_kv_open(c->g, &c->kv));
     TRY(cuda_device_open(c->g, ops, &c->device));
-    TRY(divide(c, s, n_batch, may_shrink, &slots));
-    return s->n_dense_layer < s->n_layer ? vram_open(c->g, s, host->layers, slots, &c->slots) : MS4_OK;
+    TRY(divide(c, s, host->layers, n_batch, !o->n_batch, &bytes));
+    return s->n_dense_layer < s->n_layer ? vram_open(c->g, s, host->layers, from_disk, bytes, &c->slots) : MS4_OK;
 }
 int card_open(const ms4_options *o, const ms4_shape *s, const text_weights *host, const struct ms4_ops *ops,
-              int32_t *n_batch, int may_shrink, card **out) {
+              slots *from_disk, int32_t *n_batch, card **out) {
     card *c = memory_take(1, sizeof *c);
     FAIL_IF(!c, MS4_ENOMEM, "no memory for the GPU");
-    int status = open_parts(c, o, s, host, ops, n_batch, may_shrink);
+    int status = open_parts(c, o, s, host, ops, from_disk, n_batch);
     if (status) {
         card_close(c);
         return status;
     }
     *out = c;
     return MS4_OK;
+}
+/* Bytes of the buffers of an image of n patches, and a little more (vision.c). */
+static uint64_t image_bytes(const ms4_vision_shape *s, uint64_t n) {
+    const uint64_t d = (uint64_t)s->d_model, ffn = (uint64_t)s->d_ffn, some = n < 2048 ? n : 2048;
+    return n * d * 6 * 5 + some * (ffn * 14 + 3 * (uint64_t)(s->patch_size * s->patch_size) * 6) + ((uint64_t)16 << 20);
+}
+int card_tower(card *c, const tower_weights *host, const ms4_vision_shape *s, cuda_weights *out) {
+    const uint64_t side = (uint64_t)(MOST_PIXELS / s->patch_size);
+    TRY(gpu_enter(c->g));
+    FAIL_IF(gpu_room(c->g) < c->aside + image_bytes(s, side * side), MS4_ENOMEM, "no room on the GPU for images");
+    int status = cuda_tower_open(c->g, host, s, out);
+    if (!status && gpu_room(c->g) < c->aside + image_bytes(s, side * side))
+        status = error_set(MS4_ENOMEM, "no room on the GPU for a vision tower");
+    if (status) cuda_weights_close(out);
+    return status;
+}
+/* Best of some rounds of COPIES copies of `bytes` bytes each. */
+typedef int copying(gpu *, void *, const void *, size_t);
+static int time_copies(gpu *g, void *to, const void *from, size_t bytes, copying *copy, double *best) {
+    enum { ROUNDS = 5, COPIES = 8 };
+    *best = 0;
+    for (int round = 0; round < ROUNDS; round++) {
+        TRY(gpu_wait(g));
+        int64_t start = now_ns();
+        for (int i = 0; i < COPIES; i++) TRY(copy(g, to, from, bytes));
+        TRY(gpu_wait(g));
+        double rate = COPIES * (double)bytes / (1e-9 * (double)(now_ns() - start));
+        if (rate > *best) *best = rate;
+    }
+    return MS4_OK;
+}
+int card_measure(card *c, double *vram, double *bus) {
+    const uint64_t room = gpu_room(c->g) / 4;
+    const size_t most = (size_t)64 << 20, bytes = room < most ? (size_t)room / 256 * 256 : most;
+    void *memory = NULL, *pinned = NULL;
+    *vram = *bus = 0;
+    if (bytes < 1 << 16) return MS4_OK;
+    TRY(gpu_enter(c->g));
+    int status = gpu_take(c->g, 2 * bytes, &memory);
+    if (!status) status = gpu_pin(c->g, bytes, &pinned);
+    if (!status) status = time_copies(c->g, (uint8_t *)memory + bytes, memory, bytes, gpu_copy, vram);
+    if (!status) status = time_copies(c->g, memory, pinned, bytes, gpu_show, bus);
+    *vram *= 2;
+    gpu_unpin(c->g, pinned);
+    gpu_give(c->g, memory, 2 * bytes);
+    return status;
 }
 void card_count(card *c, ms4_stats *out) {
     out->vram_bytes = gpu_used(c->g);

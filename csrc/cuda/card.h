@@ -15,11 +15,18 @@ typedef struct {
     kv_memory *kv;
     vram *slots;
     device *device;
+    uint64_t aside;                                           /* bytes that steps and the kv cache may take */
 } card;
-/* host: the weights as the files have them.  n_batch: most tokens of a step; it is made smaller, if `may_shrink`, where
- * memory is short.  MS4_ENOMEM: the dense parts do not fit; MS4_EDEVICE: there is no card that can be used. */
+/* host: the weights as the files have them; from_disk: NULL, or whence experts come.  n_batch: most tokens of a step,
+ * made smaller where memory is short, unless the options say it.  MS4_ENOMEM: the dense parts do not fit;
+ * MS4_EDEVICE: there is no card that can be used. */
 int card_open(const ms4_options *o, const ms4_shape *s, const text_weights *host, const struct ms4_ops *ops,
-              int32_t *n_batch, int may_shrink, card **out);
+              slots *from_disk, int32_t *n_batch, card **out);
 void card_close(card *c);
+/* A vision tower, if it fits beside all that was set aside; else MS4_ENOMEM, and nothing has changed.  In a turn. */
+int card_tower(card *c, const tower_weights *host, const ms4_vision_shape *s, cuda_weights *out);
+/* Bytes per second: of copies within the card, counted twice, as they read and write; of pinned memory to the card.  0:
+ * there is no memory left to measure with. */
+int card_measure(card *c, double *vram, double *bus);
 void card_count(card *c, ms4_stats *out);                     /* vram_bytes to bytes_uploaded, within a turn */
 #endif

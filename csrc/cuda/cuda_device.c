@@ -31,10 +31,15 @@ static int wait(device *base) {
 static void close_device(device *base) {
     cuda_device *d = (cuda_device *)base;
     gpu_buffer *rooms[] = { &d->tables.room, &d->queries, &d->queries_d, &d->latent, &d->partial, &d->gate, &d->up,
-                            &d->hidden, &d->pairs, &d->logits, &d->kept, &d->rope, &d->routing };
+                            &d->hidden, &d->pairs, &d->logits, &d->kept, &d->rope, &d->routing,
+                            &d->streamed };
     gpu_enter(d->g);
     gpu_settle(d->g);                                         /* not gpu_wait: who closes need not hold the turn */
     for (size_t i = 0; i < sizeof rooms / sizeof *rooms; i++) gpu_drop(d->g, rooms[i]);
+    for (int i = 0; i < 2; i++) {
+        gpu_event_close(d->g, d->arrived[i]);
+        gpu_event_close(d->g, d->used[i]);
+    }
     for (int i = 0; i < N_BUFFERS; i++) {
         gpu_drop(d->g, &d->rows[i].room_f);
         gpu_drop(d->g, &d->rows[i].room_q);

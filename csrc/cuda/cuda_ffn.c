@@ -137,6 +137,56 @@ static int add_pairs(cuda_device *d, const picks *p, const float *pairs) {
                             p->n, p->k, (int32_t)d->rows[BUF_H].width };
     return gpu_launch(d->g, KERNEL_sum_pairs, &args, (gpu_grid){ p->n, 1, 1 }, 0);
 }
+static int run_jobs(cuda_device *d, ffn_job *jobs, int32_t n_jobs) {
+    TRY(place(d, jobs, n_jobs));
+    TRY(gate_and_up(d, jobs, n_jobs));
+    TRY(activate(d, jobs, n_jobs));
+    return down(d, jobs, n_jobs);
+}
+static ffn_job job_of(const cuda_device *d, const ffn_group *g, const ffn_weights *w, float *pairs) {
+    return (ffn_job){ .w = w, .tokens = d->pairs_seen.token + g->first, .n = g->n,
+                      .y = pairs + (size_t)g->first * d->rows[BUF_H].width };
+}
+/* --- experts that do not stay ------------------------------------------------------------------------------------- */
+static size_t aligned(const matrix *m) { return ((size_t)matrix_bytes(m) + 255) / 256 * 256; }
+static size_t group_bytes(const ffn_group *g) { return aligned(&g->w.gate) + aligned(&g->w.up) + aligned(&g->w.down); }
+
+/* Two places in turn: while the card computes with what is in one, the next expert is on its way to the other. */
+static int stream_one(cuda_device *d, const ffn_group *g, float *pairs, uint8_t *to, int32_t at, int again) {
+    ffn_weights w = g->w;
+    matrix *parts[] = { &w.gate, &w.up, &w.down };
+    if (again) TRY(gpu_hold(d->g, d->used[at]));
+    for (int i = 0; i < 3; to += aligned(parts[i]), i++) {
+        TRY(gpu_bring(d->g, to, parts[i]->data, (size_t)matrix_bytes(parts[i])));
+        parts[i]->data = to;
+    }
+    TRY(gpu_brought(d->g, d->arrived[at]));
+    TRY(gpu_await(d->g, d->arrived[at]));
+    ffn_job job = job_of(d, g, &w, pairs);
+    TRY(run_jobs(d, &job, 1));
+    return gpu_worked(d->g, d->used[at]);
+}
+static int stream(cuda_device *d, const ffn_share *share, float *pairs) {
+    size_t bytes = 0;
+    int32_t n = 0;
+    for (const ffn_group *g = share->groups; g < share->groups + share->n_groups; g++)
+        if (g->away && group_bytes(g) > bytes) bytes = group_bytes(g);
+    if (!bytes) return MS4_OK;
+    for (int i = 0; i < 2 && !d->arrived[i]; i++) {
+        TRY(gpu_event(d->g, &d->arrived[i]));
+        TRY(gpu_event(d->g, &d->used[i]));
+    }
+    TRY(gpu_need(d->g, &d->streamed, 2 * bytes));
+    TRY(gpu_worked(d->g, d->used[0]));                        /* and the second place, as all work is in one order */
+    TRY(gpu_hold(d->g, d->used[0]));
+    for (const ffn_group *g = share->groups; g < share->groups + share->n_groups; g++) {
+        if (!g->away || cuda_stopped(d)) continue;
+        TRY(stream_one(d, g, pairs, (uint8_t *)d->streamed.at + (n % 2 ? bytes : 0), n % 2, n > 1));
+        n++;
+    }
+    return MS4_OK;
+}
+/* --- the whole ---------------------------------------------------------------------------------------------------- */
 int cuda_ffn(device *base, const ffn_share *share, const picks *p) {
     cuda_device *d = (cuda_device *)base;
     const size_t width = d->rows[BUF_H].width;
@@ -151,13 +201,10 @@ int cuda_ffn(device *base, const ffn_share *share, const picks *p) {
         jobs[n_jobs++] = (ffn_job){ .w = share->every, .x_row = share->row, .n = share->n, .add = 1,
                                     .y = cuda_row(d, BUF_H, share->row) };
     for (const ffn_group *g = share->groups; g < share->groups + share->n_groups; g++)
-        jobs[n_jobs++] = (ffn_job){ .w = &g->w, .tokens = d->pairs_seen.token + g->first, .n = g->n,
-                                    .y = pairs + (size_t)g->first * width };
-    int status = place(d, jobs, n_jobs);
-    if (!status) status = gate_and_up(d, jobs, n_jobs);
-    if (!status) status = activate(d, jobs, n_jobs);
-    if (!status) status = down(d, jobs, n_jobs);
+        if (!g->away) jobs[n_jobs++] = job_of(d, g, &g->w, pairs);
+    int status = run_jobs(d, jobs, n_jobs);
     memory_give(jobs);
+    if (!status) status = stream(d, share, pairs);
     if (!status && share->whole && share->n_groups) status = add_pairs(d, p, pairs);
     return status;
 }

@@ -28,6 +28,7 @@ struct gpu {
     chunk chunks[MOST_CHUNKS];
     int32_t n_chunks, safe;
     atomic_int lost;
+    pthread_mutex_t bringing;                                 /* of `aside` */
     pthread_mutex_t lock;                                     /* of the next three */
     char why[256];                                            /* it was lost */
     uint64_t used, most;
@@ -217,7 +218,12 @@ int gpu_download(gpu *g, void *to, const void *from, size_t bytes) {
     return MS4_OK;
 }
 /* --- the second stream ----------------------------------------------------------------------------------------- */
-int gpu_bring(gpu *g, void *to, const void *from, size_t bytes) { return pipe_copy(g, &g->aside, to, from, bytes); }
+int gpu_bring(gpu *g, void *to, const void *from, size_t bytes) {
+    pthread_mutex_lock(&g->bringing);
+    int status = pipe_copy(g, &g->aside, to, from, bytes);
+    pthread_mutex_unlock(&g->bringing);
+    return status;
+}
 int gpu_event(gpu *g, CUevent *out) { return GPU(g, cuEventCreate, out, CU_EVENT_DISABLE_TIMING); }
 void gpu_event_close(gpu *g, CUevent event) {
     if (event && !g->lost) cuda.cuEventDestroy(event);
@@ -330,6 +336,7 @@ int gpu_open(const gpu_options *o, gpu **out) {
     gpu *g = memory_take(1, sizeof *g);
     FAIL_IF(!g, MS4_ENOMEM, "no memory for the GPU");
     pthread_mutex_init(&g->lock, NULL);
+    pthread_mutex_init(&g->bringing, NULL);
     g->safe = o->safe;
     int status = open_parts(g, o);
     if (status) {
@@ -357,6 +364,7 @@ void gpu_close(gpu *g) {
         if (g->module) cuda.cuModuleUnload(g->module);
     }
     if (g->context) cuda.cuDevicePrimaryCtxRelease(g->id);
+    pthread_mutex_destroy(&g->bringing);
     pthread_mutex_destroy(&g->lock);
     memory_give(g);
 }

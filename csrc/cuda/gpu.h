@@ -65,7 +65,7 @@ typedef struct { mul_job job; int32_t type; } gpu_product;
 /* These products, none of which reads what another writes; first_block is filled in here. */
 int gpu_products(gpu *g, const gpu_product *products, int32_t n);
 
-/* --- the second stream: experts on their way; of one thread at a time, which need not be that of the work */
+/* --- the second stream: experts on their way; gpu_bring and gpu_brought may be called beside the work */
 int gpu_bring(gpu *g, void *to, const void *from, size_t bytes);
 int gpu_event(gpu *g, CUevent *out);
 int gpu_brought(gpu *g, CUevent event);                       /* recorded behind all that gpu_bring has begun */

@@ -8,7 +8,7 @@
 #define ALIGNED 256
 #define ON_THE_WAY 2                                          /* experts sent for together: the bus sets the pace */
 
-typedef struct { uint8_t *at; int32_t id, pool; } slot;       /* id: layer * n_expert + expert; -1: it holds nothing */
+typedef struct { uint8_t *at; int32_t id, pool; } place;      /* id: layer * n_expert + expert; -1: it holds nothing */
 typedef struct { uint8_t *memory; size_t bytes; int32_t n; } pool_of_slots;
 typedef enum { FREE, ASKED, SENT, FAILED } stage;
 typedef struct { ffn_weights from; CUevent done; int32_t slot, id; stage at; } errand;
@@ -16,8 +16,9 @@ typedef struct { ffn_weights from; CUevent done; int32_t slot, id; stage at; } e
 struct vram {
     gpu *g;
     const layer_weights *layers;
+    slots *from_disk;                                         /* of opening alone */
     policy *counts;
-    slot *slots;
+    place *slots;
     int32_t *slot_of;                                         /* by id: -1 is not there */
     uint8_t *where;                                           /* by id: bits of policy.h */
     int32_t *pool;                                            /* by layer: -1 has no experts, or no slots */
@@ -50,7 +51,7 @@ static ffn_weights host_expert(const vram *v, int32_t id) {
                           matrix_rows(&all->down, expert, 0, all->down.n_rows), all->gelu };
 }
 /* Where the three matrices lie in a slot: gate, up, down, each aligned. */
-static void in_slot(const slot *s, ffn_weights *f) {
+static void in_slot(const place *s, ffn_weights *f) {
     f->gate.data = s->at;
     f->up.data = f->gate.data + up_to(matrix_bytes(&f->gate));
     f->down.data = f->up.data + up_to(matrix_bytes(&f->up));
@@ -170,20 +171,26 @@ static void ask(vram *v, const policy_move *m, errand *e) {
     e->id = m->id;
     set_stage(v, e, ASKED);
 }
-int vram_turn(vram *v) {
-    policy_move moves[ON_THE_WAY];
-    int32_t n_free[POLICY_POOLS] = { 0 }, idle = 0, next = 0;
-    if (vram_has_all(v) || !v->n_slots) return MS4_OK;
-    TRY(gpu_enter(v->g));
-    TRY(arrive(v));
-    for (errand *e = v->errands; e < v->errands + ON_THE_WAY; e++) idle += stage_of(v, e) == FREE;
-    if (!idle) return MS4_OK;
+/* The best moves; free slots are those that hold nothing and that nobody is on the way to. */
+static int32_t find_moves(vram *v, policy_move *moves, int32_t most) {
+    int32_t n_free[POLICY_POOLS] = { 0 };
     for (int32_t i = 0; i < v->n_slots; i++) n_free[v->slots[i].pool] += v->slots[i].id < 0;
     for (errand *e = v->errands; e < v->errands + ON_THE_WAY; e++)
         if (stage_of(v, e) != FREE) n_free[v->slots[e->slot].pool]--;
     const policy_places at = { .where = v->where, .pool = v->pool, .n_free = n_free, .bytes = v->of_pool,
                                .n_pools = v->n_pools };
-    const int32_t n = policy_moves(v->counts, &at, UINT64_MAX, moves, idle);
+    return policy_moves(v->counts, &at, UINT64_MAX, moves, most);
+}
+struct policy *vram_policy(vram *v) { return v->counts; }
+int vram_turn(vram *v) {
+    policy_move moves[ON_THE_WAY];
+    int32_t idle = 0, next = 0;
+    if (!v->has_thread) return MS4_OK;
+    TRY(gpu_enter(v->g));
+    TRY(arrive(v));
+    for (errand *e = v->errands; e < v->errands + ON_THE_WAY; e++) idle += stage_of(v, e) == FREE;
+    if (!idle) return MS4_OK;
+    const int32_t n = find_moves(v, moves, idle);
     for (errand *e = v->errands; e < v->errands + ON_THE_WAY && next < n; e++)
         if (stage_of(v, e) == FREE) ask(v, &moves[next++], e);
     return MS4_OK;
@@ -217,14 +224,29 @@ static int make_slots(vram *v, uint64_t bytes) {
     }
     v->slots = memory_take((size_t)v->n_slots + 1, sizeof *v->slots);
     FAIL_IF(!v->slots, MS4_ENOMEM, "no memory for the table of slots");
-    slot *next = v->slots;
+    place *next = v->slots;
     for (int32_t i = 0; i < v->n_pools; i++)
         for (int32_t k = 0; k < v->pools[i].n; k++)
-            *next++ = (slot){ v->pools[i].memory + (size_t)k * v->of_pool[i], -1, i };
+            *next++ = (place){ v->pools[i].memory + (size_t)k * v->of_pool[i], -1, i };
+    return MS4_OK;
+}
+/* An expert out of the slots of the disk, which read it first: its addresses are good until the next is asked for. */
+static int read_expert(vram *v, int32_t id, ffn_weights *out) {
+    const int32_t layer = id / v->n_expert, expert = id % v->n_expert;
+    int32_t n_there, n, got;
+    *out = host_expert(v, id);
+    if (!v->from_disk) return MS4_OK;
+    slots_want(v->from_disk, layer, &expert, NULL, 1, NULL, &n_there);
+    TRY(slots_next(v->from_disk, 0, 1, &got, &n));
+    out->gate.data = slots_at(v->from_disk, layer, expert, 0);
+    out->up.data = slots_at(v->from_disk, layer, expert, 1);
+    out->down.data = slots_at(v->from_disk, layer, expert, 2);
     return MS4_OK;
 }
 static int fill_slot(vram *v, int32_t at, int32_t id) {
-    ffn_weights from = host_expert(v, id), to = from;
+    ffn_weights from, to;
+    TRY(read_expert(v, id, &from));
+    to = from;
     in_slot(&v->slots[at], &to);
     const matrix *pairs[][2] = { { &from.gate, &to.gate }, { &from.up, &to.up }, { &from.down, &to.down } };
     for (int i = 0; i < 3; i++)
@@ -243,10 +265,25 @@ static int fill(vram *v) {
             const int32_t pool = v->pool[layer];
             if (pool >= 0 && next[pool] < end[pool]) TRY(fill_slot(v, next[pool]++, layer * v->n_expert + expert));
         }
+    if (v->from_disk) slots_drop(v->from_disk);
+    return gpu_wait(v->g);
+}
+int vram_warm(vram *v) {
+    policy_move moves[POLICY_MOVES];
+    if (!v->has_thread) return MS4_OK;
+    TRY(gpu_enter(v->g));
+    for (int32_t done = 0, n; done < v->n_slots && (n = find_moves(v, moves, POLICY_MOVES)) > 0; done += n)
+        for (int32_t i = 0; i < n; i++) {
+            const policy_move *m = &moves[i];
+            const int32_t at = m->out >= 0 ? v->slot_of[m->out] : empty_slot(v, v->pool[m->id / v->n_expert]);
+            if (at < 0) continue;
+            if (m->out >= 0) leave(v, at);
+            TRY(fill_slot(v, at, m->id));
+        }
     return gpu_wait(v->g);
 }
 static int start_thread(vram *v) {
-    if (vram_has_all(v) || !v->n_slots) return MS4_OK;
+    if (vram_has_all(v) || !v->n_slots || v->from_disk) return MS4_OK;
     for (int i = 0; i < ON_THE_WAY; i++) TRY(gpu_event(v->g, &v->errands[i].done));
     v->has_thread = !pthread_create(&v->thread, NULL, run_errands, v);
     FAIL_IF(!v->has_thread, MS4_ENOMEM, "no thread to bring experts to the GPU");
@@ -267,11 +304,12 @@ static int open_parts(vram *v, uint64_t bytes) {
     TRY(fill(v));
     return start_thread(v);
 }
-int vram_open(gpu *g, const ms4_shape *s, const layer_weights *layers, uint64_t bytes, vram **out) {
+int vram_open(gpu *g, const ms4_shape *s, const layer_weights *layers, slots *from_disk, uint64_t bytes, vram **out) {
     vram *v = memory_take(1, sizeof *v);
     FAIL_IF(!v, MS4_ENOMEM, "no memory for the table of slots");
     v->g = g;
     v->layers = layers;
+    v->from_disk = from_disk;
     v->n_layer = s->n_layer;
     v->n_expert = s->n_expert;
     pthread_mutex_init(&v->lock, NULL);

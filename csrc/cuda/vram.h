@@ -8,12 +8,14 @@
 #ifndef MS4_CUDA_VRAM_H
 #define MS4_CUDA_VRAM_H
 #include "cuda/gpu.h"
+#include "slots.h"
 #include "step.h"
 typedef struct vram vram;
 
-/* layers: n_layer, with experts in host memory, which stays where it is.  bytes: what slots may take at most; as many
- * are made as fit, for all sizes alike, and filled, all layers in turn. */
-int vram_open(gpu *g, const ms4_shape *s, const layer_weights *layers, uint64_t bytes, vram **out);
+/* layers: n_layer, with experts in host memory, which stays where it is.  from_disk: NULL, or where their weights come
+ * from instead (slots.h); then nothing moves after opening.  bytes: what slots may take at most; as many are made as
+ * fit, for all sizes alike, and filled, all layers in turn. */
+int vram_open(gpu *g, const ms4_shape *s, const layer_weights *layers, slots *from_disk, uint64_t bytes, vram **out);
 void vram_close(vram *v);
 uint64_t vram_wanted(const ms4_shape *s, const layer_weights *layers);        /* bytes that all experts would take */
 
@@ -21,6 +23,8 @@ uint64_t vram_wanted(const ms4_shape *s, const layer_weights *layers);        /*
 int vram_find(const vram *v, int32_t layer, int32_t expert, ffn_weights *out);
 int vram_has_all(const vram *v);                              /* every expert has a slot */
 void vram_used(vram *v, int32_t layer, const picks *p);       /* what the router chose */
+struct policy *vram_policy(vram *v);                          /* what was used */
+int vram_warm(vram *v);                                       /* at once: those into slots that have earned one */
 /* Between two steps, while no work is under way: what has arrived can be found, and what has earned a slot by now is
  * sent for. */
 int vram_turn(vram *v);
