@@ -184,6 +184,7 @@ def show(model: "Model", rows: list[Row], limits: ms4.Limits, path: str, form: s
     about = {
         "model": os.path.basename(path),
         "version": ms4.__version__,
+        "device": stats.device,
         "isa": stats.isa,
         "threads": stats.n_threads,
         "load": stats.load,
@@ -204,7 +205,7 @@ def show(model: "Model", rows: list[Row], limits: ms4.Limits, path: str, form: s
 def table(about: dict[str, object], rows: list[Row], limits: ms4.Limits) -> str:
     """A Markdown table, with the machine above it."""
     lines = [
-        "{model}: ms4 {version}, {isa}, {threads} threads, weights: {load}".format(**about),
+        "{model}: ms4 {version}, {device}, {isa}, {threads} threads, weights: {load}".format(**about),
         f"limits: {limits.read_bytes_per_s / 1e9:.1f} GB/s read, {limits.int8_macs_per_s / 1e9:.0f} G int8 MAC/s",
         "",
         "| phase | depth | tokens | best tok/s | median tok/s | MB/token | of bandwidth | of int8 | nearest limit |",

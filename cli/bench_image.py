@@ -85,6 +85,7 @@ def bench(size: tuple[int, int], repeat: int, mmproj: str | None, engine: Engine
     about = {
         "mmproj": os.path.basename(tower.path),
         "version": ms4.__version__,
+        "device": stats.device,
         "isa": stats.isa,
         "threads": stats.n_threads,
         "float_peak_gflop_per_s": peak,

@@ -29,6 +29,7 @@ def doctor(model: str | None, *, as_json: bool) -> int:
     checks = [
         Check("ms4", "ok", f"{ms4.__version__}, Python {platform.python_version()}, {platform.machine()}"),
         check_kernels(),
+        check_gpu(),
         check_threads(),
         check_memory(),
         check_swap(),
@@ -70,6 +71,24 @@ def check_kernels() -> Check:
         f"{text}: plain C, many times slower",
         "unset MS4_ISA" if forced else "use a processor with AVX2, AVX-512 or NEON",
     )
+
+
+def check_gpu() -> Check:
+    try:
+        gpu = ms4.gpu()
+    except (ms4.EngineError, MemoryError) as error:
+        return Check("gpu", "ok", f"none: {error}; the CPU computes everything")
+    text = f"{gpu.name}, compute capability {gpu.capability}, driver for CUDA {gpu.driver}, {gib(gpu.free)} free of "
+    text += gib(gpu.total)
+    link = host.link(gpu.bus)
+    text += f"; PCIe: {link.speed} x{link.width}" if link else ""
+    if not ms4.has_gpu_code():
+        return Check("gpu", "warning", f"{text}; this ms4 has no code for it", "build ms4 where nvcc is installed")
+    if float(gpu.capability) < 8:
+        return Check("gpu", "warning", f"{text}: too old", "ms4 uses cards of compute capability 8.0 and newer")
+    if link and link.width < link.most:
+        return Check("gpu", "warning", f"{text} of x{link.most}", "put the card into a slot with more lanes")
+    return Check("gpu", "ok", text)
 
 
 def check_threads() -> Check:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 LLAMA, OLLAMA, LLM, STUDIO = "llama.cpp", "Ollama", "llm", "LM Studio"
-CPU = "not here: ms4 computes on the CPU, and chooses what it needs by itself"
+PLACED = "not needed: what fits goes to the GPU, hot experts first; --device and --vram BYTES say where and how much"
 FIXED = "not here: the engine chooses this by itself, and the answer does not depend on it"
 FETCH = "-m USER/REPO:QUANT, after ms4 pull USER/REPO:QUANT"
 PLAIN_STDOUT = "not needed: stdout is the answer alone"
@@ -50,9 +50,9 @@ OPTIONS = (
     Row(LLAMA, "--no-mmproj --no-mmproj-offload --mmproj-offload", "not needed: the tower is opened for images only"),
     Row(
         f"{LLAMA}, {STUDIO}",
-        "-ngl --gpu-layers --n-gpu-layers --gpu -dev --device -sm --split-mode -ts --tensor-split -mg --main-gpu "
+        "-ngl --gpu-layers --n-gpu-layers --gpu -dev -sm --split-mode -ts --tensor-split -mg --main-gpu "
         "-ot --override-tensor -cmoe --cpu-moe -ncmoe --n-cpu-moe --moe-cache-mib --fit --num-gpu",
-        CPU,
+        PLACED,
     ),
     Row(
         LLAMA,

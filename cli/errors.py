@@ -72,10 +72,12 @@ CODES = {
     "ms4.models.web.DownloadError": FAILURE,
     "ms4.ContextFull": INCOMPLETE,
     "ms4.Canceled": INTERRUPTED,
+    "ms4.DeviceError": FAILURE,
     "ms4.EngineError": FAILURE,
 }
 ENCODING_HINT = "--encoding NAME says what it is (latin-1, utf-16), --lossy shows what is no text as U+FFFD"
 HINTS = {
+    "ms4.DeviceError": "ms4 doctor shows the GPU and its driver; --device cpu works without",
     "ms4.models.document.EncodingError": ENCODING_HINT,
     "ms4.models.document.PasswordError": "--pdf-password TEXT gives it; at a terminal, ms4 asks for it",
     "ms4.models.vision.NoTowerError": "the mmproj GGUF comes from where the model came from; put it beside the model, "

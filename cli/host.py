@@ -9,6 +9,7 @@ import errno
 import os
 import platform
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -56,6 +57,24 @@ def own_memory() -> int:
     """Bytes that this process holds besides the pages of files; 0 if the kernel does not say."""
     match = re.search(r"^RssAnon:\s+(\d+) kB$", read("/proc/self/status"), re.MULTILINE)
     return 1024 * int(match[1]) if match else 0
+
+
+@dataclass(frozen=True)
+class Link:
+    """How a card hangs on its bus: lanes in use and at most, and the speed of one, as the kernel writes it."""
+
+    width: int
+    most: int
+    speed: str
+
+
+def link(bus: str) -> Link | None:
+    """Of the card with this address; None if the kernel does not say."""
+    folder = f"/sys/bus/pci/devices/{bus.lower()}"
+    width, most = (read(f"{folder}/{name}_link_width").strip() for name in ("current", "max"))
+    if not (width.isdigit() and most.isdigit()):
+        return None
+    return Link(int(width), int(most), read(f"{folder}/current_link_speed").strip().removesuffix(" PCIe"))
 
 
 def huge_pages() -> str:

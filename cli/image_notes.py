@@ -82,7 +82,10 @@ def encode(
     if not places:
         return None
     with interruptible(stop) as flag:
-        return images.rows(places, engine, flag, watch)
+        rows = images.rows(places, engine, flag, watch)
+    if not status.quiet:
+        doubt(images)
+    return rows
 
 
 def encoding(name: str, progress: Progress) -> Callable[[], str]:

@@ -58,8 +58,10 @@ def name_disk(model: "Model", engine: EngineOptions) -> None:
 
 
 def warm(model: "Model") -> None:
-    """Of experts that stay on the disk, reads those that earlier calls used most; at the end, keeps what was used."""
-    if not model.engine.stats().slot_bytes_most:
+    """Of experts that move, from the disk or to a GPU, brings those that earlier calls used most; at the end, keeps
+    what was used."""
+    stats = model.engine.stats()
+    if not stats.slot_bytes_most and stats.vram_slots == stats.experts:
         return
     path = state.uses_path(model.gguf.path)
     try:
@@ -74,9 +76,10 @@ def name_notes(model: "Model") -> None:
     for text in (*model.gguf.warnings, *model.vocabulary.notes):
         errors.note(text)
     stats = model.engine.stats()
-    errors.note(
-        f"{model.gguf.path[-80:]}: weights {LOADED[stats.load]}; {stats.isa} kernels, {stats.n_threads} threads"
-    )
+    kernels = f"{stats.isa} kernels, {stats.n_threads} threads"
+    errors.note(f"{model.gguf.path[-80:]}: weights {LOADED[stats.load]}; {kernels}")
+    if stats.device != "cpu":
+        errors.note(render.gpu(stats))
 
 
 def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0) -> "Model":
@@ -106,6 +109,8 @@ def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0) -> "
                     load=engine.load,
                     n_batch=n_batch,
                     ram=engine.ram,
+                    device=engine.device,
+                    vram=engine.vram,
                     progress=progress,
                     seen=lambda gguf: name_size(gguf, path) if engine.load == "map" and not engine.quiet else None,
                 )
@@ -135,6 +140,8 @@ def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0) -> "
         name_disk(opened[0], engine)
     warm(opened[0])
     status.also = lambda: render.waiting(opened[0].engine.stats())
+    if (note := opened[0].engine.stats().note) and not engine.quiet:
+        errors.note(note)
     return opened[0]
 
 

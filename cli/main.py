@@ -189,6 +189,8 @@ def run(
     threads: opt.Threads = None,
     load: opt.Load = "auto",
     ram: opt.Ram = None,
+    device: opt.Device = "auto",
+    vram: opt.Vram = None,
     attn_scale: opt.Scale = "plain",
     quiet: opt.Quiet = None,
 ) -> int:
@@ -197,7 +199,7 @@ def run(
     from ms4.cli import run as one_shot
 
     sampling = opt.Sampling(effort or "none", greedy, temp, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
-    engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram)
+    engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram, device, vram)
     return one_shot.run(one_shot.Request.of(given), sampling, engine)
 
 
@@ -228,6 +230,8 @@ def chat(
     threads: opt.Threads = None,
     load: opt.Load = "auto",
     ram: opt.Ram = None,
+    device: opt.Device = "auto",
+    vram: opt.Vram = None,
     attn_scale: opt.Scale = "plain",
     quiet: opt.Quiet = None,
 ) -> int:
@@ -235,7 +239,7 @@ def chat(
     from ms4.cli import repl
 
     sampling = opt.Sampling(effort, greedy, temp, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
-    engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram)
+    engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram, device, vram)
     images = repl.ImageOptions(mmproj, image_max_tokens)
     settings = repl.ChatSettings(
         sampling,
@@ -395,12 +399,14 @@ def bench(
     threads: opt.Threads = None,
     load: opt.Load = "auto",
     ram: opt.Ram = None,
+    device: opt.Device = "auto",
+    vram: opt.Vram = None,
     quiet: opt.Quiet = None,
 ) -> int:
     """Measure reading (prefill) and writing (decode), and how near they come to the machine's limits."""
     from ms4.cli import bench as command
 
-    engine = opt.engine_options(model, threads, load, quiet=quiet, ram=ram)
+    engine = opt.engine_options(model, threads, load, quiet=quiet, ram=ram, device=device, vram=vram)
     if image:
         from ms4.cli import bench_image
 
@@ -425,13 +431,15 @@ def perplexity(
     threads: opt.Threads = None,
     load: opt.Load = "auto",
     ram: opt.Ram = None,
+    device: opt.Device = "auto",
+    vram: opt.Vram = None,
     attn_scale: opt.Scale = "plain",
     quiet: opt.Quiet = None,
 ) -> int:
     """Measure how well the model predicts a text: lower is better."""
     from ms4.cli import perplexity as command
 
-    engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram)
+    engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram, device, vram)
     return command.perplexity(file, ctx, segments, engine, Reading(encoding, lossy), as_json=json)
 
 
@@ -550,13 +558,15 @@ def logits(
     threads: opt.Threads = None,
     load: opt.Load = "auto",
     ram: opt.Ram = None,
+    device: opt.Device = "auto",
+    vram: opt.Vram = None,
     attn_scale: opt.Scale = "plain",
     quiet: opt.Quiet = None,
 ) -> int:
     """Write the logits at every position: float32, positions by vocabulary."""
     from ms4.cli import logits as command
 
-    engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram)
+    engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram, device, vram)
     return command.logits(ids, output, chunk, engine, image or [], command.ImageOptions(mmproj, image_max_tokens))
 
 

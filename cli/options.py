@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -133,6 +133,15 @@ Ram = Annotated[
 Scale = Annotated[
     str, choice(("plain", "mscale2"), "Softmax scale: 1/sqrt(d), or that times mscale squared.", "--attn-scale")
 ]
+Device = Annotated[
+    str, choice(("auto", "cpu", "cuda", "cuda:safe"), "Who computes: auto takes a GPU if there is one.", "--device")
+]
+Vram = Annotated[
+    int | None,
+    typer.Option(
+        "--vram", metavar="BYTES", parser=whole(1 << 20, 1 << 50), help="Of the GPU, at most (24G); else what is free."
+    ),
+]
 Context = Annotated[
     int, typer.Option("--ctx", metavar="N", parser=whole(1, MOST_CTX), help="Most tokens held (32k, 1K = 1024).")
 ]
@@ -168,6 +177,8 @@ class EngineOptions:
     quiet: bool = False
     verbose: bool = False
     ram: int = 0  # 0: what is free
+    device: str = "auto"
+    vram: int = 0  # bytes of the GPU's memory; 0: what is free
 
     def require(self) -> str:
         """The model's path; an error with what to type, if there is no such file."""
@@ -196,10 +207,13 @@ def engine_options(
     attn_scale: str = "plain",
     quiet: bool | None = None,
     ram: int | None = None,
+    device: str = "auto",
+    vram: int | None = None,
 ) -> EngineOptions:
     if ram and load in ("map", "copy"):
         raise UsageError(f"--ram cannot limit --load {load}", "leave --load out, or use --load stream")
-    return EngineOptions(model, threads or 0, load, attn_scale, quiet is True, quiet is False, ram or 0)
+    plain = EngineOptions(model, threads or 0, load, attn_scale, quiet is True, quiet is False, ram or 0)
+    return replace(plain, device=device, vram=vram or 0)
 
 
 @dataclass(frozen=True)

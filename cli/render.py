@@ -25,6 +25,7 @@ class StatusLine:
     """One line on stderr that is written over and disappears.  Silent unless stderr is a terminal."""
 
     def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.enabled = not quiet and streams.is_terminal(sys.stderr) and not streams.is_plain()
         self.also: Callable[[], str] = lambda: ""  # what is to be said besides
         self._shown = False
@@ -161,6 +162,14 @@ def from_disk(now: "ms4.Stats", before: "ms4.Stats | None" = None) -> str:
         return ""
     share = f"{100 * there // wanted} %"
     return f" · experts {share} in memory, {gigabytes(n_bytes)} from the disk, waited {ns / 1e9:.1f} s"
+
+
+def gpu(s: "ms4.Stats") -> str:
+    """What lies on the GPU, how much of the experts' work it did, and what was brought to it meanwhile."""
+    text = f"GPU {gigabytes(s.vram_bytes)}, {s.vram_experts} of {s.experts} experts"
+    if s.experts_used:
+        text += f" with {100 * s.pairs_on_gpu / s.experts_used:.0f} % of their work"
+    return f"{text} · {s.uploads} brought ({gigabytes(s.bytes_uploaded)})" if s.vram_slots < s.experts else text
 
 
 class Screen:

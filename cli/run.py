@@ -288,8 +288,10 @@ class Job:
         if message:
             errors.note(f"error: {message}")
         if request.stats:
-            of_disk = render.from_disk(self.model.engine.stats())
-            errors.note(render.statistics(done.statistics, self.images.seconds) + of_disk)
+            stats = self.model.engine.stats()
+            errors.note(render.statistics(done.statistics, self.images.seconds) + render.from_disk(stats))
+            if stats.device != "cpu":
+                errors.note(render.gpu(stats))
         return code
 
     def record(self, asked: Asked, tokenizer: "Tokenizer", answer: "Answer", pieces: remembered.Pieces) -> None:

@@ -1,0 +1,269 @@
+"""An engine on a GPU that is emulated (tests/cuda): the bits of the CPU, and what happens when a call of it fails.
+
+The emulated driver does kernels and copies late and in random legal order, and ends the process where the host touches
+the card's memory or a kernel what is not its own.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_hashes
+
+import ms4
+from ms4.models import pixtral
+from ms4.models.model import Model
+from ms4.quant.tiny import Tiny, write_tiny
+
+ROOT = Path(__file__).parents[1]
+DRIVER = ROOT / "build" / "cuda" / "libcuda_emu.so"
+DEMO = ROOT / "models" / "demo"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(ms4.probe().isa == "ref", reason="ref sums in double: its bits are its own"),
+]
+
+
+def emulated(**more):
+    """The environment of a process whose GPU is emulated."""
+    return {**os.environ, "MS4_LIBCUDA": str(DRIVER), "MS4_GPU_CODE": __file__, **more}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def driver():
+    """Builds the emulated driver; this process takes it for that of the machine."""
+    made = subprocess.run(
+        ["make", "-f", "tests/cuda/Makefile", "driver"], cwd=ROOT, capture_output=True, text=True, errors="replace"
+    )
+    assert made.returncode == 0, made.stderr[-2000:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MS4_LIBCUDA", str(DRIVER))
+        patch.setenv("MS4_GPU_CODE", __file__)
+        yield
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """on_gpu(vram=0): from now on every model is opened on the GPU; a list of them."""
+    opened, plain = [], Model.open.__func__
+
+    def choose(vram=0, device="cuda"):
+        def open_there(cls, path, **options):
+            opened.append(plain(cls, path, **{"device": device, "vram": vram, **options}))
+            return opened[-1]
+
+        monkeypatch.setattr(Model, "open", classmethod(open_there))
+        return opened
+
+    return choose
+
+
+HASHES = dict(test_hashes.measure())
+OF_TINY = [name for name in HASHES if name.endswith("Q8_0") or name.endswith("F32") and "bravo" not in name]
+
+
+@pytest.mark.parametrize("name", [*OF_TINY, "all Q4_K", "all Q6_K", "all IQ4_XS", "all MXFP4", "bravo image"])
+def test_the_logits_have_the_bits_of_the_cpu(name, on_gpu):
+    opened = on_gpu()
+    assert HASHES[name]() == test_hashes.stored()[name]
+    assert opened
+
+
+def test_sessions_in_turns_have_the_bits_of_the_cpu(on_gpu):
+    on_gpu(device="cuda:safe")
+    assert HASHES["two sessions in chunks"]() == test_hashes.stored()["two sessions in chunks"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "t.gguf", Tiny())[0]
+
+
+def everything(model, folder):
+    """What sessions can do: steps of several, sharing, writing behind what is shared, rewinding, saving, loading."""
+    ids, got = np.random.default_rng(5).integers(0, 1400, (3, 400)), []
+    with model.session(600) as one, model.session(600) as two, model.session(600) as three:
+        got.append(one.feed(ids[0, :300]))
+        two.share(one, 200)
+        spans = [ms4.Span(one, ids[1, :1]), ms4.Span(two, ids[1, :2], n_logits=2), ms4.Span(three, ids[2, :40])]
+        got += model.engine.step(spans)
+        spans = [ms4.Span(s, ids[2, 50:51]) for s in (three, two, one)]
+        got += model.engine.step(spans)
+        one.rewind(130)
+        got.append(one.feed(ids[0, 130:140], all_logits=True))
+        with open(folder / "session", "wb+") as file:
+            one.save(file.fileno())
+            file.seek(0)
+            three.load(file.fileno())
+        got += [three.feed(ids[1, 5:6]), one.feed(ids[1, 5:6]), two.feed(ids[1, 5:300])]
+    return [np.atleast_2d(part) for part in got]
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_sessions_share_and_come_back_from_files(share, tiny, tmp_path, rng):
+    with Model.open(tiny) as cpu:
+        want = everything(cpu, tmp_path)
+    with Model.open(tiny, device="cuda") as gpu:
+        place = rng.random((gpu.shape.n_layer, gpu.shape.n_expert)) < share
+        gpu.engine.place_experts(place.astype(np.uint8))
+        got = everything(gpu, tmp_path)
+        stats = gpu.engine.stats()
+    assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
+    assert (stats.pairs_on_gpu == 0) == (share == 1) and (stats.pairs_on_gpu < stats.experts_used) == (share > 0)
+
+
+def test_files_of_sessions_are_the_same(tiny, tmp_path):
+    for device in ("cpu", "cuda"):
+        with Model.open(tiny, device=device) as model, model.session(300) as session:
+            session.feed(np.arange(200))
+            with open(tmp_path / device, "wb") as file:
+                session.save(file.fileno())
+    assert (tmp_path / "cpu").read_bytes() == (tmp_path / "cuda").read_bytes()
+
+
+def test_a_stopped_span_leaves_its_session_as_it_was(tiny):
+    with Model.open(tiny, device="cuda") as model, model.session(300) as one, model.session(300) as two:
+        one.feed(np.arange(150))
+        stop = ms4.StopFlag()
+        stop.set()
+        with pytest.raises(ms4.Canceled):
+            one.feed(np.arange(20), stop=stop)
+        assert one.length == 150
+        two.feed(np.arange(150))
+        assert np.array_equal(one.feed([7]), two.feed([7]))
+
+
+def test_experts_move_while_tokens_are_computed():
+    """Too little room for all experts: some are computed by the CPU, and those in slots change."""
+    ids, said = np.random.default_rng(3).integers(5, 900, 40), {}
+    for device in ("cpu", "cuda"):
+        with Model.open(DEMO / "ms4-demo.gguf", device=device, vram=24 << 20) as model, model.session(256) as session:
+            logits = [session.feed(ids)]
+            for _ in range(12):
+                logits.append(session.feed([int(np.argmax(logits[-1]))]))
+            said[device] = np.array(logits)
+            stats = model.engine.stats()
+    assert np.array_equal(said["cpu"], said["cuda"])
+    assert 0 < stats.vram_slots < stats.experts and stats.uploads and stats.vram_bytes <= 24 << 20
+    assert 0 < stats.pairs_on_gpu < stats.experts_used
+    assert f"{stats.vram_slots} of {stats.experts} experts fit on the GPU" in stats.note
+
+
+def test_experts_that_were_used_before_are_there_from_the_start():
+    """Counts of another engine, by file: whoever begins with them has the hot experts in its slots."""
+    ids, shares, uses = np.random.default_rng(3).integers(5, 900, 60), [], b""
+    for _ in range(2):
+        with Model.open(DEMO / "ms4-demo.gguf", device="cuda", vram=24 << 20) as model, model.session(256) as session:
+            if uses:
+                model.engine.warm(uses)
+            session.feed(ids)
+            stats = model.engine.stats()
+            shares.append(stats.pairs_on_gpu / stats.experts_used)
+            uses = model.engine.uses()
+    assert shares[1] > 1.2 * shares[0]
+
+
+@pytest.mark.parametrize("vram", [0, 24 << 20])
+def test_experts_on_the_disk_go_to_the_card_too(vram):
+    """Those without a slot on the card come from the disk for the CPU."""
+    ids, said = np.random.default_rng(9).integers(5, 900, 60), []
+    for options in ({}, {"device": "cuda", "load": "stream", "vram": vram}):
+        with Model.open(DEMO / "ms4-demo.gguf", **options) as model, model.session(200) as session:
+            said.append(np.stack([session.feed(ids), session.feed([5])]))
+            stats = model.engine.stats()
+    assert np.array_equal(*said)
+    assert stats.load == "stream" and (stats.vram_experts == stats.experts) == (vram == 0)
+
+
+def test_a_prompt_brings_experts_that_have_no_slot(tmp_path):
+    """Experts with many rows are computed on the card all the same, through two places that they leave again."""
+    shape = Tiny(d_model=256, d_expert=1024)
+    path, said = write_tiny(tmp_path / "t.gguf", shape)[0], {}
+    ids = np.random.default_rng(7).integers(0, 1400, 120)
+    for device in ("cpu", "cuda"):
+        with Model.open(path, device=device, vram=25 << 20, n_batch=128) as model, model.session(200) as session:
+            said[device] = np.stack([session.feed(ids), session.feed([5])])
+            stats = model.engine.stats()
+    assert np.array_equal(said["cpu"], said["cuda"])
+    assert stats.vram_slots < stats.experts and stats.bytes_streamed and stats.pairs_on_gpu < stats.experts_used
+
+
+@pytest.mark.parametrize("vram, on_gpu", [(0, True), (24 << 20, False)])
+def test_the_tower_gives_the_same_rows_wherever_it_is(vram, on_gpu):
+    """On the card, or where the text model leaves no room there, on the CPU."""
+    pixels, rows = np.random.default_rng(2).normal(size=(3, 56, 112)).astype(np.float32), []
+    tower = pixtral.Tower.read(DEMO / "ms4-demo-mmproj.gguf")
+    for device in ("cpu", "cuda"):
+        with Model.open(DEMO / "ms4-demo.gguf", device=device, vram=vram) as model:
+            vision = model.engine.vision(tower.shape, tower.tensors, tower.path)
+            rows.append(vision.encode(pixels))
+            assert vision.on_gpu == (on_gpu and device == "cuda")
+    assert np.array_equal(*rows)
+
+
+# --- what can fail
+
+
+def run(*arguments, **environment):
+    command = [str(Path(sys.executable).with_name("ms4")), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=emulated(**environment), timeout=600)
+
+
+@pytest.mark.parametrize("lib", ["/nowhere/libcuda.so", "libm.so.6"])
+def test_without_a_driver_cuda_fails_and_auto_takes_the_cpu(lib):
+    failed = run("run", "--device", "cuda", "-n", 1, "Hi", MS4_LIBCUDA=lib)
+    assert failed.returncode == 1 and not failed.stdout
+    assert re.search(r"^ms4: error: .*NVIDIA driver", failed.stderr, re.MULTILINE)
+    assert "Traceback" not in failed.stderr and "--device cpu" in failed.stderr
+    assert run("run", "-q", "-n", 1, "Hi", MS4_LIBCUDA=lib).returncode == 0
+    assert re.search(r"^ok gpu +none: .*NVIDIA driver", run("doctor", MS4_LIBCUDA=lib).stdout, re.MULTILINE)
+
+
+def test_too_little_memory_is_said():
+    failed = run("run", "--device", "cuda", "--vram", "2M", "-n", 1, "Hi")
+    assert failed.returncode == 6 and re.search(r"^ms4: error: no memory on the GPU", failed.stderr, re.MULTILINE)
+    taken = run("run", "--vram", "2M", "-n", 1, "Hi")
+    assert taken.returncode == 0 and "the GPU is not used: no memory on the GPU" in taken.stderr
+
+
+CALLS = """
+import sys
+import numpy as np
+import ms4
+from ms4.models.model import Model
+try:
+    with Model.open(sys.argv[1], device="cuda") as model, model.session(300) as session:
+        try:
+            session.feed(np.arange(200))
+            session.feed([5])
+        except (ms4.EngineError, MemoryError) as error:
+            print("step:", error)
+            assert session.length in (0, 200)
+            session.rewind(0)
+except (ms4.EngineError, MemoryError) as error:
+    print("open:", error)
+else:
+    print("done")
+"""
+
+
+@pytest.mark.parametrize("kind", ["", ":lost"])
+def test_every_call_may_fail(kind, tiny, tmp_path):
+    """Each name of a call once at its first and once at a later time: one sentence, and no crash."""
+    report = tmp_path / "report"
+    code = [sys.executable, "-c", CALLS, str(tiny)]
+    whole = subprocess.run(code, capture_output=True, text=True, env=emulated(MS4_EMU_REPORT=str(report)))
+    assert whole.stdout == "done\n", whole.stderr
+    calls = dict(re.findall(r"^call (\w+) (\d+)$", report.read_text(), re.MULTILINE))
+    assert len(calls) > 20
+    for name, n in calls.items():
+        for at in {1, (int(n) + 1) // 2}:
+            env = emulated(MS4_EMU_FAIL=f"{name}:{at}{kind}")
+            failed = subprocess.run(code, capture_output=True, text=True, env=env, timeout=300)
+            assert failed.returncode == 0 and failed.stdout, (name, at, failed.stderr[-500:])
+            said = failed.stdout.splitlines()
+            assert all(line == "done" or re.match(r"(open|step): \S", line) for line in said), (name, at, said)
