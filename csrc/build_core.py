@@ -2,12 +2,16 @@
 
 pip calls the PEP 517 hooks at the bottom; `python csrc/build_core.py` builds in place (what `make` does), and
 `python csrc/build_core.py glue` only writes the generated C (what `make arch` needs).  A C compiler and the
-Python headers are enough.  Environment: CC, CFLAGS.
+Python headers are enough.  With nvcc, the kernels for GPUs become a file of the package, too.  Environment: CC, CFLAGS,
+MS4_CUDA_ARCH: what they are compiled for, "all", "native", "none", or a list such as 86,90; without it, for all in a
+wheel, and in place for the cards of this machine, if it has any.
 """
 
 import os
 import re
 import runpy
+import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +27,10 @@ SOURCES = [str(p) for pattern in ("cpu/*/*.c", "cpu/*.c", "cuda/*.c", "*.c") for
 HEADERS = sorted(str(p) for suffix in ("h", "cdef", "cu", "cuh") for p in CSRC.rglob(f"*.{suffix}"))
 CFLAGS = ["-std=gnu11", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off"]
 CFLAGS += ["-Wall", "-Wextra", "-MMD"]
+GPU_CODE = CSRC / "cuda" / "kernels.fatbin"
+GPU_ARCHS = ("80", "86", "89", "90", "100", "120")  # and the first one's PTX, which drivers compile for all later ones
+NVCC = ["nvcc", "-fatbin", "-O3", "-std=c++20", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"]
+NVCC += ["-Icsrc", "-Icsrc/cuda", f"-I{GLUE}", "--threads=0"]
 
 
 class BuildCore(build_ext):
@@ -63,6 +71,10 @@ class BuildCore(build_ext):
 class BuildPackage(build_py):
     """The Python files of the package: all but this one, which is of use before the package is built and not after."""
 
+    def run(self):
+        build_gpu_code("native" if self.editable_mode else "all")
+        super().run()
+
     def find_package_modules(self, package, package_dir):
         found = super().find_package_modules(package, package_dir)
         return [module for module in found if module[1] != Path(__file__).stem]
@@ -101,6 +113,30 @@ def write_if_changed(path, text):
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
     return path
+
+
+def build_gpu_code(usual):
+    """Compiles the kernels for GPUs, if there is nvcc, and if they are older than their sources or for other cards."""
+    wanted = os.environ.get("MS4_CUDA_ARCH") or usual
+    if wanted == "native" and not Path("/dev/nvidiactl").exists():
+        wanted = "none"
+    if wanted == "none" or not shutil.which(NVCC[0]):
+        return
+    archs = GPU_ARCHS if wanted == "all" else wanted.split(",")
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    targets = (
+        ["-arch=native"]
+        if wanted == "native"
+        else [*targets, f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}"]
+    )
+    write_grids()
+    sources = [*(CSRC / "cuda").glob("*.cu*"), CSRC / "cuda" / "kernels.h", CSRC / "quant.h", GLUE / "grids.cuh"]
+    stamp = GPU_CODE.with_suffix(".archs")
+    newest = max(path.stat().st_mtime for path in sources)
+    if GPU_CODE.exists() and GPU_CODE.stat().st_mtime > newest and stamp.exists() and stamp.read_text() == wanted:
+        return
+    subprocess.run([*NVCC, *targets, "-o", str(GPU_CODE), str(CSRC / "cuda" / "kernels.cu")], check=True)
+    stamp.write_text(wanted)
 
 
 def link_package(folder):
@@ -166,3 +202,5 @@ if __name__ == "__main__":
         target = sys.argv[1:] and link_package(Path(sys.argv[1]))
         where = ["--build-lib", str(target), "--build-temp", str(target / "obj")] if target else ["--inplace"]
         run_setup(script_args=["-q", "build_ext", *where])
+        if not target:
+            build_gpu_code("native")
