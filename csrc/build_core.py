@@ -143,7 +143,8 @@ def link_package(folder):
     """Makes folder/ms4 the package, by links to its Python files: for builds with other flags, and for mypy."""
     package = folder / "ms4"
     package.mkdir(parents=True, exist_ok=True)
-    for source in (CSRC / "__init__.py", Path("cli"), Path("models"), Path("quant")):
+    modules = [path for path in CSRC.glob("*.py") if path.name != Path(__file__).name]
+    for source in (*modules, Path("cli"), Path("models"), Path("quant")):
         link = package / source.name
         link.unlink(missing_ok=True)
         link.symlink_to(source.resolve())
