@@ -134,15 +134,20 @@ def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0) -> "
         status.clear()
     if failed:
         raise failed[0]
-    if engine.verbose:
-        name_notes(opened[0])
-    if not engine.quiet:
-        name_disk(opened[0], engine)
-    warm(opened[0])
-    status.also = lambda: render.waiting(opened[0].engine.stats())
-    if (note := opened[0].engine.stats().note) and not engine.quiet:
-        errors.note(note)
+    begin(opened[0], engine, status)
     return opened[0]
+
+
+def begin(model: "Model", engine: EngineOptions, status: StatusLine) -> None:
+    """With a model that is open: says where its weights are, and has the hot experts brought."""
+    if engine.verbose:
+        name_notes(model)
+    if not engine.quiet:
+        name_disk(model, engine)
+        if note := model.engine.stats().note:
+            errors.note(note)
+    warm(model)
+    status.also = lambda: render.waiting(model.engine.stats())
 
 
 def context_for(model: "Model", n_ctx: int) -> int:
