@@ -328,7 +328,7 @@ def test_what_was_used_most_is_read_before_anybody_asks(tiny, want):
 def test_the_uses_of_a_file_in_memory_are_not_kept(tiny):
     with Model.open(tiny, load="map") as model:
         assert model.engine.uses() == b""
-        with pytest.raises(ValueError, match="no expert stays on the disk"):
+        with pytest.raises(ValueError, match="no expert moves"):
             model.engine.warm(b"x")
 
 
