@@ -375,6 +375,19 @@ def doctor(
 
 
 @app.command(cls=Command)
+def selftest(
+    gpu: Annotated[bool, typer.Option("--gpu", help="Compare the GPU with the CPU, to the bit.")] = False,
+    safe: Annotated[bool, typer.Option("--safe", help="Wait for every call, to see which one fails.")] = False,
+) -> int:
+    """Compute on the GPU what the CPU computes, and compare every bit; the output is meant for an issue."""
+    from ms4.cli import selftest as command
+
+    if not gpu:
+        raise UsageError("selftest checks a GPU", "ms4 selftest --gpu")
+    return command.selftest(safe)
+
+
+@app.command(cls=Command)
 def bench(
     model: opt.Model = None,
     pp: Annotated[int, typer.Option("--pp", metavar="N", parser=opt.whole(1, opt.MOST_CTX), help="Tokens read.")] = 512,

@@ -31,6 +31,7 @@ commands:
   sessions    list, show, export, search, remove conversations
   info        show what is in a model file
   doctor      check this machine and say what to change
+  selftest    compare the GPU with the CPU, to the bit
   bench       measure reading and writing speed
   perplexity  measure how well the model predicts a text
   tokenize    turn text or conversations into token ids
