@@ -55,6 +55,9 @@ class Row:
     share_of_experts_in_memory: float  # of those that were needed, when they were
     disk_bytes_per_token: float
     share_waited_for_disk: float  # of the time
+    share_of_vram_bandwidth: float
+    share_of_bus: float  # to the GPU
+    share_of_experts_on_gpu: float  # of their work
     bottleneck: str
 
 
@@ -99,6 +102,24 @@ class Disk:
 
 
 @dataclass(frozen=True)
+class Card:
+    """What a GPU read in its own memory, what was brought to it, and its part of the experts' work; nothing without."""
+
+    n_bytes: int = 0
+    brought: int = 0
+    pairs: int = 0
+    of_pairs: int = 0
+
+    @classmethod
+    def between(cls, before: ms4.Stats, after: ms4.Stats) -> "Card":
+        def passed(name: str) -> int:
+            return int(getattr(after, name) - getattr(before, name))
+
+        brought = passed("bytes_uploaded") + passed("bytes_streamed")
+        return cls(passed("bytes_on_gpu"), brought, passed("pairs_on_gpu"), passed("experts_used"))
+
+
+@dataclass(frozen=True)
 class Timing:
     """One repetition of a phase, and the limits of the machine around it."""
 
@@ -106,6 +127,7 @@ class Timing:
     n_bytes: int  # of weights that it read
     limits: ms4.Limits
     disk: Disk = Disk()
+    card: Card = Card()
 
 
 def measure_depth(
@@ -131,7 +153,8 @@ def measure_depth(
         after = model.engine.stats()
         limits.append(model.engine.measure(MOST_MEASURED))
         n_bytes = bytes_read(after) - bytes_read(before)
-        return Timing(seconds, n_bytes, combined(limits[-2:], statistics.mean), Disk.between(before, after))
+        around = combined(limits[-2:], statistics.mean)
+        return Timing(seconds, n_bytes, around, Disk.between(before, after), Card.between(before, after))
 
     def prefill() -> None:
         session.feed(ids(plan.n_prefill), stop=stop)
@@ -165,18 +188,30 @@ def disk_columns(n: int, timings: tuple[Timing, ...]) -> tuple[float, float, flo
     return there, statistics.median(t.disk.n_bytes for t in timings) / n, waited
 
 
+def card_columns(timings: tuple[Timing, ...]) -> tuple[float, float, float]:
+    """Medians: the shares of the bandwidths of the GPU's memory and of the bus, and its share of the experts' work."""
+    if not timings[0].limits.vram_bytes_per_s:
+        return 0.0, 0.0, 0.0
+    vram = statistics.median(t.card.n_bytes / t.seconds / t.limits.vram_bytes_per_s for t in timings)
+    bus = statistics.median(t.card.brought / t.seconds / t.limits.bus_bytes_per_s for t in timings)
+    return vram, bus, statistics.median(t.card.pairs / max(t.card.of_pairs, 1) for t in timings)
+
+
 def phase_row(phase: str, depth: int, n: int, timings: tuple[Timing, ...], macs: float) -> Row:
     rates = [n / t.seconds for t in timings]
     n_bytes = statistics.mean(t.n_bytes for t in timings) / n
-    read = statistics.median(t.n_bytes / t.seconds / t.limits.read_bytes_per_s for t in timings)
+    read = statistics.median((t.n_bytes - t.card.n_bytes) / t.seconds / t.limits.read_bytes_per_s for t in timings)
     int8 = statistics.median(n * macs / t.seconds / t.limits.int8_macs_per_s for t in timings)
-    name = "memory bandwidth" if read > int8 else "int8 arithmetic"
-    if max(read, int8) < NEAR:
+    disk, card = disk_columns(n, timings), card_columns(timings)
+    if card[0]:
+        int8 = 0.0  # the peak is the CPU's, which did some of the work or none
+    near = {"memory bandwidth": read, "int8 arithmetic": int8, "GPU memory": card[0], "bus": card[1]}
+    name = max(near, key=lambda each: near[each])
+    if near[name] < NEAR:
         name = "attention or overhead"
-    disk = disk_columns(n, timings)
     if disk[-1] > NEAR:
         name = "disk"
-    return Row(phase, depth, n, max(rates), statistics.median(rates), n_bytes, macs, read, int8, *disk, name)
+    return Row(phase, depth, n, max(rates), statistics.median(rates), n_bytes, macs, read, int8, *disk, *card, name)
 
 
 def show(model: "Model", rows: list[Row], limits: ms4.Limits, path: str, form: str) -> None:
@@ -202,11 +237,16 @@ def show(model: "Model", rows: list[Row], limits: ms4.Limits, path: str, form: s
         output.write(table(about, rows, limits))
 
 
+def gpu_limits(limits: ms4.Limits) -> str:
+    return f"GPU: {limits.vram_bytes_per_s / 1e9:.0f} GB/s its memory, {limits.bus_bytes_per_s / 1e9:.1f} GB/s to it"
+
+
 def table(about: dict[str, object], rows: list[Row], limits: ms4.Limits) -> str:
     """A Markdown table, with the machine above it."""
     lines = [
         "{model}: ms4 {version}, {device}, {isa}, {threads} threads, weights: {load}".format(**about),
         f"limits: {limits.read_bytes_per_s / 1e9:.1f} GB/s read, {limits.int8_macs_per_s / 1e9:.0f} G int8 MAC/s",
+        *([gpu_limits(limits)] if limits.vram_bytes_per_s else []),
         "",
         "| phase | depth | tokens | best tok/s | median tok/s | MB/token | of bandwidth | of int8 | nearest limit |",
         "|---|--:|--:|--:|--:|--:|--:|--:|---|",
@@ -217,5 +257,10 @@ def table(about: dict[str, object], rows: list[Row], limits: ms4.Limits) -> str:
         if r.disk_bytes_per_token:
             shares += f" (experts: {100 * r.share_of_experts_in_memory:.0f} % in memory, "
             shares += f"{r.disk_bytes_per_token / 1e6:.0f} MB/token from the disk)"
+        if r.share_of_vram_bandwidth:
+            shares += f" (GPU: {100 * r.share_of_vram_bandwidth:.0f} % of its memory's bandwidth, "
+            shares += (
+                f"{100 * r.share_of_bus:.0f} % of the bus, {100 * r.share_of_experts_on_gpu:.0f} % of the experts)"
+            )
         lines.append(f"| {r.phase} | {r.depth} | {r.n_tokens} | {speeds} | {shares} | {r.bottleneck} |")
     return "\n".join(lines) + "\n"

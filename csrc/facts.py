@@ -34,8 +34,8 @@ class Limits:
     read_bytes_per_s: float
     int8_macs_per_s: float
     float_macs_per_s: float
-    vram_bytes_per_s: float  # of a GPU: its own memory; 0: there is none
-    bus_bytes_per_s: float  # from pinned memory to it
+    vram_bytes_per_s: float = 0.0  # of a GPU: its own memory; 0: there is none
+    bus_bytes_per_s: float = 0.0  # from pinned memory to it
 
 
 @dataclass(frozen=True)
