@@ -5,6 +5,7 @@
 
 #define N_CTX_USUAL 32768                                     /* positions that memory is set aside for */
 #define LEAST_BATCH 32
+#define MOST_BATCH 32768                                      /* rows are the second number of some grids */
 #define MOST_PIXELS 1540                                      /* of a side of an image, as images are scaled */
 
 /* Bytes that the buffers of a step of n tokens take, and a little more: what cuda_device.c and its neighbours need. */
@@ -29,6 +30,7 @@ static int divide(card *c, const ms4_shape *s, const layer_weights *layers, int3
                   uint64_t *slots) {
     const uint64_t room = gpu_room(c->g);
     const int32_t n_ctx = int_min(s->n_ctx_train, N_CTX_USUAL);
+    *n_batch = int_min(*n_batch, MOST_BATCH);
     while (may_shrink && *n_batch > LEAST_BATCH && step_bytes(s, layers, (uint64_t)*n_batch) > room / 4) *n_batch /= 2;
     const uint64_t aside = step_bytes(s, layers, (uint64_t)*n_batch), kv = kv_bytes(s, (uint64_t)n_ctx);
     FAIL_IF(aside + kv_bytes(s, 1) > room, MS4_ENOMEM, "no room on the GPU for the buffers of a step: %llu MB are "

@@ -11,7 +11,6 @@
 #define CHUNK ((size_t)4 << 20)                               /* pinned memory is taken in pieces of at least this */
 #define MOST_CHUNKS 16
 #define SPARE ((size_t)512 << 20)                             /* of the card, for its driver and for others */
-#define SHARED_FREE ((size_t)48 << 10)                        /* shared memory that a launch has without asking */
 #define PAD 256                                               /* bytes behind what is taken: kernels may read there */
 
 typedef struct { uint8_t *at; void *card; size_t bytes, used; } chunk;
@@ -267,7 +266,7 @@ int gpu_launch(gpu *g, int32_t kernel, const void *args, gpu_grid grid, size_t s
     loaded *k;
     if (!grid.x || !grid.y || !grid.z) return MS4_OK;
     TRY(find(g, kernel, &k));
-    if (shared > SHARED_FREE && shared > k->granted) {
+    if (shared > k->granted) {                                /* what is free depends on what a kernel has of itself */
         TRY(GPU(g, cuFuncSetAttribute, k->f, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, (int)shared));
         k->granted = shared;
     }
