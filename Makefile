@@ -7,6 +7,8 @@
 # make test-all  the same and those marked slow: every block type in every role, what the shipped checkpoint can do
 # make wheel     a wheel in dist/ for machines without a compiler: its name says which glibc they need, and which Python
 # make bench     reading and writing speed on a file of the real shape (4 GB, written into build/)
+# make gpu       on a machine with a GPU and nvcc: builds for it, compares it with the CPU, measures it on a file of the
+#                real shape in /dev/shm; the output is one block to paste into an issue
 # make kernels   every fast kernel against the reference, with timings
 # make san       the same kernels under AddressSanitizer and UBSan
 # make san-engine, make tsan   the engine's tests under those, and under ThreadSanitizer
@@ -72,6 +74,10 @@ bench: all
 	@mkdir -p build
 	@[ -f build/shape.gguf ] || $(PY) tests/make_shape.py build/shape.gguf --layers 2
 	.venv/bin/ms4 bench -m build/shape.gguf --pp 512 --tg 32
+
+gpu: .venv/ready
+	MS4_CUDA_ARCH=native $(PY) csrc/build_core.py
+	$(PY) tests/gpu.py /dev/shm
 
 # --- checking it
 

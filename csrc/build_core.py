@@ -117,9 +117,8 @@ def write_if_changed(path, text):
 
 def build_gpu_code(usual):
     """Compiles the kernels for GPUs, if there is nvcc, and if they are older than their sources or for other cards."""
-    wanted = os.environ.get("MS4_CUDA_ARCH") or usual
-    if wanted == "native" and not Path("/dev/nvidiactl").exists():
-        wanted = "none"
+    given = os.environ.get("MS4_CUDA_ARCH")
+    wanted = given or (usual if usual != "native" or Path("/dev/nvidiactl").exists() else "none")
     if wanted == "none" or not shutil.which(NVCC[0]):
         return
     archs = GPU_ARCHS if wanted == "all" else wanted.split(",")

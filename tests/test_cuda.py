@@ -15,6 +15,7 @@ import pytest
 import test_hashes
 
 import ms4
+from ms4.cli import selftest
 from ms4.models import pixtral
 from ms4.models.model import Model
 from ms4.quant.tiny import Tiny, write_tiny
@@ -203,6 +204,27 @@ def test_the_tower_gives_the_same_rows_wherever_it_is(vram, on_gpu):
             rows.append(vision.encode(pixels))
             assert vision.on_gpu == (on_gpu and device == "cuda")
     assert np.array_equal(*rows)
+
+
+def test_selftest_finds_a_single_bit():
+    want = np.random.default_rng(1).normal(size=(5, 7)).astype(np.float32)
+    want[2, 2] = np.nan
+    got = want.copy()
+    got.view(np.uint32)[2, 2] |= 1 << 31
+    assert selftest.compare("a", want, got).good
+    got.view(np.uint32)[3, 4] ^= 1
+    verdict = selftest.compare("a", want, got)
+    assert not verdict.good and verdict.text.startswith("1 of 35 numbers differ, first in row 3, column 4")
+
+
+def test_selftest_says_what_it_compared(monkeypatch, capsysbinary):
+    """A few of its checks: all of them take minutes here."""
+    few = [lambda: selftest.of_tiny("Q5_K", selftest.WIDE, 12, "cuda"), lambda: selftest.of_tower("cuda")]
+    monkeypatch.setattr(selftest, "checks", lambda device: few)
+    assert selftest.selftest(safe=False) == 0
+    lines = capsysbinary.readouterr().out.decode().splitlines()
+    assert lines[1].startswith("emulated GPU 0, 8.6") and lines[2].startswith("ok  Q5_K: 33600 numbers, all bits equal")
+    assert "GB/s" in lines[-2] and lines[-1].startswith("2 of 2 have the bits of the CPU")
 
 
 # --- what can fail
