@@ -2,7 +2,7 @@
  *
  * What everything else uses is asked from the system, before each step: kv caches grow, buffers grow with the longest
  * step, and Python has memory of its own.  So the slots make room before anybody takes it, and the process as a whole
- * stays within its bytes.
+ * stays within its bytes.  They make room for others, too, when half of what was left free for them is gone.
  */
 #include "budget.h"
 #include "allowance.h"
@@ -52,6 +52,8 @@ void budget_fit(const budget *b, slots *s, uint64_t about_to_take) {
     slots_counts now;
     slots_count(s, &now);
     const uint64_t used = memory_resident(), others = used > now.bytes_there ? used - now.bytes_there : used;
-    const uint64_t taken = others + about_to_take;
-    slots_fit(s, b->fixed ? b->fixed : b->most > taken ? b->most - taken : 0);
+    const uint64_t taken = others + about_to_take, free = allowance_room(), spare = b->reserve / 2;
+    uint64_t most = b->most;
+    if (free && used + free < most + spare) most = used + free > spare ? used + free - spare : 0;
+    slots_fit(s, b->fixed ? b->fixed : most > taken ? most - taken : 0);
 }

@@ -295,6 +295,50 @@ def test_the_process_keeps_within_its_memory(tmp_path, n_bytes):
     assert 0.9 < float(done.stdout) < 1.02
 
 
+BESIDE = """
+import subprocess
+import sys
+from ms4.models.model import Model
+
+GROW = "import time; held = [(bytearray(b'x' * (5 << 20)), time.sleep(0.1)) for i in range(20)]"
+with Model.open(sys.argv[1], load="stream", threads=2) as model, model.session(2000) as session:
+    for i in range(300):
+        session.feed([i])
+    before = model.engine.stats()
+    other = subprocess.Popen([sys.executable, "-c", GROW])
+    least = before.slot_bytes_most
+    while other.poll() is None:
+        session.rewind(min(session.length, 1000))
+        session.feed([7])
+        least = min(least, model.engine.stats().slot_bytes_most)
+assert before.slot_bytes > 100 << 20, before
+print(other.returncode, least < before.slot_bytes_most - (20 << 20))
+"""
+
+
+@pytest.fixture
+def small_cgroup():
+    """A memory cgroup of 400 MB: what writes a process into it."""
+    one, two = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    folder = (one if one.is_dir() else two) / f"ms4-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+        (folder / ("memory.limit_in_bytes" if one.is_dir() else "memory.max")).write_text(str(400 << 20))
+    except OSError:
+        pytest.skip("no memory cgroup can be made here")
+    yield lambda: (folder / "cgroup.procs").write_text(str(os.getpid()))
+    folder.rmdir()
+
+
+@pytest.mark.slow
+def test_slots_make_room_for_others_before_the_system_kills_anybody(tmp_path, small_cgroup):
+    big = Tiny(n_layer=4, n_expert=48, n_used=4, d_model=512, d_expert=1024)
+    path = write_tiny(tmp_path / "t.gguf", big)[0]
+    command = [sys.executable, "-c", BESIDE, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_cgroup)
+    assert (done.returncode, done.stdout) == (0, "0 True\n"), done.stderr
+
+
 def test_a_budget_that_is_too_small_is_refused(tiny):
     with pytest.raises(MemoryError, match="of memory are not enough: all but the experts are 0.0 GB"):
         Model.open(tiny, load="stream", ram=1000)
