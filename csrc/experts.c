@@ -28,8 +28,12 @@ struct experts {
     int32_t n_layer, n_expert, n_devices, layer;
 };
 
-static double value_of(const void *counts, int32_t layer, int32_t expert) {
-    return policy_value(counts, layer, expert);
+/* Of a slot: none, if the expert lies on the card. */
+static double value_of(const void *context, int32_t layer, int32_t expert) {
+    const experts *store = context;
+    ffn_weights w;
+    if (store->on_card && vram_find(store->on_card, layer, expert, &w)) return 0;
+    return policy_value(store->policy, layer, expert);
 }
 static int open_parts(experts *store) {
     const size_t n = (size_t)store->n_expert;
@@ -43,7 +47,7 @@ static int open_parts(experts *store) {
             MS4_ENOMEM, "no memory for the expert table");
     if (!store->slots) return MS4_OK;
     TRY(policy_open(store->n_layer, store->n_expert, NULL, &store->policy));
-    slots_rate(store->slots, value_of, store->policy);
+    slots_rate(store->slots, value_of, store);
     return MS4_OK;
 }
 int experts_open(const ms4_shape *s, const layer_weights *layers, device *home, slots *from_disk, experts **out) {
@@ -132,8 +136,12 @@ static int32_t want(experts *store, const picks *p, int32_t n) {
     /* The last layer is computed for those tokens only whose logits are wanted. */
     const int ahead = next + 1 < store->n_layer && store->layers[next].has_experts
                    && p->n_used >= AHEAD_FROM * store->n_expert;
-    for (int32_t i = 0; i < store->n_expert; i++) store->ids[i] = i;
-    slots_soon(store->slots, next, store->ids, ahead ? store->n_expert : 0);
+    int32_t n_soon = 0;
+    for (int32_t i = 0; i < store->n_expert && ahead; i++) {
+        ffn_weights w;
+        if (!store->on_card || !vram_find(store->on_card, next, i, &w)) store->ids[n_soon++] = i;
+    }
+    slots_soon(store->slots, next, store->ids, n_soon);
     return n_there;
 }
 int experts_take(experts *store, int32_t layer, const picks *p, ffn_share shares[MAX_SHARES], int32_t *n_shares) {
