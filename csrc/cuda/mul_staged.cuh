@@ -212,7 +212,6 @@ template <class T, bool ONE> DEV void run_chunks(const staged<T> &s, source from
         __syncwarp();
         stage = stage + S::STAGE < S::WARP ? stage + S::STAGE : 0;
     }
-    copy_wait<0>();
 }
 template <class T> DEV void mul_staged(char *shared, const tile &at) {
     typedef staged<T> S;
