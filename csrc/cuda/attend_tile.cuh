@@ -94,7 +94,7 @@ DEV void tile_products(products &p, const tile_room &room, const fragment_a *q, 
     for (int k = FIRST; k < END; k++) {
         fragment_a a;
         fragment_b b;
-        __syncwarp();                           /* or too many loads are begun, and there are not enough registers */
+        __syncwarp(ALL);                        /* else more loads are begun than there are registers for */
         load_b(b, room.keys + tile * 8 * KEY_BYTES, rows_k, k);
         if (k >= HELD) load_a(a, room.weights, rows_q, WEIGHT_BYTES, k - HELD);
         if (k == FIRST) multiply_first(p, k < HELD ? q[k] : a, b);
@@ -253,7 +253,7 @@ DEV void tile_values(float (*o)[4], const tile_room &room, int thread, int zero)
 #pragma unroll
         for (int k = 0; k < KV_ROWS / 32; k++) {
             fragment_b b;
-            if (k % 2 == 0) __syncwarp();
+            if (k % 2 == 0) __syncwarp(ALL);    /* likewise */
             load_values(b, room.keys, lane, own.second * TILE_VALUES + tile, k);
             if (k) multiply(p, a[k], b);
             else multiply_first(p, a[k], b);
