@@ -37,6 +37,7 @@ SEEN_BY = {
     "attend_tile.cuh": [(ATTEND, "attend_rows")],
     "fragments.cuh": [(ATTEND, "attend")],
     "patches.cuh": [(PATCHES, "")],
+    "attend_patches.cuh": [(PATCHES, "attend")],
     "mul.cuh": [("mul", f"mul_{kind}") for kind in BLOCKS],
     "mul_staged.cuh": [("mul", f"mul_{kind}") for kind in BLOCKS],
     "gemm.cuh": [("mul", f"gemm_{kind}") for kind in BLOCKS],
@@ -130,6 +131,14 @@ BY_HAND = [
     ),
     ("job.cuh", "if (j.scaled) v = __fmul_rn(v, j.scale);", "", "job: no scale"),
     ("job.cuh", "j.add ? __fadd_rn(*y, v) : v", "v", "job: nothing added"),
+    (
+        "attend_tile.cuh",
+        "float low = __fadd_rn(part[0], part[2]), high = __fadd_rn(part[1], part[3]);",
+        "float low = __fadd_rn(part[0], part[1]), high = __fadd_rn(part[2], part[3]);",
+        "attend_rows: tree of other neighbours",
+    ),
+    ("attend_tile.cuh", "part = tile % 2 * 2 + e;", "part = tile / 4 * 2 + e;", "attend_rows: other partial sums"),
+    ("attend_patches.cuh", "c < HEAD; c++", "c < HEAD - 1; c++", "attend_patches: a column too few"),
     ("fragments.cuh", "mma_k32<false, true>", "mma_k32<true, true>", "attend: low bytes taken as signed"),
 ]
 HARMLESS = "harmless: must not be caught"
