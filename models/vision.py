@@ -39,6 +39,7 @@ class VisionEncoder:
             )
         self.rule = tower.rule
         self.vision = engine.vision(tower.shape, tower.tensors, tower.path)
+        self.displaced = engine.stats().device != "cpu" and not self.vision.on_gpu
         try:
             # The engine opened the file once more, by name: it must be the one whose header was checked.
             tower.gguf.check_unchanged()
@@ -136,7 +137,7 @@ class ImageInput:
 
     def _open(self, engine: ms4.Engine) -> VisionEncoder:
         encoder = VisionEncoder(engine, self.tower)
-        if engine.stats().device != "cpu" and not encoder.vision.on_gpu:
+        if encoder.displaced:
             self.doubt = "the CPU computes images: beside the text model the GPU has no room for the vision tower"
         return encoder
 

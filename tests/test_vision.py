@@ -112,6 +112,8 @@ def test_a_damaged_mmproj_is_refused_in_one_line(tmp_path, key, kind, value, say
 
 
 class CountingEncoder:
+    displaced = False
+
     """An encoder whose rows are the numbers of its calls."""
 
     n = 0
