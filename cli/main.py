@@ -123,6 +123,10 @@ Logprobs = Annotated[
 Stats = Annotated[bool, typer.Option("--stats", help="One line of statistics on stderr.")]
 
 
+Vram = Annotated[
+    int | None,
+    typer.Option("--vram", metavar="N", parser=opt.whole(0, opt.MOST_BYTES), help="Bytes of VRAM; else the card's."),
+]
 Seconds = Annotated[
     float | None,
     typer.Option("--timeout", metavar="S", parser=opt.real(0, 1e6, above=True), help="Exit 3 after S seconds."),
@@ -516,6 +520,29 @@ def trace(
 
 
 @app.command(cls=Command)
+def plan(
+    path: Annotated[str, typer.Argument(metavar="PATH|NAME", help="The GGUF file, or a name of ms4 ls; else -m.")] = "",
+    model: opt.Model = None,
+    ram: opt.Ram = None,
+    vram: Vram = None,
+    ctx: opt.Context = opt.N_CTX_DEFAULT,
+    gpu: Annotated[str, opt.choice(opt.CARDS, "What if there were this card.", "--gpu")] = "none",
+    memory: Annotated[
+        str, opt.choice(("measured", *opt.MEMORIES), "What if there were this memory.", "--memory")
+    ] = "measured",
+    recalibrate: Annotated[bool, typer.Option("--recalibrate", help="Measure this machine again.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    threads: opt.Threads = None,
+    quiet: opt.Quiet = None,
+) -> int:
+    """Say what of a model would lie where, whether it fits, and how fast it would be.  No weights are read."""
+    from ms4.cli import plan as command
+
+    engine = opt.engine_options(path or model, threads, quiet=quiet)
+    return command.plan(command.Question(engine, ram, vram, ctx, gpu, memory, recalibrate, json))
+
+
+@app.command(cls=Command)
 def simulate(
     path: Annotated[str, typer.Argument(metavar="TRACE", help="What ms4 trace has recorded.")],
     model: opt.Model = None,
@@ -523,12 +550,7 @@ def simulate(
     memory: Annotated[
         str, opt.choice(opt.MEMORIES, "The host's memory; x8: of eight channels.", "--memory")
     ] = "DDR5-5600",
-    vram: Annotated[
-        int | None,
-        typer.Option(
-            "--vram", metavar="N", parser=opt.whole(0, opt.MOST_BYTES), help="Bytes of VRAM; else the card's."
-        ),
-    ] = None,
+    vram: Vram = None,
     ram: Annotated[
         int | None,
         typer.Option(

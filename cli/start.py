@@ -30,6 +30,7 @@ commands:
   verify      compare their checksums, and repair what is damaged
   sessions    list, show, export, search, remove conversations
   info        show what is in a model file
+  plan        say whether a model fits, and how fast it will be
   doctor      check this machine and say what to change
   selftest    compare the GPU with the CPU, to the bit
   bench       measure reading and writing speed

@@ -15,6 +15,11 @@ def folder() -> Path:
     return Path(state, "ms4")
 
 
+def cache_folder() -> Path:
+    """For what can be found out again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "ms4")
+
+
 def first_today(name: str) -> bool:
     """True once a day for each terminal (and once where stderr is none); always, if nothing can be remembered.
 

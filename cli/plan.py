@@ -1,0 +1,281 @@
+"""`ms4 plan`: what of a model would lie where, whether it fits, and how fast it would be.
+
+The weights are not read.  What this machine does in a second is measured once, in about ten seconds, and remembered.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import ms4
+from ms4.cli import errors, measured, render, streams
+from ms4.cli.errors import CliError
+from ms4.cli.options import EngineOptions
+from ms4.cli.render import StatusLine, gigabytes
+
+if TYPE_CHECKING:
+    from ms4.models.calibration import DiskRate, Rates
+    from ms4.models.clock import Terms
+    from ms4.models.forecast import Model, Other, Plan, Resources, Speed
+    from ms4.quant.gguf_file import GgufFile
+
+NO_CARD = "none"
+MEASURED = "measured"  # --memory: that of this machine
+DISK_ASSUMED = 2e9  # bytes per second, of a disk that nobody has measured: a slow NVMe, or a good SATA array
+N_OTHERS = 2
+
+
+class NoRoomError(CliError):
+    """No plan for this model fits."""
+
+    code = errors.NO_ROOM
+
+
+@dataclass(frozen=True)
+class Question:
+    """What `ms4 plan` was asked.  Bytes; None: what this machine, or the card, has."""
+
+    engine: EngineOptions
+    ram: int | None
+    vram: int | None
+    n_ctx: int
+    card: str = NO_CARD
+    memory: str = MEASURED
+    recalibrate: bool = False
+    as_json: bool = False
+
+
+def plan(question: Question) -> int:
+    """Prints the plan; exit code 6, with the nearest that fit, if there is none."""
+    from ms4.models import mistral4
+    from ms4.models.forecast import Model, make
+    from ms4.quant.gguf_file import GgufFile
+
+    path = question.engine.require()
+    gguf = GgufFile.open(path)
+    shape = mistral4.shape_of(gguf)
+    tensors = mistral4.tensors_of(gguf, shape)
+    model = Model.made_of(shape, tensors, sum(gguf.sizes))
+    status = StatusLine(question.engine.quiet)
+    there, notes = resources(question, gguf, shape, tensors, status)
+    n_ctx = min(question.n_ctx, shape.n_ctx_train)
+    if n_ctx < question.n_ctx:
+        notes.append(f"the model holds at most {n_ctx} tokens")
+    made = make(model, there, n_ctx)
+    ratios = measured.ratios(measured.run_key(path, made.load)) if is_here(question) else (1.0, 1.0)
+    if ratios != (1.0, 1.0):
+        notes.append("corrected by earlier runs: writing x {:.2f}, reading x {:.2f}".format(*ratios))
+    made = made.corrected(*ratios)
+    others = [] if made.fits else nearest(model, there, made, path)
+    output = streams.Output()
+    if question.as_json:
+        output.write(json.dumps(as_json(path, model, there, made, ratios, others, notes)) + "\n")
+    else:
+        output.write(shown(path, there, made, notes))
+    if not made.fits:
+        raise refusal(made, others)
+    return errors.OK
+
+
+def is_here(question: Question) -> bool:
+    """Whether it is this machine that is asked about, and not one of the tables."""
+    return question.card == NO_CARD and question.memory == MEASURED
+
+
+# --- the machine
+def resources(
+    question: Question, gguf: GgufFile, shape: ms4.Shape, tensors: Sequence[ms4.Tensor], status: StatusLine
+) -> tuple[Resources, list[str]]:
+    """The machine, measured or remembered or from the tables, and what is to be said about that."""
+    from ms4.models import clock
+    from ms4.models.forecast import Resources
+
+    room = ms4.allowed().room
+    ram = room if question.ram is None else question.ram
+    limited = question.ram is not None
+    notes = []
+    rates = known_rates(question, shape, tensors, room, status)
+    disk = known_disk(question, gguf, status)
+    if disk is None:
+        notes.append(
+            f"the disk is assumed to give {gigabytes(int(DISK_ASSUMED))}/s: the file is too small to measure it"
+        )
+    elif not disk.direct:
+        notes.append("the disk was measured through the page cache, as its file system reads no other way")
+    card = None if question.card == NO_CARD else clock.CARDS[question.card]
+    vram = 0.0 if card is None else card.vram if question.vram is None else question.vram
+    here = clock.Machine(card, rates.ram, rates.flops, disk.bytes_per_s if disk else DISK_ASSUMED)
+    if question.memory != MEASURED:
+        here = replace(here, ram=clock.MEMORIES[question.memory])
+        notes.append(f"{question.memory}: what others have measured with such memory, not this machine")
+    if card is not None:
+        notes.append(f"a {question.card} by its data sheet: nothing was measured on one")
+    return Resources(here, ram, limited, vram), notes
+
+
+def known_rates(
+    question: Question, shape: ms4.Shape, tensors: Sequence[ms4.Tensor], room: int | None, status: StatusLine
+) -> Rates:
+    """Rates of the CPU, from earlier or measured now."""
+    from ms4.models.calibration import calibrate
+
+    key = measured.rates_key(shape, tensors, question.engine.threads)
+    found = None if question.recalibrate else measured.rates(key)
+    if found is None:
+        status.show("measuring what this machine does with such a model: about ten seconds, once")
+        most = min(1 << 30, (room or 4 << 30) // 4)
+        found = calibrate(shape, tensors, most, question.engine.threads)
+        status.clear()
+        measured.keep_rates(key, found)
+    return found
+
+
+def known_disk(question: Question, gguf: GgufFile, status: StatusLine) -> DiskRate | None:
+    """The rate of the disk that the file is on; None: it cannot be measured with it."""
+    from ms4.models.calibration import disk_rate
+
+    key = measured.disk_key(gguf.paths[0])
+    found = None if question.recalibrate else measured.disk(key)
+    if found is None:
+        status.show("measuring the disk")
+        found = disk_rate(gguf.paths)
+        status.clear()
+        if found is not None:
+            measured.keep_rates(key, found)
+    return found
+
+
+# --- what fits instead
+def nearest(model: Model, there: Resources, made: Plan, path: str) -> list[Other]:
+    """The N_OTHERS plans that fit and are nearest: this file with less context or more memory, then smaller files."""
+    from ms4.models.forecast import more_memory, smaller_contexts, smaller_files
+
+    found = smaller_contexts(model, there, made.n_ctx)
+    found += more_memory(made, there, ms4.allowed().room)
+    found += smaller_files(model, there, made.n_ctx, files(path))
+    return found[:N_OTHERS]
+
+
+def files(path: str) -> list[tuple[str, int]]:
+    """Other model files: those on this machine, and those that the table of repositories knows."""
+    from ms4.models import repositories, stored
+
+    here = [(f"ms4 plan {one.name}", one.bytes) for one in stored.everything() if str(one.paths[0]) != path]
+    known = [(f"ms4 pull {one.quant}", one.bytes) for one in repositories.DEFAULT.files if one.bytes]
+    return here + known
+
+
+def refusal(made: Plan, others: list[Other]) -> NoRoomError:
+    """What happened, why in numbers, and what to type."""
+    parts = [f"all but experts {gigabytes(int(made.dense))}", f"kv cache {gigabytes(int(made.kv))}"]
+    parts += [f"buffers {gigabytes(int(made.buffers + made.process))}"]
+    parts += [f"one expert {gigabytes(int(made.expert))}"] if made.n_experts else []
+    there = gigabytes(int((made.ram or 0) - made.reserve))
+    message = f"this plan needs {gigabytes(int(made.needed))} of memory, {there} are there: {', '.join(parts)}"
+    hint = "   or   ".join(f"{other.how} ({gigabytes(int(other.needed))})" for other in others)
+    return NoRoomError(message, hint or f"a machine with {gigabytes(int(made.needed))} of free memory")
+
+
+# --- what is printed
+def speed_json(speed: Speed) -> dict[str, Any]:
+    return {
+        "tokens_per_s": speed.tokens_per_s,
+        "limit": speed.terms.limit,
+        "ms": speed.terms.milliseconds(),
+        "share_found": speed.found,
+        "share_in_vram": speed.in_vram,
+    }
+
+
+def terms_json(terms: Terms) -> dict[str, Any]:
+    return {"tokens_per_s": terms.tokens_per_s, "limit": terms.limit, "ms": terms.milliseconds()}
+
+
+def as_json(
+    path: str,
+    model: Model,
+    there: Resources,
+    made: Plan,
+    ratios: tuple[float, float],
+    others: list[Other],
+    notes: list[str],
+) -> dict[str, Any]:
+    """One object; bytes, tokens per second, and the milliseconds of a token by what they are spent on."""
+    machine = there.machine
+    memory = ("dense", "kv", "buffers", "process", "reserve", "needed")
+    return {
+        "model": os.path.basename(path),
+        "bytes": model.bytes_file,
+        "fits": made.fits,
+        "load": made.load,
+        "ctx": made.n_ctx,
+        "machine": {
+            "ram_bytes": made.ram,
+            "vram_bytes": there.vram,
+            "memory_bytes_per_s": machine.ram,
+            "cpu_flops": machine.cpu_flops,
+            "disk_bytes_per_s": machine.disk,
+            "card": machine.card and asdict(machine.card),
+        },
+        "memory": {name: int(getattr(made, name)) for name in memory},
+        "experts": {
+            "all": made.n_experts,
+            "in_vram": made.n_vram,
+            "in_ram": made.n_ram,
+            "on_disk": made.n_disk,
+            "bytes_of_one": int(made.expert),
+        },
+        "seconds_to_open": made.seconds_to_open,
+        "decode": {name: speed_json(getattr(made, name)) for name in ("cold", "warm", "usual")},
+        "prefill": {"warm": terms_json(made.prompt), "cold": terms_json(made.prompt_cold)},
+        "corrected_by": {"decode": ratios[0], "prefill": ratios[1]},
+        "nearest": [{"type": other.how, "ctx": other.n_ctx, "needed": int(other.needed)} for other in others],
+        "notes": notes,
+    }
+
+
+def shown(path: str, there: Resources, made: Plan, notes: list[str]) -> str:
+    """For people: where what lies, how fast it will be, and why."""
+    name = errors.escape(os.path.basename(path), 80)
+    verdict = (
+        "does not fit" if not made.fits else "fits into memory" if made.load == "memory" else "experts on the disk"
+    )
+    room = "unknown" if made.ram is None else gigabytes(int(made.ram))
+    machine = there.machine
+    lines = [
+        f"{name}: {verdict}, {render.short(made.n_ctx)} tokens of context",
+        f"machine   memory {room}, weights read at {gigabytes(int(machine.ram))}/s, prompts at "
+        f"{machine.cpu_flops / 1e9:.0f} Gflop/s, disk {gigabytes(int(machine.disk))}/s",
+        f"memory    all but experts {gigabytes(int(made.dense))} · kv cache {gigabytes(int(made.kv))} · buffers "
+        f"{gigabytes(int(made.buffers))} · process {gigabytes(int(made.process))} · left to others "
+        f"{gigabytes(int(made.reserve))}",
+    ]
+    if made.n_experts:
+        places = f"{made.n_ram} in memory · " + (f"{made.n_vram} in VRAM · " if there.machine.card else "")
+        size = gigabytes(int(made.expert))
+        lines.append(f"experts   {places}{made.n_disk} on the disk, of {made.n_experts} with {size} each")
+    if made.fits:
+        lines += speeds(made)
+    lines += [f"note      {note}" for note in notes]
+    return "\n".join([*lines, "Predicted, not measured.", ""])
+
+
+def speeds(made: Plan) -> list[str]:
+    """The predicted speeds, one a line, with the terms that they are made of."""
+    lines = [f"opening   {made.seconds_to_open:.0f} s from the disk"]
+    if made.warm.found == 1 and not made.warm.in_vram:
+        rows = [("writing", made.warm.terms, "")]
+    else:
+        rows = [
+            ("writing", made.warm.terms, "  if choices are uniform, the slowest case"),
+            ("", made.usual.terms, f"  in coherent text, {100 * made.usual.found:.0f} % found in memory"),
+            ("", made.cold.terms, "  at first, when nothing is in memory yet"),
+        ]
+    for name, terms, why in [*rows, ("reading", made.prompt, "")]:
+        spent = " · ".join(f"{what} {ms:.1f}" for what, ms in terms.milliseconds().items() if ms >= 0.05)
+        lines.append(f"{name:<9} {terms.tokens_per_s:.2f} tok/s, limit: {terms.limit} (ms: {spent}){why}")
+    return lines
