@@ -24,11 +24,11 @@ import hashlib, sys, tempfile
 import numpy as np
 import ms4
 from ms4.models.model import Model
-out, ids = hashlib.sha256(), np.random.default_rng(3).integers(5, 900, (2, 150))
+out, ids = hashlib.sha256(), np.random.default_rng(3).integers(5, 900, (2, 36))
 with Model.open(sys.argv[1], device="cuda", vram=24 << 20) as model:
     with model.session(256) as one, model.session(256) as two:
         logits = one.feed(ids[0])
-        for _ in range(8):
+        for _ in range(5):
             logits = one.feed([int(np.argmax(logits))])
             out.update(logits.tobytes())
         for part in model.engine.step([ms4.Span(one, ids[1, :3]), ms4.Span(two, ids[1, :20])]):
