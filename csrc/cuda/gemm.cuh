@@ -30,19 +30,27 @@ template <class T> struct gemm_stage {
         float block_sums[FLOAT_MINS ? 4 * GEMM_TOKENS : 1];
     };
     float d[GEMM_ROWS], dmin[GEMM_ROWS], x_d[GEMM_TOKENS];
+    const uint8_t *row[GEMM_ROWS];              /* where rows and tokens begin */
+    const block_q8 *token[GEMM_TOKENS];
 };
+template <class T> DEV void find_rows(gemm_stage<T> *s, const tile &at) {
+    const int i = (int)threadIdx.x;
+    if (i < GEMM_ROWS) s->row[i] = row_of_w(at.job, at.row + i);
+    else if (i < GEMM_ROWS + GEMM_TOKENS)
+        s->token[i - GEMM_ROWS] = (const block_q8 *)row_of_x(at.job, at.token + i - GEMM_ROWS);
+}
 /* What is staged: half h of superblock i, of which n columns exist. */
 struct gemm_half { int i, h, n; };
-template <class T> DEV void stage_weights(gemm_stage<T> *s, const tile &at, gemm_half half) {
+template <class T> DEV void stage_weights(gemm_stage<T> *s, gemm_half half) {
     const int u = (int)threadIdx.x % 16, r = (int)threadIdx.x % GEMM_ROWS, part = (int)threadIdx.x / GEMM_ROWS;
     const size_t before = (size_t)half.i * T::BYTES;
 #pragma unroll 2
     for (int row = (int)threadIdx.x / 16; row < GEMM_ROWS; row += GEMM_THREADS / 16) {
         uint2 q = { 0, 0 };
-        if (8 * u < half.n) q = T::quants(row_of_w(at.job, at.row + row) + before, 16 * half.h + u, T::book());
+        if (8 * u < half.n) q = T::quants(s->row[row] + before, 16 * half.h + u, T::book());
         *(uint2 *)(s->w + row * GEMM_STRIDE + 8 * u) = q;
     }
-    const uint8_t *p = row_of_w(at.job, at.row + r) + before;
+    const uint8_t *p = s->row[r] + before;
     constexpr int GROUPS = gemm_stage<T>::GROUPS, EACH = GROUPS / 2;
 #pragma unroll
     for (int k = 0; k < EACH; k++) {
@@ -63,15 +71,15 @@ template <class T> DEV void stage_weights(gemm_stage<T> *s, const tile &at, gemm
         if (part) s->dmin[r] = T::dmin(p);
     }
 }
-template <class T> DEV void stage_tokens(gemm_stage<T> *s, const tile &at, gemm_half half) {
+template <class T> DEV void stage_tokens(gemm_stage<T> *s, gemm_half half) {
 #pragma unroll
     for (int k = (int)threadIdx.x; k < GEMM_TOKENS * 8; k += GEMM_THREADS) {
-        const block_q8 *x = (const block_q8 *)row_of_x(at.job, at.token + k / 8) + half.i;
+        const block_q8 *x = s->token[k / 8] + half.i;
         *(uint4 *)(s->x + k / 8 * GEMM_STRIDE + k % 8 * 16) =
             *(const uint4 *)(x->qs + half.h * GEMM_COLUMNS + k % 8 * 16);
     }
     const int t = (int)threadIdx.x % GEMM_TOKENS, part = (int)threadIdx.x / GEMM_TOKENS;
-    const block_q8 *x = (const block_q8 *)row_of_x(at.job, at.token + t) + half.i;
+    const block_q8 *x = s->token[t] + half.i;
     if constexpr (gemm_stage<T>::FLOAT_MINS) {
         const int16_t *sums = x->sums + 8 * half.h + 2 * part;
         s->block_sums[part * GEMM_TOKENS + t] = __int2float_rn(sums[0] + sums[1]);
@@ -185,6 +193,7 @@ template <class T> DEV void gemm_quantised(const mul_args &args) {
     const tile &at = tile_of_block<GEMM_ROWS, GEMM_TOKENS>(args);
     const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
     const gemm_lane l = { warp % 4 * 32 + lane / 4, warp / 4 * 32 + lane % 4 * 2, warp / 4 * 32 + lane / 4, lane % 4 };
+    find_rows(s, at);
     gemm_floats_of y = {}, v;                   /* v, I: of the superblock, without x's own scales */
     gemm_ints I;
 #pragma unroll 1
@@ -195,8 +204,8 @@ template <class T> DEV void gemm_quantised(const mul_args &args) {
 #pragma unroll
             for (int k = 0; k < 32; k++) v[k / 16][k / 4 % 4][k % 4] = 0, I[k / 16][k / 4 % 4][k % 4] = 0;
         __syncthreads();
-        stage_weights(s, at, half);
-        stage_tokens(s, at, half);
+        stage_weights(s, half);
+        stage_tokens(s, half);
         __syncthreads();
 #pragma unroll 1
         for (int g = 0; g < half.n / form<T>::WIDTH; g++) {

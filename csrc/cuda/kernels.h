@@ -239,7 +239,7 @@ SIZE_FUNCTION size_t mul_shared(int type, int32_t n_tokens) {
     const size_t warp = mul_stages(chunk * bytes) * (chunk * bytes + 16) + sums;      /* a row is read a word too far */
     return type <= MS4_TYPE_bf16 ? 0 : MUL_THREADS / 32 * warp + tokens * mul_token_bytes() + mul_grid_bytes(type);
 }
-#define GEMM_SHARED 37120
+#define GEMM_SHARED 38656
 static inline size_t gemm_shared(int type) { return is_float_type(type) ? 0 : GEMM_SHARED; }
 #define SEGMENT_ROOM 12800     /* scores, weights and sums of ATTEND_HEADS heads and a segment */
 #define TENSOR_RANK 256        /* attention uses tensor cores for this shape */
