@@ -11,7 +11,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,12 +71,14 @@ def of_tiny(name: str, tiny: Tiny, n_prompt: int, device: str) -> Verdict:
         for on in ("cpu", device):
             with opened(path, device=on) as (_, session):
                 said.append(answer(session, n_prompt, tiny.n_vocab))
-    return compare(name, *said)
+    return compare(name, said[0], said[1])
 
 
 def of_places(device: str) -> Verdict:
     """Half of the experts on the CPU, others each time."""
-    random, want, got = np.random.default_rng(SEED), [], []
+    random = np.random.default_rng(SEED)
+    want: list[np.ndarray] = []
+    got: list[np.ndarray] = []
     with opened(options.DEMO) as (_, cpu), opened(options.DEMO, device=device) as (model, gpu):
         for _ in range(3):
             place = random.integers(0, 2, (model.shape.n_layer, model.shape.n_expert)).astype(np.uint8)
@@ -89,14 +92,15 @@ def of_places(device: str) -> Verdict:
 def of_moves(device: str) -> Verdict:
     """Little memory: experts come and go while tokens are computed."""
     said = []
-    for how in ({}, {"device": device, "vram": 24 << 20}):
+    settings: tuple[dict[str, object], ...] = ({}, {"device": device, "vram": 24 << 20})
+    for how in settings:
         with opened(options.DEMO, **how) as (model, session):
             logits = [session.feed(np.arange(5, 45))]
             logits += [session.feed([int(np.argmax(logits[-1]))]) for _ in range(24)]
             said.append(np.stack(logits))
             stats = model.engine.stats()
     moved = f"; {stats.vram_slots} of {stats.experts} experts fit, {stats.uploads} were brought"
-    return compare("few experts on the card", *said, more=moved)
+    return compare("few experts on the card", said[0], said[1], moved)
 
 
 def of_tower(device: str) -> Verdict:
@@ -107,7 +111,7 @@ def of_tower(device: str) -> Verdict:
     for on in ("cpu", device):
         with opened(options.DEMO, device=on) as (model, _):
             rows.append(model.engine.vision(tower.shape, tower.tensors, tower.path).encode(pixels))
-    return compare("vision tower", *rows)
+    return compare("vision tower", rows[0], rows[1])
 
 
 def of_repeats(device: str) -> Verdict:
@@ -121,14 +125,14 @@ def of_repeats(device: str) -> Verdict:
     return compare(f"one token {N_REPEATED} times", np.repeat(said[:1], N_REPEATED, axis=0), np.stack(said))
 
 
-def checks(device: str) -> Iterator[Callable[[], Verdict]]:
-    for kind, _, _ in BLOCKS.values():
-        tiny = Tiny(**{**WIDE.__dict__, "default_type": kind})
-        yield lambda kind=kind, tiny=tiny: of_tiny(f"all weights {kind}", tiny, 24, device)
-    yield lambda: of_tiny("odd shapes, two segments", Tiny(), 150, device)
-    yield lambda: of_tiny("one layer of the real shape", REAL, 16, device)
-    for check in (of_tower, of_places, of_moves, of_repeats):
-        yield lambda check=check: check(device)
+def checks(device: str) -> list[Callable[[], Verdict]]:
+    kinds = [kind for kind, _, _ in BLOCKS.values()]
+    return [
+        *(partial(of_tiny, f"all weights {kind}", replace(WIDE, default_type=kind), 24, device) for kind in kinds),
+        partial(of_tiny, "odd shapes, two segments", Tiny(), 150, device),
+        partial(of_tiny, "one layer of the real shape", REAL, 16, device),
+        *(partial(check, device) for check in (of_tower, of_places, of_moves, of_repeats)),
+    ]
 
 
 def about() -> str:
