@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 import ms4
-from ms4.cli import errors, options, render, state
+from ms4.cli import errors, expected, options, render, state
 from ms4.cli.errors import INTERRUPTED, UsageError
 from ms4.cli.options import N_CTX_DEFAULT, EngineOptions
 from ms4.cli.render import StatusLine
@@ -112,7 +112,7 @@ def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0) -> "
                     device=engine.device,
                     vram=engine.vram,
                     progress=progress,
-                    seen=lambda gguf: name_size(gguf, path) if engine.load == "map" and not engine.quiet else None,
+                    seen=lambda gguf: look(gguf, engine, path),
                 )
             )
         except BaseException as error:
@@ -138,12 +138,20 @@ def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0) -> "
     return opened[0]
 
 
+def look(gguf: "GgufFile", engine: EngineOptions, path: str) -> None:
+    """With a header alone: refuses what has no room, and says that of what has little."""
+    expected.require_room(gguf, engine)
+    if engine.load == "map" and not engine.quiet:
+        name_size(gguf, path)
+
+
 def begin(model: "Model", engine: EngineOptions, status: StatusLine) -> None:
     """With a model that is open: says where its weights are, and has the hot experts brought."""
     if engine.verbose:
         name_notes(model)
     if not engine.quiet:
         name_disk(model, engine)
+        expected.note_before(model)
         if note := model.engine.stats().note:
             errors.note(note)
     warm(model)

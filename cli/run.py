@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import ms4
-from ms4.cli import errors, image_notes, loading, remembered, render, streams, writers
+from ms4.cli import errors, expected, image_notes, loading, remembered, render, streams, writers
 from ms4.cli.asked import Asked, ask
 from ms4.cli.attachments import Sources
 from ms4.cli.errors import IncompleteError, UsageError
@@ -289,7 +289,8 @@ class Job:
             errors.note(f"error: {message}")
         if request.stats:
             stats = self.model.engine.stats()
-            errors.note(render.statistics(done.statistics, self.images.seconds) + render.from_disk(stats))
+            compared = expected.note_after(self.model, done.statistics)
+            errors.note(render.statistics(done.statistics, self.images.seconds) + render.from_disk(stats) + compared)
             if stats.device != "cpu":
                 errors.note(render.gpu(stats))
         return code

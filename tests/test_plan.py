@@ -247,3 +247,41 @@ def test_earlier_runs_correct_the_plan_and_are_named(ms4, known):
     assert after["prefill"]["warm"]["tokens_per_s"] == pytest.approx(before["prefill"]["warm"]["tokens_per_s"] / 2)
     assert after["corrected_by"] == {"decode": 3.0, "prefill": 0.5} and "corrected by earlier" in after["notes"][-1]
     assert planned(ms4, "--gpu", "4090")[1]["corrected_by"] == {"decode": 1.0, "prefill": 1.0}
+
+
+# --- runs
+def test_a_run_that_cannot_have_room_is_refused_before_a_weight_is_read(ms4, known):
+    code, out, err = ms4("run", "-m", bravo(), "--ram", "1M", "-n", "2", "Hi")
+    assert (code, out) == (6, "") and "at the least" in err and "ms4 plan" in err
+    assert ms4("run", "-q", "-m", bravo(), "--ram", "1G", "-n", "2", "Hi")[0] == 0
+
+
+def test_a_slow_model_is_announced_by_what_was_measured_and_by_earlier_runs(ms4, known, small):
+    shape, tensors, _ = small
+    assert "expect about" not in ms4("run", "-m", bravo(), "-n", "2", "Hi")[2]
+    measured.keep_rates(measured.rates_key(shape, tensors, 0), Rates(1e6, 1e10))
+    code, _, err = ms4("run", "-m", bravo(), "-n", "2", "Hi")
+    assert code == 0 and "expect about " in err and "tok/s of writing" in err
+    assert "expect" not in ms4("run", "-q", "-m", bravo(), "-n", "2", "Hi")[2]
+    measured.learn(measured.run_key(str(bravo()), "map"), 19.0, None)
+    assert "expect about" not in ms4("run", "-m", bravo(), "-n", "2", "Hi")[2]
+
+
+def test_statistics_compare_a_run_with_its_prediction_and_the_next_plan_knows(ms4, known, small, monkeypatch):
+    key = measured.run_key(str(bravo()), "map")
+    monkeypatch.setattr(measured, "MOST_RATIO", 1e9)  # whatever this machine is busy with
+    arguments = ("run", "-m", bravo(), "--greedy", "-n", "40", "--stats", "One two three.")
+    code, _, err = ms4(*arguments)
+    assert code == 0 and "writing predicted" in err
+    ratio = measured.ratios(key)[0]
+    assert ratio != 1.0
+    said = "off by" in err
+    assert said == (abs(ratio - 1) > measured.FAR)
+    corrected = planned(ms4)[1]["corrected_by"]["decode"]
+    assert corrected == ratio
+
+
+def test_nothing_is_expected_of_a_machine_that_was_not_measured(ms4, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    err = ms4("run", "-m", bravo(), "-n", "12", "--stats", "Hi")[2]
+    assert "predicted" not in err and "expect" not in err and not measured.machine_path().exists()
