@@ -1,5 +1,6 @@
 /* calls.cpp -- entry points of the emulated driver: devices, contexts, modules, memory, launches. */
 #include "driver.h"
+#include <dlfcn.h>
 #include <sys/mman.h>
 
 /* Leaked on purpose: its thread works until the process ends. */
@@ -21,7 +22,15 @@ static void write_report() {
     fprintf(f, "calls %llu\nbytes copied %llu\nmost memory %zu\n", (unsigned long long)d.n_calls,
             (unsigned long long)d.copied, memory_most());
     for (auto &c : d.calls) fprintf(f, "call %s %llu\n", c.first.c_str(), (unsigned long long)c.second);
-    for (auto &p : d.places) fprintf(f, "places %s %zu\n", p.first.c_str(), p.second.size());
+    for (auto &p : d.places) {
+        fprintf(f, "places %s %zu\n", p.first.c_str(), p.second.size());
+        for (size_t i = 0; i < p.second.size(); i++) {
+            Dl_info in = {};
+            dladdr(p.second[i], &in);
+            fprintf(f, "place %s %zu %s %#zx\n", p.first.c_str(), i + 1, in.dli_fname,
+                    (size_t)((const char *)p.second[i] - (const char *)in.dli_fbase));
+        }
+    }
     for (auto &k : d.kernels_run) fprintf(f, "kernel %s %llu\n", k.first.c_str(), (unsigned long long)k.second);
     fclose(f);
 }
