@@ -1,15 +1,13 @@
 """What a person sees while they wait: the status line on stderr, dimmed thoughts, the line of statistics."""
 
-import os
 import sys
 import threading
 import time
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
-from ms4.cli import streams
+from ms4.cli import streams, wrap
 from ms4.quant import visible
 
 if TYPE_CHECKING:
@@ -37,7 +35,7 @@ class StatusLine:
         with self._lock:
             self._shown = True
             # One cell is left free: at the last one some terminals begin a new line.
-            text = fitting(text, columns(sys.stderr) - 1)
+            text = fitting(text, streams.columns(sys.stderr) - 1)
             style, plain = (DIM, PLAIN) if streams.use_colour(sys.stderr) else ("", "")
             sys.stderr.write(f"{ERASE}{style}{text}{plain}")
             sys.stderr.flush()
@@ -73,20 +71,12 @@ class StatusLine:
             self.clear()
 
 
-def columns(stream: TextIO) -> int:
-    """The width of a terminal now; 80 if it does not say."""
-    try:
-        return os.get_terminal_size(stream.fileno()).columns or 80
-    except (OSError, ValueError):
-        return 80
-
-
 def fitting(text: str, width: int) -> str:
     """As much of a text as is at most `width` cells wide."""
     if text.isascii():
         return text[: max(width, 0)]
     for n, c in enumerate(text):
-        width -= 0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        width -= wrap.cell(c)
         if width < 0:
             return text[:n]
     return text
@@ -173,18 +163,26 @@ def gpu(s: "ms4.Stats") -> str:
 
 
 class Screen:
-    """Text for a person: thoughts dimmed, newlines at the end held back until more text follows."""
+    """Text for a person: thoughts dimmed, newlines at the end held back until more text follows.
+
+    On a terminal, lines are broken between words, and so the last word is held back, too.
+    """
 
     def __init__(self, output: streams.Output) -> None:
         self.output = output
         self._part = ""  # what was written last: "", "thinking" or "text"
         self._held = ""
+        self._wrap = self._new_wrap()
+
+    def _new_wrap(self) -> wrap.Wrap:
+        # One cell is left free, as in the status.
+        return wrap.Wrap(lambda: self.output.columns() - 1)
 
     def begin(self, text: str) -> None:
         """The beginning of the answer that was given: nothing of it is left out."""
         self._held = text[len(text.rstrip("\n")) :]
-        self.output.write(visible.text(text.rstrip("\n")) if self.output.terminal else text.rstrip("\n"))
         self._part = "text"
+        self._put(text.rstrip("\n"))
 
     def thinking(self, text: str) -> None:
         self._write("thinking", text)
@@ -193,8 +191,6 @@ class Screen:
         self._write("text", text)
 
     def _write(self, part: str, text: str) -> None:
-        if self.output.terminal:
-            text = visible.text(text)
         if part != self._part:
             text = text.lstrip("\n")
         body = text.rstrip("\n")
@@ -202,10 +198,27 @@ class Screen:
             self._held += text
             return
         if part != self._part:
+            self._flush()
+            self._wrap = self._new_wrap()
             self._held = ("\n\n" if self._part else "") + self._label(part)
-        style, plain = (DIM, PLAIN) if part == "thinking" and self.output.colour else ("", "")
-        self.output.write(f"{self._held}{style}{body}{plain}")
-        self._part, self._held = part, text[len(body) :]
+        before, self._held = self._held, text[len(body) :]
+        self._part = part
+        self._put(body, before)
+
+    def _put(self, body: str, before: str = "") -> None:
+        """Text of this part; before: the newlines that were held, and the label."""
+        if self.output.terminal:
+            before, body = self._wrap.feed(before), self._wrap.feed(visible.text(body))
+        self._style(before, body)
+
+    def _style(self, before: str, body: str) -> None:
+        if before or body:
+            style, plain = (DIM, PLAIN) if self._part == "thinking" and self.output.colour and body else ("", "")
+            self.output.write(f"{before}{style}{body}{plain}")
+
+    def _flush(self) -> None:
+        """Writes the word that is held."""
+        self._style("", self._wrap.flush())
 
     def _label(self, part: str) -> str:
         """What says where thoughts begin and end, on a terminal that cannot dim them."""
@@ -215,6 +228,7 @@ class Screen:
 
     def end(self) -> None:
         """Exactly one newline after the last word."""
+        self._flush()
         if self._part:
             self.output.write("\n")
         self._part, self._held = "", ""

@@ -6,6 +6,7 @@ Answers --version and --help without importing Typer, numpy or the engine.  The 
 import os
 import re
 import sys
+from typing import TextIO
 
 import ms4
 from ms4.cli import errors, streams
@@ -75,12 +76,21 @@ def main() -> int:
     return code
 
 
+def shown(text: str, stream: TextIO) -> str:
+    """A text with columns for a terminal of any width; for anything else as it is."""
+    if not streams.is_terminal(stream):
+        return text
+    from ms4.cli import wrap
+
+    return wrap.reflow(text, streams.columns(stream) - 1)
+
+
 def dispatch(args: list[str]) -> int:
     if not args:
-        print(HELP, end="", file=sys.stderr)
+        print(shown(HELP, sys.stderr), end="", file=sys.stderr)
         return errors.USAGE
     if args[0] in ("-h", "--help", "--version"):
-        streams.Output().write(f"ms4 {ms4.__version__}\n" if args[0] == "--version" else HELP)
+        streams.Output().write(f"ms4 {ms4.__version__}\n" if args[0] == "--version" else shown(HELP, sys.stdout))
         return errors.OK
     if args[0] == "help":
         return dispatch([args[1], "--help"] if args[1:] else ["--help"])

@@ -52,6 +52,14 @@ def is_terminal(stream: TextIO | None) -> bool:
         return False
 
 
+def columns(stream: TextIO) -> int:
+    """The width of a terminal now; 80 if it does not say."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
 def is_plain() -> bool:
     """True if the terminal cannot move its cursor or change its style."""
     return os.environ.get("TERM", "") in ("", "dumb")
@@ -176,6 +184,9 @@ class Output:
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise CliError(f"{path}: {error.strerror}") from None
+
+    def columns(self) -> int:
+        return columns(self._file)
 
     def write(self, text: str) -> None:
         try:

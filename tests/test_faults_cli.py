@@ -75,11 +75,11 @@ def test_a1_a_terminal_gets_the_characters(monkeypatch):
     stream = Stream(terminal=True)
     stream.reconfigure(encoding="utf-8")
     monkeypatch.setattr(sys, "stdout", stream)
-    screen = render.Screen(streams.Output())
     for text in [*LEGITIMATE, "\x1b[31m"]:
+        screen = render.Screen(streams.Output())
         screen.text(text)
-    screen.end()
-    assert stream.buffer.getvalue().decode() == "".join(LEGITIMATE) + "\\x1b[31m\n"
+        screen.end()
+    assert stream.buffer.getvalue().decode() == "\n".join(LEGITIMATE) + "\n\\x1b[31m\n"
 
 
 def test_a1_json_stays_what_it_is_on_a_terminal(terminal, monkeypatch):
