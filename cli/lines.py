@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from ms4.cli import errors, state, streams
+from ms4.cli import errors, render, state, streams
 from ms4.cli.errors import UsageError
 from ms4.models.untrusted import Reading, drop_line_end
+from ms4.quant import visible
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
     from prompt_toolkit.key_binding import KeyBindings
 
+MOST_LINES, MOST_CHARACTERS = 8, 2000  # of a paste that is shown as it is
+N_SHOWN = 24  # cells of the first line of one that is not
+
 
 class Lines(Protocol):
     def next(self) -> str | None:
         """The next message; None at the end.  KeyboardInterrupt: Ctrl-C was typed instead."""
+
+    def close(self) -> None: ...
 
 
 class PipedLines:
@@ -35,38 +43,102 @@ class PipedLines:
         data = sys.stdin.buffer.readline(streams.MOST_INPUT)
         return drop_line_end(streams.decode(data, "stdin", self._rule)) if data else None
 
+    def close(self) -> None:
+        """stdin is not ours."""
+
 
 class EditedLines:
-    """prompt_toolkit's editor: Enter sends, Alt-Enter or Ctrl-J begins a new line, a paste is one message."""
+    """prompt_toolkit's editor: Enter sends, Alt-Enter or Ctrl-J begins a new line, a paste is one message.
+
+    What is typed between two calls of next() begins the next message.
+    """
 
     def __init__(self, commands: Sequence[str], shown: TextIO) -> None:
         from prompt_toolkit import PromptSession
+        from prompt_toolkit.application import create_app_session
         from prompt_toolkit.completion import WordCompleter
         from prompt_toolkit.output import create_output
+        from prompt_toolkit.output.plain_text import PlainTextOutput
 
-        self._session: PromptSession[str] = PromptSession(
-            history=open_history(),
-            completer=WordCompleter(list(commands), sentence=True),
-            complete_while_typing=False,
-            key_bindings=bindings(),
-            multiline=True,
-            prompt_continuation="  ",
-            enable_history_search=True,
-            enable_suspend=True,
-            output=create_output(stdout=shown),
-        )
+        from ms4.cli.keyboard import Keyboard
+
+        self._keyboard = Keyboard(shown)
+        self._folds = Folds()
+        # An output of its own, not an argument: with one, prompt_toolkit draws on dumb terminals, too.
+        output = PlainTextOutput(shown) if streams.is_plain() else create_output(stdout=shown)
+        with create_app_session(input=self._keyboard, output=output):
+            self._session: PromptSession[str] = PromptSession(
+                history=open_history(self._folds),
+                completer=WordCompleter(list(commands), sentence=True),
+                complete_while_typing=False,
+                key_bindings=bindings(self._folds),
+                multiline=True,
+                prompt_continuation="  ",
+                enable_history_search=True,
+                enable_suspend=True,
+            )
 
     def next(self) -> str | None:
+        self._keyboard.end()
         try:
-            return self._session.prompt("> ")
+            return self._folds.unfold(self._session.prompt("> "))
         except EOFError:
             return None
+        finally:
+            self._keyboard.begin()
+
+    def close(self) -> None:
+        self._keyboard.close()
 
 
-def bindings() -> KeyBindings:
+class Folds:
+    """Long pastes, which the editor shows as one short line each: `[pasted 200 lines: the first … +199 lines]`."""
+
+    def __init__(self) -> None:
+        self._whole: dict[str, str] = {}  # by the line that stands for it
+
+    def fold(self, text: str) -> str:
+        """The text, or what stands for it."""
+        n = text.count("\n") + (not text.endswith("\n"))
+        if n <= MOST_LINES and len(text) <= MOST_CHARACTERS:
+            return text
+        first = render.fitting(visible.line(text.strip().split("\n", 1)[0].strip()), N_SHOWN)
+        size = f"{n} lines" if n > MOST_LINES else f"{len(text)} characters"
+        more = f" … +{n - 1} lines" if n > 1 else " …"
+        for number in itertools.count(1):
+            line = f"[pasted {size}{'' if number == 1 else f' ({number})'}: {first}{more}]"
+            if self._whole.setdefault(line, text) == text:
+                return line
+        raise AssertionError("there is always another number")
+
+    def unfold(self, line: str) -> str:
+        """What was typed, with each paste in its place, whole."""
+        if not self._whole:
+            return line
+        return re.sub("|".join(map(re.escape, self._whole)), lambda match: self._whole[match[0]], line)
+
+    def at_end(self, before: str) -> int:
+        """How many characters at the end of a text stand for a paste; 0 if it does not end in one."""
+        return max((len(line) for line in self._whole if before.endswith(line)), default=0)
+
+
+def bindings(folds: Folds) -> KeyBindings:
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
+
+    @keys.add("<bracketed-paste>")
+    def paste(event: Any) -> None:
+        text = folds.fold(event.data.replace("\r\n", "\n").replace("\r", "\n"))
+        for piece in text if streams.is_plain() else [text]:  # a dumb terminal is shown one character at a time
+            event.current_buffer.insert_text(piece)
+
+    @keys.add("backspace")
+    def delete(event: Any) -> None:
+        buffer = event.current_buffer
+        n = folds.at_end(buffer.document.text_before_cursor)
+        if not buffer.delete_before_cursor(n or event.arg):
+            event.app.output.bell()
 
     @keys.add("enter")
     def send(event: Any) -> None:
@@ -87,9 +159,18 @@ def bindings() -> KeyBindings:
     return keys
 
 
-def open_history() -> History:
+def open_history(folds: Folds) -> History:
     """The history file of this user, readable by nobody else; in memory only if there may be none."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    class Kept(FileHistory):
+        """Messages in the file are whole, those in the editor folded."""
+
+        def store_string(self, string: str) -> None:
+            super().store_string(folds.unfold(string))
+
+        def load_history_strings(self) -> Iterable[str]:
+            return map(folds.fold, super().load_history_strings())
 
     if os.environ.get("MS4_NO_HISTORY"):
         return InMemoryHistory()
@@ -101,4 +182,4 @@ def open_history() -> History:
     except OSError as error:
         errors.note(f"no input history: {error.strerror}: {path}")
         return InMemoryHistory()
-    return FileHistory(str(path))
+    return Kept(str(path))

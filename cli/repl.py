@@ -6,6 +6,7 @@ the answers alone.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ms4.cli import attachments, errors, image_notes, lines, loading, remembered, render, streams
+from ms4.cli import attachments, errors, image_notes, lines, loading, remembered, render, streams, terminal, wrap
 from ms4.cli.asked import Asked, system_text
 from ms4.cli.errors import IncompleteError, UsageError
 from ms4.cli.follow import follow
@@ -93,15 +94,16 @@ def chat(settings: ChatSettings, engine: EngineOptions) -> int:
             messages.insert(0, {"role": "system", "content": system})
         asked = Asked(messages, settings.sampling.effort)
         check_length(asked, settings.n_ctx, settings.max_tokens, engine, images)
-    with loading.open_model(engine, status) as model:
+    output = streams.Output()
+    seen = sys.stdout if output.terminal else sys.stderr  # `ms4 chat | tee log`: the prompt is on stderr
+    interactive = streams.is_terminal(seen) and streams.is_terminal(sys.stdin)
+    keys = terminal.quiet() if interactive else contextlib.nullcontext()
+    with keys, loading.open_model(engine, status) as model:
         from ms4.models.dialogue import Dialogue
         from ms4.models.scheduler import Scheduler
 
         tokenizer = loading.usable(model.vocabulary)
         n_ctx = loading.context_for(model, settings.n_ctx)
-        output = streams.Output()
-        seen = sys.stdout if output.terminal else sys.stderr  # `ms4 chat | tee log`: the prompt is on stderr
-        interactive = streams.is_terminal(seen) and streams.is_terminal(sys.stdin)
         with Scheduler(model.engine) as scheduler:
             dialogue = Dialogue(tokenizer, system, settings.sampling.effort, images.measure)
             off = not remembered.wanted(settings.no_session)
@@ -116,6 +118,7 @@ def chat(settings: ChatSettings, engine: EngineOptions) -> int:
             try:
                 return loop(talk, source)
             finally:
+                source.close()
                 talk.close()
 
 
@@ -229,6 +232,8 @@ class Talk:
     def tell(self, text: str) -> None:
         """An answer to a command: beside the conversation, so on stderr."""
         style, plain = (render.DIM, render.PLAIN) if streams.use_colour(sys.stderr) else ("", "")
+        if streams.is_terminal(sys.stderr):
+            text = wrap.reflow(text, streams.columns(sys.stderr) - 1)
         print(f"{style}{text}{plain}", file=sys.stderr, flush=True)
 
     # --- commands
@@ -427,9 +432,10 @@ class Talk:
             elif isinstance(event, Thinking) and thoughts:
                 screen.thinking(event.text)
 
-        done = follow(self.scheduler, answer, self.timeline, rows, self.status, show, not thoughts)
-        screen.end()
-        return done
+        try:
+            return follow(self.scheduler, answer, self.timeline, rows, self.status, show, not thoughts)
+        finally:
+            screen.end()
 
     def conclude(self, done: Done, kept: bool) -> None:
         if done.reason == "interrupted":

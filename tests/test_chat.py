@@ -130,13 +130,13 @@ def test_a_line_that_is_not_text_ends_it(monkeypatch):
 def test_the_history_file_is_private(monkeypatch, tmp_path):
     monkeypatch.delenv("MS4_NO_HISTORY", raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    kept = lines.open_history()
+    kept = lines.open_history(lines.Folds())
     kept.append_string("secret")
     path = tmp_path / "ms4" / "history"
     assert "secret" in path.read_text()
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
     monkeypatch.setenv("MS4_NO_HISTORY", "1")
-    lines.open_history().append_string("more")
+    lines.open_history(lines.Folds()).append_string("more")
     assert "more" not in path.read_text()
 
 
@@ -144,5 +144,5 @@ def test_a_home_that_cannot_be_written_is_no_obstacle(monkeypatch, tmp_path, cap
     monkeypatch.delenv("MS4_NO_HISTORY", raising=False)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    assert type(lines.open_history()).__name__ == "InMemoryHistory"
+    assert type(lines.open_history(lines.Folds())).__name__ == "InMemoryHistory"
     assert capsys.readouterr().err.startswith("ms4: no input history: ")

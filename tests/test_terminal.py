@@ -1,0 +1,269 @@
+"""A chat on a terminal, as a person sees it: a real pty, whose screen pyte keeps.  Most of it is slow."""
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import pexpect
+import pyte
+import pytest
+
+from ms4.cli.wrap import cells
+
+MODEL = str(Path(__file__).parent / "data" / "bravo-Q4_K_M.gguf")
+SLOW = pytest.mark.slow
+# The answers of the small checkpoint are noise.  This one says what it was asked, as Markdown or not, and waits for as
+# long as there is a file GATE.
+TALKER = f"""
+import json, os, sys, time
+from ms4.cli import start
+from ms4.models.answer import Answer
+script = json.load(open(os.environ["SCRIPT"]))
+take, gate = Answer.choose, os.environ["SCRIPT"] + ".gate"
+def choose(self, logits):
+    ids = self.__dict__.setdefault("planned", None)
+    if ids is None:
+        prompt = self._tokenizer.decode([i for i in self.prompt.ids if i > 999]).decode()
+        with open(os.environ["SCRIPT"] + ".asked", "a+") as file:
+            file.seek(0)
+            n = len(file.readlines())
+            file.write(json.dumps(prompt) + chr(10))
+        self.planned = ids = [*self._tokenizer.encode(script[min(n, len(script) - 1)]), 2]
+    while len(self.ids) == 3 and os.path.exists(gate) and not self.stop_flag.is_set():
+        time.sleep(0.01)
+    logits[:] = -1e4
+    logits[ids[min(len(self.ids), len(ids) - 1)]] = 1e4
+    return take(self, logits)
+Answer.choose = choose
+sys.argv = ["ms4", "chat", "-m", {MODEL!r}, "--greedy", "--ctx", "1024", *sys.argv[1:]]
+sys.exit(start.main())
+"""
+
+
+class Person:
+    """Somebody at a terminal with a screen of so many columns."""
+
+    def __init__(self, folder, script, width=80, height=24, **environment):
+        self.script = folder / "script"
+        self.script.write_text(json.dumps(script))
+        self.gate = Path(f"{self.script}.gate")
+        self.screen = pyte.HistoryScreen(width, height, history=5000, ratio=1)
+        self.stream = pyte.ByteStream(self.screen)
+        self.raw = b""
+        unset = ("NO_COLOR", "MS4_MODEL", "MS4_DEBUG", "MS4_NO_HISTORY")
+        env = {k: v for k, v in os.environ.items() if k not in unset}
+        env |= {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(folder)}
+        env |= {"SCRIPT": str(self.script), **environment}
+        command = ["-c", TALKER, "--no-session"]
+        self.process = pexpect.spawn(sys.executable, command, env=env, dimensions=(height, width), timeout=60)
+        self.process.delaybeforesend = None
+
+    def sees(self, wanted):
+        """Waits until the text on the screen, and of what was scrolled away, matches; returns it."""
+        end = time.monotonic() + 60
+        while not re.search(wanted, self.text, re.DOTALL):
+            assert time.monotonic() < end and "internal error" not in self.text, self.text
+            self.read(1)
+        return self.text
+
+    def read(self, seconds):
+        try:
+            data = self.process.read_nonblocking(65536, seconds)
+        except (pexpect.TIMEOUT, pexpect.EOF):
+            return False
+        self.raw += data
+        self.stream.feed(data)
+        return True
+
+    @property
+    def text(self):
+        above = ["".join(row[x].data for x in range(self.screen.columns)) for row in self.screen.history.top]
+        return "\n".join(line.rstrip() for line in [*above, *self.screen.display]).rstrip()
+
+    def types(self, keys):
+        self.process.send(keys)
+
+    def asked(self):
+        """The last message, as the model got it: the text of the whole prompt."""
+        return json.loads(self.asked_all()[-1])
+
+    def asked_all(self):
+        return Path(f"{self.script}.asked").read_text().splitlines()
+
+    def resize(self, width, height=24):
+        self.screen.resize(height, width)
+        self.process.setwinsize(height, width)
+
+
+@pytest.fixture
+def person(tmp_path):
+    started = []
+
+    def start(*script, **more):
+        started.append(Person(tmp_path, script or ("Yes.",), **more))
+        started[-1].sees(r"leaves.*> ?$")
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.close(force=True)
+
+
+DONE = r"effort\s+none\n> ?$"
+LINES = "\n".join(str(n) for n in range(1, 201))
+PROSE = (
+    "The quick brown fox jumps over the lazy dog, and then it waits.\n\n"
+    "* an item that is longer than any narrow terminal\n\n"
+    "| a | table of three | columns |\n|---|---|---|\n\n日本語の文章は、どこでも切れる。そして続く。\n"
+)
+
+
+def test_a9_a_long_paste_is_shown_folded_and_sent_whole(person):
+    one = person()
+    one.types(f"Look: \x1b[200~{LINES}\x1b[201~ ok?")
+    shown = one.sees(r"ok\?$")
+    assert shown.endswith("> Look: [pasted 200 lines: 1 … +199 lines] ok?")
+    one.types("\x7f" * 4 + " \r")
+    shown = one.sees(DONE)
+    assert shown.count("[pasted 200 lines") == 1 and not re.search(r"^(2|177|200)$", shown, re.MULTILINE)
+    assert f"Look: {LINES} " in one.asked()
+
+
+@pytest.mark.parametrize("terminal", ["dumb", "xterm"])
+@SLOW
+def test_a9_a_paste_that_is_not_marked_is_one_message(person, terminal):
+    one = person(TERM=terminal)
+    one.types(LINES.replace("\n", "\r") + "\r")
+    one.sees(r"effort none.*> ?$")
+    assert LINES in one.asked() and len(one.asked_all()) == 1
+
+
+@SLOW
+def test_a9_two_pastes_of_one_size_stay_apart_and_one_is_taken_back_whole(person):
+    one = person()
+    first, second = ("".join(f"{word}{n}\n" for n in range(20)) for word in ("a", "b"))
+    for text in (first, second, second.replace("b", "a")):
+        one.types(f"\x1b[200~{text}\x1b[201~")
+    one.sees(r"\[pasted 20 lines: a0 … \+19 lines\]\[pasted 20 lines: b0")
+    one.types("\x7f\r")
+    one.sees(DONE)
+    assert f"{first}{second}" in one.asked() and f"{second}{first}" not in one.asked()
+
+
+@SLOW
+def test_a8_what_is_typed_meanwhile_is_the_next_message(person):
+    one = person("One two three four five six.", "Second.")
+    one.gate.touch()
+    one.types("Hi\r")
+    one.sees("> Hi\nOne")
+    one.types("and ")
+    one.types("then?\r")
+    one.types("half of a thi")
+    time.sleep(0.3)
+    one.gate.unlink()
+    shown = one.sees(r"Second\..*> half of a thi$")
+    assert "One two three four five six.\n" in shown, "the answer is not torn"
+    assert shown.count("and then?") == 1 and "> and then?\nSecond." in shown
+    assert one.asked().endswith("and then?")
+
+
+@SLOW
+def test_a8_ctrl_c_stops_the_answer_and_leaves_what_was_typed(person):
+    one = person("One two three four five six.", "Second.")
+    one.gate.touch()
+    one.types("Hi\r")
+    one.sees("> Hi\nOne")
+    one.types("next")
+    one.types("\x03")
+    shown = one.sees(r"stopped; what there is is kept.*> next$")
+    one.gate.unlink()
+    assert "^C" not in shown
+    one.types(" one\r")
+    one.sees(rf"Second.*{DONE}")
+    assert one.asked().endswith("next one")
+
+
+@SLOW
+def test_a8_a_paste_while_an_answer_comes_is_not_cut(person):
+    one = person("One two three four five six.", "Second.")
+    one.gate.touch()
+    one.types("Hi\r")
+    one.sees("> Hi\nOne")
+    one.types(f"\x1b[200~{LINES}\x1b[201~")
+    time.sleep(0.2)
+    one.gate.unlink()
+    one.sees(r"\[pasted 200 lines: 1 … \+199 lines\]$")
+    one.types("\r")
+    one.sees(rf"Second.*{DONE}")
+    assert LINES in one.asked()
+
+
+@SLOW
+def test_a8_the_terminal_is_given_back_as_it_was(person):
+    import termios
+
+    one = person()
+    one.types("\x04")
+    one.process.expect(pexpect.EOF)
+    modes = termios.tcgetattr(one.process.child_fd)[3]
+    assert modes & termios.ECHO and modes & termios.ICANON and not modes & termios.NOFLSH
+
+
+@pytest.mark.parametrize("width", [20, 40, pytest.param(80, marks=SLOW), pytest.param(200, marks=SLOW)])
+@SLOW
+def test_c8_an_answer_is_broken_between_words(person, width):
+    one = person(PROSE, width=width, height=60)
+    one.types("Hi\r")
+    shown = one.sees(DONE)
+    answer = shown[shown.index("> Hi\n") + 5 : shown.index("ctx")]
+    rows = answer.split("\n")
+    for word in PROSE.split():
+        assert not word.isascii() or "|" in word or any(word in row for row in rows), (word, answer)
+    assert all(cells(row) <= width for row in rows)
+    assert "".join(PROSE.split()) in "".join(answer.split())
+
+
+@SLOW
+@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"NO_COLOR": "1"}])
+def test_no_colour_where_there_is_to_be_none(person, environment):
+    one = person(PROSE, **environment)
+    one.types("Hi\r")
+    one.sees(r"effort none.*> ?$")
+    assert not re.search(rb"\x1b\[[0-9;]*[1-9][0-9;]*m", one.raw)
+    if environment.get("TERM"):
+        assert b"\x1b" not in one.raw
+
+
+@SLOW
+def test_c9_resizing_keeps_one_prompt_and_every_word(person):
+    one = person("One two three.", width=80)
+    one.types("Hi\r")
+    one.sees(DONE)
+    one.types("some words of a message")
+    one.sees("a message$")
+    for width in (40, 60, 33, 120, 50, 200, 80):
+        one.resize(width)
+        while one.read(0.3):
+            pass
+    shown = one.sees("a message$")
+    assert shown.count("> some words of a message") == 1 and shown.count("> Hi") == 1
+    one.types("\r")
+    one.sees(rf"a message\nOne two three.*{DONE}")
+    assert one.asked().endswith("some words of a message")
+
+
+@SLOW
+def test_c9_resizing_while_an_answer_comes_loses_nothing(person):
+    words = " ".join(f"word{n}" for n in range(60))
+    one = person(words, height=60)
+    one.gate.touch()
+    one.types("Hi\r")
+    one.sees("> Hi$")
+    one.resize(40, 60)
+    one.gate.unlink()
+    shown = one.sees(DONE)
+    assert "".join(words.split()) in "".join(shown.split())
+    assert all(any(word in row.split() for row in shown.split("\n")) for word in words.split())
