@@ -205,6 +205,8 @@ def as_json(
     notes: list[str],
 ) -> dict[str, Any]:
     """One object; bytes, tokens per second, and the milliseconds of a token by what they are spent on."""
+    from ms4.models.forecast import N_PROMPT
+
     machine = there.machine
     memory = ("dense", "kv", "buffers", "process", "reserve", "needed")
     return {
@@ -213,6 +215,7 @@ def as_json(
         "fits": made.fits,
         "load": made.load,
         "ctx": made.n_ctx,
+        "prompt": min(N_PROMPT, made.n_ctx),
         "machine": {
             "ram_bytes": made.ram,
             "vram_bytes": there.vram,
@@ -226,11 +229,12 @@ def as_json(
             "all": made.n_experts,
             "in_vram": made.n_vram,
             "in_ram": made.n_ram,
+            "in_ram_when_full": made.n_ram_full,
             "on_disk": made.n_disk,
             "bytes_of_one": int(made.expert),
         },
         "seconds_to_open": made.seconds_to_open,
-        "decode": {name: speed_json(getattr(made, name)) for name in ("cold", "warm", "usual")},
+        "decode": {name: speed_json(getattr(made, name)) for name in ("cold", "warm", "usual", "full")},
         "prefill": {"warm": terms_json(made.prompt), "cold": terms_json(made.prompt_cold)},
         "corrected_by": {"decode": ratios[0], "prefill": ratios[1]},
         "nearest": [{"type": other.how, "ctx": other.n_ctx, "needed": int(other.needed)} for other in others],
@@ -275,6 +279,7 @@ def speeds(made: Plan) -> list[str]:
             ("", made.usual.terms, f"  in coherent text, {100 * made.usual.found:.0f} % found in memory"),
             ("", made.cold.terms, "  at first, when nothing is in memory yet"),
         ]
+    rows.append(("", made.full.terms, "  when the context is full"))
     for name, terms, why in [*rows, ("reading", made.prompt, "")]:
         spent = " · ".join(f"{what} {ms:.1f}" for what, ms in terms.milliseconds().items() if ms >= 0.05)
         lines.append(f"{name:<9} {terms.tokens_per_s:.2f} tok/s, limit: {terms.limit} (ms: {spent}){why}")

@@ -9,7 +9,7 @@ engine counts them (csrc/budget.c, csrc/files.c), times come from `ms4.models.cl
 Three speeds are given for what is written, which differ in how many experts are found where they are wanted: `cold`, in
 places that are still empty; `warm`, in full ones, if choices are uniform, which is the least that they can give; and
 `usual`, if they are as coherent as published curves of real models say (docs/placement.md).  Where all experts lie in
-the same place, these are one.
+the same place, these are one.  `full` is `warm` when the context is full.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ms4.models.clock import GB, Machine, Sizes, Terms
 from ms4.quant.gguf_file import GgufFile
 
 N_BATCH = 2048  # tokens of a prompt that are computed together, as the engine chooses
-N_PROMPT = 512  # of the prompt whose speed is predicted
+N_PROMPT = 512  # of the prompt whose speed is predicted, and before the tokens that are written
 PROCESS = 160 << 20  # bytes: Python, the libraries, the tokenizer (96 MB were measured where no picture is read)
 # Which share of the choices a recency cache finds if it holds this share of the experts: published curves of real
 # models that nearly coincide (docs/placement.md names the traces that were made like them).
@@ -103,13 +103,15 @@ class Plan:
     process: float
     reserve: float
     n_experts: int
-    n_ram: int
+    n_ram: int  # places for experts behind a short prompt, and when the context is full
+    n_ram_full: int
     n_vram: int
     expert: float
     seconds_to_open: float
     cold: Speed
     warm: Speed
     usual: Speed
+    full: Speed  # as warm, when the context is full
     prompt: Terms
     prompt_cold: Terms
 
@@ -124,6 +126,7 @@ class Plan:
             cold=replace(self.cold, terms=_scaled(self.cold.terms, decode)),
             warm=replace(self.warm, terms=_scaled(self.warm.terms, decode)),
             usual=replace(self.usual, terms=_scaled(self.usual.terms, decode)),
+            full=replace(self.full, terms=_scaled(self.full.terms, decode)),
             prompt=_scaled(self.prompt, prefill),
             prompt_cold=_scaled(self.prompt_cold, prefill),
         )
@@ -149,13 +152,14 @@ def make(model: Model, there: Resources, n_ctx: int) -> Plan:
     needed = besides + (sizes.expert if n_all else 0)
     n_vram = clock.slots(sizes, there.vram, n_ctx) if there.machine.card else 0
     whole = besides + sizes.experts <= most
-    n_ram = n_all if whole else int(max(0.0, most - besides) // sizes.expert) if n_all else 0
-    n_ram = min(n_ram, n_all)
+    begun = min(N_PROMPT, n_ctx)  # the places shrink from then on, as cache and buffers grow
+    short = besides - kv - buffers + mistral4.kv_bytes(model.shape, begun) + model.buffers(begun)
+    n_ram, n_ram_full = (n_all if whole else places(sizes, most - taken) for taken in (short, besides))
     fits = whole or (n_all > 0 and needed <= most)
-    found = min(1.0, (n_ram + n_vram) / n_all) if n_all else 1.0
+    found, found_full = (min(1.0, (n + n_vram) / n_all) if n_all else 1.0 for n in (n_ram, n_ram_full))
     in_vram = n_vram / n_all if n_all else 0.0
     opened = model.dense + (sizes.experts if whole else 0)
-    speed = _Speeds(sizes, there.machine, n_ctx)
+    speed = _Speeds(sizes, there.machine, begun)
     return Plan(
         fits=fits,
         load="memory" if whole else "stream",
@@ -169,15 +173,22 @@ def make(model: Model, there: Resources, n_ctx: int) -> Plan:
         reserve=reserve,
         n_experts=n_all,
         n_ram=n_ram,
+        n_ram_full=n_ram_full,
         n_vram=n_vram,
         expert=sizes.expert,
         seconds_to_open=opened / there.machine.disk,
         cold=speed.decode(1.0 if whole else 0.0, 0.0),
         warm=speed.decode(found, in_vram),
         usual=speed.decode(coherent(found), coherent(in_vram)),
+        full=replace(speed, n_context=n_ctx).decode(found_full, in_vram),
         prompt=speed.prompt(model, in_vram, 1 - found),
         prompt_cold=speed.prompt(model, 0.0, 0.0 if whole else 1.0),
     )
+
+
+def places(sizes: Sizes, left: float) -> int:
+    """How many experts find a place in so many bytes."""
+    return min(int(max(0.0, left) // sizes.expert), sizes.n_layer * sizes.n_expert) if sizes.expert else 0
 
 
 def coherent(share: float) -> float:
@@ -187,11 +198,11 @@ def coherent(share: float) -> float:
 
 @dataclass(frozen=True)
 class _Speeds:
-    """Of one model on one machine; on the way to a full context, that is at half of it."""
+    """Of one model on one machine, behind n_context tokens."""
 
     sizes: Sizes
     machine: Machine
-    n_ctx: int
+    n_context: int
 
     def decode(self, found: float, in_vram: float) -> Speed:
         """found: the share of choices that need no disk, of which in_vram (of all) are computed by the card."""
@@ -206,11 +217,11 @@ class _Speeds:
             misses, weights = clock.at_hit_rate(sizes, in_vram)
             lost = (1 - found) / (1 - in_vram) if in_vram < 1 else 0.0  # of what the card has not, by its mean
             reads = misses * lost
-        terms = clock.decode(sizes, self.machine, clock.MS4, misses, weights, reads=reads, n_context=self.n_ctx / 2)
+        terms = clock.decode(sizes, self.machine, clock.MS4, misses, weights, reads=reads, n_context=self.n_context)
         return Speed(terms, found, in_vram)
 
     def prompt(self, model: Model, in_vram: float, on_disk: float) -> Terms:
-        n = min(N_PROMPT, self.n_ctx)
+        n = self.n_context
         asked = mistral4.macs_per_token(model.shape, 1 - 1 / n) / mistral4.macs_per_token(model.shape)
         here = replace(self.machine, cpu_flops=self.machine.cpu_flops / asked)  # the last layer is computed for one row
         return clock.prefill(self.sizes, here, clock.MS4, n, N_BATCH, resident=in_vram, on_disk=on_disk)

@@ -33,17 +33,19 @@ def of(ram, n_ctx=32768, *, limited=True, machine=HOST, vram=0.0):
 def test_a_model_that_fits_lies_in_memory_and_has_one_speed():
     made = of(90 * GB)
     assert made.fits and made.load == "memory" and (made.n_ram, made.n_disk) == (N_ALL, 0)
-    n_bytes = SMALL_4.every + SMALL_4.output + SMALL_4.used + 16384 * SMALL_4.kv
+    n_bytes = SMALL_4.every + SMALL_4.output + SMALL_4.used + 512 * SMALL_4.kv
     assert made.warm.tokens_per_s == pytest.approx(HOST.ram / n_bytes)
     assert made.cold.terms == made.warm.terms == made.usual.terms
+    assert made.full.terms.seconds == pytest.approx((n_bytes + (32768 - 512) * SMALL_4.kv) / HOST.ram)
     assert made.seconds_to_open == pytest.approx((SMALL_4.experts + DENSE) / HOST.disk)
 
 
 def test_what_does_not_fit_stays_on_the_disk_and_costs_its_bytes():
     made = of(32 * GB)
-    left = 32 * GB - made.dense - made.kv - made.buffers - made.process
-    assert made.fits and made.load == "stream"
-    assert made.n_ram == left // SMALL_4.expert and made.n_ram + made.n_disk == N_ALL
+    left = 32 * GB - made.dense - made.process
+    assert made.fits and made.load == "stream" and made.n_ram + made.n_disk == N_ALL
+    assert made.n_ram == (left - kv_bytes(SHAPE, 512) - MODEL.buffers(512)) // SMALL_4.expert
+    assert made.n_ram_full == (left - made.kv - made.buffers) // SMALL_4.expert < made.n_ram
     assert made.warm.found == pytest.approx(made.n_ram / N_ALL)
     per_token = SMALL_4.used * (1 - made.warm.found) / HOST.disk
     assert per_token * 0.8 < made.warm.terms.disk < per_token  # some of it hides behind the CPU
@@ -81,8 +83,8 @@ def test_more_memory_never_makes_a_plan_slower_and_none_takes_more_than_there_is
         made = of(ram)
         assert made.fits == (made.needed <= ram or made.load == "memory")
         if made.fits:
-            taken = made.dense + made.kv + made.buffers + made.process + made.n_ram * made.expert
-            assert taken <= ram and made.n_ram >= 1
+            taken = made.dense + made.kv + made.buffers + made.process + made.n_ram_full * made.expert
+            assert taken <= ram and made.n_ram >= made.n_ram_full >= 1
             if before:
                 assert made.warm.tokens_per_s >= before.warm.tokens_per_s * (1 - 1e-9)
                 assert made.prompt.tokens_per_s >= before.prompt.tokens_per_s * (1 - 1e-9)
