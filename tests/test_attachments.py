@@ -20,7 +20,9 @@ from PIL import Image as Pillow
 from test_vision import MOST_LOGITS
 from yardstick import assert_near, errors
 
-from ms4.cli import attachments, loading, repl, start
+from ms4.cli import attachments, loading, remembered, repl, start
+from ms4.cli.image_notes import ImageOptions
+from ms4.cli.options import EngineOptions
 from ms4.cli.render import StatusLine
 from ms4.models import vision
 from ms4.models.control import Control
@@ -281,6 +283,7 @@ def test_at_a_terminal_a_failure_is_told_and_attachments_wait(monkeypatch, tmp_p
             StatusLine(True),
             images,
             interactive=True,
+            memory=remembered.Memory(EngineOptions(MODEL), ImageOptions(), print, off=True),
         )
         talk.command("/image absent.png")
         assert "absent.png: no such file or directory" in capsys.readouterr().err
