@@ -76,12 +76,19 @@ class EditedLines:
                 prompt_continuation="  ",
                 enable_history_search=True,
                 enable_suspend=True,
+                tempfile_suffix=".md",
             )
+        self._offered = ""
+
+    def offer(self, text: str) -> None:
+        """What stands in the editor at the next prompt, to be changed."""
+        self._offered = self._folds.fold(text)
 
     def next(self) -> str | None:
         self._keyboard.end()
+        offered, self._offered = self._offered, ""
         try:
-            return self._folds.unfold(self._session.prompt("> "))
+            return self._folds.unfold(self._session.prompt("> ", default=offered))
         except EOFError:
             return None
         finally:
@@ -123,6 +130,8 @@ class Folds:
 
 
 def bindings(folds: Folds) -> KeyBindings:
+    from prompt_toolkit.document import Document
+    from prompt_toolkit.filters import is_searching
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
@@ -139,6 +148,17 @@ def bindings(folds: Folds) -> KeyBindings:
         n = folds.at_end(buffer.document.text_before_cursor)
         if not buffer.delete_before_cursor(n or event.arg):
             event.app.output.bell()
+
+    @keys.add("c-g", filter=~is_searching)
+    def edit(event: Any) -> None:
+        """The whole text, in $VISUAL or $EDITOR; it comes back to be looked at, and is not sent."""
+        buffer = event.current_buffer
+        buffer.document = Document(folds.unfold(buffer.text))
+
+        def fold(_: Any) -> None:
+            buffer.document = Document(folds.fold(buffer.text))
+
+        buffer.open_in_editor().add_done_callback(fold)
 
     @keys.add("enter")
     def send(event: Any) -> None:

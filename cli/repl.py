@@ -48,10 +48,13 @@ HELP = """\
 /new               begin a new conversation
 /undo [N]          take back the last N turns
 /retry             answer the last message again
+/edit              change the last message, and answer that
+/continue          go on with an answer that was cut
 /stats             what the last turn cost
 /help              this list
 /exit              leave (also Ctrl-D)
-Enter sends, Alt-Enter begins a new line, Ctrl-C clears what is typed, or stops an answer and keeps what there is.
+Enter sends, Alt-Enter begins a new line, Ctrl-G opens $EDITOR.
+Ctrl-C clears what is typed, or stops an answer and keeps what there is.
 A message that looks like a command needs a space before it."""
 # A line that looks like a command; all else that begins with a slash (a path, a comment) is a message.
 COMMAND = re.compile(r"(/[a-zA-Z?]+)(?:\s(.*))?", re.DOTALL)
@@ -73,6 +76,14 @@ class ChatSettings:
     rule: Reading = Reading()  # --encoding, --lossy, --pdf-password
     resume: str | None = None  # the session to go on with: its id, or "" for the last one
     no_session: bool = False
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An answer that did not come to its end: its ids, as they were chosen, and what they say."""
+
+    ids: tuple[int, ...]
+    pieces: remembered.Pieces
 
 
 def chat(settings: ChatSettings, engine: EngineOptions) -> int:
@@ -114,6 +125,7 @@ def chat(settings: ChatSettings, engine: EngineOptions) -> int:
             talk.take(attached, prices)
             commands = [*talk.commands, *ALIASES]
             source = lines.EditedLines(commands, seen) if interactive else lines.PipedLines(settings.rule)
+            talk.offer = source.offer if isinstance(source, lines.EditedLines) else None
             talk.say(f"context of {n_ctx} tokens · /help lists the commands · Ctrl-D leaves")
             try:
                 return loop(talk, source)
@@ -178,6 +190,8 @@ class Talk:
         self.attached: list[Attachment] = []  # to the next message
         self.interactive = interactive
         self.over = False
+        self.cut: Cut | None = None  # the last answer, if it can go on
+        self.offer: Callable[[str], None] | None = None  # puts a text into the editor
         self.last: Statistics | None = None
         self.last_disk = ""
         self._sampler: Sampler = settings.sampling.sampler()
@@ -192,6 +206,8 @@ class Talk:
             "/new": self.new,
             "/undo": self.undo,
             "/retry": self.retry,
+            "/edit": self.edit,
+            "/continue": self.resume,
             "/stats": self.stats,
             "/help": lambda _: self.tell(HELP),
             "/exit": self.leave,
@@ -338,6 +354,7 @@ class Talk:
         self.attached.clear()
 
     def new(self, _: str) -> None:
+        self.cut = None
         self.dialogue.turns.clear()
         self.memory.begin(self.dialogue)
         self.tell("a new conversation")
@@ -346,6 +363,7 @@ class Talk:
         if value and not (value.isascii() and value.isdigit() and 0 < int(value) < 10**6):
             self.tell("/undo N: N is a number of turns")
             return
+        self.cut = None
         n = self.dialogue.undo(int(value or 1))
         self.memory.undo(n)
         self.tell(f"took back {n} turn{'' if n == 1 else 's'}" if n else "there is nothing to take back")
@@ -357,6 +375,29 @@ class Talk:
         message = self.dialogue.turns[-1].message
         self.memory.undo(self.dialogue.undo())
         self.turn(message)
+
+    def edit(self, _: str) -> None:
+        """Takes back the last turn; its text comes into the editor, its images wait for the next message."""
+        from ms4.models.sessions import text_of
+
+        if self.offer is None:
+            self.tell("/edit needs a terminal")
+        elif not self.dialogue.turns:
+            self.tell("there is no message to change")
+        else:
+            message = self.dialogue.turns[-1].message
+            self.cut = None
+            self.memory.undo(self.dialogue.undo())
+            images = [] if isinstance(message, str) else [c["image"] for c in message if c["type"] == "image"]
+            self.attached = [*images, *self.attached]
+            self.offer(text_of(message))
+
+    def resume(self, _: str) -> None:
+        """Goes on with the last answer, behind the very token at which it was cut."""
+        if self.cut is None:
+            self.tell("no answer of this chat was cut; /retry answers the last message again")
+        else:
+            self.turn(self.dialogue.turns[-1].message, self.cut)
 
     def stats(self, _: str) -> None:
         self.tell(render.statistics(self.last) + self.last_disk if self.last else "no turn yet")
@@ -372,37 +413,45 @@ class Talk:
         if not self.turn(attachments.content(attached, text)):
             self.attached = attached
 
-    def turn(self, message: Content) -> bool:
+    def turn(self, message: Content, cut: Cut | None = None) -> bool:
         """Sends a message and streams the answer; False: the message was taken back.
 
-        A failure takes it back too; at a terminal the chat goes on.
+        cut: there is a beginning of the answer, with which it goes on.  A failure takes back what was sent, or leaves
+        what there was; at a terminal the chat goes on.
         """
         before = self.scheduler.engine.stats()
+        ids, pieces = (cut.ids, cut.pieces) if cut else ((), remembered.Pieces())
         try:
-            answer = self.begin(message)
+            answer = self.begin(message, ids)
             self.memory.restore(self.timeline, answer.prompt)
-            pieces = remembered.Pieces()
             done = self.show(answer, self.encode(answer), pieces)
         except BaseException as error:
-            self.dialogue.answered([])
+            self.dialogue.answered(ids)
             code, text, hint = errors.describe(error)
             if not self.interactive or code not in (errors.INCOMPLETE, errors.USAGE):
                 raise
             self.tell(f"{text}; {hint or '/new begins a new conversation'}")
             return False
-        self.dialogue.answered(answer.ids)
+        ids = (*ids, *answer.ids)
+        self.dialogue.answered(ids)
         if answer.ids:
+            if cut:
+                self.memory.undo(1)
             self.memory.turn(message, self.dialogue.turns[-1].answer or (), pieces, done.reason)
+        self.cut = Cut(ids, pieces) if ids and done.reason in ("interrupted", "length") else None
         self.last = done.statistics
         self.last_disk = render.from_disk(self.scheduler.engine.stats(), before)
-        self.conclude(done, bool(answer.ids))
-        return bool(answer.ids)
+        self.conclude(done, bool(ids))
+        return bool(ids)
 
-    def begin(self, message: Content) -> Answer:
-        """An answer to the dialogue with this message.  One that does not fit is refused before images are encoded."""
+    def begin(self, message: Content, ids: Sequence[int] = ()) -> Answer:
+        """An answer to the dialogue with this message, or the rest of one that begins with these ids.
+
+        One that does not fit is refused before images are encoded.
+        """
         from ms4.models.answer import Answer
 
-        prompt = self.dialogue.ask(message)
+        prompt = self.dialogue.resume(ids) if ids else self.dialogue.ask(message)
         n_ctx, most = self.timeline.n_ctx, self.settings.max_tokens
         return Answer(prompt, self._sampler, self.dialogue.tokenizer, n_ctx, max_tokens=most)
 
@@ -441,13 +490,15 @@ class Talk:
         if done.reason == "interrupted":
             if not self.interactive:
                 raise KeyboardInterrupt
-            self.tell("stopped; what there is is kept" if kept else "stopped; the message is taken back")
+            self.tell(
+                "stopped; what there is is kept, /continue goes on" if kept else "stopped; the message is taken back"
+            )
         elif done.reason == "context":
             if not self.interactive:
                 raise IncompleteError(f"the context of {done.statistics.n_ctx} tokens is full", "a larger --ctx")
             self.tell(f"the context of {done.statistics.n_ctx} tokens is full; /new begins again, --ctx allows more")
         elif done.reason == "length":
-            self.say("cut by --max-tokens")
+            self.say("cut by --max-tokens; /continue goes on")
         s = done.statistics
         context = f"ctx {render.short(s.n_context)}/{render.short(s.n_ctx)}"
         self.say(" · ".join(filter(None, [render.rate(s), context, f"effort {self.dialogue.effort}"])))

@@ -44,6 +44,13 @@ class Dialogue:
         self.turns.append(Turn(message))
         return self.prompt()
 
+    def resume(self, ids: Sequence[int]) -> Prompt:
+        """The prompt after which the newest answer goes on: these are the ids that there are of it."""
+        prompt = self.prompt()
+        marks = [id for id in ids if id in (Control.THINK, Control.THINK_END)]
+        opens = "thinking" if marks and marks[-1] == Control.THINK else "text"
+        return Prompt([*prompt.ids, *ids], prompt.images, opens)
+
     def answered(self, ids: Sequence[int]) -> None:
         """The answer to the newest message.  Without a single id the message is taken back."""
         if ids:

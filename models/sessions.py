@@ -75,6 +75,13 @@ def folder() -> Path:
     return Path(data, "ms4", "sessions")
 
 
+def text_of(message: Content) -> str:
+    """The text of a message, without its images."""
+    if isinstance(message, str):
+        return message
+    return "\n\n".join(str(chunk["text"]) for chunk in message if chunk.get("type") == "text")
+
+
 def words_of(message: Content) -> str:
     """The text of a message, an image as its name."""
     if isinstance(message, str):

@@ -146,3 +146,40 @@ def test_a_home_that_cannot_be_written_is_no_obstacle(monkeypatch, tmp_path, cap
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     assert type(lines.open_history(lines.Folds())).__name__ == "InMemoryHistory"
     assert capsys.readouterr().err.startswith("ms4: no input history: ")
+
+
+def test_continue_goes_on_from_the_very_token(chat, tokenizer):
+    whole = chat("Hi", options=("--greedy", "-n", "12"))[1]
+    cut = chat("Hi", "/continue")[1]
+    assert cut.replace("\n", "") == whole.replace("\n", "") and cut.count("\n") > whole.count("\n")
+    again = chat("Hi", "/continue", "more", "/stats", options=("--greedy", "-n", "6"))
+    straight = chat("Hi", "more", "/stats", options=("--greedy", "-n", "12"))
+    assert again[1].replace("\n", "").startswith(whole.replace("\n", ""))
+    assert again[2].split()[1] == straight[2].split()[1], "the conversation has as many tokens"
+
+
+def test_continue_reads_nothing_again(chat):
+    err = chat("Hi", "/stats", "/continue", "/stats")[2]
+    first, second = (line.split() for line in err.splitlines())
+    assert int(second[1]) == int(first[1]) + 6 and f"({int(first[1]) + 5} cached)" in " ".join(second)
+
+
+def test_only_an_answer_that_was_cut_goes_on(chat):
+    for lines_typed in (("/continue",), ("Hi", "/undo", "/continue"), ("Hi", "/new", "/continue")):
+        assert "no answer of this chat was cut" in chat(*lines_typed)[2]
+
+
+def test_a_thought_that_was_cut_goes_on_as_a_thought(tokenizer):
+    talk = Dialogue(tokenizer, None, "high")
+    first = talk.ask("a")
+    ids = [Control.THINK, 1500]
+    talk.answered(ids)
+    rest = talk.resume(ids)
+    assert rest.ids == [*first.ids, *ids] and rest.opens == "thinking"
+    assert talk.resume([*ids, Control.THINK_END, 1501]).opens == "text"
+    talk.answered([*ids, Control.THINK_END, 1501, Control.EOS])
+    assert talk.turns[-1].answer == (*ids, Control.THINK_END, 1501, Control.EOS)
+
+
+def test_edit_needs_a_terminal(chat):
+    assert "/edit needs a terminal" in chat("Hi", "/edit")[2]

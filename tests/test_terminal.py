@@ -267,3 +267,30 @@ def test_c9_resizing_while_an_answer_comes_loses_nothing(person):
     shown = one.sees(DONE)
     assert "".join(words.split()) in "".join(shown.split())
     assert all(any(word in row.split() for row in shown.split("\n")) for word in words.split())
+
+
+@SLOW
+def test_edit_brings_the_last_message_back_into_the_editor(person):
+    one = person("First.", "Second.")
+    one.types("Hi there\r")
+    one.sees(DONE)
+    one.types("/edit\r")
+    one.sees("> Hi there$")
+    one.types(" again\r")
+    one.sees(rf"Second.*{DONE}")
+    assert one.asked().endswith("Hi there again") and "First" not in one.asked()
+
+
+@SLOW
+def test_ctrl_g_opens_the_editor_with_the_whole_text(person, tmp_path):
+    editor = tmp_path / "editor"
+    editor.write_text("#!/bin/sh\ncp $1 $1.seen\nmv $1.seen " + str(tmp_path / "seen") + "\necho changed > $1\n")
+    editor.chmod(0o700)
+    one = person(EDITOR=str(editor), VISUAL=str(editor))
+    one.types(f"Look: \x1b[200~{LINES}\x1b[201~")
+    one.sees(r"lines\]$")
+    one.types("\x07")
+    one.sees("> changed$")
+    one.types("\r")
+    one.sees(DONE)
+    assert (tmp_path / "seen").read_text() == f"Look: {LINES}" and one.asked().endswith("changed")
