@@ -190,6 +190,26 @@ def dropped(line: str) -> list[str]:
     return found
 
 
+# @PATH, as a word of a message; in quotes if the path has blanks.
+NAMED = re.compile(r"""(?<!\S)@(?:"([^"\n]+)"|'([^'\n]+)'|(\S+))""")
+
+
+def named(text: str) -> list[str]:
+    """The files that a message names with an @ before them, with their pages; what is no file is only a word."""
+    found = []
+    for quoted, single, bare in NAMED.findall(text):
+        path = os.path.expanduser(quoted or single or bare)
+        for spec in (path, path.rstrip(".,;:!?)")):
+            try:
+                there = os.path.isfile(document.split_spec(spec)[0])
+            except ValueError:  # a NUL
+                there = False
+            if there:
+                found.append(spec)
+                break
+    return list(dict.fromkeys(found))
+
+
 def spread(args: Sequence[str], ours: Mapping[str, str | None]) -> list[str]:
     """A command line in which -i and -f stand before each of their files, as of `-i *.jpg "Which is best?"`.
 

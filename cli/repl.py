@@ -53,6 +53,7 @@ HELP = """\
 /stats             what the last turn cost
 /help              this list
 /exit              leave (also Ctrl-D)
+@PATH in a message attaches that file, too (Tab completes it).
 Enter sends, Alt-Enter begins a new line, Ctrl-G opens $EDITOR.
 Ctrl-C clears what is typed, or stops an answer and keeps what there is.
 A message that looks like a command needs a space before it."""
@@ -321,10 +322,13 @@ class Talk:
     def take_dropped(self, text: str) -> bool:
         """Attaches the files of a line that is nothing but their paths, dropped on the terminal."""
         paths = attachments.dropped(text) if self.interactive else []
+        self.attach_files(paths)
+        return bool(paths)
+
+    def attach_files(self, paths: Sequence[str]) -> None:
         pdf, rule = self.settings.pdf, self.settings.rule
         if paths:
             self.attach(lambda: [part for path in paths for part in attachments.open_file(path, pdf, rule)])
-        return bool(paths)
 
     def paste(self, _: str) -> None:
         self.attach(lambda: [attachments.clipboard_image()])
@@ -409,6 +413,8 @@ class Talk:
 
     def send(self, text: str) -> None:
         """A message with what is attached to it.  If it is taken back, the attachments wait for the next one."""
+        if self.interactive:
+            self.attach_files(attachments.named(text))
         attached, self.attached = self.attached, []
         if not self.turn(attachments.content(attached, text)):
             self.attached = attached

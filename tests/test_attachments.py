@@ -334,3 +334,19 @@ def test_ctrl_c_ends_the_reading_of_an_image(tmp_path):
     assert process.stdout.read() == b"" and b"870 tokens" in seen
     os.close(master)
     os.close(terminal)
+
+
+def test_files_are_named_in_a_message(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a.txt", "b c.txt", "d.pdf"):
+        (tmp_path / name).write_text("x")
+    named = attachments.named
+    assert named("compare @a.txt, with @'b c.txt' and @\"b c.txt\"; (pages) @d.pdf:1-3.") == [
+        "a.txt",
+        "b c.txt",
+        "d.pdf:1-3",
+    ]
+    assert named("@~/a.txt @a.txt @./a.txt") == [f"{tmp_path}/a.txt", "a.txt", "./a.txt"]
+    for text in ("me@a.txt", "@nobody and @dataclass", "@", "a @ b", "@.", "@/", "@a.txt\0"):
+        assert named(text) == []

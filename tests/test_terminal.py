@@ -294,3 +294,15 @@ def test_ctrl_g_opens_the_editor_with_the_whole_text(person, tmp_path):
     one.types("\r")
     one.sees(DONE)
     assert (tmp_path / "seen").read_text() == f"Look: {LINES}" and one.asked().endswith("changed")
+
+
+@SLOW
+def test_a_file_is_named_in_a_message_and_completed(person, tmp_path):
+    (tmp_path / "notes_of_mine.txt").write_text("forty-two")
+    one = person(width=200)
+    one.types(f"What is in @{tmp_path}/notes_o\t")
+    one.sees("notes_of_mine.txt$")
+    one.types(" ?\r")
+    shown = one.sees(DONE)
+    assert "text of " in shown
+    assert "forty-two" in one.asked() and one.asked().endswith("notes_of_mine.txt ?")
