@@ -163,7 +163,7 @@ def check_model(path: str | None) -> list[Check]:
         checks.append(Check("vocabulary", "warning", found.text_problem))
     available = ms4.allowed().room
     if available is not None and size > available:
-        fix = "choose a smaller quantisation, or free memory"
+        fix = "choose a smaller quantization, or free memory"
         there = f"{gib(size)} of weights, {gib(available)} available"
         return [*checks, Check("room", "warning", f"{there}: experts come from the disk, which is slow", fix)]
     share = host.cached_share(path)

@@ -88,7 +88,7 @@ def rm(name: str, *, yes: bool, dry_run: bool, quiet: bool) -> int:
 
 
 def _named(name: str) -> tuple[hf_cache.Cached, str]:
-    """The repository and the quantisation of a model that is here, or of which a part is."""
+    """The repository and the quantization of a model that is here, or of which a part is."""
     if os.path.lexists(name):
         raise UsageError(f"{name[-80:]} is a file: ms4 rm takes a name of ms4 ls", f"rm {name[-80:]}")
     try:

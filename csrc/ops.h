@@ -11,7 +11,7 @@
  * rounded, too.  rint() is (x + 1.5 * 2^23) - 1.5 * 2^23.  exp and erf are exp_plain and erf_plain (cpu/plain/plain.h).
  *   sums of 16, 64      partial sum j takes the elements k = j (mod 16 or 64) in ascending order, from 0; then the
  *                       partial sums are added as a tree: j with j + 32, then + 16, 8, 4, 2, 1 (of 16: from + 8 on).
- *   quantised weights   inside a superblock all sums are integers (exact, any order); across superblocks, for each
+ *   quantized weights   inside a superblock all sums are integers (exact, any order); across superblocks, for each
  *                       output element on its own and in ascending order, from y = 0:
  *                         K and IQ types   y = fma(x.d, fma(-dmin, (float)J, d * (float)I), y)
  *                                          I = sum of scale_b * (q . x.q)_b,  J = sum of min_b * sum(x.q)_b;
@@ -57,7 +57,7 @@
 struct ms4_mul {
     const uint8_t *w;          /* n_rows rows of row_bytes bytes */
     size_t row_bytes;
-    const void *x;             /* rows of block_q8 for quantised types, of float for F32, F16 and BF16 */
+    const void *x;             /* rows of block_q8 for quantized types, of float for F32, F16 and BF16 */
     size_t x_stride;           /* bytes from one row of x to the next */
     const int32_t *x_rows;     /* which row of x each token takes; NULL: row t */
     float *y;
@@ -171,6 +171,6 @@ extern const struct ms4_ops ops_avx2;      /* x86-64 only: AVX2 FMA F16C */
 extern const struct ms4_ops ops_avxvnni;   /* x86-64 only: AVX2 FMA F16C AVX-VNNI */
 extern const struct ms4_ops ops_avx512;    /* x86-64 only: F BW DQ VL VNNI */
 
-struct ms4_type_info { const char *name; int32_t id, weights, bytes, quantised; };
+struct ms4_type_info { const char *name; int32_t id, weights, bytes, quantized; };
 extern const struct ms4_type_info ms4_type_infos[MS4_N_TYPES];                   /* types.c */
 #endif

@@ -31,7 +31,7 @@ static inline int scale_width(enum ms4_family f) {
  * and where the one that is its min: -1 if it has none) */
 #define MS4_FLOAT_TYPES(X) \
     X(f32, 0, 1, 4, floats, -1, -1) X(f16, 1, 1, 2, floats, -1, -1) X(bf16, 30, 1, 2, floats, -1, -1)
-#define MS4_QUANTISED_TYPES(X) \
+#define MS4_QUANTIZED_TYPES(X) \
     X(q4_0, 2, 32, 18, blocks, 0, -1) X(q4_1, 3, 32, 20, blocks_min, 0, 2) X(q5_0, 6, 32, 22, blocks, 0, -1) \
     X(q5_1, 7, 32, 24, blocks_min, 0, 2) X(q8_0, 8, 32, 34, blocks, 0, -1) X(q2_k, 10, 256, 84, mins_16, 80, 82) \
     X(q3_k, 11, 256, 110, scales_16, 108, -1) X(q4_k, 12, 256, 144, mins_32, 0, 2) \
@@ -42,7 +42,7 @@ static inline int scale_width(enum ms4_family f) {
     X(iq2_s, 22, 256, 82, scales_16, 0, -1) X(iq4_xs, 23, 256, 136, scales_32, 0, -1) \
     X(iq1_m, 29, 256, 56, scales_16, -1, -1) X(mxfp4, 39, 32, 17, blocks, -1, -1) \
     X(nvfp4, 40, 64, 36, blocks_16, -1, -1)
-#define MS4_TYPES(X) MS4_FLOAT_TYPES(X) MS4_QUANTISED_TYPES(X)
+#define MS4_TYPES(X) MS4_FLOAT_TYPES(X) MS4_QUANTIZED_TYPES(X)
 
 enum ms4_type {
 #define X(name, ...) MS4_TYPE_##name,

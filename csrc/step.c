@@ -48,7 +48,7 @@ static int room_for(step_room *r, const ms4_shape *s, size_t n) {
 static void shapes_of(const ms4_engine *e, int32_t n, buffer_shape out[N_BUFFERS]) {
     const ms4_shape *s = &e->shape;
     const size_t d = (size_t)s->d_model, heads = (size_t)s->n_head;
-    const int32_t blocks = e->weights.quantised;
+    const int32_t blocks = e->weights.quantized;
     const buffer_shape shapes[N_BUFFERS] = {
         [BUF_H] = { d, n, 0 },
         [BUF_X] = { d, n, blocks },

@@ -122,7 +122,7 @@ static int image_open(image *im) {
     const ms4_vision_shape *s = &im->v->shape;
     const tower_weights *w = im->v->at_home;
     const size_t d = (size_t)s->d_model, merged = d * (size_t)(s->merge * s->merge);
-    const int32_t n = im->n, blocks = w->quantised;
+    const int32_t n = im->n, blocks = w->quantized;
     const int32_t most = im->grid.rows > im->grid.columns ? im->grid.rows : im->grid.columns;
     const int32_t chunk = int_min(n, FFN_PATCHES), out = int_min(n / (s->merge * s->merge), PROJECTED);
     const buffer_shape shapes[N_BUFFERS] = {

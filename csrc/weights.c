@@ -103,9 +103,9 @@ static int bind_table(const binder *b, const ms4_tensor *tensors, size_t n, int3
     }
     return MS4_OK;
 }
-static int any_quantised(const matrix *roles, size_t n) {
+static int any_quantized(const matrix *roles, size_t n) {
     for (size_t i = 0; i < n; i++)
-        if (roles[i].data && matrix_quantised(&roles[i])) return 1;
+        if (roles[i].data && matrix_quantized(&roles[i])) return 1;
     return 0;
 }
 /* --- the text model ----------------------------------------------------------------------- */
@@ -216,7 +216,7 @@ int text_weights_open(text_weights *w, const ms4_shape *s, const ms4_tensor *ten
     int status = roles && w->layers ? bind_table(&b, tensors, n, s->n_layer, MS4_N_ROLES, roles, &w->bytes)
                                     : error_set(MS4_ENOMEM, "no memory for the tensor table");
     if (!status) status = bind_text(&b, s, roles, w);
-    if (!status) w->quantised = any_quantised(roles, n_roles);
+    if (!status) w->quantized = any_quantized(roles, n_roles);
     memory_give(roles);
     return status;
 }
@@ -303,7 +303,7 @@ int tower_weights_open(tower_weights *w, const ms4_vision_shape *s, const ms4_te
     int status = roles && w->layers ? bind_table(&b, tensors, n, s->n_layer, MS4_N_VISION_ROLES, roles, &bytes)
                                     : error_set(MS4_ENOMEM, "no memory for the vision tower");
     if (!status) status = bind_tower(&b, s, roles, w);
-    if (!status) w->quantised = any_quantised(roles, n_roles);
+    if (!status) w->quantized = any_quantized(roles, n_roles);
     memory_give(roles);
     return status;
 }

@@ -36,7 +36,7 @@ typedef struct {
     layer_weights *layers;                                    /* n_layer */
     vector output_norm;
     matrix token_embd, output;
-    int32_t quantised;                                        /* some matrix takes activations as block_q8 */
+    int32_t quantized;                                        /* some matrix takes activations as block_q8 */
     uint64_t bytes;                                           /* of the tensors in the table */
     owned_list owned;
 } text_weights;
@@ -46,12 +46,12 @@ typedef struct {
     tower_layer *layers;                                      /* n_layer */
     vector pre_ln, input_norm, bias_1, bias_2;                /* the last three are optional */
     matrix patch_embd, patch_merger, mm_1, mm_2;
-    int32_t quantised;
+    int32_t quantized;
     owned_list owned;
 } tower_weights;
 
 static inline size_t blocks_of(size_t n) { return (n + SUPERBLOCK - 1) / SUPERBLOCK; }
-static inline int matrix_quantised(const matrix *m) { return ms4_type_infos[m->type].quantised; }
+static inline int matrix_quantized(const matrix *m) { return ms4_type_infos[m->type].quantized; }
 /* Bytes of one slice; 0 if there is no such matrix.  (slice_bytes is larger where gate and up lie in one tensor.) */
 static inline uint64_t matrix_bytes(const matrix *m) { return m->data ? (uint64_t)m->n_rows * m->row_bytes : 0; }
 /* Rows [first, first + n) of slice s as a matrix of its own. */

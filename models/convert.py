@@ -1,7 +1,7 @@
 """Turns a checkpoint in Hugging Face layout into GGUF files: the text model, and its vision tower (mmproj).
 
 Tensors go from file to file one by one, and a large one in slices.  A file appears under its name only when it is
-whole, and when ms4 itself opens it.  Keys and types are those of llama.cpp's converter and quantiser, with three keys
+whole, and when ms4 itself opens it.  Keys and types are those of llama.cpp's converter and quantizer, with three keys
 more: the temperature of the queries, its length, and the router's softmax, which that converter leaves out.  The
 tower's file has the embedding of [IMG_BREAK] too, which that converter writes for some checkpoints and llama.cpp asks
 for.
@@ -25,7 +25,7 @@ from ms4.models.pixtral import Tower
 from ms4.models.vocabulary import Vocabulary
 from ms4.quant.blocks import BLOCKS, IDS, SMALLER, Floats
 from ms4.quant.gguf_file import GgufFile
-from ms4.quant.quantise import quantize
+from ms4.quant.quantize import quantize
 from ms4.quant.safetensors_file import Stored
 from ms4.quant.spelling import spell
 

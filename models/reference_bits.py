@@ -94,7 +94,7 @@ class KvCache:
         return len(self.layers[0].latent)
 
     def append(self, index: int, latent: Floats, rope: Floats) -> None:
-        old, new = self.layers[index], [ops.quantise_16(latent), ops.quantise_16(rope)]
+        old, new = self.layers[index], [ops.quantize_16(latent), ops.quantize_16(rope)]
         self.layers[index] = ops.Keys(
             np.concatenate([old.latent, new[0][0]]),
             np.concatenate([old.rope, new[1][0]]),
@@ -174,7 +174,7 @@ def attention(layer: Weights, shape: Shape, x: Floats, position: np.ndarray, cac
 
     k_b, v_b = key_value_b(layer, shape)
     absorbed = np.stack([ops.float_product(k, q_nope[:, h]) for h, k in enumerate(k_b)], axis=1)
-    parts = ops.quantise_16(absorbed), ops.quantise_16(q_rope)
+    parts = ops.quantize_16(absorbed), ops.quantize_16(q_rope)
     queries = ops.Queries(parts[0][0], parts[1][0], np.stack([d for _, d in parts]))
     total = attend(queries, cache, index, position)
     o = total.o / total.l[..., None]

@@ -156,7 +156,7 @@ class Quants(NamedTuple):
     d: Floats  # [n, superblocks]
 
 
-def quantise_8(x: Floats) -> Quants:
+def quantize_8(x: Floats) -> Quants:
     """The largest magnitude of 256 becomes 127."""
     n, width = x.shape
     blocks = np.zeros((n, -(-width // SUPERBLOCK), SUPERBLOCK), np.float32)
@@ -167,7 +167,7 @@ def quantise_8(x: Floats) -> Quants:
     return Quants(nearest(blocks * factor[..., None]), largest / single(127))
 
 
-def quantise_16(x: Floats) -> tuple[Whole, Floats]:
+def quantize_16(x: Floats) -> tuple[Whole, Floats]:
     """Along the last axis: whole numbers of at most 32767 and a length of at most LENGTH_16, and their scale."""
     largest = np.abs(x).max(axis=-1)
     nothing = largest < 2.0**-100
@@ -187,7 +187,7 @@ def product(kind: str, data: Bytes, x: Floats) -> Floats:
     n_weights = len(data) * x.shape[1]
     if kind in PLAIN:
         return float_product(dequantize(data, kind, n_weights).reshape(len(data), -1), x)
-    blocks, quants = opened(data, kind, n_weights), quantise_8(x)
+    blocks, quants = opened(data, kind, n_weights), quantize_8(x)
     if blocks.scale is not None:
         return superblock_product(blocks, blocks.scale, quants, len(data))
     return block_product(blocks, quants, len(data))

@@ -14,7 +14,7 @@ GIB, GB = 1 << 30, 10**9
 
 @dataclass(frozen=True)
 class Known:
-    """One quantisation in a repository.  bytes: of all its parts, 0 if no source says."""
+    """One quantization in a repository.  bytes: of all its parts, 0 if no source says."""
 
     quant: str
     bytes: int = 0

@@ -129,7 +129,7 @@ class Unfinished:
 
 
 def unfinished(repo: Cached) -> list[Unfinished]:
-    """What ms4 has begun to fetch of a repository and not ended, by quantisation."""
+    """What ms4 has begun to fetch of a repository and not ended, by quantization."""
     n_bytes: dict[str, int] = {}
     for journal in sorted(repo.blobs.glob("*" + JOURNAL)):
         if quant := _begun(journal):
@@ -147,7 +147,7 @@ class Removal:
 
 
 def removal(repo: Cached, quant: str) -> Removal:
-    """Of one quantisation in all snapshots; the towers go with the last model of the repository."""
+    """Of one quantization in all snapshots; the towers go with the last model of the repository."""
     wanted = variants.parse(f"{repo.repo}:{quant}") or Wanted(repo.repo, quant)
     links: list[Path] = []
     others: list[Path] = []
@@ -171,7 +171,7 @@ def removal(repo: Cached, quant: str) -> Removal:
 
 
 def _begun(journal: Path) -> str:
-    """The quantisation of the file that a journal belongs to; "" for a tower, and if it is not said."""
+    """The quantization of the file that a journal belongs to; "" for a tower, and if it is not said."""
     name = read_journal(journal)[0].get("name")
     found = variants.variants([name]) if isinstance(name, str) else []
     return found[0].quant if found else ""

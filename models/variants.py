@@ -1,4 +1,4 @@
-"""The GGUF files of a repository as people speak of them: by quantisation, whole or in parts, and the vision towers.
+"""The GGUF files of a repository as people speak of them: by quantization, whole or in parts, and the vision towers.
 
 Works on names alone, of a listing from the hub or of a folder here.
 """
@@ -19,7 +19,7 @@ TOWER_TYPES = ("f16", "bf16", "q8_0", "f32")  # the best first, as where several
 
 @dataclass(frozen=True)
 class Variant:
-    """One model: its quantisation (or the name of the file, if that says none), and its files, part after part.
+    """One model: its quantization (or the name of the file, if that says none), and its files, part after part.
 
     n_parts: how many files there should be; fewer are named if some are missing.
     """
@@ -67,7 +67,7 @@ def variants(names: Iterable[str]) -> list[Variant]:
 
 
 def quant_of(stem: str) -> str:
-    """The quantisation that a name without ending and part says, itself or by its folder; else the name."""
+    """The quantization that a name without ending and part says, itself or by its folder; else the name."""
     folder, _, base = stem.rpartition("/")
     for text in (base, folder):
         if match := _QUANT_AT_END.search(text):
@@ -76,7 +76,7 @@ def quant_of(stem: str) -> str:
 
 
 def pick(found: Sequence[Variant], quant: str) -> Variant | None:
-    """The one that a quantisation names: that very one, or the one with UD- before it."""
+    """The one that a quantization names: that very one, or the one with UD- before it."""
     for wanted in (quant.lower(), f"ud-{quant.lower()}"):
         for variant in found:
             if variant.quant.lower() == wanted:
@@ -96,7 +96,7 @@ def best_tower(names: Iterable[str]) -> str | None:
 
 
 def parse(text: str) -> Wanted | None:
-    """[hf:]USER/REPO[:QUANT], a name of the table with or without :QUANT, or a quantisation; None for anything else."""
+    """[hf:]USER/REPO[:QUANT], a name of the table with or without :QUANT, or a quantization; None for anything else."""
     base, _, quant = text.removeprefix("hf:").partition(":")
     if ":" in quant or not re.fullmatch(r"[A-Za-z0-9_.-]{0,120}", quant):
         return None

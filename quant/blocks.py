@@ -53,7 +53,7 @@ BLOCKS: dict[int, Block] = {
     40: Block("NVFP4", 64, 36),
 }
 IDS = {name: id for id, (name, _, _) in BLOCKS.items()}
-# The K and IQ types need rows of whole superblocks; for other rows quantisers take the nearest type of plain blocks.
+# The K and IQ types need rows of whole superblocks; for other rows quantizers take the nearest type of plain blocks.
 SMALLER = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "NVFP4": "Q4_0"}
 
 KV = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)

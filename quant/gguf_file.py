@@ -554,7 +554,7 @@ def _read_tensor(header: _Header, number: int) -> _Record:
             f"tensor {name} is too large: its dimensions {_times(dims)} need more bytes than the file has"
         )
     if kind not in BLOCKS:
-        raise header.fail(f"tensor {name} has type {kind}, which ms4 does not support; use another quantisation")
+        raise header.fail(f"tensor {name} has type {kind}, which ms4 does not support; use another quantization")
     block = BLOCKS[kind]
     if dims[0] % block.weights:
         raise header.fail(

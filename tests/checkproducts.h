@@ -10,7 +10,7 @@ static int mul_type;
 
 struct product { struct ms4_mul m; size_t n_y; int extreme; };
 
-static int quantised(void) { return ms4_type_infos[mul_type].quantised; }
+static int quantized(void) { return ms4_type_infos[mul_type].quantized; }
 static int random_columns(void) {
     int unit = ms4_type_infos[mul_type].weights;
     if (unit == SUPERBLOCK) return SUPERBLOCK * between(1, 16);
@@ -32,12 +32,12 @@ static struct product random_product(int n_rows, int n_tokens, int n_cols, int e
         for (int t = 0; t < n_tokens; t++) rows[t] = between(0, n_x - 1);
         m->x_rows = rows;
     }
-    m->x_stride = quantised() ? (n_blocks + (size_t)gap) * sizeof(block_q8) : ((size_t)n_cols + (size_t)gap * 16) * 4;
-    size_t x_row = quantised() ? n_blocks * sizeof(block_q8) : (size_t)n_cols * 4;
+    m->x_stride = quantized() ? (n_blocks + (size_t)gap) * sizeof(block_q8) : ((size_t)n_cols + (size_t)gap * 16) * 4;
+    size_t x_row = quantized() ? n_blocks * sizeof(block_q8) : (size_t)n_cols * 4;
     uint8_t *x = guarded(m->x_stride * (size_t)(n_x - 1) + x_row);
     for (int t = 0; t < n_x; t++) {
         float *row = (float *)(void *)(x + (size_t)t * m->x_stride);
-        if (quantised()) fill_blocks((block_q8 *)row, (size_t)n_cols, extreme);
+        if (quantized()) fill_blocks((block_q8 *)row, (size_t)n_cols, extreme);
         else for (int k = 0; k < n_cols; k++) row[k] = uniform();
     }
     m->x = x;
@@ -66,7 +66,7 @@ static void compare_product(const struct product *p, const float *y) {
     for (int t = 0; t < m->n_tokens; t++) {
         for (int k = 0; k < m->n_cols; k++) {
             const block_q8 *b = (const block_q8 *)product_x(m, t) + k / SUPERBLOCK;
-            x[k] = quantised() ? b->d * (float)b->qs[k % SUPERBLOCK] : ((const float *)product_x(m, t))[k];
+            x[k] = quantized() ? b->d * (float)b->qs[k % SUPERBLOCK] : ((const float *)product_x(m, t))[k];
         }
         for (int r = 0; r < m->n_rows; r++) {
             struct ms4_mul one = *m;
@@ -109,17 +109,17 @@ static void compare_splits(const struct product *p, const float *y) {
 }
 /* Activations that were not finite have d = NaN: that token's results must be NaN, the others' not. */
 static void check_nan(void) {
-    struct product p = random_product(between(1, 20), 5, quantised() ? 512 : 48, 0);
+    struct product p = random_product(between(1, 20), 5, quantized() ? 512 : 48, 0);
     int bad = between(0, 4);
     p.m.x_rows = NULL;
-    p.m.x_stride = (quantised() ? 2 * sizeof(block_q8) : 48 * 4);
+    p.m.x_stride = (quantized() ? 2 * sizeof(block_q8) : 48 * 4);
     uint8_t *x = guarded(p.m.x_stride * 5);
     for (int t = 0; t < 5; t++) {
         block_q8 *row = (block_q8 *)(void *)(x + (size_t)t * p.m.x_stride);
         float *numbers = (float *)(void *)row;
-        if (quantised()) fill_blocks(row, 512, 0);
+        if (quantized()) fill_blocks(row, 512, 0);
         else for (int k = 0; k < 48; k++) numbers[k] = uniform();
-        if (t == bad && quantised()) { memset(row, 0, sizeof *row); row->d = NAN; }
+        if (t == bad && quantized()) { memset(row, 0, sizeof *row); row->d = NAN; }
         else if (t == bad) numbers[between(0, 47)] = NAN;
     }
     p.m.x = x;
@@ -152,7 +152,7 @@ static double time_shape(const struct ms4_ops *ops, int n_rows, int n_tokens) {
     release_all();
     timed = (struct ms4_mul){ .n_rows = n_rows, .n_cols = n_cols, .n_tokens = n_tokens, .y_stride = (size_t)n_rows };
     timed.row_bytes = (size_t)(n_cols / info->weights * info->bytes);
-    timed.x_stride = quantised() ? (size_t)n_cols / SUPERBLOCK * sizeof(block_q8) : (size_t)n_cols * 4;
+    timed.x_stride = quantized() ? (size_t)n_cols / SUPERBLOCK * sizeof(block_q8) : (size_t)n_cols * 4;
     uint8_t *w = guarded(timed.row_bytes * (size_t)n_rows), *x = guarded(timed.x_stride * (size_t)n_tokens);
     int n_fill = n_rows < 16 ? n_rows : 16;
     fill_weights(mul_type, w, (size_t)n_fill * (size_t)n_cols, 0);
@@ -160,7 +160,7 @@ static double time_shape(const struct ms4_ops *ops, int n_rows, int n_tokens) {
         memcpy(w + (size_t)r * timed.row_bytes, w + (size_t)(r % 16) * timed.row_bytes, timed.row_bytes);
     for (int t = 0; t < n_tokens; t++) {
         float *row = (float *)(void *)(x + (size_t)t * timed.x_stride);
-        if (quantised()) fill_blocks((block_q8 *)row, (size_t)n_cols, 0);
+        if (quantized()) fill_blocks((block_q8 *)row, (size_t)n_cols, 0);
         else for (int k = 0; k < n_cols; k++) row[k] = uniform();
     }
     timed.w = w;

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from requantise import requantise
+from requantize import requantize
 
 DATA = Path(__file__).parent / "data"
 MODEL, MMPROJ, IMAGE = (DATA / f"bravo-{name}" for name in ("Q4_K_M.gguf", "mmproj-f16.gguf", "image.png"))
@@ -19,10 +19,10 @@ _made = tempfile.TemporaryDirectory(prefix="ms4-tests-")
 
 @cache
 def bravo(preset: str = "Q4_K_M") -> Path:
-    """The checkpoint as it is stored, or its dequantised weights written as F32, F16 or BF16."""
+    """The checkpoint as it is stored, or its dequantized weights written as F32, F16 or BF16."""
     if preset == "Q4_K_M":
         return MODEL
-    requantise(str(MODEL), path := Path(_made.name) / f"bravo-{preset}.gguf", preset)
+    requantize(str(MODEL), path := Path(_made.name) / f"bravo-{preset}.gguf", preset)
     return path
 
 

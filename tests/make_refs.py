@@ -2,7 +2,7 @@
 
     pip install -e ".[train]";  python tests/make_refs.py
 
-The weights of bravo-Q4_K_M.gguf and of its tower, dequantised, go through a folder in Hugging Face layout (make_hf.py)
+The weights of bravo-Q4_K_M.gguf and of its tower, dequantized, go through a folder in Hugging Face layout (make_hf.py)
 into transformers' own model, which computes in float64 as far as it lets itself be told.  Nothing of ms4's arithmetic
 takes part but the decoders of block types, which tests/test_blocks.py compares with the PyPI package gguf.
 """

@@ -29,7 +29,7 @@ BREAK = {"v.token_embd.img_break"}
 
 @pytest.fixture(scope="module")
 def bravo_hf(tmp_path_factory):
-    """The weights of tests/data, dequantised, and its tower, as a folder like the one that they came from."""
+    """The weights of tests/data, dequantized, and its tower, as a folder like the one that they came from."""
     folder = tmp_path_factory.mktemp("hf") / "bravo"
     write_hf(folder, MODEL, TOWER)
     return folder

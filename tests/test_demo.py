@@ -1,4 +1,4 @@
-"""The checkpoint that comes with ms4: what it can do, with every kernel table, and what quantising costs it."""
+"""The checkpoint that comes with ms4: what it can do, with every kernel table, and what quantizing costs it."""
 
 from itertools import islice
 from pathlib import Path
@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 from PIL import Image
-from requantise import requantise
+from requantize import requantize
 
 import ms4
 from ms4.models.model import Model
@@ -87,7 +87,7 @@ def test_perplexity_ranks_the_presets(tmp_path):
     shipped = presets.perplexity(DEMO, asked)
     found = {}
     for preset in ("Q3_K_M", "Q2_K"):
-        requantise(DEMO, path := tmp_path / f"{preset}.gguf", preset)
+        requantize(DEMO, path := tmp_path / f"{preset}.gguf", preset)
         found[preset] = presets.perplexity(path, asked)
         path.unlink()
     assert max(shipped, found["Q3_K_M"]) < found["Q2_K"], (shipped, found)

@@ -205,7 +205,7 @@ def test_nvfp4_scales_must_fit_and_be_finite(tmp_path):
         mistral4.tensors_of(gguf, mistral4.shape_of(gguf))
 
 
-def test_norms_must_not_be_quantised(tmp_path):
+def test_norms_must_not_be_quantized(tmp_path):
     def only_a_norm(image):
         record = image.record("output_norm.weight")
         record.type, record.offset = 8, 0

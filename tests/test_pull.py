@@ -310,7 +310,7 @@ def test_on_a_terminal_it_is_one_line_that_goes_away(monkeypatch):
         ("Mistral-Small-4-APEX-I-Balanced", "Mistral-Small-4-APEX-I-Balanced"),
     ],
 )
-def test_a_quantisation_is_read_from_a_name(name, quant):
+def test_a_quantization_is_read_from_a_name(name, quant):
     assert variants.quant_of(name) == quant
 
 

@@ -40,8 +40,8 @@ static size_t result_width(const attend_run *run) { return (size_t)run->st->shap
 static size_t heads(const attend_run *run) { return (size_t)run->st->shape->n_head; }
 
 /* --- W_uk and W_uv -------------------------------------------------------------------------- */
-#define ROWS_AT_ONCE 4         /* dequantised by one call */
-/* Dequantised rows [first, first + n_rows) of one head of k_b or v_b.  Decode reads each head's once: with every few
+#define ROWS_AT_ONCE 4         /* dequantized by one call */
+/* Dequantized rows [first, first + n_rows) of one head of k_b or v_b.  Decode reads each head's once: with every few
  * rows it asks for the same ones of the next head. */
 static void load_rows(const struct ms4_ops *ops, const matrix *m, int32_t head, int32_t first, int32_t n_rows,
                       float *out) {

@@ -135,8 +135,8 @@ static size_t hidden_width(const ffn_job *job) { return (size_t)job->w->gate.n_r
 static int place_hidden(cpu_device *d, ffn_job *jobs, int32_t n_jobs) {
     size_t n_f = 0, n_q = 0;
     for (ffn_job *job = jobs; job < jobs + n_jobs; job++) {
-        job->f_stride = matrix_quantised(&job->w->down) ? 0 : hidden_width(job);
-        job->q_stride = matrix_quantised(&job->w->down) ? blocks_of(hidden_width(job)) : 0;
+        job->f_stride = matrix_quantized(&job->w->down) ? 0 : hidden_width(job);
+        job->q_stride = matrix_quantized(&job->w->down) ? blocks_of(hidden_width(job)) : 0;
         n_f += (size_t)job->n * job->f_stride;
         n_q += (size_t)job->n * job->q_stride;
     }

@@ -6,11 +6,11 @@
 
 void cpu_mul(const struct ms4_ops *ops, const matrix *m, const activations *x, const int32_t *x_rows, int32_t n_tokens,
              float *y, size_t y_stride, const uint8_t *next) {
-    int quantised = matrix_quantised(m);
+    int quantized = matrix_quantized(m);
     struct ms4_mul mul = {
         .w = m->data, .row_bytes = m->row_bytes, .n_rows = m->n_rows, .n_cols = m->n_cols, .n_tokens = n_tokens,
-        .x = quantised ? (const void *)x->q : (const void *)x->f,
-        .x_stride = quantised ? x->q_stride * sizeof(block_q8) : x->f_stride * sizeof(float),
+        .x = quantized ? (const void *)x->q : (const void *)x->f,
+        .x_stride = quantized ? x->q_stride * sizeof(block_q8) : x->f_stride * sizeof(float),
         .x_rows = x_rows, .y = y, .y_stride = y_stride, .next = next,
     };
     ops->mul[m->type](&mul);

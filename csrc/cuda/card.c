@@ -16,9 +16,9 @@ static uint64_t step_bytes(const ms4_shape *s, const layer_weights *layers, uint
     const uint64_t floats = 3 * d + rank + rope + (uint64_t)s->q_rank + heads * (uint64_t)(s->d_nope + s->d_rope)
                           + heads * (uint64_t)s->d_value + heads * (rank + (rank + rope) / 2 + 3)
                           + (uint64_t)s->n_expert + (k + 1) * widest * 2 + 2 * k * d + rope + 64;
-    const uint64_t quantised = 320 * ((d + (uint64_t)s->q_rank + heads * (uint64_t)s->d_value
+    const uint64_t quantized = 320 * ((d + (uint64_t)s->q_rank + heads * (uint64_t)s->d_value
                                        + (k + 1) * widest) / SUPERBLOCK + k + 4);
-    return n * (4 * floats + quantised) + 4 * (uint64_t)s->n_vocab * (n < 32 ? n : 32) + ((uint64_t)8 << 20)
+    return n * (4 * floats + quantized) + 4 * (uint64_t)s->n_vocab * (n < 32 ? n : 32) + ((uint64_t)8 << 20)
          + 2 * vram_wanted(s, layers) / ((uint64_t)s->n_expert * (uint64_t)s->n_layer + 1);
 }
 static uint64_t kv_bytes(const ms4_shape *s, uint64_t n) {

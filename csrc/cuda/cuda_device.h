@@ -9,7 +9,7 @@
 #include "device.h"
 #include "numbers.h"
 
-/* ops: dequantises embeddings on the host.  Several may share a card, one at a time. */
+/* ops: dequantizes embeddings on the host.  Several may share a card, one at a time. */
 int cuda_device_open(gpu *g, const struct ms4_ops *ops, device **out);
 /* Blocks of the kv cache on the card. */
 int cuda_kv_open(gpu *g, kv_memory **out);

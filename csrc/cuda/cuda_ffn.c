@@ -66,7 +66,7 @@ typedef struct {
     size_t hidden_bytes;                                      /* of a row */
     int32_t x_row, n, add;
 } ffn_job;
-static int takes_blocks(const ffn_job *j) { return matrix_quantised(&j->w->down); }
+static int takes_blocks(const ffn_job *j) { return matrix_quantized(&j->w->down); }
 static size_t width_of(const ffn_job *j) { return (size_t)j->w->gate.n_rows; }
 /* May their activations be computed in one go? */
 static int alike(const ffn_job *a, const ffn_job *b) {
@@ -97,10 +97,10 @@ static int place(cuda_device *d, ffn_job *jobs, int32_t n_jobs) {
 }
 static gpu_product from_x(const cuda_device *d, const matrix *m, const ffn_job *j, float *y) {
     const cuda_rows *x = &d->rows[BUF_X];
-    const int quantised = matrix_quantised(m);
-    gpu_product p = cuda_product(m, quantised ? (const void *)cuda_blocks(d, BUF_X, j->x_row)
+    const int quantized = matrix_quantized(m);
+    gpu_product p = cuda_product(m, quantized ? (const void *)cuda_blocks(d, BUF_X, j->x_row)
                                               : (const void *)cuda_row(d, BUF_X, j->x_row),
-                                 quantised ? x->blocks * sizeof *x->q : x->width * sizeof *x->f, y, width_of(j), j->n);
+                                 quantized ? x->blocks * sizeof *x->q : x->width * sizeof *x->f, y, width_of(j), j->n);
     p.job.x_rows = j->tokens;
     return p;
 }
@@ -216,8 +216,8 @@ int cuda_send(device *base, device *other, const ffn_share *share, const picks *
     const cpu_rows *to = &((cpu_device *)other)->rows[BUF_X];
     int floats = 0, blocks = 0;
     for (const ffn_group *g = share->groups; g < share->groups + share->n_groups; g++) {
-        blocks |= matrix_quantised(&g->w.gate) || matrix_quantised(&g->w.up);
-        floats |= !matrix_quantised(&g->w.gate) || !matrix_quantised(&g->w.up);
+        blocks |= matrix_quantized(&g->w.gate) || matrix_quantized(&g->w.up);
+        floats |= !matrix_quantized(&g->w.gate) || !matrix_quantized(&g->w.up);
     }
     const size_t bytes = (size_t)p->n * x->blocks * sizeof *x->q;
     if (blocks && d->x_here) memcpy(to->q, d->x_here, bytes);

@@ -93,8 +93,8 @@ int cuda_room_products(cuda_device *d, int32_t n) {
 /* Row `row` of a buffer as this matrix reads it, and the bytes to the next one. */
 static const void *operand(const cuda_device *d, const matrix *m, buffer b, int32_t row, size_t *stride) {
     const cuda_rows *r = &d->rows[b];
-    *stride = matrix_quantised(m) ? r->blocks * sizeof *r->q : r->width * sizeof *r->f;
-    return matrix_quantised(m) ? (const void *)cuda_blocks(d, b, row) : (const void *)cuda_row(d, b, row);
+    *stride = matrix_quantized(m) ? r->blocks * sizeof *r->q : r->width * sizeof *r->f;
+    return matrix_quantized(m) ? (const void *)cuda_blocks(d, b, row) : (const void *)cuda_row(d, b, row);
 }
 int cuda_products(device *base, const product *p, int32_t n_products, int32_t n) {
     cuda_device *d = (cuda_device *)base;

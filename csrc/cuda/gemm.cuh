@@ -1,4 +1,4 @@
-/* gemm.cuh -- quantised weights times many tokens, on tensor cores: kernels gemm_<type>.
+/* gemm.cuh -- quantized weights times many tokens, on tensor cores: kernels gemm_<type>.
  *
  * A block: 128 rows times 64 tokens, 8 warps of 32 x 32.  Half a superblock at a time is opened into shared memory as
  * int8_t, so that two blocks fit a multiprocessor and one opens while the other multiplies.  Products of 32 or 16
@@ -186,7 +186,7 @@ DEV void add_blocks(gemm_floats_of &y, const gemm_floats_of &v, const gemm_stage
         for (int k = 0; k < 8; k++)
             y[k / 4][n][k % 4] = __fmaf_rn(s->x_d[l.token + 8 * n + k % 2], v[k / 4][n][k % 4], y[k / 4][n][k % 4]);
 }
-template <class T> DEV void gemm_quantised(const mul_args &args) {
+template <class T> DEV void gemm_quantized(const mul_args &args) {
     SMEM(shared);
     static_assert(sizeof(gemm_stage<T>) <= GEMM_SHARED, "what the host gives");
     gemm_stage<T> *s = (gemm_stage<T> *)shared;

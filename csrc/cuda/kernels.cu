@@ -16,7 +16,7 @@
 MS4_FLOAT_TYPES(X)
 #undef X
 #define X(type, ...) \
-    KERNEL_BLOCKS(mul_##type, mul_args, MUL_THREADS, 2) { mul_quantised<type_##type>(a); } \
-    KERNEL_BLOCKS(gemm_##type, mul_args, GEMM_THREADS, 2) { gemm_quantised<type_##type>(a); }
-MS4_QUANTISED_TYPES(X)
+    KERNEL_BLOCKS(mul_##type, mul_args, MUL_THREADS, 2) { mul_quantized<type_##type>(a); } \
+    KERNEL_BLOCKS(gemm_##type, mul_args, GEMM_THREADS, 2) { gemm_quantized<type_##type>(a); }
+MS4_QUANTIZED_TYPES(X)
 #undef X

@@ -13,8 +13,8 @@
 /* y[t * y_stride + r] = (add ? y + : ) (row r of w) . (row x_rows ? x_rows[t] : t of x), times scale where scaled.
  * w: the file's bytes, at an address aligned as in the file (32 bytes a tensor; rows follow without gaps), so a row of
  * a 2-byte or 1-byte aligned type begins anywhere; memory behind the last row may be read up to the next multiple of 16
- * bytes.  x: block_q8 for quantised types, floats for f32, f16, bf16; x_stride in bytes.  n_cols: as the file has it,
- * a multiple of 32 or 256 for quantised types, any number for the others. */
+ * bytes.  x: block_q8 for quantized types, floats for f32, f16, bf16; x_stride in bytes.  n_cols: as the file has it,
+ * a multiple of 32 or 256 for quantized types, any number for the others. */
 typedef struct {
     const uint8_t *w;
     size_t row_bytes;
@@ -34,7 +34,7 @@ typedef struct { const mul_job *jobs; int32_t n_jobs; } mul_args;
 #define MUL_TOKENS 4
 #define MUL_ROWS 32
 #define MUL_FLOAT_ROWS 8
-#define GEMM_THREADS 256       /* gemm: many tokens, on tensor cores where the type is quantised */
+#define GEMM_THREADS 256       /* gemm: many tokens, on tensor cores where the type is quantized */
 #define GEMM_ROWS 128
 #define GEMM_TOKENS 64
 #define GEMM_FLOAT_ROWS 32

@@ -1,4 +1,4 @@
-/* mul.cuh -- quantised weights times a few tokens: kernels mul_<type>, for rows of any length.
+/* mul.cuh -- quantized weights times a few tokens: kernels mul_<type>, for rows of any length.
  *
  * A warp takes a row and opens it superblock by superblock, 8 weights a lane; sums inside a superblock are integers, so
  * lanes may add them in any order, and every lane runs the chain over the superblocks that ops.h prescribes.
@@ -74,7 +74,7 @@ template <class T> DEV void mul_any(const tile &at) {
             if (lane == t) store(j, at.row + r, at.token + t, y[t]);
     }
 }
-template <class T> DEV void mul_quantised(const mul_args &a) {
+template <class T> DEV void mul_quantized(const mul_args &a) {
     SMEM(shared);
     const tile &at = tile_of_block<MUL_ROWS, MUL_TOKENS>(a);
     if (can_stage<T>(at.job)) mul_staged<T>(shared, at);

@@ -1,4 +1,4 @@
-/* mul_staged.cuh -- quantised weights times a few tokens where rows are 1, 2, 4, 8 or 16 superblocks: the shapes that
+/* mul_staged.cuh -- quantized weights times a few tokens where rows are 1, 2, 4, 8 or 16 superblocks: the shapes that
  * models have.  Memory is the limit there, so copies to shared memory run ahead of the arithmetic.
  *
  * A block's 32 rows lie side by side in the file; a warp takes chunks of 8 or 16 superblocks of them, and 8 lanes

@@ -1,4 +1,4 @@
-/* unpack.cuh -- opens weights of every type; of quantised ones the integer form that cpu/plain/unpack.h has, too.
+/* unpack.cuh -- opens weights of every type; of quantized ones the integer form that cpu/plain/unpack.h has, too.
  *
  * A superblock is opened by units of 8 weights, one for each lane of a warp: unit u has the weights 8 u to 8 u + 7, as
  * two words of four int8_t.  Of each type there is

@@ -1,4 +1,4 @@
-"""presets.py: what quantising costs the demonstration checkpoint: its perplexity on right answers, preset by preset.
+"""presets.py: what quantizing costs the demonstration checkpoint: its perplexity on right answers, preset by preset.
 
     python -m ms4.models.training.presets HF_DIR [-n 200] [--card README.md]
 

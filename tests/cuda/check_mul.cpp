@@ -27,7 +27,7 @@ static void witness(const struct ms4_mul *m) {
     case MS4_TYPE_##name: \
         mul_opened_plain(m, unpack_##name, SUPERBLOCK_BYTES(name), FAMILY_##family, dot_groups); \
         break;
-    MS4_QUANTISED_TYPES(X)
+    MS4_QUANTIZED_TYPES(X)
 #undef X
     default: cpu->mul[type](m);
     }
@@ -57,7 +57,7 @@ static void fill_x(product &p) {
     for (int t = 0; t < p.n_x; t++) {
         uint8_t *to = p.x + (size_t)t * p.x_stride;
         random_floats(row.data(), row.size(), rnd() % 8 ? p.kind : (int)(rnd() % FLOAT_KINDS));
-        if (!ms4_type_infos[type].quantised) { memcpy(to, row.data(), row.size() * 4); continue; }
+        if (!ms4_type_infos[type].quantized) { memcpy(to, row.data(), row.size() * 4); continue; }
         cpu->quantize((block_q8 *)to, row.data(), row.size());
         block_q8 *some = (block_q8 *)to + rnd() % (uint32_t)((p.n_cols + 255) / 256);
         if (rnd() % 16 == 0) some->d = rnd() & 1 ? NAN : INFINITY;
@@ -67,10 +67,10 @@ static product random_product() {
     const int cols = random_columns(), big = cols > 1000 ? 40 : 150, gap = between(0, 2);
     const int rows = is_gemm ? between(1, big * 2) : between(1, big), skip = (int)(rnd() % 4);
     const int tokens = is_gemm ? between(1, cols > 1000 ? 70 : 140) : between(1, cols > 1000 ? 5 : 9);
-    const int n_x = rnd() & 1 ? tokens : between(1, tokens), quantised = ms4_type_infos[type].quantised;
+    const int n_x = rnd() & 1 ? tokens : between(1, tokens), quantized = ms4_type_infos[type].quantized;
     const size_t row_bytes = (size_t)cols / (size_t)ms4_type_infos[type].weights * (size_t)ms4_type_infos[type].bytes;
     const size_t x_blocks = (size_t)((cols + 255) / 256 + gap);
-    const size_t x_stride = quantised ? x_blocks * sizeof(block_q8) : (size_t)(cols + gap) * 4;
+    const size_t x_stride = quantized ? x_blocks * sizeof(block_q8) : (size_t)(cols + gap) * 4;
     const size_t y_stride = (size_t)(rows + gap);
     product p = { rows, cols, tokens, n_x, (int)(rnd() % FLOAT_KINDS), skip, row_bytes, x_stride, y_stride,
                   buffer<uint8_t>((size_t)(rows + skip) * row_bytes, 32), buffer<uint8_t>((size_t)n_x * x_stride),

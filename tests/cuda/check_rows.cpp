@@ -17,7 +17,7 @@ static void random_rows(float *x, int rows, size_t stride, int kind) {
     for (int t = 0; t < rows; t++) random_row(x + (size_t)t * stride, (int)stride, kind);
 }
 /* The CPU's blocks of a row that has a multiple of 32 floats, as the engine's rows with blocks do. */
-static void same_as_quantised(const block_q8 *got, const float *row, int width) {
+static void same_as_quantized(const block_q8 *got, const float *row, int width) {
     buffer<block_q8> want(blocks_of(width));
     cpu->quantize(want, row, (size_t)width);
     same_blocks("block", got, want, blocks_of(width));
@@ -44,7 +44,7 @@ static void check_norm() {
         for (int t = 0; t < n; t++) {
             cpu->rms_norm(want, before + (size_t)t * stride, weight, (size_t)width, eps);
             same("norm", (in_place ? x : y) + (size_t)t * stride, want, (size_t)width);
-            if (has_blocks) same_as_quantised(q + (size_t)t * blocks, want, width);
+            if (has_blocks) same_as_quantized(q + (size_t)t * blocks, want, width);
         }
         expect(x.intact() && y.intact() && q.intact(), "writes only its rows");
     }
@@ -65,7 +65,7 @@ static void check_act() {
         (gelu ? cpu->gelu_mul : cpu->silu_mul)(want, gate, up, count);
         if (which) same("act", f, want, count);
         for (int t = 0; t < n && which < 2; t++)
-            same_as_quantised(q + (size_t)t * blocks, want + (size_t)t * (size_t)width, width);
+            same_as_quantized(q + (size_t)t * blocks, want + (size_t)t * (size_t)width, width);
         expect(f.intact() && q.intact(), "writes only its rows");
     }
 }
@@ -87,7 +87,7 @@ static void check_bias() {
             for (int i = 0; has_bias && i < width; i++) row[i] += bias[i];
             if (gelu) cpu->gelu(row, (size_t)width);
             same("bias", b + (size_t)t * stride, row, (size_t)width);
-            if (has_blocks) same_as_quantised(q + (size_t)t * blocks, row, width);
+            if (has_blocks) same_as_quantized(q + (size_t)t * blocks, row, width);
         }
         expect(b.intact() && q.intact(), "writes only its rows");
     }

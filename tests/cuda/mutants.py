@@ -195,8 +195,8 @@ def few_types(names: set[str]) -> list[str]:
     """Defines for table.cpp: the rows of quant.h of these types alone."""
     rows = re.findall(r"X\((\w+, \d+, [^)]*)\)", (ROOT / "csrc" / "quant.h").read_text())
     floats = [f"X({r})" for r in rows if r.split(",")[0] in names and ", floats," in r]
-    quantised = [f"X({r})" for r in rows if r.split(",")[0] in names and ", floats," not in r]
-    return ["-DFEW_TYPES", f"-DFEW_FLOATS(X)={' '.join(floats)}", f"-DFEW_QUANTISED(X)={' '.join(quantised)}"]
+    quantized = [f"X({r})" for r in rows if r.split(",")[0] in names and ", floats," not in r]
+    return ["-DFEW_TYPES", f"-DFEW_FLOATS(X)={' '.join(floats)}", f"-DFEW_QUANTIZED(X)={' '.join(quantized)}"]
 
 
 def build(mutant: Mutant, folder: Path) -> dict[str, Path] | None:

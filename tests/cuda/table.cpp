@@ -4,9 +4,9 @@
 #include "launch.h"
 #ifdef FEW_TYPES                            /* mutants.py compiles no others, to be quick */
 #undef MS4_FLOAT_TYPES
-#undef MS4_QUANTISED_TYPES
+#undef MS4_QUANTIZED_TYPES
 #define MS4_FLOAT_TYPES(X) FEW_FLOATS(X)
-#define MS4_QUANTISED_TYPES(X) FEW_QUANTISED(X)
+#define MS4_QUANTIZED_TYPES(X) FEW_QUANTIZED(X)
 #endif
 #define WEAK(name, type, threads) extern "C" __attribute__((weak)) void name(const type a);
 #define WEAK_MUL(name, ...) WEAK(mul_##name, mul_args, MUL_THREADS) WEAK(gemm_##name, mul_args, GEMM_THREADS)

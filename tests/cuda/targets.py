@@ -61,7 +61,7 @@ def shared_sizes(folder: Path) -> dict[str, tuple[int, int]]:
         + "    mul_shared(MS4_TYPE_##name, MUL_TOKENS), #name, GEMM_THREADS, gemm_shared(MS4_TYPE_##name));\n"
         + "MS4_TYPES(X)\n#undef X\n"
         + '#define X(name, id, weights, bytes, ...) printf("chunk_%s %d 0\\n", #name, \\\n'
-        + "    (int)mul_chunk(bytes * SUPERBLOCK / weights));\nMS4_QUANTISED_TYPES(X)\n"
+        + "    (int)mul_chunk(bytes * SUPERBLOCK / weights));\nMS4_QUANTIZED_TYPES(X)\n"
         + '    printf("norm_rows 256 %zu\\n", norm_shared(4096));\n'
         + '    printf("attend_segments 256 %zu\\n", segments_shared(256, 64));\n'
         + '    printf("attend_rows 256 %zu\\n", attend_rows_shared(256, 64));\n    return 0;\n}\n'
@@ -126,10 +126,10 @@ def loops(body: list[str]) -> list[list[str]]:
 
 def must_have(name: str) -> dict[str, str]:
     """What has to be there: an opcode, and why."""
-    quantised = re.fullmatch(r"(mul|gemm)_(?!f32|f16|bf16)\w+", name)
-    if quantised and quantised[1] == "mul":
+    quantized = re.fullmatch(r"(mul|gemm)_(?!f32|f16|bf16)\w+", name)
+    if quantized and quantized[1] == "mul":
         return {r"IDP\.4A": "dp4a", r"LDGSTS\.E.*128": "cp.async", r"LDS\.128": "16-byte loads"}
-    if quantised:
+    if quantized:
         return {"IMMA": "tensor cores"}
     if name == "attend_segments":
         return {"IMMA": "tensor cores", "LDSM": "ldmatrix", r"LDGSTS\.E.*128": "cp.async"}

@@ -6,7 +6,7 @@
 
 /* many.c; one.c: n_cols a multiple of 256 */
 #define X(type, ...) mul_fn mul_##type##_avx2, mul_##type##_avxvnni, mul_one_##type##_avx2;
-MS4_QUANTISED_TYPES(X)
+MS4_QUANTIZED_TYPES(X)
 #undef X
 /* float.c */
 mul_fn mul_f32_avx2, mul_f16_avx2, mul_bf16_avx2;

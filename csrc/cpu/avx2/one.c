@@ -1,4 +1,4 @@
-/* one.c -- quantised weights times one token on AVX2: bound by memory, so they are read once and in order.
+/* one.c -- quantized weights times one token on AVX2: bound by memory, so they are read once and in order.
  *
  * A step takes eight superblocks that follow each other in memory: of one row, or of several short ones; they are the
  * lanes of its result.  dot_<type>(w, x, at) is their values before x->d.  The values wait in a buffer until eight

@@ -8,7 +8,7 @@
 
 /* many.c; one.c: n_cols a multiple of 256 */
 #define X(type, ...) mul_fn mul_##type##_avx512, mul_one_##type##_avx512;
-MS4_QUANTISED_TYPES(X)
+MS4_QUANTIZED_TYPES(X)
 #undef X
 /* float.c */
 mul_fn mul_f32_avx512, mul_f16_avx512, mul_bf16_avx512;

@@ -11,7 +11,7 @@ const struct ms4_ops ops_avxvnni = {
     .isa = "avxvnni",
     .mul = {
 #define X(type, ...) [MS4_TYPE_##type] = mul_##type##_avxvnni,
-        MS4_QUANTISED_TYPES(X)
+        MS4_QUANTIZED_TYPES(X)
 #undef X
         [MS4_TYPE_f32] = mul_f32_avx2, [MS4_TYPE_f16] = mul_f16_avx2, [MS4_TYPE_bf16] = mul_bf16_avx2,
     },

@@ -130,6 +130,6 @@ INLINE void mul_many(const struct ms4_mul *m, struct opener o) {
         if (m->n_tokens < PANEL_FROM) mul_one_##type##_neon(m); \
         else mul_many(m, o); \
     }
-MS4_QUANTISED_TYPES(X)
+MS4_QUANTIZED_TYPES(X)
 #undef X
 #endif

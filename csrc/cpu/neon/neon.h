@@ -8,7 +8,7 @@
 
 /* many.c; one.c */
 #define X(type, ...) mul_fn mul_##type##_neon, mul_one_##type##_neon;
-MS4_QUANTISED_TYPES(X)
+MS4_QUANTIZED_TYPES(X)
 #undef X
 /* float.c */
 mul_fn mul_f32_neon, mul_f16_neon, mul_bf16_neon;

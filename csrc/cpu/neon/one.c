@@ -15,6 +15,6 @@ static void dot_groups_neon(int32_t *sums, const int8_t *q, const int8_t *x) {
     void mul_one_##type##_neon(const struct ms4_mul *m) { \
         mul_opened_plain(m, unpack_##type, SUPERBLOCK_BYTES(type), FAMILY_##family, dot_groups_neon); \
     }
-MS4_QUANTISED_TYPES(X)
+MS4_QUANTIZED_TYPES(X)
 #undef X
 #endif

@@ -1,4 +1,4 @@
-/* dequantize.h -- the exact dequantisers of dequantize.c; every kernel table holds the same ones. */
+/* dequantize.h -- the exact dequantizers of dequantize.c; every kernel table holds the same ones. */
 #ifndef MS4_DEQUANTIZE_H
 #define MS4_DEQUANTIZE_H
 #include "quant.h"

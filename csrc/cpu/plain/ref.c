@@ -9,9 +9,9 @@
 
 #define WEIGHTS_AT_ONCE SUPERBLOCK
 
-/* Both inputs of a product as exact numbers: x = d * q for quantised types. */
-static double activation(const void *x, int quantised, size_t k) {
-    if (!quantised) return ((const float *)x)[k];
+/* Both inputs of a product as exact numbers: x = d * q for quantized types. */
+static double activation(const void *x, int quantized, size_t k) {
+    if (!quantized) return ((const float *)x)[k];
     const block_q8 *b = (const block_q8 *)x + k / SUPERBLOCK;
     return (double)b->d * b->qs[k % SUPERBLOCK];
 }
@@ -27,7 +27,7 @@ static void mul_ref(const struct ms4_mul *m, enum ms4_type type) {
                 float weights[WEIGHTS_AT_ONCE];
                 size_t n = n_cols - k < WEIGHTS_AT_ONCE ? n_cols - k : WEIGHTS_AT_ONCE;
                 ops_ref.dequantize[type](weights, w + k / unit * (size_t)info->bytes, n);
-                for (size_t j = 0; j < n; j++) sum += weights[j] * activation(x, info->quantised, k + j);
+                for (size_t j = 0; j < n; j++) sum += weights[j] * activation(x, info->quantized, k + j);
             }
             m->y[(size_t)t * m->y_stride + (size_t)r] = (float)sum;
         }

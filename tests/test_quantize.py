@@ -1,4 +1,4 @@
-"""Float32 to blocks: exact where blocks can be, no worse than llama.cpp's quantiser, and sound on extreme weights."""
+"""Float32 to blocks: exact where blocks can be, no worse than llama.cpp's quantizer, and sound on extreme weights."""
 
 import math
 from pathlib import Path
@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from ms4.quant.blocks import BLOCKS, IDS, dequantize
-from ms4.quant.quantise import CHUNK, ENCODERS, quantize
+from ms4.quant.quantize import CHUNK, ENCODERS, quantize
 
 pytestmark = pytest.mark.filterwarnings("error")
-ROWS = np.load(Path(__file__).parent / "data" / "bravo-rows.npz")  # 16,384 weights each, before they were quantised
+ROWS = np.load(Path(__file__).parent / "data" / "bravo-rows.npz")  # 16,384 weights each, before they were quantized
 SMALL = 256  # weights of the longest block
 
 # Root of the mean squared error over that of these weights, in files that llama.cpp b11434 made.

@@ -1,6 +1,6 @@
-"""Writes a GGUF model once more in other types: python tests/requantise.py IN.gguf OUT.gguf PRESET.
+"""Writes a GGUF model once more in other types: python tests/requantize.py IN.gguf OUT.gguf PRESET.
 
-From weights that are quantised already, so the result is a little worse than the same preset made from floats.
+From weights that are quantized already, so the result is a little worse than the same preset made from floats.
 """
 
 import sys
@@ -14,7 +14,7 @@ from ms4.quant.gguf_file import GgufFile
 from ms4.quant.safetensors_file import Stored
 
 
-def requantise(source, out, preset):
+def requantize(source, out, preset):
     file, reader = GgufFile.open(source), gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(None, file.metadata["general.architecture"])
     for name, field in reader.fields.items():
@@ -35,4 +35,4 @@ def requantise(source, out, preset):
 
 
 if __name__ == "__main__":
-    requantise(*sys.argv[1:])
+    requantize(*sys.argv[1:])
