@@ -47,7 +47,7 @@ class Command(TyperCommand):
 def fill_resume(args: list[str]) -> list[str]:
     """--resume without an id asks for one from a list."""
     filled: list[str] = []
-    for arg, after in zip(args, [*args[1:], "--"], strict=True):
+    for arg, after in zip(args, [*args[1:], "--"], strict=False):  # without arguments there is nothing to fill
         filled.append(arg)
         if arg == "--resume" and after.startswith("-"):
             filled.append("?")

@@ -174,6 +174,13 @@ def test_nothing_is_left_where_it_is_not_wanted(ms4, monkeypatch):
     assert not files() and not list(kv_files.kept_bytes())
 
 
+@pytest.mark.parametrize("arguments", [[], ["--resume"], ["--resume", "-q"]])
+def test_an_option_that_is_left_out_or_stands_last(ms4, arguments):
+    """Without arguments, a chat; where nobody can choose a session, one line."""
+    code, out, err = ms4("chat", *arguments, stdin=b"")
+    assert code == (2 if arguments and files() else 5 if arguments else 0) and "internal error" not in err
+
+
 def test_a_number_behind_c_is_no_question(ms4):
     for command in ("run", "chat"):
         code, out, err = ms4(command, "-c", "32768", stdin=b"hi\n")
