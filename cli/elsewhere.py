@@ -65,7 +65,7 @@ OPTIONS = (
     Row(LLAMA, "--mmap -lm --load-mode", "--load map"),
     Row(LLAMA, "--reverse-prompt --stop-sequence", "--stop TEXT"),
     Row(LLAMA, "--reasoning -rea --reasoning-effort --reasoning_effort --effort-level --enable-thinking", "-r high"),
-    Row(LLAMA, "--reasoning-budget --thinking-budget", "-n N, which limits thoughts and answer together"),
+    Row(LLAMA, "--reasoning-budget --thinking-budget", "--think-budget N, or -r low, -r medium"),
     Row(LLAMA, "--reasoning-format --hide-thinking --no-thinking-output", "--think show|hide"),
     Row(LLAMA, "-cnv --conversation --interactive --interactive-first -mli --multiline-input", "a command: ms4 chat"),
     Row(LLAMA, "-no-cnv --no-conversation -st --single-turn", "a command: ms4 run"),

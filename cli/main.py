@@ -77,6 +77,19 @@ System = Annotated[
     str | None, typer.Option("-s", "--system", metavar="TEXT|@FILE", help="System prompt, or @ and a file.")
 ]
 Effort = Annotated[str, opt.choice(("none", "high"), "Reasoning effort.", "-r", "--effort")]
+Level = Annotated[
+    str,
+    opt.choice(
+        opt.LEVELS,
+        f"Reasoning effort; low and medium think for {' and '.join(map(str, opt.BUDGETS.values()))} tokens.",
+        "-r",
+        "--effort",
+    ),
+]
+ThinkBudget = Annotated[
+    int | None,
+    typer.Option("--think-budget", metavar="N", parser=opt.whole(1, opt.MOST_CTX), help="Most tokens of thought."),
+]
 Think = Annotated[str, opt.choice(("auto", "show", "hide"), "Thoughts: auto shows them on a terminal.", "--think")]
 Format = Annotated[
     str, opt.choice(("auto", "text", "json", "jsonl"), "How the answer is written; auto is text.", "--format")
@@ -161,8 +174,9 @@ def run(
     mmproj: opt.Mmproj = None,
     image_max_tokens: opt.ImageMaxTokens = None,
     system: System = None,
-    effort: Effort = None,  # type: ignore[assignment]
+    effort: Level = None,  # type: ignore[assignment]
     think: Think = "auto",
+    think_budget: ThinkBudget = None,
     max_tokens: MaxTokens = None,
     temp: Temperature = None,
     top_p: TopP = None,
@@ -199,10 +213,12 @@ def run(
     quiet: opt.Quiet = None,
 ) -> int:
     """Answer one prompt.  Stdin, if it is a pipe or a file, comes before PROMPT."""
+    if effort is not None:
+        effort, think_budget = opt.thinking(effort, think_budget)
     given = locals()
     from ms4.cli import run as one_shot
 
-    sampling = opt.Sampling(effort or "none", greedy, temp, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+    sampling = opt.Sampling(effort or "none", greedy, temp, top_p, top_k, min_p, seed, think_budget)
     engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram, device, vram)
     return one_shot.run(one_shot.Request.of(given), sampling, engine)
 
@@ -221,8 +237,9 @@ def chat(
     mmproj: opt.Mmproj = None,
     image_max_tokens: opt.ImageMaxTokens = None,
     system: System = None,
-    effort: Effort = "none",
+    effort: Level = "none",
     think: Think = "auto",
+    think_budget: ThinkBudget = None,
     max_tokens: MaxTokens = None,
     temp: Temperature = None,
     top_p: TopP = None,
@@ -242,7 +259,8 @@ def chat(
     """Talk with the model.  /help lists what else can be typed."""
     from ms4.cli import repl
 
-    sampling = opt.Sampling(effort, greedy, temp, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+    effort, think_budget = opt.thinking(effort, think_budget)
+    sampling = opt.Sampling(effort, greedy, temp, top_p, top_k, min_p, seed, think_budget)
     engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram, device, vram)
     images = repl.ImageOptions(mmproj, image_max_tokens)
     settings = repl.ChatSettings(

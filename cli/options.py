@@ -216,6 +216,16 @@ def engine_options(
     return replace(plain, device=device, vram=vram or 0)
 
 
+# The model itself knows none and high; between them, thoughts of high end after so many tokens.
+BUDGETS = {"low": 1024, "medium": 4096}
+LEVELS = ("none", "low", "medium", "high")
+
+
+def thinking(level: str, budget: int | None = None) -> tuple[str, int | None]:
+    """(effort, most tokens of thought) of what was asked for."""
+    return ("high", budget or BUDGETS[level]) if level in BUDGETS else (level, budget)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """The options that choose tokens; None leaves a setting to the effort's default."""
@@ -227,6 +237,7 @@ class Sampling:
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
+    think_budget: int | None = None  # tokens; None: thoughts are as long as they are
 
     def sampler(self, effort: str = "") -> "Sampler":
         """A sampler for this effort, or for another one."""

@@ -20,7 +20,7 @@ from ms4.cli.asked import Asked, system_text
 from ms4.cli.errors import IncompleteError, UsageError
 from ms4.cli.follow import follow
 from ms4.cli.image_notes import ImageOptions
-from ms4.cli.options import EngineOptions, Sampling
+from ms4.cli.options import BUDGETS, LEVELS, EngineOptions, Sampling, thinking
 from ms4.cli.run import check_length
 from ms4.models.untrusted import Reading
 from ms4.quant import visible
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ms4.models.vision import ImageInput
 
 HELP = """\
-/effort none|high  how long the model thinks before it answers
+/effort LEVEL      how long the model thinks before it answers: none, low, medium, high
 /think show|hide   show its thoughts or not
 /system [TEXT]     set the system prompt; without TEXT, none
 /image PATH        attach an image to the next message
@@ -195,6 +195,7 @@ class Talk:
         self.offer: Callable[[str], None] | None = None  # puts a text into the editor
         self.last: Statistics | None = None
         self.last_disk = ""
+        self.think_budget = settings.sampling.think_budget
         self._sampler: Sampler = settings.sampling.sampler()
         self.commands: dict[str, Callable[[str], None]] = {
             "/effort": self.set_effort,
@@ -277,14 +278,21 @@ class Talk:
         return True
 
     def set_effort(self, value: str) -> None:
-        if value not in ("none", "high"):
-            self.tell(f"effort is {self.dialogue.effort}; /effort none or /effort high")
+        if value not in LEVELS:
+            self.tell(f"effort is {self.effort()}; /effort {', '.join(LEVELS[:-1])} or {LEVELS[-1]}")
             return
-        if value != self.dialogue.effort:
-            self.dialogue.effort = value
-            self._sampler = self.settings.sampling.sampler(value)
-            self.memory.effort(value)
+        effort, self.think_budget = thinking(value)
+        if effort != self.dialogue.effort:
+            self.dialogue.effort = effort
+            self._sampler = self.settings.sampling.sampler(effort)
+            self.memory.effort(effort)
         self.tell(f"effort {value}{self.price()}")
+
+    def effort(self) -> str:
+        """What the effort is called."""
+        effort, budget = self.dialogue.effort, self.think_budget
+        named = [level for level in BUDGETS if thinking(level) == (effort, budget)]
+        return named[0] if named else f"{effort}, {budget} tokens" if budget and effort != "none" else effort
 
     def price(self) -> str:
         """What it costs if the beginning of the prompt has changed: the tokens that will be read again."""
@@ -459,7 +467,8 @@ class Talk:
 
         prompt = self.dialogue.resume(ids) if ids else self.dialogue.ask(message)
         n_ctx, most = self.timeline.n_ctx, self.settings.max_tokens
-        return Answer(prompt, self._sampler, self.dialogue.tokenizer, n_ctx, max_tokens=most)
+        budget = self.think_budget
+        return Answer(prompt, self._sampler, self.dialogue.tokenizer, n_ctx, max_tokens=most, think_budget=budget)
 
     def encode(self, answer: Answer) -> np.ndarray | None:
         """The rows of the prompt's images."""
@@ -507,4 +516,4 @@ class Talk:
             self.say("cut by --max-tokens; /continue goes on")
         s = done.statistics
         context = f"ctx {render.short(s.n_context)}/{render.short(s.n_ctx)}"
-        self.say(" · ".join(filter(None, [render.rate(s), context, f"effort {self.dialogue.effort}"])))
+        self.say(" · ".join(filter(None, [render.rate(s), context, f"effort {self.effort()}"])))

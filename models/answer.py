@@ -7,6 +7,7 @@ stop holds whenever it comes: before the prompt is read, during a step, between 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,9 +16,13 @@ import numpy as np
 from ms4 import StopFlag
 from ms4.models.answer_parser import MAX_TOOL_CALLS, AnswerParser, Text, Thinking, ToolCall
 from ms4.models.constraint import Constraint
+from ms4.models.control import Control
 from ms4.models.prompt import Prompt
 from ms4.models.sampling import Choice, Sampler, described
 from ms4.models.tokenizer import Tokenizer
+
+SENTENCE = 48  # tokens that a thought may have to come to the end of a sentence
+ENDS = (b".", b"!", b"?", b"\n", "。".encode(), "！".encode(), "？".encode())  # of a sentence or a line
 
 
 class ContextError(ValueError):
@@ -95,7 +100,8 @@ class Answer:
     """One answer to a prompt, in a context of n_ctx positions.  One that does not fit raises ContextError.
 
     logprobs: with every token its log-probability and those of so many of the most likely.  The ids of the tokens cost
-    nothing: they are in `ids`.  constraint: which tokens of its text may come.
+    nothing: they are in `ids`.  constraint: which tokens of its text may come.  think_budget: after so many tokens of
+    thought, the next sentence or line that ends is the last of it, and SENTENCE tokens later any word is.
     """
 
     def __init__(
@@ -110,6 +116,7 @@ class Answer:
         logprobs: int | None = None,
         max_tool_calls: int = MAX_TOOL_CALLS,
         constraint: Constraint | None = None,
+        think_budget: int | None = None,
     ) -> None:
         if max_tokens is not None and max_tokens < 1:
             raise ValueError("max_tokens is at least 1")
@@ -131,18 +138,31 @@ class Answer:
         self._max_tokens = max_tokens
         self._logprobs = logprobs
         self._constraint = constraint
+        self._think_budget = think_budget
         self._parser = AnswerParser(tokenizer, stop=stop, max_tool_calls=max_tool_calls, opens=prompt.opens)
 
     def choose(self, logits: np.ndarray) -> list[Event]:
         """Chooses the token after which these logits stand, and takes it."""
         # What only fills up the vocabulary is no answer, however likely a model that never learnt it finds it.
         logits = logits[: self._tokenizer.n_used]
+        if self._thought_enough():
+            end = int(Control.THINK_END)
+            return self.take(
+                Choice(end, math.nan) if self._logprobs is None else described(end, logits, self._logprobs)
+            )
         if self._constraint is None or self._parser.thinking:
             return self.take(self._sampler.pick(logits, self._logprobs))
         choice = self._sampler.pick(self._constraint.narrow(logits))
         if self._logprobs is not None:
             choice = described(choice.id, logits, self._logprobs)
         return self.take(choice)
+
+    def _thought_enough(self) -> bool:
+        if self._think_budget is None or not self._parser.thinking:
+            return False
+        over = self._parser.n_thinking - self._think_budget
+        last = self._tokenizer.piece(self.ids[-1]) if self.ids else b""
+        return over >= SENTENCE or over >= 0 and last.rstrip(b" ").endswith(ENDS)
 
     def take(self, choice: Choice) -> list[Event]:
         """What the next token adds.  None may be taken once `reason` is set."""

@@ -5,7 +5,7 @@ import pytest
 from standins import logits_for, tekken
 
 from ms4 import NotFinite
-from ms4.models.answer import Answer, ContextError, Done, Token
+from ms4.models.answer import SENTENCE, Answer, ContextError, Done, Token
 from ms4.models.answer_parser import Text, Thinking, ToolCall
 from ms4.models.control import Control
 from ms4.models.prompt import Prompt
@@ -140,3 +140,39 @@ def test_an_answer_ends_once_and_keeps_its_own_reason():
     assert one.end(2, "interrupted") == [Done("length", one.done.statistics)]
     with pytest.raises(AssertionError):
         one.end(2)
+
+
+def thought(one, *parts):
+    """The ids of an answer whose model would go on thinking for ever."""
+    events_of(one, Control.THINK, *parts)
+    return one.ids
+
+
+def test_a_thought_ends_with_the_sentence_in_which_its_budget_does():
+    words = ids_of(" one two three. four five. six seven eight. nine")
+    ends = [n for n, id in enumerate(words, 1) if tekken().piece(id).endswith(b".")]
+    assert len(ends) == 3
+    for budget in range(1, ends[-1] + 2):  # the token that opens a thought is one of it
+        ids = thought(answer(think_budget=budget), " one two three. four five. six seven eight. nine")
+        n = next(n for n in ends if 1 + n >= budget)
+        assert ids[: n + 2] == [Control.THINK, *words[:n], Control.THINK_END]
+
+
+def test_a_thought_without_sentences_ends_soon_after_its_budget():
+    for opens, begun in (("text", [Control.THINK]), ("thinking", [])):
+        one = answer(opens=opens, think_budget=10)
+        events_of(one, *begun, " a" * 100)
+        assert one.ids.index(Control.THINK_END) == 10 + SENTENCE and one.ids.count(Control.THINK_END) == 1
+
+
+def test_a_budget_that_is_not_used_up_changes_nothing():
+    parts = Control.THINK, "so.", Control.THINK_END, "a. b. c. d.", Control.EOS
+    one = answer(think_budget=5)
+    assert text(events_of(one, *parts)) == "a. b. c. d." and one.ids == ids_of(*parts)
+
+
+def test_the_end_of_a_thought_has_a_log_probability_where_they_are_asked_for():
+    one = answer(think_budget=1, logprobs=1)
+    events = events_of(one, Control.THINK, ".", "a", "b")
+    token = next(e for e in events if isinstance(e, Token) and e.id == Control.THINK_END)
+    assert token.logprob <= 0 and one.ids[:3] == [*ids_of(Control.THINK, "."), Control.THINK_END]

@@ -183,3 +183,12 @@ def test_a_thought_that_was_cut_goes_on_as_a_thought(tokenizer):
 
 def test_edit_needs_a_terminal(chat):
     assert "/edit needs a terminal" in chat("Hi", "/edit")[2]
+
+
+def test_low_and_medium_are_high_with_a_budget(chat):
+    err = chat("/effort low", "/effort", "/effort medium", "/effort none", "/effort")[2].splitlines()
+    assert err[0] == "effort low" and err[1] == "effort is low; /effort none, low, medium or high"
+    assert err[2:4] == ["effort medium", "effort none"] and err[4].startswith("effort is none;")
+    assert chat("Hi", options=("--greedy", "-n", "6", "-r", "low"))[1] == chat("/effort high", "Hi")[1]
+    named = chat("/effort", options=("--think-budget", "7", "-r", "high"))[2]
+    assert named.startswith("effort is high, 7 tokens;")

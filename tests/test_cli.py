@@ -117,7 +117,7 @@ def test_a_command_is_neither_quiet_nor_verbose_unless_it_is_told_to_be(name):
         (["run", "x", "--threads", "100000"], r"--threads: 100000 is outside 1 to 1024"),
         (["run", "x", "-n", "0"], r"--max-tokens: 0 is outside"),
         (["run", "x", "-n", str(2**63)], r"--max-tokens: \d+ is outside"),
-        (["run", "x", "-r", "medium"], r"--effort: medium is not one of none, high"),
+        (["run", "x", "-r", "extreme"], r"--effort: extreme is not one of none, low, medium, high"),
         (["run", "x", "--temp", "1", "--temp", "2"], "--temp is given twice"),
         (["run", "x", "--stop", ""], "--stop needs a text"),
         (["run", "x", "--logprobs", "2"], "--logprobs needs --format json"),

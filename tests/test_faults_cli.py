@@ -291,7 +291,7 @@ def test_c5_the_page_is_made_from_the_table():
         (["run", "--frobnicate"], "ms4 run --help; text that begins with - goes after --"),
         (["run", "-qh"], "ms4 run --help"),
         (["run", "-nfoo"], "ms4 run --help"),
-        (["run", "-rmedium"], "ms4 run --help"),
+        (["run", "-rextreme"], "ms4 run --help"),
         # C12
         (["run", "- item"], 'ms4 run -- "- item"'),
         (["run", "-q", "-5 + 3 = ?"], 'ms4 run -- "-5 + 3 = ?"'),
