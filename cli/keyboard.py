@@ -11,6 +11,7 @@ import re
 import select
 import sys
 import threading
+from collections.abc import Callable
 from typing import TextIO
 
 from prompt_toolkit.input import vt100
@@ -36,6 +37,7 @@ class Keyboard(vt100.Vt100Input):
         self._marks = not streams.is_plain()  # the terminal can be asked to mark its pastes
         self._in_paste = False
         self._typed: list[KeyPress] = []
+        self.hurry: Callable[[], None] | None = None  # Enter, where nothing was typed before it
         self._reader: threading.Thread | None = None
         self._stop = os.pipe()
 
@@ -97,7 +99,11 @@ class Keyboard(vt100.Vt100Input):
             ready = select.select([self.fileno(), self._stop[0]], [], [])[0]
             if self._stop[0] in ready:
                 break
-            self._typed += self.read_keys()
+            keys = self.read_keys()
+            if self.hurry and not self._typed and [key.key for key in keys] == [Keys.ControlM]:
+                self.hurry()
+            else:
+                self._typed += keys
         self._typed += self.flush_keys()
 
     def _mark(self, on: bool) -> None:

@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from ms4.cli import errors, render, state, streams
@@ -93,6 +93,10 @@ class EditedLines:
             return None
         finally:
             self._keyboard.begin()
+
+    def hurried_by(self, hurry: Callable[[], None] | None) -> None:
+        """What Enter does until the next call of next(), where nothing was typed before it."""
+        self._keyboard.hurry = hurry
 
     def close(self) -> None:
         self._keyboard.close()

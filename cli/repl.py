@@ -54,7 +54,8 @@ HELP = """\
 /help              this list
 /exit              leave (also Ctrl-D)
 @PATH in a message attaches that file, too (Tab completes it).
-Enter sends, Alt-Enter begins a new line, Ctrl-G opens $EDITOR.
+Enter sends, or while the model thinks, with nothing typed, has it answer now.
+Alt-Enter begins a new line, Ctrl-G opens $EDITOR.
 Ctrl-C clears what is typed, or stops an answer and keeps what there is.
 A message that looks like a command needs a space before it."""
 # A line that looks like a command; all else that begins with a slash (a path, a comment) is a message.
@@ -126,7 +127,7 @@ def chat(settings: ChatSettings, engine: EngineOptions) -> int:
             talk.take(attached, prices)
             commands = [*talk.commands, *ALIASES]
             source = lines.EditedLines(commands, seen) if interactive else lines.PipedLines(settings.rule)
-            talk.offer = source.offer if isinstance(source, lines.EditedLines) else None
+            talk.editor = source if isinstance(source, lines.EditedLines) else None
             talk.say(f"context of {n_ctx} tokens · /help lists the commands · Ctrl-D leaves")
             try:
                 return loop(talk, source)
@@ -192,7 +193,7 @@ class Talk:
         self.interactive = interactive
         self.over = False
         self.cut: Cut | None = None  # the last answer, if it can go on
-        self.offer: Callable[[str], None] | None = None  # puts a text into the editor
+        self.editor: lines.EditedLines | None = None
         self.last: Statistics | None = None
         self.last_disk = ""
         self.think_budget = settings.sampling.think_budget
@@ -392,7 +393,7 @@ class Talk:
         """Takes back the last turn; its text comes into the editor, its images wait for the next message."""
         from ms4.models.sessions import text_of
 
-        if self.offer is None:
+        if self.editor is None:
             self.tell("/edit needs a terminal")
         elif not self.dialogue.turns:
             self.tell("there is no message to change")
@@ -402,7 +403,7 @@ class Talk:
             self.memory.undo(self.dialogue.undo())
             images = [] if isinstance(message, str) else [c["image"] for c in message if c["type"] == "image"]
             self.attached = [*images, *self.attached]
-            self.offer(text_of(message))
+            self.editor.offer(text_of(message))
 
     def resume(self, _: str) -> None:
         """Goes on with the last answer, behind the very token at which it was cut."""
@@ -496,9 +497,16 @@ class Talk:
             elif isinstance(event, Thinking) and thoughts:
                 screen.thinking(event.text)
 
+        def hurry() -> None:
+            answer.hurried = True
+
+        if self.editor:
+            self.editor.hurried_by(hurry)
         try:
             return follow(self.scheduler, answer, self.timeline, rows, self.status, show, not thoughts)
         finally:
+            if self.editor:
+                self.editor.hurried_by(None)
             screen.end()
 
     def conclude(self, done: Done, kept: bool) -> None:

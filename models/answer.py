@@ -126,6 +126,7 @@ class Answer:
         self.prompt = prompt
         self.n_ctx = n_ctx
         self.stop_flag = StopFlag()
+        self.hurried = False  # a thought ends now, whatever its budget; may be set from any thread
         self.ids: list[int] = []  # of all chosen tokens, the one that ends the answer included
         self.reason: str | None = None  # why there is no next token
         self.done: Done | None = None
@@ -158,7 +159,9 @@ class Answer:
         return self.take(choice)
 
     def _thought_enough(self) -> bool:
-        if self._think_budget is None or not self._parser.thinking:
+        if not self._parser.thinking or self.hurried:
+            return self._parser.thinking
+        if self._think_budget is None:
             return False
         over = self._parser.n_thinking - self._think_budget
         last = self._tokenizer.piece(self.ids[-1]) if self.ids else b""

@@ -176,3 +176,21 @@ def test_the_end_of_a_thought_has_a_log_probability_where_they_are_asked_for():
     events = events_of(one, Control.THINK, ".", "a", "b")
     token = next(e for e in events if isinstance(e, Token) and e.id == Control.THINK_END)
     assert token.logprob <= 0 and one.ids[:3] == [*ids_of(Control.THINK, "."), Control.THINK_END]
+
+
+def test_a_thought_ends_at_once_where_an_answer_is_wanted_now():
+    for budget in (None, 50):
+        one = answer(think_budget=budget)
+        for id in ids_of(Control.THINK, " a b"):
+            one.choose(logits_for(id))
+        one.hurried = True
+        n = len(one.ids)
+        for id in ids_of(" c d", Control.EOS):
+            one.choose(logits_for(id))
+        assert one.ids[n] == Control.THINK_END and one.ids.count(Control.THINK_END) == 1
+
+
+def test_hurry_changes_nothing_in_an_answer_without_thoughts():
+    one = answer()
+    one.hurried = True
+    assert text(events_of(one, "a b", Control.EOS)) == "a b"

@@ -31,7 +31,9 @@ def choose(self, logits):
             file.seek(0)
             n = len(file.readlines())
             file.write(json.dumps(prompt) + chr(10))
-        self.planned = ids = [*self._tokenizer.encode(script[min(n, len(script) - 1)]), 2]
+        text = script[min(n, len(script) - 1)]
+        thought = [34] if text.startswith("<think>") else []
+        self.planned = ids = [*thought, *self._tokenizer.encode(text.removeprefix("<think>")), 2]
     while len(self.ids) == 3 and os.path.exists(gate) and not self.stop_flag.is_set():
         time.sleep(0.01)
     logits[:] = -1e4
@@ -306,3 +308,20 @@ def test_a_file_is_named_in_a_message_and_completed(person, tmp_path):
     shown = one.sees(DONE)
     assert "text of " in shown
     assert "forty-two" in one.asked() and one.asked().endswith("notes_of_mine.txt ?")
+
+
+@SLOW
+def test_enter_on_an_empty_line_ends_a_thought(person):
+    one = person("<think>a b c d e f g h i j k l m n o p", NO_COLOR="1")
+    one.types("/effort high\r")
+    one.sees("effort high.*> ?$")
+    one.gate.touch()
+    one.types("Hi\r")
+    one.sees("thinking:\na")
+    one.types("\r")
+    time.sleep(0.5)
+    one.gate.unlink()
+    shown = one.sees(r"answer:\n.*effort high\n> ?$")
+    assert re.search(r"answer:\n[^\n]* o p\n", shown), "what would have been thought is the answer"
+    one.types("\r")
+    assert one.sees(r"> ?$") and len(one.asked_all()) == 1
