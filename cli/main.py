@@ -1,7 +1,8 @@
 """The commands of ms4 and their options.  Each command checks its options here and is carried out in its own file."""
 
+import shutil
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +26,14 @@ def spellings(params: Sequence[Any]) -> dict[str, str | None]:
 
 class Command(TyperCommand):
     """A command that takes each of its options once, unless it is a list, and says what another's option is here."""
+
+    def get_help(self, ctx: Any) -> str:
+        """As wide as the terminal; Click has 50 columns at the least, and up to 30 of them for the names."""
+        ctx.terminal_width = max(20, min(100, shutil.get_terminal_size().columns - 1))
+        formatter = ctx.make_formatter()
+        formatter.write_dl = partial(formatter.write_dl, col_max=min(30, formatter.width // 3))
+        self.format_help(ctx, formatter)
+        return str(formatter.getvalue().rstrip("\n"))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ours = spellings(self.get_params(ctx))

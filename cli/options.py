@@ -79,7 +79,10 @@ def one_of(words: tuple[str, ...]) -> Callable[[str], str]:
 
 def choice(words: tuple[str, ...], help: str, *names: str) -> Any:
     """An option that takes one of `words`."""
-    return typer.Option(*names, metavar="|".join(words), parser=one_of(words), help=help)
+    shown = "|".join(words)
+    if len(shown) > 30:  # more than the column of names is wide
+        shown, help = "NAME", f"{help}  One of {', '.join(words)}."
+    return typer.Option(*names, metavar=shown, parser=one_of(words), help=help)
 
 
 def depths(text: str) -> list[int]:

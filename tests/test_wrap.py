@@ -100,3 +100,11 @@ def test_c9_a_width_that_changes_holds_from_the_next_word_on():
 def test_a_word_that_is_held_comes_out_in_the_end():
     wrap = Wrap(lambda: 10)
     assert (wrap.feed("ab"), wrap.feed("c"), wrap.feed(" d"), wrap.flush(), wrap.flush()) == ("", "", "abc", " d", "")
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_c9_the_help_of_a_command_fits_the_terminal(ms4, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for command in ("run", "chat", "bench", "plan", "sessions"):
+        lines = ms4(command, "--help")[1].splitlines()
+        assert len(lines) > 10 and max(map(len, lines)) < columns
