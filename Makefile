@@ -5,6 +5,7 @@
 #                was), and what the shipped one can do on fresh cases of each skill: models/training/Makefile
 # make test      set up, then the tests for every minute: at most two minutes of CPU time
 # make test-all  the same and those marked slow: every block type in every role, what the shipped checkpoint can do
+# make test-rare    an emulated GPU under the whole engine, downloads that are killed: an hour
 # make wheel     a wheel in dist/ for machines without a compiler: its name says which glibc they need, and which Python
 # make bench     reading and writing speed on a file of the real shape (4 GB, written into build/)
 # make gpu       on a machine with a GPU and nvcc: builds for it, compares it with the CPU, measures it on a file of the
@@ -26,7 +27,7 @@ SAN = -O1 -g -w -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SAN_TEST = $(PY) -m pytest -q -s -p no:cacheprovider --hypothesis-profile=few
 runtime = $$($(CC) -print-file-name=lib$(1).so)
 
-.PHONY: all wheel demo skills train-demo test test-all bench kernels san san-engine tsan arch cuda-check lint ci clean \
+.PHONY: all wheel demo skills train-demo test test-all test-rare bench kernels san san-engine tsan arch cuda-check lint ci clean \
     FORCE
 
 all: .venv/ready
@@ -85,7 +86,10 @@ test: all
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" --hypothesis-profile=some
 
 test-all: all
-	$(PY) -m pytest -n 2 --dist worksteal
+	$(PY) -m pytest -n 2 --dist worksteal -m "not rare"
+
+test-rare: all
+	$(PY) -m pytest -n 2 --dist loadfile -m rare
 
 lint: all
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

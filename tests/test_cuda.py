@@ -25,6 +25,7 @@ DRIVER = ROOT / "build" / "cuda" / "libcuda_emu.so"
 DEMO = ROOT / "models" / "demo"
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.rare,  # the driver is this process's for good
     pytest.mark.skipif(ms4.probe().isa == "ref", reason="ref sums in double: its bits are its own"),
 ]
 

@@ -15,7 +15,7 @@ from conftest import SEED
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "build" / "cuda" / "libcuda_small.so"
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")]
+pytestmark = [pytest.mark.slow, pytest.mark.rare, pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")]
 
 
 @pytest.fixture(scope="session", autouse=True)

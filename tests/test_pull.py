@@ -599,6 +599,7 @@ DEMO = Path(engine.__file__).parents[1] / "models" / "demo" / "ms4-demo.gguf"
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("kind", bad_hub.SURVIVED)
 def test_a_pull_killed_at_random_moments_reads_hardly_anything_twice(kind, rng):
     """50 kills in all.  A server without ranges has to send everything again; from the others, at most 2 % comes twice.

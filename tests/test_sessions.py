@@ -369,5 +369,6 @@ def killed_chats(n):
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_a_hundred_killed_chats_leave_files_that_can_be_read():
     assert killed_chats(100) > 0
