@@ -84,17 +84,9 @@ policy *experts_policy(experts *store) {
 
 /* Where an expert is, and its pairs.  With slots the addresses are those of a part that slots_next has given. */
 static ffn_group group_of(const experts *store, int32_t expert, const picks *p) {
-    const ffn_weights *all = &store->layers[store->layer].experts;
-    ffn_group g = {
-        .w = { .gate = matrix_rows(&all->gate, expert, 0, all->gate.n_rows),
-               .up = matrix_rows(&all->up, expert, 0, all->up.n_rows),
-               .down = matrix_rows(&all->down, expert, 0, all->down.n_rows), .gelu = all->gelu },
-        .first = p->first[expert], .n = p->first[expert + 1] - p->first[expert],
-    };
-    if (!store->slots) return g;
-    g.w.gate.data = slots_at(store->slots, store->layer, expert, 0);
-    g.w.up.data = slots_at(store->slots, store->layer, expert, 1);
-    g.w.down.data = slots_at(store->slots, store->layer, expert, 2);
+    ffn_group g = { .w = ffn_expert(&store->layers[store->layer].experts, expert),
+                    .first = p->first[expert], .n = p->first[expert + 1] - p->first[expert] };
+    if (store->slots) slots_point(store->slots, store->layer, expert, &g.w);
     return g;
 }
 /* What a device has to know beforehand: the pairs, and what the weights are like, but not where. */

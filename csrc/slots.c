@@ -307,6 +307,11 @@ void slots_soon(slots *s, int32_t layer, const int32_t *ids, int32_t n) {
 const uint8_t *slots_at(const slots *s, int32_t layer, int32_t expert, int32_t part) {
     return slot_at(s, layer * s->n_expert + expert)->job.range[part].to;
 }
+void slots_point(const slots *s, int32_t layer, int32_t expert, ffn_weights *w) {
+    w->gate.data = slots_at(s, layer, expert, 0);
+    w->up.data = slots_at(s, layer, expert, 1);
+    w->down.data = slots_at(s, layer, expert, 2);
+}
 void slots_rate(slots *s, double (*value)(const void *, int32_t, int32_t), const void *context) {
     s->value = value;
     s->context = context;

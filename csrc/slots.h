@@ -53,6 +53,7 @@ void slots_drop(slots *s);
 void slots_soon(slots *s, int32_t layer, const int32_t *ids, int32_t n);
 /* Where part 0 (gate), 1 (up) or 2 (down) of an expert lies that slots_next gave. */
 const uint8_t *slots_at(const slots *s, int32_t layer, int32_t expert, int32_t part);
+void slots_point(const slots *s, int32_t layer, int32_t expert, ffn_weights *w);     /* w's three matrices there */
 void slots_count(slots *s, slots_counts *out);                /* since it was opened */
 uint64_t slots_waiting(slots *s);                             /* for how many ns somebody waits now; from any thread */
 #endif

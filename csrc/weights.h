@@ -64,6 +64,13 @@ static inline matrix matrix_rows(const matrix *m, int32_t s, int32_t first, int3
     return part;
 }
 
+/* One expert of all: its slices of the three matrices. */
+static inline ffn_weights ffn_expert(const ffn_weights *all, int32_t expert) {
+    return (ffn_weights){ matrix_rows(&all->gate, expert, 0, all->gate.n_rows),
+                          matrix_rows(&all->up, expert, 0, all->up.n_rows),
+                          matrix_rows(&all->down, expert, 0, all->down.n_rows), all->gelu };
+}
+
 /* Binds and checks every tensor of the table against the shape; MS4_EMODEL names what does not fit.  ops: opens norms.
  * What was bound before a failure is freed by _close, which is to be called in any case. */
 int text_weights_open(text_weights *w, const ms4_shape *s, const ms4_tensor *tensors, size_t n, const files *f,

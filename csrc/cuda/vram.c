@@ -44,11 +44,7 @@ uint64_t vram_wanted(const ms4_shape *s, const layer_weights *layers) {
     return bytes;
 }
 static ffn_weights host_expert(const vram *v, int32_t id) {
-    const ffn_weights *all = &v->layers[id / v->n_expert].experts;
-    const int32_t expert = id % v->n_expert;
-    return (ffn_weights){ matrix_rows(&all->gate, expert, 0, all->gate.n_rows),
-                          matrix_rows(&all->up, expert, 0, all->up.n_rows),
-                          matrix_rows(&all->down, expert, 0, all->down.n_rows), all->gelu };
+    return ffn_expert(&v->layers[id / v->n_expert].experts, id % v->n_expert);
 }
 /* Where the three matrices lie in a slot: gate, up, down, each aligned. */
 static void in_slot(const place *s, ffn_weights *f) {
@@ -160,11 +156,18 @@ static int32_t empty_slot(vram *v, int32_t pool) {
     }
     return -1;
 }
-/* Sends for what a move brings.  What leaves is gone from the table at once: the step that read it is over. */
+/* The slot that a move brings its expert to; -1: there is none.  What leaves is gone from the table at once: the step
+ * that read it is over. */
+static int32_t clear_for(vram *v, const policy_move *m) {
+    if (m->out < 0) return empty_slot(v, v->pool[m->id / v->n_expert]);
+    const int32_t at = v->slot_of[m->out];
+    if (at >= 0) leave(v, at);
+    return at;
+}
+/* Sends for what a move brings. */
 static void ask(vram *v, const policy_move *m, errand *e) {
-    int32_t at = m->out >= 0 ? v->slot_of[m->out] : empty_slot(v, v->pool[m->id / v->n_expert]);
+    const int32_t at = clear_for(v, m);
     if (at < 0) return;
-    if (m->out >= 0) leave(v, at);
     v->where[m->id] |= POLICY_BUSY;
     e->from = host_expert(v, m->id);
     e->slot = at;
@@ -238,9 +241,7 @@ static int read_expert(vram *v, int32_t id, ffn_weights *out) {
     if (!v->from_disk) return MS4_OK;
     slots_want(v->from_disk, layer, &expert, NULL, 1, NULL, &n_there);
     TRY(slots_next(v->from_disk, 0, 1, &got, &n));
-    out->gate.data = slots_at(v->from_disk, layer, expert, 0);
-    out->up.data = slots_at(v->from_disk, layer, expert, 1);
-    out->down.data = slots_at(v->from_disk, layer, expert, 2);
+    slots_point(v->from_disk, layer, expert, out);
     return MS4_OK;
 }
 static int fill_slot(vram *v, int32_t at, int32_t id) {
@@ -274,11 +275,8 @@ int vram_warm(vram *v) {
     TRY(gpu_enter(v->g));
     for (int32_t done = 0, n; done < v->n_slots && (n = find_moves(v, moves, POLICY_MOVES)) > 0; done += n)
         for (int32_t i = 0; i < n; i++) {
-            const policy_move *m = &moves[i];
-            const int32_t at = m->out >= 0 ? v->slot_of[m->out] : empty_slot(v, v->pool[m->id / v->n_expert]);
-            if (at < 0) continue;
-            if (m->out >= 0) leave(v, at);
-            TRY(fill_slot(v, at, m->id));
+            const int32_t at = clear_for(v, &moves[i]);
+            if (at >= 0) TRY(fill_slot(v, at, moves[i].id));
         }
     return gpu_wait(v->g);
 }
