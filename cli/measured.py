@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import ms4
 from ms4.cli import host, state
+from ms4.models import places
 
 if TYPE_CHECKING:
     from ms4.models.calibration import DiskRate, Rates
@@ -29,7 +30,7 @@ LEAST_TOKENS, LEAST_PROMPT = 8, 64  # of a run that says something about speeds
 
 
 def machine_path() -> Path:
-    return state.cache_folder() / "machine.json"
+    return places.ours("CACHE") / "machine.json"
 
 
 def predictions_path() -> Path:

@@ -9,15 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+from ms4.models import places
+
 
 def folder() -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
-    return Path(state, "ms4")
-
-
-def cache_folder() -> Path:
-    """For what can be found out again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "ms4")
+    return places.ours("STATE")
 
 
 def first_today(name: str) -> bool:

@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ms4.models import places
+
 SHA256 = re.compile(r"[0-9a-f]{64}")
 COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _PART_OF_ID = r"(?!\.)(?!.*(?:\.\.|--))[A-Za-z0-9_.-]{1,96}"
@@ -29,8 +31,7 @@ def home() -> Path:
     """The folder of Hugging Face: HF_HOME, else huggingface in the user's cache."""
     if named := os.environ.get("HF_HOME"):
         return Path(named).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(cache, "huggingface")
+    return places.folder("CACHE") / "huggingface"
 
 
 def root() -> Path:
@@ -145,8 +146,7 @@ def locked(repo: Cached, sha256: str, waiting: Callable[[], object]) -> Iterator
 
 def pieces(sha256: str) -> Path:
     """Where the journal of a whole file is kept: it tells damaged pieces from good ones, for `ms4 verify`."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(cache, "ms4", "pieces", sha256)
+    return places.ours("CACHE") / "pieces" / sha256
 
 
 def token() -> str:

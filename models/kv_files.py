@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 import ms4
+from ms4.models import places
 from ms4.models.timeline import Timeline, common_prefix
 
 MAGIC = b"ms4kv1\n\0"
@@ -34,8 +35,7 @@ TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# kv caches of ms4; they may
 
 
 def folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(cache, "ms4", "kv")
+    return places.ours("CACHE") / "kv"
 
 
 @dataclass(frozen=True)

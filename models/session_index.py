@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from ms4.models import sessions
+from ms4.models import places, sessions
 from ms4.models.sessions import SessionError
 
 TABLES = """
@@ -27,8 +27,7 @@ class SessionIndex:
 
     @classmethod
     def open(cls, path: Path | None = None, where: Path | None = None) -> SessionIndex:
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        return cls(path or Path(cache, "ms4", "sessions.db"), where or sessions.folder())
+        return cls(path or places.ours("CACHE") / "sessions.db", where or sessions.folder())
 
     def search(self, words: str, most: int = 50) -> list[tuple[str, str]]:
         """(id, where) of the sessions in which all the words stand in one turn, the best first, each once."""

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ms4.models import places
 from ms4.models.image import Image
 from ms4.models.untrusted import InputError, shown
 
@@ -71,8 +72,7 @@ class Session:
 
 
 def folder() -> Path:
-    data = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
-    return Path(data, "ms4", "sessions")
+    return places.ours("DATA") / "sessions"
 
 
 def text_of(message: Content) -> str:
