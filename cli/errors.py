@@ -62,6 +62,7 @@ CODES = {
     "ms4.models.document.EncodingError": UNREADABLE,
     "ms4.models.document.PasswordError": UNREADABLE,
     "ms4.models.untrusted.InputError": UNREADABLE,
+    "ms4.models.sessions.UnknownSessionError": MISSING,
     "ms4.models.sessions.SessionError": UNREADABLE,
     "ms4.models.answer.ContextError": INCOMPLETE,
     "ms4.models.vision.NoTowerError": MISSING,
@@ -77,6 +78,8 @@ CODES = {
 }
 ENCODING_HINT = "--encoding NAME says what it is (latin-1, utf-16), --lossy shows what is no text as U+FFFD"
 HINTS = {
+    "ms4.models.sessions.UnknownSessionError": "ms4 sessions ls lists them",
+    "ms4.models.sessions.SessionError": "ms4 sessions ls lists the others",
     "ms4.DeviceError": "ms4 doctor shows the GPU and its driver; --device cpu works without",
     "ms4.models.document.EncodingError": ENCODING_HINT,
     "ms4.models.document.PasswordError": "--pdf-password TEXT gives it; at a terminal, ms4 asks for it",

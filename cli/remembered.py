@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ms4
 from ms4.cli import errors, streams
-from ms4.cli.errors import MissingError, UnreadableError, UsageError
+from ms4.cli.errors import MissingError, UsageError
 
 if TYPE_CHECKING:
     from ms4.cli.image_notes import ImageOptions
@@ -37,12 +37,15 @@ def open_session(name: str | None) -> Session:
     """The session of that id, or the last one."""
     from ms4.models import sessions
 
-    try:
-        return sessions.read(sessions.find(name))
-    except sessions.SessionError as error:
-        if "no session" in str(error) or "several" in str(error):
-            raise MissingError(str(error), "ms4 sessions ls lists them") from None
-        raise UnreadableError(str(error), "ms4 sessions ls lists the others") from None
+    return sessions.read(sessions.find(name))
+
+
+def chosen(resume: str | None, words: Sequence[str]) -> Session | None:
+    """What -c ("") and --resume (an id, or "?" for a list) go on with; None where neither is given."""
+    if resume is None:
+        return None
+    no_number(words)
+    return open_session((pick() if resume == "?" else resume) or None)
 
 
 def no_number(words: Sequence[str]) -> None:

@@ -92,10 +92,7 @@ def chat(settings: ChatSettings, engine: EngineOptions) -> int:
     """Runs the loop until the input ends; returns the exit code."""
     settings.sampling.sampler()  # a setting out of range is said before the model is opened
     engine.require()
-    if settings.resume is not None:
-        remembered.no_number(settings.files)
-    name = remembered.pick() if settings.resume == "?" else settings.resume
-    session = remembered.open_session(name or None) if name is not None else None
+    session = remembered.chosen(settings.resume, settings.files)
     system = system_text(settings.system, settings.rule) if settings.system is not None else None
     status = render.StatusLine(engine.quiet)
     images = settings.images.open(engine.require())

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from ms4.models.constraint import Grammar
     from ms4.models.model import Model
     from ms4.models.sampling import Sampler
-    from ms4.models.sessions import Session
     from ms4.models.tokenizer import Tokenizer
     from ms4.models.vision import ImageInput
 
@@ -97,7 +96,7 @@ def run(request: Request, sampling: Sampling, engine: EngineOptions) -> int:
     check_request(request)
     grammar = grammar_of(request)
     sampling.sampler()  # a setting out of range is said before anything is read
-    session = session_of(request)
+    session = remembered.chosen(request.resume, request.words)
     if request.words or request.attached or request.messages or streams.is_terminal(sys.stdin):
         engine.require()
     asked = ask(
@@ -162,15 +161,6 @@ def check_request(request: Request) -> None:
     for name, given in (("--prefill", request.prefill), ("--tools", request.tools), ("--extract", request.extract)):
         if form and given:
             raise UsageError(f"{form} and {name} exclude each other")
-
-
-def session_of(request: Request) -> "Session | None":
-    """The conversation that -c or --resume goes on with."""
-    if request.resume is None:
-        return None
-    remembered.no_number(request.words)
-    name = remembered.pick() if request.resume == "?" else request.resume
-    return remembered.open_session(name or None)
 
 
 def grammar_of(request: Request) -> "Grammar | None":

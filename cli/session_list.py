@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ms4.cli import errors, streams
-from ms4.cli.errors import MissingError, UsageError
+from ms4.cli.errors import UsageError
 from ms4.cli.remembered import described
 from ms4.models import kv_files, sessions
 from ms4.models.sessions import Session, SessionError
@@ -26,7 +26,7 @@ def carry_out(action: str, names: Sequence[str], *, as_json: bool, yes: bool) ->
         return search(" ".join(names), as_json)
     if not names:
         raise UsageError(f"ms4 sessions {action} needs the id of a session", "ms4 sessions ls lists them")
-    found = [find(name) for name in dict.fromkeys(names)]
+    found = [sessions.find(name) for name in dict.fromkeys(names)]
     if action == "rm":
         return remove(found, yes)
     output = streams.Output()
@@ -35,13 +35,6 @@ def carry_out(action: str, names: Sequence[str], *, as_json: bool, yes: bool) ->
         output.write(as_messages(session) if action == "export" or as_json else as_markdown(session, output.terminal))
     output.close()
     return errors.OK
-
-
-def find(name: str) -> Path:
-    try:
-        return sessions.find(name)
-    except SessionError as error:
-        raise MissingError(str(error), "ms4 sessions ls lists them") from None
 
 
 def ls(as_json: bool) -> int:

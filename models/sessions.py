@@ -42,6 +42,10 @@ class SessionError(InputError):
     """This session cannot be read; the message is one sentence."""
 
 
+class UnknownSessionError(SessionError):
+    """No session is meant, or more than one."""
+
+
 @dataclass
 class Turn:
     message: Content
@@ -320,14 +324,14 @@ def sessions(where: Path | None = None) -> Iterator[Session | SessionError]:
 
 
 def find(name: str | None, where: Path | None = None) -> Path:
-    """The session whose id begins with a name, or the last one.  SessionError: none, or several."""
+    """The session whose id begins with a name, or the last one.  UnknownSessionError: none, or several."""
     known = paths(where)
     if name is None:
         if not known:
-            raise SessionError("there is no session yet")
+            raise UnknownSessionError("there is no session yet")
         return known[0]
     matching = [path for path in known if path.stem.startswith(name) or path.stem.endswith(f"-{name}")]
     if len(matching) != 1:
         said = "several sessions begin" if matching else "no session begins"
-        raise SessionError(f"{said} with {shown(name)[:40]}")
+        raise UnknownSessionError(f"{said} with {shown(name)[:40]}")
     return matching[0]
