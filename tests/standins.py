@@ -165,3 +165,22 @@ class Stream(io.TextIOWrapper):
 def statistics(**more):
     values = dict.fromkeys((field.name for field in dataclasses.fields(Statistics)), 0) | {"n_ctx": 32768}
     return Statistics(**(values | more))
+
+
+def fail_every_allocation(once, monkeypatch, least):
+    """once() with the first allocation of the engine failing, the second, and so on, until none fails: each failure is
+    a MemoryError, after which an ordinary run is possible, and there are more than `least` of them."""
+    want = once()
+    for n in range(1, 400):
+        monkeypatch.setenv("MS4_FAIL_ALLOC", str(n))
+        try:
+            got = once()
+        except MemoryError:
+            continue
+        finally:
+            monkeypatch.delenv("MS4_FAIL_ALLOC")
+            once()  # an ordinary run afterwards, and the count begins anew
+        assert np.array_equal(got, want)
+        assert n > least
+        return
+    raise AssertionError("400 allocations to open a tiny model?")

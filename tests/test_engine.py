@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+from standins import fail_every_allocation
 from yardstick import assert_near
 
 import ms4
@@ -237,20 +238,7 @@ def test_every_failing_allocation_is_reported(tiny, monkeypatch):
         with Model.open(tiny, threads=2) as model, model.session(32) as session:
             return session.feed([5, 6, 7])
 
-    want = once()
-    for n in range(1, 400):
-        monkeypatch.setenv("MS4_FAIL_ALLOC", str(n))
-        try:
-            got = once()
-        except MemoryError:
-            continue
-        finally:
-            monkeypatch.delenv("MS4_FAIL_ALLOC")
-            once()  # an ordinary run afterwards, and the count begins anew
-        assert np.array_equal(got, want)
-        assert n > 20
-        return
-    raise AssertionError("400 allocations to open a tiny model?")
+    fail_every_allocation(once, monkeypatch, 20)
 
 
 def test_sessions_of_many_threads_take_turns(tiny, rng):

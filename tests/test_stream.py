@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_hashes
+from standins import fail_every_allocation
 
 import ms4
 from ms4.cli import render
@@ -232,20 +233,7 @@ def test_every_failing_allocation_of_a_stream_is_reported(tiny, monkeypatch):
         with Model.open(tiny, threads=2, load="stream") as model, model.session(32) as session:
             return session.feed([5, 6, 7])
 
-    want = once()
-    for n in range(1, 400):
-        monkeypatch.setenv("MS4_FAIL_ALLOC", str(n))
-        try:
-            got = once()
-        except MemoryError:
-            continue
-        finally:
-            monkeypatch.delenv("MS4_FAIL_ALLOC")
-            once()  # an ordinary run afterwards, and the count begins anew
-        assert np.array_equal(got, want)
-        assert n > 30
-        return
-    raise AssertionError("400 allocations to open a tiny model?")
+    fail_every_allocation(once, monkeypatch, 30)
 
 
 # --- how much memory ----------------------------------------------------------------------------------------------
