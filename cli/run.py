@@ -152,15 +152,19 @@ def check_request(request: Request) -> None:
         raise UsageError("--stop needs a text that is not empty")
     if request.extract and request.format != "text":
         raise UsageError("--extract is for the text of an answer, --format text")
-    if request.resume is not None and (request.messages is not None or request.prefill):
-        other = "--prefill" if request.prefill else "--messages"
-        raise UsageError(f"-c and {other} exclude each other")
-    form = "--schema" if request.schema is not None else "--json-object" if request.json_object else ""
-    if request.schema is not None and request.json_object:
-        raise UsageError("--schema and --json-object exclude each other")
-    for name, given in (("--prefill", request.prefill), ("--tools", request.tools), ("--extract", request.extract)):
-        if form and given:
-            raise UsageError(f"{form} and {name} exclude each other")
+    schema, prefill, tools = ("--schema", request.schema), ("--prefill", request.prefill), ("--tools", request.tools)
+    messages, extract = ("--messages", request.messages), ("--extract", request.extract)
+    any_object = ("--json-object", request.json_object)
+    exclude(("-c", request.resume), messages, prefill, tools)
+    exclude(schema, any_object, prefill, tools, extract)
+    exclude(any_object, prefill, tools, extract)
+
+
+def exclude(one: tuple[str, object], *others: tuple[str, object]) -> None:
+    """UsageError if an option is given together with one of the others: (name, what was given)."""
+    for name, given in others:
+        if one[1] not in (None, False) and given not in (None, False, ""):
+            raise UsageError(f"{one[0]} and {name} exclude each other")
 
 
 def grammar_of(request: Request) -> "Grammar | None":

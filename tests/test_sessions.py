@@ -165,6 +165,13 @@ def test_run_goes_on_with_a_chat(ms4):
     assert code == 0 and next(sessions.sessions()).effort == "high"
 
 
+@pytest.mark.parametrize("other", ["--messages", "--tools"])
+def test_what_a_session_has_no_place_for_is_refused(ms4, tmp_path, other):
+    (tmp_path / "a.json").write_text("[]")
+    code, out, err = ms4("run", "-c", "--format", "json", other, tmp_path / "a.json", "hi")
+    assert (code, out) == (2, "") and f"-c and {other} exclude each other" in err
+
+
 def test_nothing_is_left_where_it_is_not_wanted(ms4, monkeypatch):
     chat(ms4, "--no-session", lines=LINES[:1])
     monkeypatch.setenv("MS4_NO_HISTORY", "1")
