@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from ms4.cli import errors, render, state, streams
@@ -15,7 +15,6 @@ from ms4.models.untrusted import Reading, drop_line_end
 from ms4.quant import visible
 
 if TYPE_CHECKING:
-    from prompt_toolkit.completion import Completer
     from prompt_toolkit.history import History
     from prompt_toolkit.key_binding import KeyBindings
 
@@ -54,12 +53,13 @@ class EditedLines:
     What is typed between two calls of next() begins the next message.
     """
 
-    def __init__(self, commands: Sequence[str], shown: TextIO) -> None:
+    def __init__(self, shown: TextIO) -> None:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.application import create_app_session
         from prompt_toolkit.output import create_output
         from prompt_toolkit.output.plain_text import PlainTextOutput
 
+        from ms4.cli.chat_commands import completer
         from ms4.cli.keyboard import Keyboard
 
         self._keyboard = Keyboard(shown)
@@ -69,7 +69,7 @@ class EditedLines:
         with create_app_session(input=self._keyboard, output=output):
             self._session: PromptSession[str] = PromptSession(
                 history=open_history(self._folds),
-                completer=completer(commands),
+                completer=completer(),
                 complete_while_typing=False,
                 key_bindings=bindings(self._folds),
                 multiline=True,
@@ -100,21 +100,6 @@ class EditedLines:
 
     def close(self) -> None:
         self._keyboard.close()
-
-
-def completer(commands: Sequence[str]) -> Completer:
-    """Completes commands, and behind an @ the paths of files."""
-    from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter, WordCompleter
-    from prompt_toolkit.document import Document
-
-    names, paths = WordCompleter(list(commands), sentence=True), PathCompleter(expanduser=True)
-
-    class Both(Completer):
-        def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
-            begun = re.search(r"(?<!\S)@(\S*)$", document.text_before_cursor)
-            return paths.get_completions(Document(begun[1]), event) if begun else names.get_completions(document, event)
-
-    return Both()
 
 
 class Folds:

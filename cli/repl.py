@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ms4.cli import attachments, errors, image_notes, lines, loading, remembered, render, streams, terminal, wrap
 from ms4.cli.asked import Asked, system_text
+from ms4.cli.chat_commands import ALIASES, COMMAND, GOODBYES, HELP
 from ms4.cli.errors import IncompleteError, UsageError
 from ms4.cli.follow import follow
 from ms4.cli.image_notes import ImageOptions
@@ -37,32 +37,7 @@ if TYPE_CHECKING:
     from ms4.models.timeline import Timeline
     from ms4.models.vision import ImageInput
 
-HELP = """\
-/effort LEVEL      how long the model thinks before it answers: none, low, medium, high
-/think show|hide   show its thoughts or not
-/system [TEXT]     set the system prompt; without TEXT, none
-/image PATH        attach an image to the next message
-/file PATH[:PAGES] attach a text file, an image or pages of a PDF
-/paste             attach the image on the clipboard
-/drop              attach nothing after all
-/new               begin a new conversation
-/undo [N]          take back the last N turns
-/retry             answer the last message again
-/edit              change the last message, and answer that
-/continue          go on with an answer that was cut
-/stats             what the last turn cost
-/help              this list
-/exit              leave (also Ctrl-D)
-@PATH in a message attaches that file, too (Tab completes it).
-Enter sends, or while the model thinks, with nothing typed, has it answer now.
-Alt-Enter begins a new line, Ctrl-G opens $EDITOR.
-Ctrl-C clears what is typed, or stops an answer and keeps what there is.
-A message that looks like a command needs a space before it."""
-# A line that looks like a command; all else that begins with a slash (a path, a comment) is a message.
-COMMAND = re.compile(r"(/[a-zA-Z?]+)(?:\s(.*))?", re.DOTALL)
-ALIASES = {"/quit": "/exit", "/bye": "/exit", "/q": "/exit", "/clear": "/new", "/reset": "/new", "/?": "/help"}
 TWICE = 2.0  # seconds in which the second Ctrl-C leaves
-GOODBYES = ("exit", "quit")  # the whole line, at a terminal
 
 
 @dataclass(frozen=True)
@@ -122,8 +97,7 @@ def chat(settings: ChatSettings, engine: EngineOptions) -> int:
             talk = Talk(settings, dialogue, scheduler, timeline, output, status, images, interactive, memory)
             talk.open(session, system)
             talk.take(attached, prices)
-            commands = [*talk.commands, *ALIASES]
-            source = lines.EditedLines(commands, seen) if interactive else lines.PipedLines(settings.rule)
+            source = lines.EditedLines(seen) if interactive else lines.PipedLines(settings.rule)
             talk.editor = source if isinstance(source, lines.EditedLines) else None
             talk.say(f"context of {n_ctx} tokens · /help lists the commands · Ctrl-D leaves")
             try:
