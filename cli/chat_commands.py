@@ -32,7 +32,7 @@ COMMANDS = (
     Command("/think", "show|hide", "show its thoughts or not", ("show", "hide", "auto")),
     Command("/system", "[TEXT]", "set the system prompt; without TEXT, none"),
     Command("/image", "PATH", "attach an image to the next message", PATH),
-    Command("/file", "PATH[:PAGES]", "attach a text file, an image or pages of a PDF", PATH),
+    Command("/file", "PATH[:PAGES]", "attach a text file, an image, pages of a PDF, or all of *.txt", PATH),
     Command("/paste", "", "attach the image on the clipboard"),
     Command("/drop", "", "attach nothing after all"),
     Command("/new", "", "begin a new conversation"),
@@ -46,10 +46,11 @@ COMMANDS = (
 )
 KEYS = """\
 @PATH in a message attaches that file, too (Tab completes it).
+!COMMAND runs a command of the shell and attaches what it prints.
 Enter sends, or while the model thinks, with nothing typed, has it answer now.
 Alt-Enter begins a new line, Ctrl-G opens $EDITOR.
 Ctrl-C clears what is typed, or stops an answer and keeps what there is.
-A message that looks like a command needs a space before it."""
+A message that looks like a command (/word, !word) needs a space before it."""
 HELP = "\n".join([*(f"{f'{c.name} {c.takes}':18} {c.does}" for c in COMMANDS), KEYS])
 
 

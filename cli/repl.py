@@ -14,7 +14,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ms4.cli import attachments, errors, image_notes, lines, loading, remembered, render, streams, terminal, wrap
+from ms4.cli import (
+    attachments,
+    chat_attached,
+    errors,
+    image_notes,
+    lines,
+    loading,
+    remembered,
+    render,
+    streams,
+    terminal,
+    wrap,
+)
 from ms4.cli.asked import Asked, system_text
 from ms4.cli.chat_commands import ALIASES, COMMAND, GOODBYES, HELP
 from ms4.cli.errors import IncompleteError, UsageError
@@ -37,6 +49,7 @@ if TYPE_CHECKING:
     from ms4.models.timeline import Timeline
     from ms4.models.vision import ImageInput
 
+Opened = tuple[list["Attachment"], list[str]]  # what was opened, and what is to be said of it
 TWICE = 2.0  # seconds in which the second Ctrl-C leaves
 
 
@@ -124,7 +137,8 @@ def loop(talk: Talk, source: lines.Lines) -> int:
             break
         if not text.strip() or talk.command(text):
             continue
-        talk.send(text.removeprefix(" ") if text.startswith(" /") else text)
+        escaped = (" /", " !") if talk.interactive else " /"
+        talk.send(text.removeprefix(" ") if text.startswith(escaped) else text)
     return errors.OK
 
 
@@ -233,6 +247,8 @@ class Talk:
         if self.interactive and text.strip() in GOODBYES:
             self.leave("")
             return True
+        if chat_attached.run_shell(self, text):
+            return True
         match = COMMAND.fullmatch(text)
         name = ALIASES.get(match[1], match[1]) if match else ""
         if match and name in self.commands:
@@ -294,10 +310,10 @@ class Talk:
         self.tell(("system prompt set" if value else "no system prompt") + self.price())
 
     def add_image(self, value: str) -> None:
-        self.attach(lambda: [attachments.open_image(attachments.typed_path(value))])
+        self.attach(lambda: self.priced([attachments.open_image(attachments.typed_path(value))]))
 
     def add_file(self, value: str) -> None:
-        self.attach(lambda: attachments.open_file(attachments.typed_path(value), self.settings.pdf, self.settings.rule))
+        self.attach(lambda: chat_attached.open_files(self, value))
 
     def take_dropped(self, text: str) -> bool:
         """Attaches the files of a line that is nothing but their paths, dropped on the terminal."""
@@ -308,16 +324,26 @@ class Talk:
     def attach_files(self, paths: Sequence[str]) -> None:
         pdf, rule = self.settings.pdf, self.settings.rule
         if paths:
-            self.attach(lambda: [part for path in paths for part in attachments.open_file(path, pdf, rule)])
+            self.attach(lambda: self.priced([p for path in paths for p in attachments.open_file(path, pdf, rule)]))
 
     def paste(self, _: str) -> None:
-        self.attach(lambda: [attachments.clipboard_image()])
+        self.attach(lambda: self.priced([attachments.clipboard_image()]))
 
-    def attach(self, load: Callable[[], list[Attachment]]) -> None:
+    def n_tokens(self, part: Attachment) -> int:
+        return len(self.dialogue.tokenizer.encode(part)) if isinstance(part, str) else self.images.size(part).n_tokens
+
+    def priced(self, parts: list[Attachment]) -> Opened:
+        """Attachments, and what each of them costs."""
+        prices = [
+            f"text of {self.n_tokens(part)} tokens" if isinstance(part, str) else note(part, self.images)
+            for part in parts
+        ]
+        return parts, prices
+
+    def attach(self, load: Callable[[], Opened]) -> None:
         """Opens what a command names; at a terminal a failure is only told."""
         try:
-            parts = load()
-            prices = [note(part, self.images) for part in parts]
+            parts, prices = load()
         except Exception as error:
             code, text, hint = errors.describe(error)
             if not self.interactive or code not in (errors.USAGE, errors.MISSING, errors.UNREADABLE):

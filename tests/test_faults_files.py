@@ -21,6 +21,7 @@ import test_cli
 import test_document
 from bad_images import encoded
 from PIL import Image as Pillow
+from standins import tekken
 
 import ms4
 from ms4.cli import attachments, image_notes, repl
@@ -28,6 +29,7 @@ from ms4.cli import options as opt
 from ms4.models import companion, vision
 from ms4.models import image as img
 from ms4.models.answer import Answer
+from ms4.models.dialogue import Dialogue
 from ms4.models.document import DocumentError, load_file
 from ms4.models.image import Image, ImageError, load_image, measure, preprocess
 from ms4.models.prompt import Prompt
@@ -515,6 +517,7 @@ def test_b13_a_dropped_file_is_attached_and_said_and_other_lines_are_messages(tm
         interactive,
         False,
     )
+    talk.dialogue = Dialogue(tekken(), None, "none")
     monkeypatch.setattr(talk, "send", sent.append)
     monkeypatch.setattr(talk, "tell", said.append)
 
