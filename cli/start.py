@@ -86,6 +86,10 @@ def shown(text: str, stream: TextIO) -> str:
 
 
 def dispatch(args: list[str]) -> int:
+    if not args and streams.is_terminal(sys.stdin) and streams.is_terminal(sys.stdout):
+        from ms4.cli import first_run
+
+        return first_run.begin()
     if not args:
         print(shown(HELP, sys.stderr), end="", file=sys.stderr)
         return errors.USAGE
