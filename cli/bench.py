@@ -66,9 +66,9 @@ def bench(plan: Plan, engine: EngineOptions, form: str) -> int:
 
     engine.require()
     status = render.StatusLine(engine.quiet)
-    with loading.open_model(engine, status) as model:
+    n_ctx = max(plan.depths) + plan.n_prefill + plan.n_decode
+    with loading.open_model(engine, status, n_tokens=n_ctx) as model:
         shape = model.engine.shape
-        n_ctx = max(plan.depths) + plan.n_prefill + plan.n_decode
         if n_ctx > shape.n_ctx_train:
             raise UsageError(f"depth, --pp and --tg need {n_ctx} positions; the model has {shape.n_ctx_train}")
         rows: list[Row] = []

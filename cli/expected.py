@@ -6,21 +6,24 @@ Where this machine has not been measured, or a GPU computes, nothing is expected
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import ms4
-from ms4.cli import errors, host, measured
+from ms4.cli import errors, host, measured, render
 from ms4.cli.errors import CliError
 from ms4.cli.options import EngineOptions
 from ms4.cli.render import gigabytes
 
 if TYPE_CHECKING:
+    from ms4.models import forecast
     from ms4.models.answer import Statistics
-    from ms4.models.forecast import Plan
+    from ms4.models.forecast import Fit, Other, Plan, Room
     from ms4.models.model import Model
     from ms4.quant.gguf_file import GgufFile
 
 SHORT = 512  # tokens of context, at which a run begins
+N_OTHERS = 2
 SLOW = 3.0  # tokens per second, below which one should know before waiting
 
 
@@ -30,37 +33,79 @@ class NoRoomError(CliError):
     code = errors.NO_ROOM
 
 
-def require_room(gguf: GgufFile, engine: EngineOptions) -> None:
-    """NoRoomError, before a byte of weights, if not even one expert would find a place beside all else.
+# --- where weights will lie
+def room_here(gguf: GgufFile, ram: int, what_if: bool = False) -> Room:
+    """The memory of this machine for a model file.  ram: bytes that the user allows, 0: what is free, which is the most
+    in any case, unless it is asked what would be if there were so much."""
+    from ms4.models.forecast import Room
 
-    A lower bound of what is needed, so that nothing is refused which runs.  --load map and copy are the user's word.
-    """
+    got = ms4.allowed()
+    shares = [(host.cached_share(path) or 0.0) * n for path, n in zip(gguf.paths, gguf.sizes, strict=True)]
+    cached = sum(shares) / max(sum(gguf.sizes), 1)
+    if ram:
+        most = ram if what_if or got.room is None else min(ram, most_of(got.room))
+        return Room(most, True, None if what_if else got.available or None, cached)
+    return Room(got.room, False, got.available or None, cached)
+
+
+def most_of(free: int) -> int:
+    """Bytes that this process may have if so many are free: it has some of them already (csrc/budget.c)."""
     from ms4.models.forecast import reserve_of
 
-    if engine.load not in ("auto", "stream"):
-        return
-    room = ms4.allowed().room
-    if room is None:
-        return
-    by_layer: dict[str, int] = {}
-    dense = 0
-    for name, t in gguf.tensors.items():
-        if name.endswith("_exps.weight"):
-            layer = name.split(".")[1]
-            by_layer[layer] = by_layer.get(layer, 0) + t.bytes // t.dims[-1]
-        else:
-            dense += t.bytes
-    one = max(by_layer.values(), default=0)
-    most = room - int(reserve_of(room))
-    most = max(0, min(most, engine.ram - host.own_memory()) if engine.ram else most)
-    if dense + one > most:
-        raise NoRoomError(
-            f"this model needs {gigabytes(dense + one)} of memory at the least, {gigabytes(most)} are there: "
-            f"all but experts {gigabytes(dense)}, one expert {gigabytes(one)}",
-            f"ms4 plan {shlex.quote(gguf.path[-80:])} names what fits; --load map tries it all the same",
-        )
+    return free + host.own_memory() - int(reserve_of(free))
 
 
+def chosen(gguf: GgufFile, engine: EngineOptions, n_tokens: int) -> str:
+    """How the weights are to be loaded for a context of n_tokens: as `ms4 plan` says, or as the user does.
+
+    NoRoomError, before a byte of weights, if that cannot fit.  --load map and copy are the user's word.
+    """
+    from ms4.models import forecast
+
+    if engine.load in ("map", "copy"):
+        return engine.load
+    model = forecast.Model.of(gguf)
+    room = room_here(gguf, engine.ram)
+    found = forecast.fit(model, room, min(n_tokens, model.shape.n_ctx_train))
+    if not found.fits:
+        raise refusal(found, nearest(model, room, found, gguf.path))
+    return "stream" if engine.load == "stream" else found.how
+
+
+def nearest(model: forecast.Model, room: Room, found: Fit, path: str) -> list[Other]:
+    """The N_OTHERS plans that fit and are nearest: this file with less context or more memory, then smaller files."""
+    from ms4.models.forecast import more_memory, smaller_contexts, smaller_files
+
+    others = smaller_contexts(model, room, found.n_ctx)
+    others += more_memory(found, room, ms4.allowed().room)
+    others += smaller_files(model, room, found.n_ctx, files(path))
+    return others[:N_OTHERS]
+
+
+def files(path: str) -> list[tuple[str, int]]:
+    """Other model files: those on this machine, and those that the table of repositories knows."""
+    from ms4.models import repositories, stored
+
+    here = [(f"-m {one.name}", one.bytes) for one in stored.everything() if str(one.paths[0]) != path]
+    known = [(f"ms4 pull {one.quant}", one.bytes) for one in repositories.DEFAULT.files if one.bytes]
+    return here + known
+
+
+def refusal(found: Fit, others: Sequence[Other]) -> NoRoomError:
+    """What happened, why in numbers, and what to type."""
+    parts = [f"all but experts {gigabytes(int(found.dense))}", f"kv cache {gigabytes(int(found.kv))}"]
+    parts += [f"buffers {gigabytes(int(found.buffers + found.process))}"]
+    parts += [f"one expert {gigabytes(int(found.expert))}"] if found.n_experts else []
+    there = gigabytes(int((found.ram or 0) - found.reserve))
+    message = (
+        f"with {render.short(found.n_ctx)} tokens of context this needs {gigabytes(int(found.needed))} of memory at "
+        f"the least, {there} are there: {', '.join(parts)}"
+    )
+    hint = "   or   ".join(f"{other.how} ({gigabytes(int(other.needed))})" for other in others)
+    return NoRoomError(message, hint or f"a machine with {gigabytes(int(found.needed))} of free memory")
+
+
+# --- how fast that will be
 def plan_of(model: Model, n_context: int) -> Plan | None:
     """The plan for a model that is open, as it was opened; None: there is nothing to expect it from."""
     stats = model.engine.stats()

@@ -82,8 +82,11 @@ def name_notes(model: "Model") -> None:
         errors.note(render.gpu(stats))
 
 
-def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0) -> "Model":
-    """The opened model.  Ctrl-C raises KeyboardInterrupt, or ends the process if the opening does not stop."""
+def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0, n_tokens: int = expected.SHORT) -> "Model":
+    """The opened model, with room for n_tokens of context beside it, of all sessions together.
+
+    Ctrl-C raises KeyboardInterrupt, or ends the process if the opening does not stop.
+    """
     path = engine.require()
     name_demo(path, engine.quiet)
     from ms4.models.model import Model
@@ -112,7 +115,7 @@ def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0) -> "
                     device=engine.device,
                     vram=engine.vram,
                     progress=progress,
-                    seen=lambda gguf: look(gguf, engine, path),
+                    seen=lambda gguf: look(gguf, engine, path, n_tokens),
                 )
             )
         except BaseException as error:
@@ -138,11 +141,13 @@ def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0) -> "
     return opened[0]
 
 
-def look(gguf: "GgufFile", engine: EngineOptions, path: str) -> None:
-    """With a header alone: refuses what has no room, and says that of what has little."""
-    expected.require_room(gguf, engine)
+def look(gguf: "GgufFile", engine: EngineOptions, path: str, n_tokens: int) -> str:
+    """With a header alone: how the weights are to be loaded.  Refuses what has no room, and says that of what has
+    little."""
+    load = expected.chosen(gguf, engine, n_tokens)
     if engine.load == "map" and not engine.quiet:
         name_size(gguf, path)
+    return load
 
 
 def begin(model: "Model", engine: EngineOptions, status: StatusLine) -> None:

@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ms4
-from ms4.cli import errors, measured, render, streams
-from ms4.cli.errors import CliError
+from ms4.cli import errors, expected, measured, render, streams
 from ms4.cli.options import EngineOptions
 from ms4.cli.render import StatusLine, gigabytes
 
@@ -26,13 +25,6 @@ if TYPE_CHECKING:
 NO_CARD = "none"
 MEASURED = "measured"  # --memory: that of this machine
 DISK_ASSUMED = 2e9  # bytes per second, of a disk that nobody has measured: a slow NVMe, or a good SATA array
-N_OTHERS = 2
-
-
-class NoRoomError(CliError):
-    """No plan for this model fits."""
-
-    code = errors.NO_ROOM
 
 
 @dataclass(frozen=True)
@@ -70,14 +62,14 @@ def plan(question: Question) -> int:
     if ratios != (1.0, 1.0):
         notes.append("corrected by earlier runs: writing x {:.2f}, reading x {:.2f}".format(*ratios))
     made = made.corrected(*ratios)
-    others = [] if made.fits else nearest(model, there, made, path)
+    others = [] if made.fits else expected.nearest(model, there.room, made, path)
     output = streams.Output()
     if question.as_json:
         output.write(json.dumps(as_json(path, model, there, made, ratios, others, notes)) + "\n")
     else:
         output.write(shown(path, there, made, notes))
     if not made.fits:
-        raise refusal(made, others)
+        raise expected.refusal(made, others)
     return errors.OK
 
 
@@ -94,11 +86,9 @@ def resources(
     from ms4.models import clock
     from ms4.models.forecast import Resources
 
-    room = ms4.allowed().room
-    ram = room if question.ram is None else question.ram
-    limited = question.ram is not None
+    room = expected.room_here(gguf, question.ram or 0, what_if=True)
     notes = []
-    rates = known_rates(question, shape, tensors, room, status)
+    rates = known_rates(question, shape, tensors, room.ram, status)
     disk = known_disk(question, gguf, status)
     if disk is None:
         notes.append(
@@ -114,11 +104,11 @@ def resources(
         notes.append(f"{question.memory}: what others have measured with such memory, not this machine")
     if card is not None:
         notes.append(f"a {question.card} by its data sheet: nothing was measured on one")
-    return Resources(here, ram, limited, vram), notes
+    return Resources(here, room.ram, room.limited, vram, room.available, room.cached), notes
 
 
 def known_rates(
-    question: Question, shape: ms4.Shape, tensors: Sequence[ms4.Tensor], room: int | None, status: StatusLine
+    question: Question, shape: ms4.Shape, tensors: Sequence[ms4.Tensor], room: float | None, status: StatusLine
 ) -> Rates:
     """Rates of the CPU, from earlier or measured now."""
     from ms4.models.calibration import calibrate
@@ -127,7 +117,7 @@ def known_rates(
     found = None if question.recalibrate else measured.rates(key)
     if found is None:
         status.show("measuring what this machine does with such a model: about ten seconds, once")
-        most = min(1 << 30, (room or 4 << 30) // 4)
+        most = min(1 << 30, int(room or 4 << 30) // 4)
         found = calibrate(shape, tensors, most, question.engine.threads)
         status.clear()
         measured.keep_rates(key, found)
@@ -147,37 +137,6 @@ def known_disk(question: Question, gguf: GgufFile, status: StatusLine) -> DiskRa
         if found is not None:
             measured.keep_rates(key, found)
     return found
-
-
-# --- what fits instead
-def nearest(model: Model, there: Resources, made: Plan, path: str) -> list[Other]:
-    """The N_OTHERS plans that fit and are nearest: this file with less context or more memory, then smaller files."""
-    from ms4.models.forecast import more_memory, smaller_contexts, smaller_files
-
-    found = smaller_contexts(model, there, made.n_ctx)
-    found += more_memory(made, there, ms4.allowed().room)
-    found += smaller_files(model, there, made.n_ctx, files(path))
-    return found[:N_OTHERS]
-
-
-def files(path: str) -> list[tuple[str, int]]:
-    """Other model files: those on this machine, and those that the table of repositories knows."""
-    from ms4.models import repositories, stored
-
-    here = [(f"ms4 plan {one.name}", one.bytes) for one in stored.everything() if str(one.paths[0]) != path]
-    known = [(f"ms4 pull {one.quant}", one.bytes) for one in repositories.DEFAULT.files if one.bytes]
-    return here + known
-
-
-def refusal(made: Plan, others: list[Other]) -> NoRoomError:
-    """What happened, why in numbers, and what to type."""
-    parts = [f"all but experts {gigabytes(int(made.dense))}", f"kv cache {gigabytes(int(made.kv))}"]
-    parts += [f"buffers {gigabytes(int(made.buffers + made.process))}"]
-    parts += [f"one expert {gigabytes(int(made.expert))}"] if made.n_experts else []
-    there = gigabytes(int((made.ram or 0) - made.reserve))
-    message = f"this plan needs {gigabytes(int(made.needed))} of memory, {there} are there: {', '.join(parts)}"
-    hint = "   or   ".join(f"{other.how} ({gigabytes(int(other.needed))})" for other in others)
-    return NoRoomError(message, hint or f"a machine with {gigabytes(int(made.needed))} of free memory")
 
 
 # --- what is printed

@@ -96,7 +96,7 @@ def chat(settings: ChatSettings, engine: EngineOptions) -> int:
     seen = sys.stdout if output.terminal else sys.stderr  # `ms4 chat | tee log`: the prompt is on stderr
     interactive = streams.is_terminal(seen) and streams.is_terminal(sys.stdin)
     keys = terminal.quiet() if interactive else contextlib.nullcontext()
-    with keys, loading.open_model(engine, status) as model:
+    with keys, loading.open_model(engine, status, n_tokens=settings.n_ctx) as model:
         from ms4.models.dialogue import Dialogue
         from ms4.models.scheduler import Scheduler
 

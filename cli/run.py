@@ -126,7 +126,7 @@ def run(request: Request, sampling: Sampling, engine: EngineOptions) -> int:
         output.close()
         raise
     loading_begun = time.monotonic()
-    with loading.open_model(engine, status) as model:
+    with loading.open_model(engine, status, n_tokens=request.n_ctx) as model:
         load_ms = round(1000 * (time.monotonic() - loading_begun))
         writer = new_writer(request, output, replace(about, load_ms=load_ms))
         end = None if request.timeout is None else begun + request.timeout

@@ -45,7 +45,7 @@ def trace(job: Job, engine: EngineOptions, rule: Reading) -> int:
     if not text or text.isspace():
         raise UnreadableError(f"{'stdin' if name == '-' else name}: no prompts")
     status = render.StatusLine(engine.quiet)
-    with loading.open_model(engine, status) as model:
+    with loading.open_model(engine, status, n_tokens=job.n_ctx) as model:
         if model.shape.n_dense_layer == model.shape.n_layer:
             raise UsageError("this model has no experts, so there is no routing to record")
         tokenizer = loading.usable(model.vocabulary)

@@ -190,6 +190,34 @@ def allowed(root: str | os.PathLike[str] = "") -> Allowance:
     )
 
 
+def choose_load(
+    weights: float,
+    streamed: float,
+    besides: float,
+    room: float | None,
+    *,
+    reserve: float = 0,
+    available: float | None = None,
+    cached: float = 0.0,
+    limited: bool = False,
+) -> str:
+    """How weights are loaded where nobody says it: "map", "copy" or "stream".  In bytes.
+
+    streamed: of the weights, what may stay on the disk.  besides: what will be needed beside them.  room: for this
+    process, of which reserve is for others (limited: the user's word, so that there is none); None: nobody knows.
+    available: of the machine, whatever limits this process has.  cached: the share of weights in the page cache.
+    """
+    need = ffi.new("ms4_need *")
+    need.weights, need.streamed, need.besides, need.reserve = map(int, (weights, streamed, besides, reserve))
+    need.room, need.available = int(room or 0), int(available or room or 0)
+    need.cached, need.limited = cached, limited
+    return load_named(lib.ms4_choose_load(need))
+
+
+def load_named(code: int) -> str:
+    return next(name for name, known in LOAD.items() if known == code)
+
+
 def tensor_table(tensors: Sequence[Tensor], roles: dict[str, int]) -> tuple[Any, list[Any]]:
     """The C table of the tensors, and what must stay alive while it is used."""
     import numpy as np
@@ -398,7 +426,7 @@ class Engine:
         s = ffi.new("ms4_stats *")
         lib.ms4_engine_stats(self._live(), s)
         numbers: dict[str, Any] = {f.name: getattr(s, f.name) for f in fields(Stats)}
-        load = next(name for name, code in LOAD.items() if code == s.load)
+        load = load_named(s.load)
         words = {name: ffi.string(getattr(s, name)).decode("utf-8", "replace") for name in ("isa", "device", "note")}
         return Stats(**numbers | words | {"load": load})
 

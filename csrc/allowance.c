@@ -186,3 +186,8 @@ uint64_t allowance_room(void) {
     ms4_allowed("", &a);
     return a.room;
 }
+uint64_t allowance_available(void) {
+    ms4_allowance a;
+    ms4_allowed("", &a);
+    return a.available;
+}

@@ -4,4 +4,5 @@
 #include "ms4.h"
 int32_t allowance_threads(void);    /* at least 1 */
 uint64_t allowance_room(void);      /* bytes of memory, the pages of files counted as free */
+uint64_t allowance_available(void); /* the same of the whole machine */
 #endif

@@ -38,6 +38,7 @@ static int open_files(ms4_engine *e, const ms4_tensor *tensors, size_t n_tensors
     budget_open(&e->budget, o->ram);
     how.room = o->ram ? budget_room(&e->budget) : allowance_room();
     how.reserve = e->budget.reserve;
+    how.available = allowance_available();
     TRY(budget_ranges(tensors, n_tensors, &ranges, &how.n_ranges));
     how.ranges = ranges;
     int status = files_open(paths, n_paths, &how, e->pool, &e->files);

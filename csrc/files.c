@@ -164,20 +164,26 @@ static double share_cached(int fd, uint64_t bytes) {
     munmap(m, bytes);
     return (double)hits / (double)n;
 }
+int32_t ms4_choose_load(const ms4_need *n) {
+    const uint64_t spare = (uint64_t)1 << 30, aside = n->besides + n->reserve;
+    const int fits = n->weights + aside <= n->room;
+    /* What lies in the page cache need not be this group's: a limit of its own does not count those pages again. */
+    const int others = !n->limited && aside <= n->room && n->weights + aside <= n->available;
+    if (n->cached >= 0.95 && (fits || others)) return MS4_LOAD_MAP;
+    if (n->weights + n->weights / 8 + n->besides + spare < n->room) return MS4_LOAD_COPY;
+    return fits || !n->room || !n->streamed ? MS4_LOAD_MAP : MS4_LOAD_STREAM;
+}
+/* By the files alone.  Nobody has said what will be needed besides: in a room that was asked for, as much as the
+ * reserve. */
 static int32_t choose_load(const files *f, const files_options *o) {
-    const uint64_t spare = (uint64_t)1 << 30;
-    uint64_t total = 0, kept = 0, streamed = 0;
-    double cached = 0;
+    ms4_need need = { .room = o->room, .available = o->available, .reserve = o->reserve, .limited = o->limited };
     for (size_t i = 0; i < f->n; i++) {
-        total += f->file[i].bytes;
-        cached += share_cached(f->file[i].fd, f->file[i].bytes) * (double)f->file[i].bytes;
+        need.weights += f->file[i].bytes;
+        need.cached += share_cached(f->file[i].fd, f->file[i].bytes) * (double)f->file[i].bytes;
     }
-    for (size_t i = 0; i < o->n_ranges; i++) *(o->ranges[i].streamed ? &streamed : &kept) += o->ranges[i].bytes;
-    const int fits = total + o->reserve <= o->room;
-    if (cached >= 0.95 * (double)total && (fits || !o->limited)) return MS4_LOAD_MAP;
-    if (total + total / 8 + spare < o->room) return MS4_LOAD_COPY;
-    if (fits || !o->room || !streamed) return MS4_LOAD_MAP;
-    return o->limited || kept + kept / 8 + o->reserve < o->room ? MS4_LOAD_STREAM : MS4_LOAD_MAP;
+    need.cached /= (double)need.weights;
+    for (size_t i = 0; i < o->n_ranges; i++) need.streamed += o->ranges[i].streamed ? o->ranges[i].bytes : 0;
+    return ms4_choose_load(&need);
 }
 
 /* --- opening ------------------------------------------------------------------------------ */

@@ -2,6 +2,7 @@
 #ifndef MS4_FILES_H
 #define MS4_FILES_H
 #include "cpu/pool.h"
+#include "ms4.h"
 #include <stddef.h>
 typedef struct files files;
 
@@ -13,6 +14,7 @@ typedef struct {
     int32_t limited;                                          /* room was asked for: more is not to be used */
     uint64_t room;                                            /* bytes that there are for weights; 0: nobody knows */
     uint64_t reserve;                                         /* of these, what should stay free of them */
+    uint64_t available;                                       /* bytes of the machine, without this group's limits */
     const files_range *ranges;                                /* what is used of the files */
     size_t n_ranges;
     int (*progress)(uint64_t done, uint64_t total, void *user);

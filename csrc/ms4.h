@@ -111,6 +111,17 @@ typedef struct {                 /* one tensor of the file */
 
 typedef enum { MS4_LOAD_AUTO, MS4_LOAD_MAP, MS4_LOAD_COPY, MS4_LOAD_STREAM } ms4_load;
 
+/* What decides how weights are loaded where nobody says it.  In bytes. */
+typedef struct {
+    uint64_t weights, streamed;  /* of all; of those that may stay on the disk */
+    uint64_t besides;            /* that will be needed beside weights: kv caches, buffers */
+    uint64_t room, available;    /* for this process, 0: nobody knows; of the machine, whatever limits this one has */
+    uint64_t reserve;            /* of the room, for others */
+    double cached;               /* the share of the files that lies in the page cache */
+    int32_t limited;             /* room is what the user allows */
+} ms4_need;
+int32_t ms4_choose_load(const ms4_need *need);    /* MS4_LOAD_MAP, _COPY or _STREAM */
+
 typedef enum { MS4_DEVICE_CPU, MS4_DEVICE_AUTO, MS4_DEVICE_CUDA, MS4_DEVICE_CUDA_SAFE } ms4_device;
 
 typedef struct {

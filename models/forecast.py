@@ -26,6 +26,7 @@ from ms4.quant.gguf_file import GgufFile
 
 N_BATCH = 2048  # tokens of a prompt that are computed together, as the engine chooses
 N_PROMPT = 512  # of the prompt whose speed is predicted, and before the tokens that are written
+BLOCK = 4096  # bytes of the disk that are read together
 PROCESS = 160 << 20  # bytes: Python, the libraries, the tokenizer (96 MB were measured where no picture is read)
 # Which share of the choices a recency cache finds if it holds this share of the experts: published curves of real
 # models that nearly coincide (docs/placement.md names the traces that were made like them).
@@ -40,6 +41,7 @@ class Model:
     sizes: Sizes
     bytes_weights: int  # of all tensors
     bytes_file: int
+    least: float = 0  # bytes of experts that have to be in memory: one of each size; 0: one of the mean size
 
     @classmethod
     def of(cls, gguf: GgufFile) -> Model:
@@ -50,7 +52,7 @@ class Model:
     @classmethod
     def made_of(cls, shape: ms4.Shape, tensors: Sequence[ms4.Tensor], bytes_file: int) -> Model:
         tied = {(t.file, t.offset): t.bytes for t in tensors}
-        return cls(shape, clock.sizes_of(shape, tensors), sum(tied.values()), bytes_file)
+        return cls(shape, clock.sizes_of(shape, tensors), sum(tied.values()), bytes_file, _least(tensors))
 
     @property
     def dense(self) -> float:
@@ -65,14 +67,54 @@ class Model:
         return min(N_BATCH, n_ctx) * (4 * (widths + experts) + 1.1 * (2 * s.d_model + s.n_head * s.d_value))
 
 
+def _least(tensors: Sequence[ms4.Tensor]) -> float:
+    """Bytes of one expert of each size, as csrc/slots.c has a pool for each: whole blocks of the disk."""
+    by_layer: dict[int, int] = {}
+    for t in tensors:
+        if t.role.endswith("_exps"):
+            parts = 2 if t.role == "ffn_gate_up_exps" else 1  # gate and up are read by themselves
+            room = parts * -(-(t.bytes // t.dims[2] // parts + BLOCK - 1) // BLOCK) * BLOCK
+            by_layer[t.layer] = by_layer.get(t.layer, 0) + room
+    return float(sum(set(by_layer.values())))
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory.  ram: bytes that may be taken, None: nobody says.  limited: --ram has said so.
+
+    available: bytes of the machine, whatever limits this process has; None: as ram.  cached: the share of the file that
+    lies in the page cache.
+    """
+
+    ram: float | None
+    limited: bool = False
+    available: float | None = None
+    cached: float = 0.0
+
+    @property
+    def reserve(self) -> float:
+        return 0.0 if self.ram is None or self.limited else reserve_of(self.ram)
+
+    @property
+    def most(self) -> float:
+        """Bytes that this process gets."""
+        return float("inf") if self.ram is None else self.ram - self.reserve
+
+
 @dataclass(frozen=True)
 class Resources:
-    """Of the machine.  ram: bytes that may be taken, None: nobody says.  limited: --ram has said so; vram: likewise."""
+    """Of the machine.  ram, limited, available, cached: as in Room.  vram: bytes of a card that may be taken."""
 
     machine: Machine
     ram: float | None
     limited: bool = False
     vram: float = 0.0
+    available: float | None = None
+    cached: float = 0.0
+
+    @property
+    def room(self) -> Room:
+        return Room(self.ram, self.limited, self.available, self.cached)
 
 
 @dataclass(frozen=True)
@@ -89,11 +131,14 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """load: "memory" or "stream", what `run` asks the engine for.  Sizes in bytes; prompts are of N_PROMPT tokens."""
+class Fit:
+    """What lies where, and whether that fits: what `run` does, and what a plan says of it.  Sizes in bytes.
+
+    how: "map", "copy" or "stream", as the engine is told.
+    """
 
     fits: bool
-    load: str
+    how: str
     n_ctx: int
     ram: float | None  # that may be taken
     needed: float  # the least with which it runs
@@ -107,6 +152,20 @@ class Plan:
     n_ram_full: int
     n_vram: int
     expert: float
+
+    @property
+    def load(self) -> str:
+        return "stream" if self.how == "stream" else "memory"
+
+    @property
+    def n_disk(self) -> int:
+        return max(0, self.n_experts - self.n_ram - self.n_vram)
+
+
+@dataclass(frozen=True)
+class Plan(Fit):
+    """And how fast that is.  Prompts are of N_PROMPT tokens."""
+
     seconds_to_open: float
     cold: Speed
     warm: Speed
@@ -114,10 +173,6 @@ class Plan:
     full: Speed  # as warm, when the context is full
     prompt: Terms
     prompt_cold: Terms
-
-    @property
-    def n_disk(self) -> int:
-        return max(0, self.n_experts - self.n_ram - self.n_vram)
 
     def corrected(self, decode: float, prefill: float) -> Plan:
         """The same with tokens/s times these ratios, as earlier runs were that much faster than what was predicted."""
@@ -141,47 +196,64 @@ def reserve_of(free: float) -> float:
     return min(256 * (1 << 20) + free / 32, free / 4)
 
 
-def make(model: Model, there: Resources, n_ctx: int) -> Plan:
-    """The plan for a context of n_ctx tokens."""
+def fit(model: Model, room: Room, n_ctx: int, n_vram: int = 0) -> Fit:
+    """What lies where for a context of n_ctx tokens; n_vram: experts that a card holds."""
     sizes = model.sizes
     n_all = sizes.n_layer * sizes.n_expert if sizes.expert else 0
     kv, buffers = float(mistral4.kv_bytes(model.shape, n_ctx)), model.buffers(n_ctx)
-    reserve = 0.0 if there.ram is None or there.limited else reserve_of(there.ram)
     besides = model.dense + kv + buffers + PROCESS
-    most = float("inf") if there.ram is None else there.ram - reserve
-    needed = besides + (sizes.expert if n_all else 0)
-    n_vram = clock.slots(sizes, there.vram, n_ctx) if there.machine.card else 0
-    whole = besides + sizes.experts <= most
+    needed = besides + ((model.least or sizes.expert) if n_all else 0)
+    how = ms4.choose_load(
+        model.bytes_weights,
+        sizes.experts if n_all else 0,
+        besides - model.dense,
+        room.ram,
+        reserve=room.reserve,
+        available=room.available,
+        cached=room.cached,
+        limited=room.limited,
+    )
+    whole = how != "stream" and (n_all > 0 or besides <= room.most)
     begun = min(N_PROMPT, n_ctx)  # the places shrink from then on, as cache and buffers grow
     short = besides - kv - buffers + mistral4.kv_bytes(model.shape, begun) + model.buffers(begun)
-    n_ram, n_ram_full = (n_all if whole else places(sizes, most - taken) for taken in (short, besides))
-    fits = whole or (n_all > 0 and needed <= most)
-    found, found_full = (min(1.0, (n + n_vram) / n_all) if n_all else 1.0 for n in (n_ram, n_ram_full))
-    in_vram = n_vram / n_all if n_all else 0.0
-    opened = model.dense + (sizes.experts if whole else 0)
-    speed = _Speeds(sizes, there.machine, begun)
-    return Plan(
-        fits=fits,
-        load="memory" if whole else "stream",
+    n_ram, n_ram_full = (n_all if whole else places(sizes, room.most - taken) for taken in (short, besides))
+    return Fit(
+        fits=whole or (n_all > 0 and needed <= room.most),
+        how=how,
         n_ctx=n_ctx,
-        ram=there.ram,
+        ram=room.ram,
         needed=needed,
         dense=model.dense,
         kv=kv,
         buffers=buffers,
         process=PROCESS,
-        reserve=reserve,
+        reserve=room.reserve,
         n_experts=n_all,
         n_ram=n_ram,
         n_ram_full=n_ram_full,
         n_vram=n_vram,
         expert=sizes.expert,
-        seconds_to_open=opened / there.machine.disk,
+    )
+
+
+def make(model: Model, there: Resources, n_ctx: int) -> Plan:
+    """The plan for a context of n_ctx tokens."""
+    sizes = model.sizes
+    found = fit(model, there.room, n_ctx, clock.slots(sizes, there.vram, n_ctx) if there.machine.card else 0)
+    n_all, whole = found.n_experts, found.load == "memory"
+    share, share_full = (
+        min(1.0, (n + found.n_vram) / n_all) if n_all else 1.0 for n in (found.n_ram, found.n_ram_full)
+    )
+    in_vram = found.n_vram / n_all if n_all else 0.0
+    speed = _Speeds(sizes, there.machine, min(N_PROMPT, n_ctx))
+    return Plan(
+        **vars(found),
+        seconds_to_open=(model.dense + (sizes.experts if whole else 0)) / there.machine.disk,
         cold=speed.decode(1.0 if whole else 0.0, 0.0),
-        warm=speed.decode(found, in_vram),
-        usual=speed.decode(coherent(found), coherent(in_vram)),
-        full=replace(speed, n_context=n_ctx).decode(found_full, in_vram),
-        prompt=speed.prompt(model, in_vram, 1 - found),
+        warm=speed.decode(share, in_vram),
+        usual=speed.decode(coherent(share), coherent(in_vram)),
+        full=replace(speed, n_context=n_ctx).decode(share_full, in_vram),
+        prompt=speed.prompt(model, in_vram, 1 - share),
         prompt_cold=speed.prompt(model, 0.0, 0.0 if whole else 1.0),
     )
 
@@ -230,25 +302,24 @@ class _Speeds:
 # --- what would fit instead
 @dataclass(frozen=True)
 class Other:
-    """A plan near the one that does not fit: what to type for it, and what it needs and gives.  n_ctx: its context."""
+    """A plan near the one that does not fit: what to type for it, and the bytes that it needs.  n_ctx: its context."""
 
     how: str
     n_ctx: int
     needed: float
-    plan: Plan | None = None  # None: a file of which only the size is known
 
 
-def smaller_contexts(model: Model, there: Resources, n_ctx: int) -> list[Other]:
+def smaller_contexts(model: Model, there: Room, n_ctx: int) -> list[Other]:
     """The largest context that fits, as a power of two from 512 up; none if even that does not."""
     n = 1 << max(0, n_ctx - 1).bit_length()
     while (n := n // 2) >= 512:
-        plan = make(model, there, n)
-        if plan.fits:
-            return [Other(f"--ctx {n}", n, plan.needed, plan)]
+        found = fit(model, there, n)
+        if found.fits:
+            return [Other(f"--ctx {n}", n, found.needed)]
     return []
 
 
-def smaller_files(model: Model, there: Resources, n_ctx: int, files: Sequence[tuple[str, int]]) -> list[Other]:
+def smaller_files(model: Model, there: Room, n_ctx: int, files: Sequence[tuple[str, int]]) -> list[Other]:
     """Of files (how they are had, bytes) those that would fit, the largest first: weights are smaller in proportion."""
     if there.ram is None:
         return []
@@ -257,13 +328,13 @@ def smaller_files(model: Model, there: Resources, n_ctx: int, files: Sequence[tu
         part = n_bytes / model.bytes_file
         if 0 < part < 1:
             besides = mistral4.kv_bytes(model.shape, n_ctx) + model.buffers(n_ctx) + PROCESS
-            needed = part * (model.dense + model.sizes.expert) + besides
-            if needed <= there.ram - (0 if there.limited else reserve_of(there.ram)):
+            needed = part * (model.dense + (model.least or model.sizes.expert)) + besides
+            if needed <= there.most:
                 found.append(Other(how, n_ctx, needed))
     return found
 
 
-def more_memory(plan: Plan, there: Resources, free: float | None) -> list[Other]:
+def more_memory(plan: Fit, there: Room, free: float | None) -> list[Other]:
     """Where --ram is what makes it not fit: a larger one, if so much is free."""
     if not there.limited or free is None or plan.needed > free - reserve_of(free):
         return []

@@ -35,16 +35,16 @@ class Model:
         device: str = "cpu",
         vram: int = 0,
         progress: Callable[[int, int], bool] | None = None,
-        seen: Callable[[GgufFile], None] | None = None,
+        seen: Callable[[GgufFile], str] | None = None,
     ) -> Model:
         """Opens a model file.  GgufError or ModelError: the file; EngineError and MemoryError: this machine.
 
-        attn_scale is "plain" or "mscale2"; seen is called with the header, before the weights are opened; the rest is
-        as in `ms4.Engine.open`.
+        attn_scale is "plain" or "mscale2"; seen is called with the header, before the weights are opened, and says how
+        to load them ("map" and "copy" take no budget); the rest is as in `ms4.Engine.open`.
         """
         gguf = GgufFile.open(path)
-        if seen is not None:
-            seen(gguf)
+        if seen is not None and (load := seen(gguf)) in ("map", "copy"):
+            ram = 0
         shape = mistral4.shape_of(gguf, attn_scale)
         table = mistral4.tensors_of(gguf, shape)
         engine = ms4.Engine.open(

@@ -745,7 +745,7 @@ def test_a3_a_file_among_the_words_of_the_prompt_is_refused(command, files):
     ],
 )
 def test_b7_a_prompt_that_is_too_long_is_refused_before_the_model_is_loaded(command, monkeypatch, arguments, stdin):
-    def open_model(*_):
+    def open_model(*_, **__):
         raise AssertionError("loaded")
 
     monkeypatch.setattr(repl.loading, "open_model", open_model)
@@ -762,7 +762,7 @@ def test_b7_events_of_what_was_refused_before_it_was_loaded_name_no_load(command
 
 
 def test_b7_a_chat_refuses_what_is_too_long_before_the_model_is_loaded(command, files, tmp_path, monkeypatch):
-    def open_model(*_):
+    def open_model(*_, **__):
         raise AssertionError("loaded")
 
     monkeypatch.setattr(repl.loading, "open_model", open_model)
@@ -782,7 +782,7 @@ def test_b6_a_file_larger_than_memory_is_said_in_one_line(command, monkeypatch, 
     def notes(room, *more):
         monkeypatch.setattr(ms4, "allowed", lambda: replace(allowed, room=room))
         words = {"run": ("-n", "2", "Hi"), "chat": ("-n", "2"), "perplexity": ("-",)}[kind]
-        got = command(kind, "-m", test_cli.MODEL, *words, *more, stdin=b"one two three four five six " * 90)
+        got = command(kind, "-m", test_cli.MODEL, "--load", "map", *words, *more, stdin=b"one two three four five six " * 90)
         assert got.code == 0, got
         return [line for line in got.err.splitlines() if "memory" in line]
 

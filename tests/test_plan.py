@@ -1,7 +1,10 @@
 """`ms4 plan`: what lies where by hand, the laws that any machine keeps, and what the command says."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from fixtures import bravo
 
 import ms4 as engine
 from ms4.cli import measured
+from ms4.cli.options import DEMO
 from ms4.models import calibration, forecast, mistral4
 from ms4.models.calibration import DiskRate, Rates
 from ms4.models.clock import CARDS, GB, SMALL_4, Machine
@@ -100,14 +104,14 @@ def test_coherent_text_never_finds_less_than_uniform_choices():
 
 
 def test_what_is_offered_instead_fits_and_nothing_larger_does():
-    there = forecast.Resources(HOST, 3.6 * GB, limited=True)
-    made = forecast.make(MODEL, there, 262144)
+    there = forecast.Room(3.6 * GB, limited=True)
+    made = forecast.fit(MODEL, there, 262144)
     assert not made.fits
     (smaller,) = forecast.smaller_contexts(MODEL, there, 262144)
-    assert forecast.make(MODEL, there, smaller.n_ctx).fits and not forecast.make(MODEL, there, 2 * smaller.n_ctx).fits
+    assert forecast.fit(MODEL, there, smaller.n_ctx).fits and not forecast.fit(MODEL, there, 2 * smaller.n_ctx).fits
     (more,) = forecast.more_memory(made, there, 64 * GB)
     ram = int(more.how.split()[1][:-1]) * 10**6
-    assert forecast.make(MODEL, replace(there, ram=ram), 262144).fits
+    assert forecast.fit(MODEL, replace(there, ram=ram), 262144).fits
     assert ram - made.needed <= GB / 10
     assert (
         forecast.more_memory(made, there, 4 * GB)
@@ -117,6 +121,22 @@ def test_what_is_offered_instead_fits_and_nothing_larger_does():
     sizes = [int(MODEL.bytes_file * part) for part in (0.1, 2, 0.3)]
     files = forecast.smaller_files(MODEL, there, 4096, [(str(n), n) for n in sizes])
     assert [file.how for file in files] == [str(sizes[2]), str(sizes[0])]
+
+
+def test_the_context_decides_whether_a_file_lies_in_memory():
+    whole = MODEL.bytes_weights + kv_bytes(SHAPE, 1024) + MODEL.buffers(1024) + forecast.PROCESS
+    room = forecast.Room(whole + 0.1 * GB, limited=True)
+    assert forecast.fit(MODEL, room, 1024).how == "map"
+    assert forecast.fit(MODEL, room, 65536).how == "stream"
+    assert forecast.fit(MODEL, replace(room, ram=whole + 12 * GB), 1024).how == "copy"
+    assert forecast.fit(MODEL, forecast.Room(None), 262144).how == "map"
+
+
+def test_a_cached_file_is_used_where_it_lies_if_only_a_limit_of_this_group_is_too_small():
+    there = forecast.Room(8 * GB, available=100 * GB, cached=1.0)
+    assert forecast.fit(MODEL, there, 1024).how == "map" and forecast.fit(MODEL, there, 1024).load == "memory"
+    for other in (replace(there, cached=0.5), replace(there, available=60 * GB), replace(there, limited=True)):
+        assert forecast.fit(MODEL, other, 1024).how == "stream"
 
 
 # --- calibration
@@ -227,7 +247,7 @@ def test_the_command_says_what_the_plan_says(ms4, known, small):
 def test_what_does_not_fit_is_exit_6_with_what_does(ms4, known):
     code, got, err = planned(ms4, "--ram", "175M", "--ctx", "1024")
     assert code == 6 and not got["fits"] and 1 <= len(got["nearest"]) <= 2
-    assert err.startswith("ms4: error: this plan needs ") and got["nearest"][0]["type"] in err
+    assert err.startswith("ms4: error: with 1K tokens of context this needs ") and got["nearest"][0]["type"] in err
     smaller, more = got["nearest"]
     assert planned(ms4, "--ram", "175M", *smaller["type"].split())[0] == 0
     assert planned(ms4, "--ctx", "1024", *more["type"].split())[0] == 0
@@ -254,8 +274,19 @@ def test_earlier_runs_correct_the_plan_and_are_named(ms4, known):
 # --- runs
 def test_a_run_that_cannot_have_room_is_refused_before_a_weight_is_read(ms4, known):
     code, out, err = ms4("run", "-m", bravo(), "--ram", "1M", "-n", "2", "Hi")
-    assert (code, out) == (6, "") and "at the least" in err and "ms4 plan" in err
+    assert (code, out) == (6, "") and "at the least" in err and "hint: --ram 200m" in err
     assert ms4("run", "-q", "-m", bravo(), "--ram", "1G", "-n", "2", "Hi")[0] == 0
+
+
+@pytest.mark.parametrize("ctx, load", [(512, "memory"), (1024, "stream")])
+def test_a_run_loads_what_the_plan_says(known, ctx, load):
+    about = forecast.Model.of(GgufFile.open(DEMO))
+    ram = int(about.bytes_weights + kv_bytes(about.shape, 512) + about.buffers(512) + forecast.PROCESS + (4 << 20))
+    found = forecast.fit(about, forecast.Room(ram, limited=True), ctx)
+    assert found.fits and found.load == load
+    arguments = ["run", "-v", "-m", DEMO, "--ram", str(ram), "--ctx", str(ctx), "-n", "2", "Hi"]
+    done = subprocess.run([Path(sys.executable).with_name("ms4"), *arguments], capture_output=True, text=True)
+    assert done.returncode in (0, 3) and ("weights experts on the disk" in done.stderr) == (load == "stream")
 
 
 def test_a_slow_model_is_announced_by_what_was_measured_and_by_earlier_runs(ms4, known, small):

@@ -396,7 +396,7 @@ def test_run_says_what_stays_on_the_disk_and_what_that_cost(ms4):
 
 def test_memory_that_cannot_be_kept_is_refused_in_one_line(ms4):
     code, out, err = ms4("run", "--ram", "1M", "--load", "stream", "Hi")
-    assert (code, out) == (6, "") and "of memory at the least, 0 bytes are there: all but experts" in err
+    assert (code, out) == (6, "") and "of memory at the least, 1.0 MB are there: all but experts" in err
     code, out, err = ms4("run", "--ram", "4G", "--load", "map", "Hi")
     assert (code, out) == (2, "") and err.startswith(
         "ms4: error: --ram cannot limit --load map\nhint: leave --load out"
