@@ -120,7 +120,8 @@ class Memory:
     ) -> None:
         self._tell = tell
         self._off = off
-        self._model = os.path.basename(engine.require())
+        self.model = os.path.basename(engine.require())
+        self.named = session.name if session is not None else None
         self._recorder: Any = None
         self._kv: Any = None
         if off:
@@ -135,16 +136,34 @@ class Memory:
     def begin(self, dialogue: Dialogue) -> None:
         """From here on it is another conversation; its file comes with its first turn."""
         self.close()
+        self.named = None
         if not self._off:
             from ms4.models.sessions import Recorder
 
-            self._recorder = Recorder(self._model, ms4.__version__, dialogue.system, dialogue.effort)
+            self._recorder = Recorder(self.model, ms4.__version__, dialogue.system, dialogue.effort)
+
+    @property
+    def on(self) -> bool:
+        """True if the conversation is kept."""
+        return self._recorder is not None
 
     @property
     def path(self) -> Path | None:
         """The file of the conversation, if there is one yet."""
         recorder = self._recorder
         return recorder.path if recorder is not None and recorder.path.exists() else None
+
+    def fork(self) -> Path | None:
+        """From here on it has another file, which this gives; None: nothing is on disk yet.  OSError: it failed."""
+        if self.path is None:
+            return None
+        old, self._recorder = self._recorder, self._recorder.fork()
+        old.close()
+        return self.path
+
+    def name(self, value: str) -> None:
+        self.named = value
+        self._guard(lambda: self._recorder and self._recorder.name(value))
 
     def turn(self, message: Content, answer: tuple[int, ...], pieces: Pieces, reason: str) -> None:
         text, thinking = "".join(pieces.text), "".join(pieces.thinking)

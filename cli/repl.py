@@ -12,11 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ms4.cli import (
     attachments,
     chat_attached,
+    chat_kept,
     errors,
     image_notes,
     lines,
@@ -192,10 +194,14 @@ class Talk:
             "/paste": self.paste,
             "/drop": self.drop,
             "/new": self.new,
+            "/fork": partial(chat_kept.fork, self),
             "/undo": self.undo,
             "/retry": self.retry,
             "/edit": self.edit,
             "/continue": self.resume,
+            "/copy": partial(chat_kept.copy, self),
+            "/save": partial(chat_kept.save, self),
+            "/export": partial(chat_kept.export, self),
             "/stats": self.stats,
             "/help": lambda _: self.tell(HELP),
             "/exit": self.leave,

@@ -88,3 +88,13 @@ def closed(ids: Sequence[int]) -> tuple[int, ...]:
     if marks and marks[-1] == Control.THINK:
         kept.append(Control.THINK_END)
     return (*(int(id) for id in kept), int(Control.EOS))
+
+
+def said(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, str]:
+    """(text, thoughts) of an answer."""
+    from ms4.models.answer_parser import AnswerParser, Text, Thinking
+
+    parser = AnswerParser(tokenizer)
+    pieces = [piece for id in ids if not parser.ended for piece in parser.feed(id)] + parser.close()
+    parts = ["".join(piece.text for piece in pieces if isinstance(piece, kind)) for kind in (Text, Thinking)]
+    return parts[0], parts[1]

@@ -4,7 +4,7 @@ A file is only ever added to.  Its first line says what it is, the others replay
 
     {"event": "begin", "format": 1, "id", "created", "model", "version", "system", "effort"}
     {"event": "turn", "message", "answer": [ids], "text", "thinking", "at", "reason"}
-    {"event": "undo", "n"}    {"event": "effort", "value"}    {"event": "system", "value"}
+    {"event": "undo", "n"}    {"event": "effort", "value"}    {"event": "system", "value"}    {"event": "name", "value"}
 
 A message is what `dialogue.Content` is; its images stand in it as they were decoded (PNG, base64), so a session needs
 no other file.  The answer is kept as the ids that the model wrote: a session that goes on has the very prompt that it
@@ -65,12 +65,15 @@ class Session:
     system: str | None = None
     effort: str = "none"
     turns: list[Turn] = field(default_factory=list)
+    name: str | None = None  # that its user gave it
     n_bytes: int = 0  # of its whole lines
     torn: bool = False  # its last line was cut
 
     @property
     def title(self) -> str:
-        """The first words of the first message."""
+        """Its name, or the first words of the first message."""
+        if self.name:
+            return self.name
         text = " ".join(words_of(self.turns[0].message).split()) if self.turns else ""
         return text[:77] + "..." if len(text) > 80 else text
 
@@ -130,6 +133,20 @@ class Recorder:
         os.ftruncate(made._file, session.n_bytes)
         return made
 
+    def fork(self) -> Recorder:
+        """One that goes on from here in a file of its own, which begins with a copy of this one."""
+        made = Recorder("", "", None, "none", self.path.parent)
+        first, rest = self.path.read_bytes().split(b"\n", 1)
+        begin = json.loads(first) | {"id": made.id, "created": made._begin["created"], "forked": self.id}
+        part = made.path.with_suffix(".part")  # a session has its name when it is whole
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(json.dumps(begin, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n" + rest)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(part, made.path)
+        made._file = os.open(made.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        return made
+
     def turn(self, message: Content, answer: Sequence[int], text: str, thinking: str, reason: str) -> None:
         self._put(
             event="turn",
@@ -150,6 +167,9 @@ class Recorder:
 
     def system(self, value: str | None) -> None:
         self._note(event="system", value=value)
+
+    def name(self, value: str) -> None:
+        self._note(event="name", value=value)
 
     def close(self) -> None:
         if self._file is not None:
@@ -299,6 +319,8 @@ def replay(session: Session, event: Mapping[str, Any]) -> None:
         session.effort = event["value"]
     elif kind == "system" and (event["value"] is None or isinstance(event["value"], str)):
         session.system = event["value"]
+    elif kind == "name" and isinstance(event["value"], str):
+        session.name = event["value"]
     elif kind != "begin":
         raise ValueError("an unknown event")
 
@@ -324,13 +346,18 @@ def sessions(where: Path | None = None) -> Iterator[Session | SessionError]:
 
 
 def find(name: str | None, where: Path | None = None) -> Path:
-    """The session whose id begins with a name, or the last one.  UnknownSessionError: none, or several."""
+    """The session that has this name or whose id begins with it, or the last one.  UnknownSessionError: none, several.
+
+    Of those that were given the same name, the one that went on last.
+    """
     known = paths(where)
     if name is None:
         if not known:
             raise UnknownSessionError("there is no session yet")
         return known[0]
     matching = [path for path in known if path.stem.startswith(name) or path.stem.endswith(f"-{name}")]
+    if not matching:
+        matching = [s.path for s in sessions(where) if isinstance(s, Session) and s.name == name][:1]
     if len(matching) != 1:
         said = "several sessions begin" if matching else "no session begins"
         raise UnknownSessionError(f"{said} with {shown(name)[:40]}")

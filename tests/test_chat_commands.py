@@ -1,5 +1,7 @@
 """What can be typed in a chat beside messages: commands, what they take, and what they leave."""
 
+import base64
+import json
 import os
 import signal
 import threading
@@ -8,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from ms4.cli import chat_attached, chat_commands, remembered, repl, streams
+from ms4.cli import chat_attached, chat_commands, chat_kept, remembered, repl, streams
 from ms4.cli.chat_commands import COMMANDS, PATH, completions
 from ms4.cli.image_notes import ImageOptions
 from ms4.cli.loading import usable
 from ms4.cli.options import EngineOptions
 from ms4.cli.render import StatusLine
-from ms4.models.dialogue import Dialogue
+from ms4.models import sessions
+from ms4.models.dialogue import Dialogue, said
 from ms4.models.model import Model
 from ms4.models.scheduler import Scheduler
 from ms4.models.vision import ImageInput
@@ -193,3 +196,136 @@ def test_ctrl_c_ends_a_command_and_all_that_it_started(talk, tmp_path):
         time.sleep(0.01)
     else:
         raise AssertionError("it still runs")
+
+
+# --- /fork, /save, /export
+
+
+def test_a_fork_goes_on_alone_and_the_old_session_stays(talk):
+    one = talk()
+    one.command("/fork")
+    assert one.said == ["nothing is on disk yet that could be forked"]
+    one.send("Hi")
+    old = one.memory.path
+    before = old.read_bytes()
+    one.command("/fork")
+    one.send("more")
+    new = one.memory.path
+    assert old != new and old.read_bytes() == before
+    assert f"{old.stem} stays as it was" in " ".join(one.said)
+    forked, stayed = sessions.read(new), sessions.read(old)
+    assert [t.message for t in forked.turns] == ["Hi", "more"] and forked.turns[0].answer == stayed.turns[0].answer
+    assert json.loads(new.read_bytes().split(b"\n")[0])["forked"] == old.stem
+    assert new.stat().st_mode & 0o777 == 0o600 and not list(new.parent.glob("*.part"))
+    one.command("/undo")
+    one.memory.close()
+    assert [t.message for t in talk(session=sessions.read(new)).dialogue.turns] == ["Hi"]
+
+
+def test_a_session_has_the_name_that_it_was_given(talk):
+    one = talk()
+    one.command("/save taxes 2025")
+    one.send("Hi")
+    one.command("/save")
+    path = one.memory.path
+    assert one.said[-1] == f"session {path.stem}: saved by itself, turn by turn; /save NAME names it"
+    assert sessions.read(path).title == "taxes 2025" and sessions.find("taxes 2025") == path
+    one.command("/save other")
+    assert sessions.find("other") == path
+    with pytest.raises(sessions.SessionError):
+        sessions.find("taxes 2025")
+    one.command("/save " + "x" * 81)
+    assert one.said[-1] == "a name is one line of at most 80 characters"
+    hidden = talk(off=True)
+    hidden.command("/save a")
+    assert hidden.said == ["this conversation is not kept on disk; /export FILE writes it to a file"]
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_a_conversation_is_exported(talk, tmp_path, off):
+    one = talk(off=off)
+    one.command("/export a.md")
+    assert one.said == ["there is nothing to export yet"]
+    one.send("What is 3+4?")
+    answer = said(one.dialogue.turns[0].answer, one.dialogue.tokenizer)[0]
+    one.command("/export 'my chat.md'")
+    assert one.said[-1] == "my chat.md: 1 turn"
+    text = (tmp_path / "my chat.md").read_text()
+    assert "**You:** What is 3+4?\n" in text and f"**Model:** {answer.strip()}" in text
+    one.command("/export a.json")
+    messages = json.loads((tmp_path / "a.json").read_text())["messages"]
+    assert messages == [{"role": "user", "content": "What is 3+4?"}, {"role": "assistant", "content": answer}]
+    one.command("/export a.json")
+    assert one.said[-1] == "a.json is there already; another name"
+    one.command("/export a.txt")
+    assert one.said[-1] == "/export FILE.md writes Markdown, /export FILE.json messages"
+    one.command("/export none/a.md")
+    assert one.said[-1] == "none/a.md: No such file or directory"
+
+
+def test_from_a_pipe_a_failed_export_ends_the_chat(talk):
+    one = talk()
+    one.interactive = False
+    with pytest.raises(repl.UsageError):
+        one.command("/export a.txt")
+
+
+# --- /copy
+
+
+@pytest.fixture
+def copied(monkeypatch, tmp_path):
+    """copied(names of programs) -> what the stand-ins for them got; only these are there."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("SSH_CONNECTION", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+    def install(name, script='/bin/cat > "$0.got"; echo "$@" > "$0.args"'):
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+        return folder / f"{name}.got"
+
+    return install
+
+
+@pytest.mark.parametrize(("name", "encoding"), [(c[0][0], c[1]) for c in chat_kept.COPIERS])
+def test_an_answer_is_copied_by_the_program_that_is_there(talk, copied, name, encoding):
+    one = talk()
+    one.command("/copy")
+    assert one.said == ["there is no answer yet"]
+    one.send("What is 3+4?")
+    got = copied(name)
+    one.command("/copy")
+    answer = said(one.dialogue.turns[0].answer, one.dialogue.tokenizer)[0].strip("\n")
+    assert got.read_bytes() == answer.encode(encoding)
+    assert one.said[-1] == f"the last answer is on the clipboard: {len(answer)} characters"
+    one.command("/copy code")
+    assert one.said[-1] == "the last answer has no block of code"
+
+
+def test_the_last_block_of_code_is_copied(talk, copied):
+    one = talk()
+    one.dialogue.ask("Hi")
+    one.dialogue.answered(one.dialogue.tokenizer.encode("Look:\n```py\nprint('é')\n```\nDone."))
+    got = copied("wl-copy")
+    one.command("/copy code")
+    assert got.read_text() == "print('é')"
+
+
+@pytest.mark.parametrize("why", ["none", "fails", "far"])
+def test_a_terminal_has_a_clipboard_itself(copied, monkeypatch, capsys, why):
+    if why == "fails":
+        copied("wl-copy", "exit 1")
+    elif why == "far":
+        copied("xclip")
+        monkeypatch.setenv("SSH_CONNECTION", "1")
+        monkeypatch.delenv("DISPLAY", raising=False)
+        monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert chat_kept.to_clipboard("Grüße", True) == ", if this terminal allows it"
+    assert capsys.readouterr().err == f"\x1b]52;c;{base64.b64encode('Grüße'.encode()).decode()}\x07"
+    with pytest.raises(repl.UsageError, match="more than terminals take"):
+        chat_kept.to_clipboard("x" * 80_000, True)
+    with pytest.raises(chat_kept.MissingError):
+        chat_kept.to_clipboard("x", False)
