@@ -99,6 +99,12 @@ ThinkBudget = Annotated[
     int | None,
     typer.Option("--think-budget", metavar="N", parser=opt.whole(1, opt.MOST_CTX), help="Most tokens of thought."),
 ]
+AnswerNowAfter = Annotated[
+    float | None,
+    typer.Option(
+        "--answer-now-after", metavar="S", parser=opt.real(0, 1e6, above=True), help="Most seconds of thought."
+    ),
+]
 Think = Annotated[str, opt.choice(("auto", "show", "hide"), "Thoughts: auto shows them on a terminal.", "--think")]
 Format = Annotated[
     str, opt.choice(("auto", "text", "json", "jsonl"), "How the answer is written; auto is text.", "--format")
@@ -186,6 +192,7 @@ def run(
     effort: Level = None,  # type: ignore[assignment]
     think: Think = "auto",
     think_budget: ThinkBudget = None,
+    answer_now_after: AnswerNowAfter = None,
     max_tokens: MaxTokens = None,
     temp: Temperature = None,
     top_p: TopP = None,
@@ -227,7 +234,7 @@ def run(
     given = locals()
     from ms4.cli import run as one_shot
 
-    sampling = opt.Sampling(effort or "none", greedy, temp, top_p, top_k, min_p, seed, think_budget)
+    sampling = opt.Sampling(effort or "none", greedy, temp, top_p, top_k, min_p, seed, think_budget, answer_now_after)
     engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram, device, vram)
     return one_shot.run(one_shot.Request.of(given), sampling, engine)
 
@@ -249,6 +256,7 @@ def chat(
     effort: Level = "none",
     think: Think = "auto",
     think_budget: ThinkBudget = None,
+    answer_now_after: AnswerNowAfter = None,
     max_tokens: MaxTokens = None,
     temp: Temperature = None,
     top_p: TopP = None,
@@ -269,7 +277,7 @@ def chat(
     from ms4.cli import repl
 
     effort, think_budget = opt.thinking(effort, think_budget)
-    sampling = opt.Sampling(effort, greedy, temp, top_p, top_k, min_p, seed, think_budget)
+    sampling = opt.Sampling(effort, greedy, temp, top_p, top_k, min_p, seed, think_budget, answer_now_after)
     engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram, device, vram)
     images = repl.ImageOptions(mmproj, image_max_tokens)
     settings = repl.ChatSettings(

@@ -241,6 +241,7 @@ class Sampling:
     min_p: float | None = None
     seed: int | None = None
     think_budget: int | None = None  # tokens; None: thoughts are as long as they are
+    think_seconds: float | None = None  # after which thoughts come to their end
 
     def sampler(self, effort: str = "") -> "Sampler":
         """A sampler for this effort, or for another one."""

@@ -471,8 +471,16 @@ class Talk:
 
         prompt = self.dialogue.resume(ids) if ids else self.dialogue.ask(message)
         n_ctx, most = self.timeline.n_ctx, self.settings.max_tokens
-        budget = self.think_budget
-        return Answer(prompt, self._sampler, self.dialogue.tokenizer, n_ctx, max_tokens=most, think_budget=budget)
+        budget, seconds = self.think_budget, self.settings.sampling.think_seconds
+        return Answer(
+            prompt,
+            self._sampler,
+            self.dialogue.tokenizer,
+            n_ctx,
+            max_tokens=most,
+            think_budget=budget,
+            think_seconds=seconds,
+        )
 
     def encode(self, answer: Answer) -> np.ndarray | None:
         """The rows of the prompt's images."""

@@ -132,7 +132,7 @@ def run(request: Request, sampling: Sampling, engine: EngineOptions) -> int:
         end = None if request.timeout is None else begun + request.timeout
         off = not remembered.wanted(request.no_session) or request.messages is not None or bool(request.prefill)
         memory = remembered.Memory(engine, request.images, errors.note, off=off, session=session)
-        job = Job(request, model, sampler, writer, status, images, memory, grammar, end, sampling.think_budget)
+        job = Job(request, model, sampler, writer, status, images, memory, grammar, end, sampling)
         try:
             return job.answer(asked)
         except BaseException as error:
@@ -244,7 +244,7 @@ class Job:
     memory: remembered.Memory
     grammar: "Grammar | None" = None
     end: float | None = None  # when --timeout is over
-    think_budget: int | None = None
+    sampling: Sampling = Sampling()
 
     def answer(self, asked: Asked) -> int:
         """Renders the prompt, answers it, and judges how that ended."""
@@ -267,7 +267,8 @@ class Job:
                 stop=request.stop,
                 logprobs=request.logprobs,
                 constraint=held,
-                think_budget=self.think_budget,
+                think_budget=self.sampling.think_budget,
+                think_seconds=self.sampling.think_seconds,
             )
         except ContextError as error:
             raise no_room(error, self.model.engine.shape.n_ctx_train) from None

@@ -8,6 +8,7 @@ stop holds whenever it comes: before the prompt is read, during a step, between 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -101,7 +102,8 @@ class Answer:
 
     logprobs: with every token its log-probability and those of so many of the most likely.  The ids of the tokens cost
     nothing: they are in `ids`.  constraint: which tokens of its text may come.  think_budget: after so many tokens of
-    thought, the next sentence or line that ends is the last of it, and SENTENCE tokens later any word is.
+    thought, the next sentence or line that ends is the last of it, and SENTENCE tokens later any word is.  think_seconds:
+    the budget is used up so long after the first token of thought.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class Answer:
         max_tool_calls: int = MAX_TOOL_CALLS,
         constraint: Constraint | None = None,
         think_budget: int | None = None,
+        think_seconds: float | None = None,
     ) -> None:
         if max_tokens is not None and max_tokens < 1:
             raise ValueError("max_tokens is at least 1")
@@ -140,6 +143,8 @@ class Answer:
         self._logprobs = logprobs
         self._constraint = constraint
         self._think_budget = think_budget
+        self._think_seconds = think_seconds
+        self._thinks_until: float | None = None  # of time.monotonic
         self._parser = AnswerParser(tokenizer, stop=stop, max_tool_calls=max_tool_calls, opens=prompt.opens)
 
     def choose(self, logits: np.ndarray) -> list[Event]:
@@ -161,11 +166,23 @@ class Answer:
     def _thought_enough(self) -> bool:
         if not self._parser.thinking or self.hurried:
             return self._parser.thinking
+        self._watch_the_time()
         if self._think_budget is None:
             return False
         over = self._parser.n_thinking - self._think_budget
         last = self._tokenizer.piece(self.ids[-1]) if self.ids else b""
         return over >= SENTENCE or over >= 0 and last.rstrip(b" ").endswith(ENDS)
+
+    def _watch_the_time(self) -> None:
+        """Once the seconds are over, there is no more budget than was used."""
+        if self._think_seconds is None:
+            return
+        if self._thinks_until is None:
+            self._thinks_until = time.monotonic() + self._think_seconds
+        elif time.monotonic() >= self._thinks_until:
+            used = self._parser.n_thinking
+            self._think_budget = min(used, self._think_budget or used)
+            self._think_seconds = None
 
     def take(self, choice: Choice) -> list[Event]:
         """What the next token adds.  None may be taken once `reason` is set."""

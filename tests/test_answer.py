@@ -1,10 +1,13 @@
 """One answer: logits in, events out; what ends it, what it counts, what does not fit."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from standins import logits_for, tekken
 
 from ms4 import NotFinite
+from ms4.models import answer as answers
 from ms4.models.answer import SENTENCE, Answer, ContextError, Done, Token
 from ms4.models.answer_parser import Text, Thinking, ToolCall
 from ms4.models.control import Control
@@ -169,6 +172,23 @@ def test_a_budget_that_is_not_used_up_changes_nothing():
     parts = Control.THINK, "so.", Control.THINK_END, "a. b. c. d.", Control.EOS
     one = answer(think_budget=5)
     assert text(events_of(one, *parts)) == "a. b. c. d." and one.ids == ids_of(*parts)
+
+
+def test_a_thought_ends_with_the_sentence_in_which_its_seconds_are_over(monkeypatch):
+    now = iter(range(10**6))  # each look at the clock is a second later
+    monkeypatch.setattr(answers, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    words = ids_of(" one two three. four five. six seven eight. nine")
+    ends = [n for n, id in enumerate(words, 1) if tekken().piece(id).endswith(b".")]
+    for seconds in (0.5, 1, 5, ends[0] + 0.5):
+        ids = thought(answer(think_seconds=seconds), " one two three. four five. six seven eight. nine")
+        n = next(n for n in ends if n >= seconds)  # the first look is at the first token behind the opening one
+        assert ids[: n + 2] == [Control.THINK, *words[:n], Control.THINK_END], seconds
+    ids = thought(answer(think_seconds=3), " a" * 100)
+    assert ids.index(Control.THINK_END) == 1 + 3 + SENTENCE
+    ids = thought(answer(think_seconds=1000, think_budget=2), " one two three. four five.")
+    assert ids.index(Control.THINK_END) == 1 + ends[0]
+    parts = "no. thought. at. all.", Control.EOS
+    assert text(events_of(answer(think_seconds=0.1), *parts)) == parts[0]
 
 
 def test_the_end_of_a_thought_has_a_log_probability_where_they_are_asked_for():

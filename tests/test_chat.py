@@ -10,6 +10,7 @@ import pytest
 
 from ms4.cli import lines, start
 from ms4.cli.loading import open_tokenizer
+from ms4.models.answer import Answer
 from ms4.models.control import Control
 from ms4.models.dialogue import Dialogue, closed
 from ms4.models.prompt import render
@@ -192,3 +193,18 @@ def test_low_and_medium_are_high_with_a_budget(chat):
     assert chat("Hi", options=("--greedy", "-n", "6", "-r", "low"))[1] == chat("/effort high", "Hi")[1]
     named = chat("/effort", options=("--think-budget", "7", "-r", "high"))[2]
     assert named.startswith("effort is high, 7 tokens;")
+
+
+def test_the_seconds_of_a_thought_are_an_option_of_both(chat, ms4, monkeypatch):
+    got = []
+
+    def seen(self, *args, think_seconds=None, **more):
+        got.append(think_seconds)
+        return made(self, *args, think_seconds=think_seconds, **more)
+
+    made = Answer.__init__
+    monkeypatch.setattr(Answer, "__init__", seen)
+    chat("Hi", options=("--greedy", "-n", "2", "--answer-now-after", "2.5"))
+    ms4("run", "-q", "-n", "2", "--answer-now-after", "7", "Hi")
+    assert got == [2.5, 7.0]
+    assert ms4("run", "--answer-now-after", "0", "Hi")[0] == 2
