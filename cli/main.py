@@ -106,6 +106,9 @@ AnswerNowAfter = Annotated[
     ),
 ]
 Think = Annotated[str, opt.choice(("auto", "show", "hide"), "Thoughts: auto shows them on a terminal.", "--think")]
+Markdown = Annotated[
+    bool, typer.Option("--markdown/--plain", help="Render the answer on a colour terminal, or show it as it is.")
+]
 Format = Annotated[
     str, opt.choice(("auto", "text", "json", "jsonl"), "How the answer is written; auto is text.", "--format")
 ]
@@ -191,6 +194,7 @@ def run(
     system: System = None,
     effort: Level = None,  # type: ignore[assignment]
     think: Think = "auto",
+    markdown: Markdown = True,
     think_budget: ThinkBudget = None,
     answer_now_after: AnswerNowAfter = None,
     max_tokens: MaxTokens = None,
@@ -255,6 +259,7 @@ def chat(
     system: System = None,
     effort: Level = "none",
     think: Think = "auto",
+    markdown: Markdown = True,
     think_budget: ThinkBudget = None,
     answer_now_after: AnswerNowAfter = None,
     max_tokens: MaxTokens = None,
@@ -292,6 +297,7 @@ def chat(
         Reading(encoding, lossy, pdf_password),
         "" if goes_on and resume is None else resume,
         no_session,
+        markdown,
     )
     return repl.chat(settings, engine)
 

@@ -12,6 +12,7 @@ from ms4.quant import visible
 
 if TYPE_CHECKING:
     import ms4
+    from ms4.cli.markdown import Markdown
     from ms4.models.answer import Statistics
 
 DIM, PLAIN, ERASE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
@@ -165,11 +166,17 @@ def gpu(s: "ms4.Stats") -> str:
 class Screen:
     """Text for a person: thoughts dimmed, newlines at the end held back until more text follows.
 
-    On a terminal, lines are broken between words, and so the last word is held back, too.
+    On a terminal, lines are broken between words, and so the last word is held back, too.  On one with colours, the
+    answer is rendered as the Markdown it is, unless that is not wanted.
     """
 
-    def __init__(self, output: streams.Output) -> None:
+    def __init__(self, output: streams.Output, markdown: bool = True) -> None:
         self.output = output
+        self._rendered: Markdown | None = None
+        if markdown and output.colour:
+            from ms4.cli import markdown as rendering
+
+            self._rendered = rendering.Markdown(lambda: output.columns() - 1)
         self._part = ""  # what was written last: "", "thinking" or "text"
         self._held = ""
         self._wrap = self._new_wrap()
@@ -180,6 +187,9 @@ class Screen:
 
     def begin(self, text: str) -> None:
         """The beginning of the answer that was given: nothing of it is left out."""
+        if self._rendered:
+            self._render(text)
+            return
         self._held = text[len(text.rstrip("\n")) :]
         self._part = "text"
         self._put(text.rstrip("\n"))
@@ -188,7 +198,24 @@ class Screen:
         self._write("thinking", text)
 
     def text(self, text: str) -> None:
-        self._write("text", text)
+        if self._rendered:
+            self._render(text)
+        else:
+            self._write("text", text)
+
+    def _render(self, text: str) -> None:
+        """Markdown; it holds newlines, and whatever is not certain, by itself."""
+        assert self._rendered
+        if self._part != "text":
+            text = text.lstrip("\n")
+            if not text:
+                return
+            self._flush()
+            before, self._part, self._held = "\n\n" if self._part else "", "text", ""
+            self.output.write(before)
+        shown = self._rendered.feed(text)
+        if shown:
+            self.output.write(shown)
 
     def _write(self, part: str, text: str) -> None:
         if part != self._part:
@@ -217,7 +244,9 @@ class Screen:
             self.output.write(f"{before}{style}{body}{plain}")
 
     def _flush(self) -> None:
-        """Writes the word that is held."""
+        """Writes what is held."""
+        if self._rendered and self._part == "text":
+            self.output.write(self._rendered.end())
         self._style("", self._wrap.flush())
 
     def _label(self, part: str) -> str:

@@ -68,6 +68,7 @@ class ChatSettings:
     rule: Reading = Reading()  # --encoding, --lossy, --pdf-password
     resume: str | None = None  # the session to go on with: its id, or "" for the last one
     no_session: bool = False
+    markdown: bool = True
 
 
 @dataclass(frozen=True)
@@ -498,7 +499,7 @@ class Talk:
         """Streams one answer, and lets `pieces` see it; returns how it ended."""
         from ms4.models.answer_parser import Text, Thinking
 
-        screen = render.Screen(self.output)
+        screen = render.Screen(self.output, self.settings.markdown)
         thoughts = self.output.terminal and self.settings.think != "hide"
 
         def show(event: Event) -> None:

@@ -62,6 +62,7 @@ class Request:
     n_ctx: int = 0
     format: str = "text"
     think: str = "auto"
+    markdown: bool = True
     output: str | None = None
     stats: bool = False
     logprobs: int | None = None
@@ -228,7 +229,7 @@ def new_writer(request: Request, output: streams.Output, about: writers.About) -
         return writers.JsonlWriter(output, about)
     if request.extract:
         return writers.BlockWriter(output, request.think, about.prefill)
-    return writers.TextWriter(output, request.think, about.prefill)
+    return writers.TextWriter(output, request.think, about.prefill, request.markdown)
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,20 @@ import unicodedata
 from collections.abc import Callable
 
 TAB = 8
+LEAST = 8  # cells for words, or a line is not indented
 PIECES = re.compile(r"\n|[ \t]+|[^\n \t]+")
 FENCE = re.compile(r"(`{3,}|~{3,})")
 MARK = re.compile(r"[-*+•]|\d{1,4}[.)]|>+")  # of a list or a quotation: what follows it is indented
+STYLE = re.compile(r"\x1b\[[0-9;]*m")  # takes no cell, and belongs to what stands before it
+UNITS = re.compile(rf"{STYLE.pattern}|.", re.DOTALL)
 NO_START = frozenset("、。，．・：；？！）］｝」』】〉》〕…ー々ぁぃぅぇぉっゃゅょァィゥェォッャュョ%％,.:;?!)]}\"'”’")
 NO_END = frozenset("（［｛「『【〈《〔([{“‘")
 
 
 def cells(text: str) -> int:
     """How many cells of a terminal a text without tabs and line ends takes."""
+    if "\x1b" in text:
+        text = STYLE.sub("", text)
     if text.isascii():
         return len(text)
     # U+FE0F asks for the wide, coloured form of a narrow character.
@@ -114,18 +119,52 @@ class Wrap:
         n = cells(part)
         start = self._after(self._column, self._blanks)
         blanks, self._blanks = self._blanks, ""
-        hang = self._hang if self._hang + 8 <= width else 0
+        below = self._below(width)
+        hang = cells(below)
         if start + n > width and self._column > hang:
-            blanks, start = "\n" + " " * hang, hang
+            blanks, start = "\n" + below, hang
         # What is wider than a line is broken by the terminal, at its last cell.
         self._column = start + n if start + n <= width else (start + n - 1) % (width + 1) + 1
         return blanks + part
+
+    def _below(self, width: int) -> str:
+        """What begins the next line, if this one goes on there."""
+        return " " * self._hang if self._hang + LEAST <= width else ""
 
     @staticmethod
     def _after(column: int, blanks: str) -> int:
         for c in blanks:
             column += TAB - column % TAB if c == "\t" else cell(c)
         return column
+
+
+class Paragraph(Wrap):
+    """One paragraph, maybe styled: marks of blocks in it mean nothing.
+
+    column: where its first line begins; prefix: what its other lines begin with.
+    """
+
+    def __init__(self, width: Callable[[], int], column: int, prefix: str) -> None:
+        self._prefix = prefix
+        super().__init__(width)
+        self._column = column
+
+    def _new_line(self) -> None:
+        super()._new_line()
+        self._n_words = 1
+
+    def feed(self, text: str) -> str:
+        first, *others = text.split("\n")
+        out = super().feed(first)
+        for line in others:
+            below = self._below(self._width())
+            out += super().feed("\n") + below
+            self._column = cells(below)
+            out += super().feed(line)
+        return out
+
+    def _below(self, width: int) -> str:
+        return self._prefix if cells(self._prefix) + LEAST <= width else ""
 
 
 def reflow(text: str, width: int) -> str:
@@ -139,15 +178,19 @@ def parts(word: str) -> list[str]:
     if word.isascii():
         return [word]
     found: list[str] = []
-    for c in word:
+    before = ""
+    for c in UNITS.findall(word):
+        if len(c) > 1:
+            found[-1:] = [found[-1] + c] if found else [c]
+            continue
         wide = unicodedata.east_asian_width(c) in "WF"
-        before = found[-1][-1] if found else ""
         if c in NO_START or cell(c) == 0 or "\U0001f3fb" <= c <= "\U0001f3ff" or before in NO_END or before == "\u200d":
             joined = True
         else:
             joined = not wide and before != "" and unicodedata.east_asian_width(before) not in "WF"
-        if joined and found:
+        if found and (joined or not before):
             found[-1] += c
         else:
             found.append(c)
+        before = c
     return found

@@ -66,9 +66,9 @@ class Continuation:
 class TextWriter:
     """Only the answer; on a terminal the thoughts too, dimmed, unless they are hidden."""
 
-    def __init__(self, output: streams.Output, think: str, prefill: str) -> None:
+    def __init__(self, output: streams.Output, think: str, prefill: str, markdown: bool = True) -> None:
         self.output = output
-        self.screen = render.Screen(output)
+        self.screen = render.Screen(output, markdown)
         self._on_screen = output.terminal and think != "hide"
         self._beside = not output.terminal and think == "show"  # to stderr: stdout is for the answer
         self._open_line = False  # a thought was the last thing on stderr
@@ -111,7 +111,7 @@ class BlockWriter(TextWriter):
     """Only the last block of code of the answer, when it is complete; the whole answer, if it has none."""
 
     def __init__(self, output: streams.Output, think: str, prefill: str) -> None:
-        super().__init__(output, think, "")
+        super().__init__(output, think, "", False)
         self._answer = prefill
 
     def event(self, event: Event) -> None:

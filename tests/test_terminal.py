@@ -44,11 +44,16 @@ sys.argv = ["ms4", "chat", "-m", {MODEL!r}, "--greedy", "--ctx", "1024", *sys.ar
 sys.exit(start.main())
 """
 
+MARKDOWN = (
+    "# A title\n\nThere are **some bold words** in it.\n- one\n  - two\n\n```python\nx = 1\n```\n> quoted\n\n"
+    "| Name | n |\n|---|--:|\n| many | 2 |\n\nEnd."
+)
+
 
 class Person:
     """Somebody at a terminal with a screen of so many columns."""
 
-    def __init__(self, folder, script, width=80, height=24, **environment):
+    def __init__(self, folder, script, width=80, height=24, options=(), **environment):
         self.script = folder / "script"
         self.script.write_text(json.dumps(script))
         self.gate = Path(f"{self.script}.gate")
@@ -59,7 +64,7 @@ class Person:
         env = {k: v for k, v in os.environ.items() if k not in unset}
         env |= {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(folder)}
         env |= {"SCRIPT": str(self.script), **environment}
-        command = ["-c", TALKER, "--no-session"]
+        command = ["-c", TALKER, "--no-session", *options]
         self.process = pexpect.spawn(sys.executable, command, env=env, dimensions=(height, width), timeout=60)
         self.process.delaybeforesend = None
 
@@ -217,7 +222,7 @@ def test_a8_the_terminal_is_given_back_as_it_was(person):
 @pytest.mark.parametrize("width", [20, 40, pytest.param(80, marks=SLOW), pytest.param(200, marks=SLOW)])
 @SLOW
 def test_c8_an_answer_is_broken_between_words(person, width):
-    one = person(PROSE, width=width, height=60)
+    one = person(PROSE, width=width, height=60, options=("--plain",))
     one.types("Hi\r")
     shown = one.sees(DONE)
     answer = shown[shown.index("> Hi\n") + 5 : shown.index("ctx")]
@@ -226,6 +231,37 @@ def test_c8_an_answer_is_broken_between_words(person, width):
         assert not word.isascii() or "|" in word or any(word in row for row in rows), (word, answer)
     assert all(cells(row) <= width for row in rows)
     assert "".join(PROSE.split()) in "".join(answer.split())
+
+
+@pytest.mark.parametrize("width", [20, 60, 200])
+@SLOW
+def test_an_answer_is_rendered_as_the_markdown_it_is(person, width):
+    one = person(MARKDOWN, width=width, height=60)
+    one.types("Hi\r")
+    shown = one.sees(DONE)
+    answer = shown[shown.index("> Hi\n") + 5 :]
+    for said in (
+        "A title\n\n",
+        "• one\n  ◦ two\n",
+        "```python\nx = 1\n```\n",
+        "│ quoted\n",
+        "Name   n\n",
+        "\nmany   2\n",
+    ):
+        assert said in answer, (said, answer)
+    assert "some bold words in" in " ".join(answer.split()) and "**" not in answer
+    assert not re.search(rb"\x1b\[[0-9;]*[A-HJKf]", one.raw[one.raw.index(b"title") : one.raw.index(b"many")])
+
+
+@SLOW
+def test_light_and_dark_terminals_get_the_same(person):
+    raws = []
+    for colours in ("0;15", "15;0"):
+        one = person(MARKDOWN, COLORFGBG=colours)
+        one.types("Hi\r")
+        one.sees(DONE)
+        raws.append(one.raw[one.raw.index(b"title") : one.raw.index(b"many")])
+    assert raws[0] == raws[1]
 
 
 @SLOW
