@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 COMMAND = re.compile(r"(/[a-zA-Z?]+)(?:\s(.*))?", re.DOTALL)
 ALIASES = {"/quit": "/exit", "/bye": "/exit", "/q": "/exit", "/clear": "/new", "/reset": "/new", "/?": "/help"}
 GOODBYES = ("exit", "quit")  # the whole line, at a terminal
+SETTINGS = (
+    *("temperature", "top-p", "top-k", "min-p", "seed", "max-tokens"),
+    *("effort", "think", "think-budget", "answer-now-after", "system"),
+)
 PATH = "a path"  # as the argument that is completed
 
 
@@ -31,6 +35,7 @@ COMMANDS = (
     Command("/effort", "LEVEL", "how long the model thinks before it answers: none, low, medium, high", LEVELS),
     Command("/think", "show|hide", "show its thoughts or not", ("show", "hide", "auto")),
     Command("/system", "[TEXT]", "set the system prompt; without TEXT, none"),
+    Command("/set", "[NAME [VALUE]]", "show what is set, or set it: temperature, seed, max-tokens, ...", SETTINGS),
     Command("/image", "PATH", "attach an image to the next message", PATH),
     Command("/file", "PATH[:PAGES]", "attach a text file, an image, pages of a PDF, or all of *.txt", PATH),
     Command("/paste", "", "attach the image on the clipboard"),

@@ -19,6 +19,7 @@ from ms4.cli import (
     attachments,
     chat_attached,
     chat_kept,
+    chat_settings,
     errors,
     image_notes,
     lines,
@@ -170,7 +171,7 @@ class Talk:
         memory: remembered.Memory,
     ) -> None:
         self.memory = memory
-        self.settings = settings
+        self.settings: ChatSettings = settings
         self.dialogue = dialogue
         self.scheduler = scheduler
         self.timeline = timeline
@@ -184,12 +185,13 @@ class Talk:
         self.editor: lines.EditedLines | None = None
         self.last: Statistics | None = None
         self.last_disk = ""
-        self.think_budget = settings.sampling.think_budget
-        self._sampler: Sampler = settings.sampling.sampler()
+        self.think_budget: int | None = settings.sampling.think_budget
+        self.sampler: Sampler = settings.sampling.sampler()
         self.commands: dict[str, Callable[[str], None]] = {
             "/effort": self.set_effort,
             "/think": self.set_think,
             "/system": self.set_system,
+            "/set": partial(chat_settings.change, self),
             "/image": self.add_image,
             "/file": self.add_file,
             "/paste": self.paste,
@@ -216,7 +218,7 @@ class Talk:
         from ms4.models.sessions import words_of
 
         remembered.replay(session, self.dialogue)
-        self._sampler = self.settings.sampling.sampler(session.effort)
+        self.sampler = self.settings.sampling.sampler(session.effort)
         if system is not None and system != session.system:
             self.set_system(system)
         n = len(session.turns)
@@ -279,7 +281,7 @@ class Talk:
         effort, self.think_budget = thinking(value)
         if effort != self.dialogue.effort:
             self.dialogue.effort = effort
-            self._sampler = self.settings.sampling.sampler(effort)
+            self.sampler = self.settings.sampling.sampler(effort)
             self.memory.effort(effort)
         self.tell(f"effort {value}{self.price()}")
 
@@ -475,7 +477,7 @@ class Talk:
         budget, seconds = self.think_budget, self.settings.sampling.think_seconds
         return Answer(
             prompt,
-            self._sampler,
+            self.sampler,
             self.dialogue.tokenizer,
             n_ctx,
             max_tokens=most,

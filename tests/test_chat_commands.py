@@ -1,6 +1,7 @@
 """What can be typed in a chat beside messages: commands, what they take, and what they leave."""
 
 import base64
+import dataclasses
 import json
 import os
 import signal
@@ -329,3 +330,53 @@ def test_a_terminal_has_a_clipboard_itself(copied, monkeypatch, capsys, why):
         chat_kept.to_clipboard("x" * 80_000, True)
     with pytest.raises(chat_kept.MissingError):
         chat_kept.to_clipboard("x", False)
+
+
+# --- /set
+
+
+def test_what_is_set_is_shown_and_changed(talk):
+    one = talk(max_tokens=None)
+    one.settings = dataclasses.replace(one.settings, sampling=repl.Sampling())
+    one.sampler = one.settings.sampling.sampler()
+    one.command("/set")
+    shown = dict(line.split(None, 1) for line in one.said[0].splitlines())
+    assert list(shown) == list(chat_commands.SETTINGS)
+    assert shown["temperature"] == "0.3 (default)" and shown["max-tokens"] == "no limit" and shown["system"] == "none"
+    assert shown["seed"] == f"{one.sampler.seed} (default)"
+    for typed, answer in {
+        "temp 0.9": "temperature is 0.9",
+        "top_p=0.5": "top-p is 0.5",
+        "seed 7": "seed is 7",
+        "max-tokens 2K": "max-tokens is 2048",
+        "think-budget 100": "think-budget is 100",
+        "answer-now-after 2.5": "answer-now-after is 2.5",
+        "think hide": "thoughts: hide",
+        "effort high": "effort high",
+        "system Be kind = good.": "system prompt set",
+    }.items():
+        one.command(f"/set {typed}")
+        assert one.said[-1] == answer
+    params = one.sampler.params
+    assert (params.temperature, params.top_p, params.seed) == (0.9, 0.5, 7)
+    assert one.settings.max_tokens == 2048 and one.dialogue.system == "Be kind = good."
+    one.command("/set temperature default")
+    assert one.said[-1] == "temperature is 0.7 (default)"
+    before = one.sampler
+    for typed, answer in {
+        "temperature 11": "temperature: 11 is outside 0 to 10",
+        "top-k x": "top-k: x is not a whole number such as 32768, 32k or 32K, 0 to 1048576",
+        "nothing 3": "no setting nothing; /set lists them",
+        "effort": "effort is high",
+    }.items():
+        one.command(f"/set {typed}")
+        assert one.said[-1] == answer and one.sampler is before
+
+
+def test_what_is_set_holds_for_the_next_answer(talk):
+    one = talk()
+    one.command("/set max-tokens 3")
+    one.send("What is 3+4?")
+    assert one.last.n_answer <= 3 and one.settings.sampling.greedy
+    one.command("/set temperature 2")
+    assert not one.settings.sampling.greedy and one.sampler.params.temperature == 2
