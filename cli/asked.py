@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ms4.cli import streams
+from ms4.cli import remembered, streams
 from ms4.cli.attachments import Sources, gather
 from ms4.cli.errors import UnreadableError, UsageError
+from ms4.cli.remembered import Cut
 from ms4.models.untrusted import Reading, drop_line_end, shown
 
 if TYPE_CHECKING:
@@ -30,23 +31,25 @@ class Asked:
     effort: str
     tools: list[Any] | None = None
     session: Session | None = None  # the turns before them
+    resumed: Cut | None = None  # no new message: the last answer of the session goes on
 
     def prompt(self, tokenizer: Tokenizer, measure: Measure) -> Prompt:
         from ms4.models import prompt as prompts
 
+        if self.resumed is not None:
+            return self.dialogue(tokenizer, measure).resume(self.resumed.ids)
         if self.session is not None:
             return self.dialogue(tokenizer, measure).ask(self.question)
         return prompts.render(self.messages, tokenizer, tools=self.tools, effort=self.effort, measure=measure)
 
     @property
     def question(self) -> Content:
-        """The message that waits for an answer."""
+        """The message that waits for an answer, or for the rest of it."""
         content: Content = next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
         return content
 
     def dialogue(self, tokenizer: Tokenizer, measure: Measure) -> Dialogue:
         """The session so far."""
-        from ms4.cli import remembered
         from ms4.models.dialogue import Dialogue
 
         made = Dialogue(tokenizer, None, self.effort, measure)
@@ -72,7 +75,8 @@ def ask(
     """The conversation that the options describe.
 
     messages: a file with the turns so far, as OpenAI's chat API takes them; the prompt, if there is one, comes after
-    them.  tools: a file that lists functions.  session: turns before the prompt.  effort None: what the file of
+    them.  tools: a file that lists functions.  session: turns before the prompt; without a prompt, its last answer goes
+    on if it was cut.  effort None: what the file of
     messages or the session says, else none.
     """
     rule = attached.rule
@@ -84,7 +88,14 @@ def ask(
     if messages is not None:
         asked = read_messages(messages, rule)
     if messages is None or words or attached:
-        asked.messages.append({"role": "user", "content": gather(attached, words)})
+        try:
+            asked.messages.append({"role": "user", "content": gather(attached, words)})
+        except streams.NoPromptError:
+            cut = remembered.cut_of(session)
+            if session is None or cut is None:
+                raise
+            asked = replace(asked, resumed=cut)
+            asked.messages.append({"role": "user", "content": session.turns[-1].message})
     if system is not None:
         if asked.messages[0].get("role") in ("system", "developer"):
             raise UsageError("--system, and the file of --messages begins with a system message", "give one of them")

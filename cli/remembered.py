@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,28 @@ class Pieces:
             self.thinking.append(event.text)
 
 
+CUT = ("interrupted", "length", "context")  # why an answer ends that can go on
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An answer that did not come to its end: its ids, as they were chosen, and what they say."""
+
+    ids: tuple[int, ...]
+    pieces: Pieces
+
+
+def cut_of(session: Session | None) -> Cut | None:
+    """The last answer of a session, if it can go on."""
+    turn = session.turns[-1] if session is not None and session.turns else None
+    if turn is None or turn.cut is None:
+        return None
+    pieces = Pieces()
+    pieces.text.append(turn.text)
+    pieces.thinking.append(turn.thinking)
+    return Cut(turn.answer[: turn.cut], pieces)
+
+
 class Memory:
     """A conversation on disk.  `off`: it leaves nothing there."""
 
@@ -165,9 +188,13 @@ class Memory:
         self.named = value
         self._guard(lambda: self._recorder and self._recorder.name(value))
 
-    def turn(self, message: Content, answer: tuple[int, ...], pieces: Pieces, reason: str) -> None:
+    def turn(self, message: Content, ids: Sequence[int], pieces: Pieces, reason: str) -> None:
+        """A message and the ids of its answer, as they were chosen."""
+        from ms4.models.dialogue import closed
+
         text, thinking = "".join(pieces.text), "".join(pieces.thinking)
-        self._guard(lambda: self._recorder and self._recorder.turn(message, answer, text, thinking, reason))
+        answer, cut = closed(ids), len(ids) if reason in CUT else None
+        self._guard(lambda: self._recorder and self._recorder.turn(message, answer, text, thinking, reason, cut))
 
     def undo(self, n: int) -> None:
         self._guard(lambda: self._recorder and self._recorder.undo(n))

@@ -72,14 +72,6 @@ class ChatSettings:
     markdown: bool = True
 
 
-@dataclass(frozen=True)
-class Cut:
-    """An answer that did not come to its end: its ids, as they were chosen, and what they say."""
-
-    ids: tuple[int, ...]
-    pieces: remembered.Pieces
-
-
 def chat(settings: ChatSettings, engine: EngineOptions) -> int:
     """Runs the loop until the input ends; returns the exit code."""
     settings.sampling.sampler()  # a setting out of range is said before the model is opened
@@ -181,7 +173,7 @@ class Talk:
         self.attached: list[Attachment] = []  # to the next message
         self.interactive = interactive
         self.over = False
-        self.cut: Cut | None = None  # the last answer, if it can go on
+        self.cut: remembered.Cut | None = None  # the last answer, if it can go on
         self.editor: lines.EditedLines | None = None
         self.last: Statistics | None = None
         self.last_disk = ""
@@ -226,6 +218,9 @@ class Talk:
         for turn in session.turns[-1:]:
             self.tell(errors.escape(f"> {words_of(turn.message)}"))
             self.tell(visible.text(turn.text.strip()))
+        self.cut = remembered.cut_of(session)
+        if self.cut is not None:
+            self.say("it was cut; /continue goes on with it")
         if session.torn:
             self.tell("its last turn was cut while it was written, and is left out")
 
@@ -414,7 +409,7 @@ class Talk:
     def resume(self, _: str) -> None:
         """Goes on with the last answer, behind the very token at which it was cut."""
         if self.cut is None:
-            self.tell("no answer of this chat was cut; /retry answers the last message again")
+            self.tell("the last answer was not cut; /retry answers the last message again")
         else:
             self.turn(self.dialogue.turns[-1].message, self.cut)
 
@@ -434,7 +429,7 @@ class Talk:
         if not self.turn(attachments.content(attached, text)):
             self.attached = attached
 
-    def turn(self, message: Content, cut: Cut | None = None) -> bool:
+    def turn(self, message: Content, cut: remembered.Cut | None = None) -> bool:
         """Sends a message and streams the answer; False: the message was taken back.
 
         cut: there is a beginning of the answer, with which it goes on.  A failure takes back what was sent, or leaves
@@ -458,8 +453,8 @@ class Talk:
         if answer.ids:
             if cut:
                 self.memory.undo(1)
-            self.memory.turn(message, self.dialogue.turns[-1].answer or (), pieces, done.reason)
-        self.cut = Cut(ids, pieces) if ids and done.reason in ("interrupted", "length") else None
+            self.memory.turn(message, ids, pieces, done.reason)
+        self.cut = remembered.Cut(ids, pieces) if ids and done.reason in remembered.CUT else None
         self.last = done.statistics
         self.last_disk = render.from_disk(self.scheduler.engine.stats(), before)
         self.conclude(done, bool(ids))

@@ -273,7 +273,7 @@ class Job:
             )
         except ContextError as error:
             raise no_room(error, self.model.engine.shape.n_ctx_train) from None
-        pieces = remembered.Pieces()
+        pieces = asked.resumed.pieces if asked.resumed else remembered.Pieces()
         with deadline(answer, self.end) as late:
             done, answered = self.follow(answer, pieces)
         self.record(asked, tokenizer, answer, pieces)
@@ -295,8 +295,6 @@ class Job:
 
     def record(self, asked: Asked, tokenizer: "Tokenizer", answer: "Answer", pieces: remembered.Pieces) -> None:
         """Writes the turn into its session: that of -c, or at a terminal a new one."""
-        from ms4.models.dialogue import closed
-
         if not answer.ids or self.request.resume is None and not self.writer.output.terminal:
             return
         dialogue = asked.dialogue(tokenizer, self.images.measure)
@@ -307,7 +305,10 @@ class Job:
                 self.memory.effort(dialogue.effort)
             if dialogue.system != asked.session.system:
                 self.memory.system(dialogue.system)
-        self.memory.turn(asked.question, closed(answer.ids), pieces, answer.reason or "")
+        before = asked.resumed.ids if asked.resumed else ()
+        if before:
+            self.memory.undo(1)
+        self.memory.turn(asked.question, (*before, *answer.ids), pieces, answer.reason or "")
         self.memory.close()
 
     def follow(self, answer: "Answer", pieces: remembered.Pieces) -> tuple["Done", bool]:

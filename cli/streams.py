@@ -23,6 +23,10 @@ PATIENCE = 0.5  # seconds before something is said about waiting
 MOST_INPUT = 16 << 20  # bytes read from stdin
 
 
+class NoPromptError(UsageError):
+    """Neither the arguments nor stdin say anything."""
+
+
 def prepare() -> None:
     """Makes the standard streams UTF-8, whatever the locale says.
 
@@ -146,8 +150,8 @@ def join_prompt(piped: str | None, words: Sequence[str], alone: bool = False, ru
     parts = [part for part in (piped, typed) if part and not part.isspace()]
     if not parts and not alone:
         if piped is None and not words:
-            raise UsageError("no prompt", 'ms4 run "your question"   or   echo "your question" | ms4 run')
-        raise UsageError("empty prompt")
+            raise NoPromptError("no prompt", 'ms4 run "your question"   or   echo "your question" | ms4 run')
+        raise NoPromptError("empty prompt")
     if len(parts) == 2:
         return "\n\n".join(parts)
     return "".join(parts)

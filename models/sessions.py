@@ -3,13 +3,16 @@
 A file is only ever added to.  Its first line says what it is, the others replay the conversation:
 
     {"event": "begin", "format": 1, "id", "created", "model", "version", "system", "effort"}
-    {"event": "turn", "message", "answer": [ids], "text", "thinking", "at", "reason"}
+    {"event": "turn", "message", "answer": [ids], "text", "thinking", "at", "reason", "cut"}
     {"event": "undo", "n"}    {"event": "effort", "value"}    {"event": "system", "value"}    {"event": "name", "value"}
 
 A message is what `dialogue.Content` is; its images stand in it as they were decoded (PNG, base64), so a session needs
 no other file.  The answer is kept as the ids that the model wrote: a session that goes on has the very prompt that it
-would have had.  Who writes a line has it on the disk (fsync) before the next message; a last line that is torn is left
-out, and cut off when the session goes on.
+would have had.  An answer that did not come to its end can go on from the very token: its first `cut` ids are what the
+model wrote, the others close it.
+
+Who writes a line has it on the disk (fsync) before the next message; a last line that is torn is left out, and cut off
+when the session goes on.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ class Turn:
     answer: tuple[int, ...]
     text: str
     thinking: str = ""
+    cut: int | None = None  # so many ids of the answer were written when it was cut; None: it came to its end
 
 
 @dataclass
@@ -147,7 +151,16 @@ class Recorder:
         made._file = os.open(made.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         return made
 
-    def turn(self, message: Content, answer: Sequence[int], text: str, thinking: str, reason: str) -> None:
+    def turn(
+        self,
+        message: Content,
+        answer: Sequence[int],
+        text: str,
+        thinking: str,
+        reason: str,
+        cut: int | None = None,
+    ) -> None:
+        more = {} if cut is None else {"cut": cut}
         self._put(
             event="turn",
             message=pack(message),
@@ -156,6 +169,7 @@ class Recorder:
             thinking=thinking,
             at=round(time.time(), 3),
             reason=reason,
+            **more,
         )
 
     def undo(self, n: int) -> None:
@@ -311,7 +325,10 @@ def replay(session: Session, event: Mapping[str, Any]) -> None:
         answer = tuple(int(id) for id in event["answer"])
         if not answer or min(answer) < 0 or max(answer) > 1 << 30:
             raise ValueError("ids")
-        turn = Turn(unpack(event["message"]), answer, str(event["text"]), str(event.get("thinking", "")))
+        cut = event.get("cut")
+        if cut is not None and not (type(cut) is int and 0 < cut <= len(answer)):
+            raise ValueError("cut")
+        turn = Turn(unpack(event["message"]), answer, str(event["text"]), str(event.get("thinking", "")), cut)
         session.turns.append(turn)
     elif kind == "undo":
         del session.turns[max(0, len(session.turns) - int(event["n"])) :]

@@ -167,7 +167,7 @@ def test_continue_reads_nothing_again(chat):
 
 def test_only_an_answer_that_was_cut_goes_on(chat):
     for lines_typed in (("/continue",), ("Hi", "/undo", "/continue"), ("Hi", "/new", "/continue")):
-        assert "no answer of this chat was cut" in chat(*lines_typed)[2]
+        assert "the last answer was not cut" in chat(*lines_typed)[2]
 
 
 def test_a_thought_that_was_cut_goes_on_as_a_thought(tokenizer):

@@ -246,6 +246,55 @@ def test_a_full_disk_is_said_once_and_the_chat_goes_on(ms4, monkeypatch):
     assert err.count("is not saved: No space left on device") == 1 and not files()
 
 
+# --- answers that were cut
+
+
+def only_turn():
+    (session,) = sessions.sessions()
+    return session.turns[-1]
+
+
+def uninterrupted(ms4, monkeypatch, folder, n, *more):
+    """The turn of a chat that nobody interrupts, in a place of its own."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(folder / "whole"))
+    chat(ms4, "-n", n, *more, lines=LINES[:1])
+    whole = only_turn()
+    monkeypatch.setenv("XDG_DATA_HOME", str(folder / "cut"))
+    return whole
+
+
+@pytest.mark.parametrize("effort", ["none", "high"])
+def test_an_answer_that_was_cut_goes_on_in_the_next_chat_and_in_run(ms4, monkeypatch, tmp_path, effort):
+    whole = uninterrupted(ms4, monkeypatch, tmp_path, 9, "-r", effort)
+    chat(ms4, "-n", 3, "-r", effort, lines=LINES[:1])
+    assert only_turn().cut == 3
+    chat(ms4, "-c", "-n", 4, lines=["/continue\n"])
+    assert only_turn().cut == 7 and only_turn().answer[:7] == whole.answer[:7]
+    code, out, err = ms4("run", "-q", "--greedy", "-c", "-n", 2)
+    assert code == (3 if effort == "high" else 0), err  # thoughts alone are no answer
+    turn = only_turn()
+    assert (turn.message, turn.answer, turn.text, turn.thinking) == (
+        whole.message,
+        whole.answer,
+        whole.text,
+        whole.thinking,
+    )
+    shown = (whole.thinking + whole.text).strip()
+    assert shown.endswith(out.strip())
+
+
+def test_without_a_prompt_run_goes_on_only_with_what_was_cut(ms4):
+    chat(ms4, lines=LINES[:1])
+    code, out, err = ms4("run", "-q", "-c", "--no-stdin")
+    assert (code, out) == (2, "") and "no prompt" in err
+    chat(ms4, "-n", 2, lines=["Spell the word planet.\n"])
+    before = only_turn() if len(files()) == 1 else sessions.read(files()[0]).turns[-1]
+    code, out, err = ms4("run", "-q", "--greedy", "-c", stdin=LINES[3].encode())
+    after = sessions.read(files()[0]).turns
+    assert code == 0 and [t.message for t in after] == ["Spell the word planet.", "What is 3+4?"]
+    assert after[0].answer == before.answer
+
+
 # --- kv caches
 
 
