@@ -659,3 +659,16 @@ def convert(
     from ms4.cli import to_gguf
 
     return to_gguf.convert(source, output, kind, mmproj, name, quiet is True)
+
+
+@app.command(cls=Command)
+def completion(
+    shell: Annotated[
+        str,
+        typer.Argument(metavar="bash|zsh|fish", parser=opt.one_of(("bash", "zsh", "fish")), help="For which shell."),
+    ],
+) -> int:
+    """Print a script that has a shell complete commands, options, models and sessions."""
+    from ms4.cli import completion as command
+
+    return command.completion(shell)

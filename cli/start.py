@@ -41,6 +41,7 @@ commands:
   simulate    predict speed from such a record, for cards and memories
   logits      write the logits of given token ids to a file
   convert     make a GGUF file of a folder from Hugging Face
+  completion  print a script for bash, zsh or fish
 
 options:
   -h, --help  show this text; after a command, show its options
@@ -100,6 +101,10 @@ def dispatch(args: list[str]) -> int:
         return dispatch([args[1], "--help"] if args[1:] else ["--help"])
     if args == ["version"]:
         return dispatch(["--version"])
+    if args[:2] == ["completion", "--ask"]:  # at each Tab: without what it takes to check options
+        from ms4.cli import completion
+
+        return completion.answered(args[2:])
     if args[0] not in COMMANDS:
         from ms4.cli import elsewhere
 
