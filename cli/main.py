@@ -562,7 +562,7 @@ def trace(
 
 @app.command(cls=Command)
 def plan(
-    path: Annotated[str, typer.Argument(metavar="PATH|NAME", help="The GGUF file, or a name of ms4 ls; else -m.")] = "",
+    path: Annotated[str, typer.Argument(metavar="PATH|NAME|URL", help="A file, a name, or hf:USER/REPO[:QUANT].")] = "",
     model: opt.Model = None,
     ram: opt.Ram = None,
     vram: Vram = None,

@@ -22,6 +22,7 @@ from ms4.models import places
 
 if TYPE_CHECKING:
     from ms4.models.calibration import DiskRate, Rates
+    from ms4.models.clock import Machine
 
 MOST_RATIO = 20.0  # beyond it, something else than the machine was measured
 NEWEST = 0.5  # the weight of the last run among all
@@ -81,6 +82,18 @@ def disk(key: str) -> DiskRate | None:
 
     row = read(machine_path()).get(key, {})
     return DiskRate(row["bytes_per_s"], bool(row.get("direct"))) if row.get("bytes_per_s") else None
+
+
+def some_machine() -> Machine | None:
+    """What is known of this machine with any model, for one whose header nobody has seen: the slowest of it."""
+    from ms4.models.clock import GB, Machine
+
+    rows = read(machine_path())
+    rates = [row for key, row in rows.items() if key.startswith("rates ") and row.get("ram") and row.get("flops")]
+    disks = [row["bytes_per_s"] for key, row in rows.items() if key.startswith("disk ") and row.get("bytes_per_s")]
+    if not rates:
+        return None
+    return Machine(None, min(r["ram"] for r in rates), min(r["flops"] for r in rates), min(disks, default=2 * GB))
 
 
 def keep_rates(key: str, found: Rates | DiskRate) -> None:

@@ -9,10 +9,12 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ms4
 from ms4.cli import errors, expected, measured, render, streams
+from ms4.cli.errors import MissingError
 from ms4.cli.options import EngineOptions
 from ms4.cli.render import StatusLine, gigabytes
 
@@ -45,14 +47,12 @@ def plan(question: Question) -> int:
     """Prints the plan; exit code 6, with the nearest that fit, if there is none."""
     from ms4.models import mistral4
     from ms4.models.forecast import Model, make
-    from ms4.quant.gguf_file import GgufFile
 
-    path = question.engine.require()
-    gguf = GgufFile.open(path)
-    shape = mistral4.shape_of(gguf)
-    tensors = mistral4.tensors_of(gguf, shape)
-    model = Model.made_of(shape, tensors, sum(gguf.sizes))
     status = StatusLine(question.engine.quiet)
+    path, gguf = header(question, status)
+    shape = mistral4.shape_of(gguf)
+    tensors = mistral4.tensors_of(gguf, shape, is_here=False)
+    model = Model.made_of(shape, tensors, sum(gguf.sizes))
     there, notes = resources(question, gguf, shape, tensors, status)
     n_ctx = min(question.n_ctx, shape.n_ctx_train)
     if n_ctx < question.n_ctx:
@@ -78,6 +78,42 @@ def is_here(question: Question) -> bool:
     return question.card == NO_CARD and question.memory == MEASURED
 
 
+# --- the model
+def header(question: Question, status: StatusLine) -> tuple[str, GgufFile]:
+    """(path or name, header) of a file here, or of one elsewhere, of which nothing but the header is fetched."""
+    from ms4.models import hf_cache, remote, variants
+    from ms4.quant.gguf_file import GgufFile
+
+    name = question.engine.model or ""
+    wanted = variants.parse(name) if name.startswith("hf:") and not os.path.lexists(name) else None
+    if not remote.is_address(name) and (wanted is None or is_stored(name)):
+        path = question.engine.require()
+        return path, GgufFile.open(path)
+    if hf_cache.is_offline():
+        raise MissingError(f"{name[-80:]} is not on this machine, and the network may not be used", "ms4 ls")
+    from ms4.cli.pull import connected
+    from ms4.models.acquire import ASSUMED
+
+    status.show(f"asking for the header of {name[-60:]}")
+    try:
+        with connected() as web:
+            if wanted is None:
+                return name, remote.at_address(web, name)
+            return remote.on_hub(web, wanted, measured.some_machine() or ASSUMED)
+    finally:
+        status.clear()
+
+
+def is_stored(name: str) -> bool:
+    from ms4.models import stored
+
+    try:
+        stored.find(name.removeprefix("hf:"))
+    except stored.NotStoredError:
+        return False
+    return True
+
+
 # --- the machine
 def resources(
     question: Question, gguf: GgufFile, shape: ms4.Shape, tensors: Sequence[ms4.Tensor], status: StatusLine
@@ -92,7 +128,8 @@ def resources(
     disk = known_disk(question, gguf, status)
     if disk is None:
         notes.append(
-            f"the disk is assumed to give {gigabytes(int(DISK_ASSUMED))}/s: the file is too small to measure it"
+            f"the disk is assumed to give {gigabytes(int(DISK_ASSUMED))}/s: there is no file that is large enough to "
+            "measure it"
         )
     elif not disk.direct:
         notes.append("the disk was measured through the page cache, as its file system reads no other way")
@@ -125,18 +162,27 @@ def known_rates(
 
 
 def known_disk(question: Question, gguf: GgufFile, status: StatusLine) -> DiskRate | None:
-    """The rate of the disk that the file is on; None: it cannot be measured with it."""
+    """The rate of the disk that the file is on, or would be; None: it cannot be measured with it."""
+    from ms4.models import hf_cache
     from ms4.models.calibration import disk_rate
 
-    key = measured.disk_key(gguf.paths[0])
-    found = None if question.recalibrate else measured.disk(key)
-    if found is None:
+    here = os.path.exists(gguf.path)
+    key = measured.disk_key(gguf.path if here else existing(hf_cache.root()))
+    found = None if question.recalibrate and here else measured.disk(key)
+    if found is None and here:
         status.show("measuring the disk")
         found = disk_rate(gguf.paths)
         status.clear()
         if found is not None:
             measured.keep_rates(key, found)
     return found
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or where it would be made."""
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return folder
 
 
 # --- what is printed

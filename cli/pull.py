@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ms4.cli import errors, render, streams
+from ms4.cli import errors, measured, render, streams
 from ms4.cli.errors import MissingError, UsageError
 from ms4.cli.render import StatusLine, gigabytes
 from ms4.models import hf_cache, repositories, stored, variants
@@ -101,7 +101,7 @@ def _from_hub(web: Web, wanted: Wanted, request: Request) -> int:
     status = StatusLine(request.quiet)
     status.show(f"asking {wanted.repo}")
     try:
-        plan = acquire.plan(web, wanted, request.revision, request.tower)
+        plan = acquire.plan(web, wanted, request.revision, request.tower, measured.some_machine() or acquire.ASSUMED)
     finally:
         status.clear()
     if not request.quiet:
@@ -174,6 +174,8 @@ def described(plan: Plan) -> list[str]:
         memory += ", and the kernel does not say how much there is"
     elif not plan.fits:
         memory = f"too large for this machine: it has {gigabytes(plan.n_memory)} of memory"
+    elif plan.forecast.load == "stream":
+        memory = on_disk(plan)
     elif plan.n_free_memory is not None and plan.n_needed > plan.n_free_memory:
         memory += f"; only {gigabytes(plan.n_free_memory)} of {gigabytes(plan.n_memory)} are free now"
     else:
@@ -184,6 +186,18 @@ def described(plan: Plan) -> list[str]:
         rest = "" if plan.n_missing == plan.bytes else f" of {gigabytes(plan.bytes)}"
         lines.append(f"to be read: {gigabytes(plan.n_missing)}{rest}; {gigabytes(plan.n_free_disk)} of disk are free")
     return lines
+
+
+def on_disk(plan: Plan) -> str:
+    """Of a model whose experts do not all fit into memory: what that means."""
+    made = plan.forecast
+    share = 100 * made.n_ram // max(made.n_experts, 1)
+    slow, usual = made.warm.tokens_per_s, made.usual.tokens_per_s
+    return (
+        f"larger than the {gigabytes(plan.n_memory or 0)} of memory, but it runs: {share} % of the experts in memory, "
+        f"the others on the disk; about {slow:.1f} tok/s of writing, in coherent text up to {usual:.1f} "
+        "(predicted; ms4 plan says more)"
+    )
 
 
 class Shown:

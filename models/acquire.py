@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import ms4
-from ms4.models import hf_cache, hub, mistral4, repositories, variants
+from ms4.models import forecast, hf_cache, hub, repositories, variants
+from ms4.models.clock import Machine
 from ms4.models.download import DigestError, Download, Progress, Throttle
 from ms4.models.hf_cache import Cached
 from ms4.models.hub import Beginning, Listing, RemoteFile
@@ -30,6 +31,9 @@ ESTIMATE = 2 * GB  # what that takes, with the tower and the buffers, before the
 MOST_HEADER = 32 << 20  # bytes at the front of a file that were fetched before, and need not be fetched to plan again
 SPARE = 64 << 20  # bytes of the disk that are left alone
 LARGEST_BY_ITSELF = "Q4_K_M"  # a larger one is read more slowly for each token: it is taken by name only
+SENSIBLE = 3.0  # tokens a second at the least, for which the larger of two files is taken that fit neither
+# Where nobody has measured, a desktop of some years with an NVMe drive: what is said before `ms4 plan` knows better.
+ASSUMED = Machine(None, 20 * GB, 0.5e12, 2 * GB)
 
 
 class DoesNotFitError(Exception):
@@ -49,7 +53,8 @@ class Plan:
     files: tuple[RemoteFile, ...]  # the parts of the model, then the tower
     tower: str  # its name; "" for none
     model: str  # what the header calls it
-    n_needed: int  # memory: the weights, the tower, the kv cache of N_CTX tokens
+    forecast: forecast.Plan  # with N_CTX tokens, and the tower in memory, too
+    n_needed: int  # memory: all of that, or as much as it runs with while experts stay on the disk
     n_memory: int | None  # what this machine has, or may have; None if it does not say
     n_free_memory: int | None
     n_missing: int  # still to be fetched
@@ -68,7 +73,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.n_memory is None or self.n_needed <= self.n_memory
+        return self.forecast.fits
 
 
 def memory() -> tuple[int | None, int | None]:
@@ -81,8 +86,14 @@ def memory() -> tuple[int | None, int | None]:
 # --- which files
 
 
-def choose(listing: Listing, quant: str, n_memory: int | None) -> Variant:
-    """The model to take: the one that was named, else the largest that fits, but none above LARGEST_BY_ITSELF."""
+def choose(
+    listing: Listing, quant: str, n_memory: int | None, streamed: Callable[[Variant], float] = lambda variant: 0.0
+) -> Variant:
+    """The model to take: the one that was named, else the largest that fits, but none above LARGEST_BY_ITSELF.
+
+    Where none fits: the largest that writes at a sensible speed while its experts stay on the disk, else the fastest.
+    streamed: how many tokens a second that is, at the least; 0: it does not run.
+    """
     found = variants.variants(listing.files)
     if not found:
         raise UnreachableError(f"{listing.repo} has no GGUF file of a model", "ms4 pull --list shows repositories")
@@ -98,6 +109,11 @@ def choose(listing: Listing, quant: str, n_memory: int | None) -> Variant:
     most = size(listing, limit) if limit else 0
     able = [v for v in found if v.is_complete and (not most or size(listing, v) <= most)]
     fitting = [v for v in able if n_memory is None or size(listing, v) + ESTIMATE <= n_memory]
+    speed = {} if fitting else {v: tokens_per_s for v in able if (tokens_per_s := streamed(v)) > 0}
+    if speed:
+        sensible = [v for v in speed if speed[v] >= SENSIBLE]
+        fastest = max(speed, key=lambda v: (speed[v], -size(listing, v)))
+        return max(sensible, key=lambda v: size(listing, v)) if sensible else fastest
     if not fitting:
         least = min(able or found, key=lambda v: size(listing, v))
         raise DoesNotFitError(
@@ -127,22 +143,26 @@ def gigabytes(n: int) -> str:
 # --- the plan
 
 
-def plan(web: Web, wanted: Wanted, revision: str = "main", with_tower: bool = True) -> Plan:
-    """Looks at the listing and the headers.  DownloadError, FileError: it cannot be had, or it does not run."""
+def plan(web: Web, wanted: Wanted, revision: str = "main", with_tower: bool = True, machine: Machine = ASSUMED) -> Plan:
+    """Looks at the listing and the headers.  DownloadError, FileError: it cannot be had, or it does not run.
+
+    machine: how fast this one is.
+    """
     n_memory, n_free = memory()
     listing = hub.read_listing(web, wanted.repo or repositories.DEFAULT.repo, revision)
-    variant = choose(listing, wanted.quant, n_memory)
-    headers = _Headers(web, listing)
+    headers = Headers(web, listing)
+    variant = choose(listing, wanted.quant, n_memory, headers.streamed(n_memory, machine))
     gguf = GgufFile.open(headers.shown(variant.names[0]), headers)
-    shape = mistral4.shape_of(gguf)
-    mistral4.tensors_of(gguf, shape)
+    model = forecast.Model.of(gguf)
     notes = list(gguf.warnings)
     if problem := Vocabulary.from_gguf(gguf).problem:
         notes.append(problem)
     names = list(variant.names)
-    tower = _tower(listing, headers, shape.d_model, notes) if with_tower else ""
+    tower = _tower(listing, headers, model.shape.d_model, notes) if with_tower else ""
     names += [tower] if tower else []
     files = tuple(listing.files[name] for name in names)
+    n_tower = listing.files[tower].bytes if tower else 0
+    made = predicted(model, n_memory, machine, n_tower)
     title = gguf.metadata.get("general.name")
     return Plan(
         listing=listing,
@@ -150,9 +170,8 @@ def plan(web: Web, wanted: Wanted, revision: str = "main", with_tower: bool = Tr
         files=files,
         tower=tower,
         model=title if type(title) is str else "",
-        n_needed=sum(t.bytes for t in gguf.tensors.values())
-        + (listing.files[tower].bytes if tower else 0)
-        + mistral4.kv_bytes(shape, min(N_CTX, shape.n_ctx_train)),
+        forecast=made,
+        n_needed=n_tower + int(made.needed_whole if made.load == "memory" else made.needed),
         n_memory=n_memory,
         n_free_memory=n_free,
         n_missing=sum(missing(Cached.of(listing.repo), file) for file in files),
@@ -163,7 +182,14 @@ def plan(web: Web, wanted: Wanted, revision: str = "main", with_tower: bool = Tr
     )
 
 
-class _Headers:
+def predicted(model: forecast.Model, n_memory: int | None, machine: Machine, n_tower: int = 0) -> forecast.Plan:
+    """What a model does in so much memory, of which a tower takes its part."""
+    n_ctx = min(N_CTX, model.shape.n_ctx_train)
+    there = forecast.Resources(machine, None if n_memory is None else max(n_memory - n_tower, 1))
+    return forecast.make(model, there, n_ctx)
+
+
+class Headers:
     """Opens files of a listing for GgufFile, by the name of the repository and theirs."""
 
     def __init__(self, web: Web, listing: Listing) -> None:
@@ -172,6 +198,21 @@ class _Headers:
 
     def shown(self, name: str) -> str:
         return f"{self._listing.repo}/{name}"
+
+    def streamed(self, n_memory: int | None, machine: Machine) -> Callable[[Variant], float]:
+        """How many tokens a second a variant writes while its experts stay on the disk; 0: it does not run.
+
+        By the header of the first that is asked about: the others differ from it in their size.
+        """
+        models: list[forecast.Model] = []
+
+        def speed(variant: Variant) -> float:
+            if not models:
+                models.append(forecast.Model.of(GgufFile.open(self.shown(variant.names[0]), self)))
+            made = predicted(models[0].scaled(size(self._listing, variant)), n_memory, machine)
+            return made.warm.tokens_per_s if made.fits else 0.0
+
+        return speed
 
     def __call__(self, path: str) -> Source:
         name = path.removeprefix(f"{self._listing.repo}/")
@@ -183,7 +224,7 @@ class _Headers:
         return self.opened[name]
 
 
-def _tower(listing: Listing, headers: _Headers, d_model: int, notes: list[str]) -> str:
+def _tower(listing: Listing, headers: Headers, d_model: int, notes: list[str]) -> str:
     """The name of the vision tower that fits the model; "", with a note, if there is none."""
     name = variants.best_tower(listing.files)
     if name is None:

@@ -47,12 +47,19 @@ class Model:
     def of(cls, gguf: GgufFile) -> Model:
         """From its header.  GgufError, ModelError: it is no model that runs."""
         shape = mistral4.shape_of(gguf)
-        return cls.made_of(shape, mistral4.tensors_of(gguf, shape), sum(gguf.sizes))
+        return cls.made_of(shape, mistral4.tensors_of(gguf, shape, is_here=False), sum(gguf.sizes))
 
     @classmethod
     def made_of(cls, shape: ms4.Shape, tensors: Sequence[ms4.Tensor], bytes_file: int) -> Model:
         tied = {(t.file, t.offset): t.bytes for t in tensors}
         return cls(shape, clock.sizes_of(shape, tensors), sum(tied.values()), bytes_file, _least(tensors))
+
+    def scaled(self, bytes_file: int) -> Model:
+        """The same model in a file of another size: its weights are larger or smaller in proportion."""
+        part = bytes_file / self.bytes_file
+        s = self.sizes
+        sizes = replace(s, expert=part * s.expert, every=part * s.every, shared=part * s.shared, output=part * s.output)
+        return Model(self.shape, sizes, int(part * self.bytes_weights), bytes_file, part * self.least)
 
     @property
     def dense(self) -> float:
@@ -152,6 +159,11 @@ class Fit:
     n_ram_full: int
     n_vram: int
     expert: float
+
+    @property
+    def needed_whole(self) -> float:
+        """The bytes with which no expert stays on the disk."""
+        return self.dense + self.kv + self.buffers + self.process + self.n_experts * self.expert
 
     @property
     def load(self) -> str:

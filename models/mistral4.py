@@ -310,8 +310,11 @@ def _wanted(s: ms4.Shape, layer: int, present: Mapping[str, TensorInfo]) -> list
     return names + (["ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"] if s.d_shared else [])
 
 
-def tensors_of(gguf: GgufFile, shape: ms4.Shape) -> list[ms4.Tensor]:
-    """The engine's table of tensors.  ModelError for one that is missing, unknown, or of other dimensions."""
+def tensors_of(gguf: GgufFile, shape: ms4.Shape, *, is_here: bool = True) -> list[ms4.Tensor]:
+    """The engine's table of tensors.  ModelError for one that is missing, unknown, or of other dimensions.
+
+    is_here: the file itself, not its header alone: the scales of NVFP4 are read.
+    """
     table: list[ms4.Tensor] = []
     used: set[str] = set()
     dims = expected_dims(shape)
@@ -322,7 +325,7 @@ def tensors_of(gguf: GgufFile, shape: ms4.Shape) -> list[ms4.Tensor]:
             raise ModelError(gguf.path, f"tensor {name} is missing")
         tensor = gguf.tensors[name]
         _check_tensor(gguf, tensor, stored_as, dims[stored_as])
-        scales = _scales(gguf, tensor, base, dims[stored_as][2])
+        scales = _scales(gguf, tensor, base, dims[stored_as][2]) if is_here else None
         used.update((name, f"{base}.scale", f"{base}.input_scale") if tensor.type == IDS["NVFP4"] else (name,))
         place = tensor.file, tensor.offset, tensor.bytes
         table.append(ms4.Tensor(role, layer, tensor.type, *place, dims[stored_as], scales))

@@ -174,6 +174,22 @@ class Web:
         except ValueError:
             raise Transient(f"the hub answered {_kind(response)} instead of JSON") from None
 
+    def length(self, target: Target) -> int:
+        """How many bytes a file has of which nobody has said that; its own count is not looked at.  Transient,
+        DownloadError."""
+        with self._get(target.url, {"Range": "bytes=0-0"}) as (response, final):
+            _check_status(response, on_hub=True, token=self.has_token())
+            _refuse_encoding(response)
+            target.direct = final
+            said = response.headers.get("content-length", "")
+            if response.status_code == 206:
+                said = response.headers.get("content-range", "").rpartition("/")[2]
+            elif "html" in response.headers.get("content-type", "").lower():
+                raise Transient("the server sends an HTML page instead of the file")
+        if not re.fullmatch(r"[1-9]\d{0,14}", said):
+            raise DownloadError("the server does not say how long the file is")
+        return int(said)
+
     @contextmanager
     def range(self, target: Target, start: int, end: int) -> Iterator[Body]:
         """The bytes from start to end of a file; from 0 to the end of it, if the server knows no ranges."""

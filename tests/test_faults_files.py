@@ -782,7 +782,9 @@ def test_b6_a_file_larger_than_memory_is_said_in_one_line(command, monkeypatch, 
     def notes(room, *more):
         monkeypatch.setattr(ms4, "allowed", lambda: replace(allowed, room=room))
         words = {"run": ("-n", "2", "Hi"), "chat": ("-n", "2"), "perplexity": ("-",)}[kind]
-        got = command(kind, "-m", test_cli.MODEL, "--load", "map", *words, *more, stdin=b"one two three four five six " * 90)
+        got = command(
+            kind, "-m", test_cli.MODEL, "--load", "map", *words, *more, stdin=b"one two three four five six " * 90
+        )
         assert got.code == 0, got
         return [line for line in got.err.splitlines() if "memory" in line]
 

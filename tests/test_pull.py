@@ -17,11 +17,12 @@ from bad_hub import COMMIT, REPO, Hub
 from fixtures import IMAGE, MMPROJ, MODEL
 
 import ms4 as engine
-from ms4.cli import pull, start
+from ms4.cli import measured, pull, start
 from ms4.cli.render import StatusLine
-from ms4.models import acquire, hf_cache, repositories, stored, variants, web
+from ms4.models import acquire, calibration, forecast, hf_cache, mistral4, repositories, stored, variants, web
 from ms4.models.hf_cache import Cached
 from ms4.models.variants import Wanted
+from ms4.quant.gguf_file import GgufFile
 from ms4.quant.tiny import Tiny, write_tiny
 
 Q4, TOWER = "Some-Model-Q4_K_M.gguf", "mmproj-F16.gguf"
@@ -200,6 +201,85 @@ def test_without_a_name_the_largest_that_fits_is_taken(files, server):
         assert acquire.choose(listing, "", n).quant == quant
     with pytest.raises(acquire.DoesNotFitError, match="UD-Q5_K_XL"):
         acquire.choose(listing, "", 1000)
+
+
+def test_where_none_fits_the_largest_is_taken_that_writes_at_a_sensible_speed(files, server):
+    listing = acquire.hub.read_listing(web.Web(server.url), REPO)
+    speeds = {"Q4_K_M": acquire.SENSIBLE, "UD-Q5_K_XL": acquire.SENSIBLE + 1}
+    assert acquire.choose(listing, "", 1000, lambda v: speeds[v.quant]).quant == "Q4_K_M"
+    speeds["Q4_K_M"] -= 0.1
+    assert acquire.choose(listing, "", 1000, lambda v: speeds[v.quant]).quant == "UD-Q5_K_XL"
+    speeds["UD-Q5_K_XL"] = 0.1
+    assert acquire.choose(listing, "", 1000, lambda v: speeds[v.quant]).quant == "Q4_K_M"
+    assert acquire.choose(listing, "", 10**12, lambda v: 0.0).quant == "Q4_K_M"
+
+
+def test_what_is_larger_than_memory_is_fetched_if_its_experts_can_stay_on_the_disk(ms4, server, monkeypatch):
+    found = forecast.Model.of(GgufFile.open(MODEL))
+    made = acquire.predicted(found, None, acquire.ASSUMED)
+    with_memory(monkeypatch, int((made.needed + made.needed_whole) / 2 / 0.75) + MMPROJ.stat().st_size)
+    code, _, err = ms4("pull", REPO, "--dry-run")
+    assert code == 0 and "but it runs: " in err and "the others on the disk; about " in err, err
+
+
+# --- plans of what is elsewhere
+
+
+@pytest.fixture
+def machine():
+    """Rates that are known, so that none are measured: by hand, for the models that are served here."""
+
+    def know(path):
+        gguf = GgufFile.open(path)
+        shape = mistral4.shape_of(gguf)
+        key = measured.rates_key(shape, mistral4.tensors_of(gguf, shape), 0)
+        measured.keep_rates(key, calibration.Rates(1e9, 1e10))
+
+    return know
+
+
+@pytest.mark.parametrize("name", [f"hf:{REPO}:Q4_K_M", f"hf:{REPO}", "resolve/main", "blob/main"])
+def test_a_plan_of_a_remote_file_is_that_of_the_same_file_here(ms4, server, machine, name):
+    machine(MODEL)
+    url = name if name.startswith("hf:") else f"{server.url}/{REPO}/{name}/{Q4}?download=true"
+    code, out, err = ms4("plan", url, "--ram", "2G", "--ctx", "512", "--json")
+    assert code == 0, err
+    here = json.loads(ms4("plan", MODEL, "--ram", "2G", "--ctx", "512", "--json")[1])
+    there = json.loads(out)
+    for field in ("bytes", "fits", "memory", "experts"):
+        assert there[field] == here[field]
+    assert there["decode"]["warm"] == here["decode"]["warm"] and "assumed" in there["notes"][0]
+    assert server.n_sent < len(server.files[Q4]) and not hf_cache.root().exists()  # the header, and nothing is kept
+
+
+@pytest.mark.parametrize("kind", ["cuts", "errors", "no ranges", "page", "less", "far", "other etag"])
+def test_a_header_comes_through_from_a_server_that_misbehaves(ms4, files, machine, monkeypatch, tmp_path, kind):
+    for name in PARTS:
+        (tmp_path / Path(name).name).write_bytes(files[name])
+    machine(tmp_path / Path(PARTS[0]).name)
+    monkeypatch.setattr(web.Patience, "wait", lambda *_: 0.0)
+    with Hub(files, kind, seed=3) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        code, out, err = ms4("plan", f"{server.url}/{REPO}/resolve/main/{PARTS[0]}", "--json")
+    assert code == 0 and json.loads(out)["bytes"] == sum(len(files[name]) for name in PARTS), err
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [
+        (f"hf:{REPO}:Q9_Z", 5, "has no Q9_Z"),
+        ("hf:someone/Other", 5, "the hub does not have it"),
+        ("{url}/" + f"{REPO}/resolve/main/none.gguf", 5, "the hub does not have it"),
+        ("{url}/index.html", 5, "no address of a GGUF file"),
+        ("http://127.0.0.1:1/x.gguf", 1, "attempts failed"),
+    ],
+)
+def test_plans_of_what_is_nowhere(ms4, server, monkeypatch, name, code, said):
+    monkeypatch.setattr(web.Patience, "wait", lambda *_: 0.0)
+    got = ms4("plan", name.format(url=server.url))
+    assert got[:2] == (code, "") and said in got[2], got
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "may not be used" in ms4("plan", name.format(url=server.url))[2]
 
 
 def test_what_is_missing_is_counted(server, files):
