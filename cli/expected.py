@@ -109,7 +109,7 @@ def refusal(found: Fit, others: Sequence[Other]) -> NoRoomError:
 def plan_of(model: Model, n_context: int) -> Plan | None:
     """The plan for a model that is open, as it was opened; None: there is nothing to expect it from."""
     stats = model.engine.stats()
-    if stats.device != "cpu" or not measured.machine_path().exists():
+    if stats.device != "cpu" or stats.experts or not measured.machine_path().exists():
         return None
     from ms4.models import clock, forecast, mistral4
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from ms4.cli import render
+from ms4.cli import errors, render
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,14 +30,21 @@ def follow(
 
     hidden: `show` shows no thoughts, so the status says that there are some, up to the first text.
     """
-    from ms4.models.answer import Done, Prefill, Token
+    from ms4.models.answer import Done, Note, Prefill, Token
     from ms4.models.answer_parser import Thinking
     from ms4.models.interrupt import interruptible
 
     with interruptible(answer.stop_flag), ExitStack() as until_next_event:
         running = scheduler.submit(answer, timeline, image_rows)
-        thinking = False
+        thinking = shown = False
         for event in running:
+            if isinstance(event, Note):
+                status.clear()
+                if shown and sys.stderr.isatty():
+                    sys.stderr.write("\n")  # what was written ends within a line
+                errors.note(event.text)
+                continue
+            shown = shown or not isinstance(event, Prefill)
             if thinking and isinstance(event, (Thinking, Token)):
                 show(event)
                 continue

@@ -81,8 +81,11 @@ def encode(
 
     if not places:
         return None
+    before = engine.stats().note
     with interruptible(stop) as flag:
         rows = images.rows(places, engine, flag, watch)
+    if (after := engine.stats().note) != before:  # the GPU failed, or had no room
+        errors.note(after)
     if not status.quiet:
         doubt(images)
     return rows

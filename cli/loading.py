@@ -68,7 +68,12 @@ def warm(model: "Model") -> None:
         model.engine.warm(path.read_bytes())
     except (OSError, ms4.EngineError):  # none, or of another file that had this name
         pass
-    model.at_close = lambda: state.keep(path, model.engine.uses())
+
+    def keep() -> None:
+        if uses := model.engine.uses():  # none, if the GPU has been left
+            state.keep(path, uses)
+
+    model.at_close = keep
 
 
 def name_notes(model: "Model") -> None:

@@ -160,7 +160,10 @@ def gpu(s: "ms4.Stats") -> str:
     text = f"GPU {gigabytes(s.vram_bytes)}, {s.vram_experts} of {s.experts} experts"
     if s.experts_used:
         text += f" with {100 * s.pairs_on_gpu / s.experts_used:.0f} % of their work"
-    return f"{text} · {s.uploads} brought ({gigabytes(s.bytes_uploaded)})" if s.vram_slots < s.experts else text
+    if s.vram_slots < s.experts:
+        text += f" · {s.uploads} brought ({gigabytes(s.bytes_uploaded)})"
+    text += f" · {gigabytes(s.pinned_bytes)} pinned"
+    return f"{text}, {gigabytes(s.unpinned_bytes)} refused" if s.unpinned_bytes else text
 
 
 class Screen:

@@ -286,6 +286,7 @@ class Engine:
         ram: int = 0,
         device: str = "cpu",
         vram: int = 0,
+        patience: int = 0,
         progress: Callable[[int, int], bool] | None = None,
     ) -> Engine:
         """Opens the files and checks the table.  threads, n_batch, ram: 0 chooses.
@@ -295,6 +296,7 @@ class Engine:
 
         device: "cpu"; "cuda", which raises DeviceError where there is no GPU; "auto", a GPU where there is one that can
         do it; "cuda:safe", which waits for every call of it.  vram: bytes of its memory to use, 0: what is free.
+        patience: seconds after which a GPU that does not answer has failed; 0: 120.
 
         progress(bytes done, bytes in all) is called while weights are copied; True ends the opening with Canceled.
         """
@@ -308,7 +310,7 @@ class Engine:
         names = [ffi.new("char[]", os.fsencode(p)) for p in paths]
         options = ffi.new("ms4_options *")
         options.n_threads, options.load, options.n_batch, options.ram = threads, LOAD[load], n_batch, ram
-        options.device, options.vram = DEVICE[device], vram
+        options.device, options.vram, options.patience = DEVICE[device], vram, patience
         keep.append(ffi.new("char[]", os.fsencode(os.path.dirname(__file__))))
         options.code = keep[-1]
         if progress is not None:
@@ -429,6 +431,17 @@ class Engine:
         load = load_named(s.load)
         words = {name: ffi.string(getattr(s, name)).decode("utf-8", "replace") for name in ("isa", "device", "note")}
         return Stats(**numbers | words | {"load": load})
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.stats().device != "cpu"
+
+    def leave_gpu(self, why: str) -> None:
+        """After a failure of the GPU: the CPU computes everything from now on; the note of `stats` says so, and why.
+
+        All sessions have been rewound to 0 before, because what they held lay on the GPU.
+        """
+        check(lib.ms4_engine_leave_gpu(self._live(), why.encode()))
 
     def close(self) -> None:
         """Frees the model, and the sessions and vision towers that are still open."""

@@ -74,6 +74,11 @@ static int open_home(ms4_engine *e, const ms4_options *o, slots *from_disk) {
     if (e->stats.vram_experts < e->stats.experts)
         snprintf(e->note, sizeof e->note, "%llu of %llu experts fit on the GPU; the CPU computes the others",
                  (unsigned long long)e->stats.vram_slots, (unsigned long long)e->stats.experts);
+    const size_t said = strlen(e->note);
+    if (e->stats.unpinned_bytes)
+        snprintf(e->note + said, sizeof e->note - said, "%s%.1f MB of memory could not be pinned for the GPU, so "
+                 "copies are slower; ulimit -l raises the limit", said ? "; " : "",
+                 1e-6 * (double)e->stats.unpinned_bytes);
     return MS4_OK;
 }
 static int open_parts(ms4_engine *e, const ms4_tensor *tensors, size_t n_tensors, const char *const *paths,
@@ -144,6 +149,7 @@ void ms4_engine_close(ms4_engine *e) {
     experts_close(e->experts);
     kv_store_close(e->kv);
     card_close(e->card);
+    card_close(e->left);
     text_weights_close(&e->weights);
     pool_close(e->pool);
     files_close(e->files);
@@ -154,6 +160,8 @@ void ms4_engine_close(ms4_engine *e) {
 void ms4_engine_stats(ms4_engine *e, ms4_stats *out) {
     pthread_mutex_lock(&e->counting);
     *out = e->stats;
+    out->note = e->later[0] ? e->later : e->note;
+    out->device = e->card ? "cuda" : "cpu";
     pthread_mutex_unlock(&e->counting);
     kv_store_count(e->kv, &out->kv_blocks, &out->kv_bytes);
     if (experts_slots(e->experts)) out->ns_waiting = slots_waiting(experts_slots(e->experts));
@@ -162,8 +170,35 @@ void ms4_engine_stats(ms4_engine *e, ms4_stats *out) {
     out->n_batch = e->n_batch;
     out->load = files_load(e->files);
     out->isa = e->ops->isa;
-    out->device = e->card ? "cuda" : "cpu";
-    out->note = e->note;
+}
+void engine_say(ms4_engine *e, const char *why, const char *then) {
+    pthread_mutex_lock(&e->counting);
+    snprintf(e->later, sizeof e->later, "%.*s; %s", (int)strcspn(why, ";"), why, then);       /* not what to type */
+    pthread_mutex_unlock(&e->counting);
+}
+static int leave_gpu(ms4_engine *e, const char *why) {
+    device *cpu = e->other;
+    FAIL_IF(!e->card, MS4_EARG, "there is no GPU in use");
+    TRY(kv_store_come_home(e->kv));
+    if (!cpu) TRY(cpu_device_open(e->ops, e->pool, &cpu));
+    const char *lost = gpu_lost(e->card->g);
+    engine_say(e, lost ? lost : why, "the CPU goes on without it");
+    experts_off_card(e->experts, cpu);
+    pthread_mutex_lock(&e->counting);
+    e->left = e->card;
+    e->card = NULL;
+    pthread_mutex_unlock(&e->counting);
+    e->home = cpu;
+    e->other = NULL;
+    e->at_home = &e->weights;
+    card_retire(e->left);
+    return MS4_OK;
+}
+int ms4_engine_leave_gpu(ms4_engine *e, const char *why) {
+    turn_take(&e->turn);
+    int status = leave_gpu(e, why);
+    turn_give(&e->turn);
+    return status;
 }
 void ms4_engine_watch(ms4_engine *e, void (*routed)(int32_t, int32_t, const int32_t *, void *), void *user) {
     turn_take(&e->turn);

@@ -22,10 +22,10 @@ struct ms4_engine {
     pool *pool;
     files *files;
     text_weights weights;                                     /* in host memory */
-    card *card;                                               /* NULL: the CPU does it all */
+    card *card, *left;                                        /* NULL: the CPU does it all; a card that it was on */
     const text_weights *at_home;                              /* the weights where the home device has them */
     device *home, *other;                                     /* other: the CPU beside a card, or a second one */
-    char note[256];                                           /* for people, ms4_stats */
+    char note[512], later[512];                               /* for people, ms4_stats: at opening; since then */
     experts *experts;
     kv_store *kv;
     budget budget;                                            /* of memory, where experts stay on the disk */
@@ -44,5 +44,6 @@ struct ms4_session {
     _Atomic uint64_t done, total;                             /* layer-tokens of the running step */
 };
 void step_room_close(step_room *room);                        /* step.c */
+void engine_say(ms4_engine *e, const char *why, const char *then);            /* engine.c: the note of ms4_stats now */
 void engine_count_slots(ms4_engine *e, ms4_stats *c);         /* engine.c: with `counting` locked */
 #endif

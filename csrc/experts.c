@@ -204,8 +204,15 @@ int experts_place(experts *store, const uint8_t *place, device *const *others, i
 int experts_on_card(experts *store, vram *on_card, device *other) {
     store->on_card = on_card;
     TRY(add_device(store, 1, other));
-    store->n_devices = vram_has_all(on_card) ? 1 : 2;
+    if (!store->place) store->n_devices = vram_has_all(on_card) ? 1 : 2;
     return MS4_OK;
+}
+void experts_off_card(experts *store, device *home) {
+    store->on_card = NULL;
+    store->devices[0] = home;
+    store->n_devices = 1;
+    memory_give(store->place);
+    store->place = NULL;
 }
 int experts_turn(experts *store) { return store->on_card ? vram_turn(store->on_card) : MS4_OK; }
 int experts_in_parts(const experts *store) { return store->n_devices > 1 || store->slots; }

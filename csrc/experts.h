@@ -41,6 +41,7 @@ policy *experts_policy(experts *store);                                /* what w
 /* The home device is a card with these slots: it computes what it has, and of what it has not that with many rows;
  * `other` (the CPU) does the rest. */
 int experts_on_card(experts *store, vram *on_card, device *other);
+void experts_off_card(experts *store, device *home);                   /* there is no card any more */
 int experts_turn(experts *store);                                      /* between two steps: experts may move now */
 /* Since the last call: (token, expert) pairs computed, and those of them on the card; bytes of the experts that were
  * needed, each once a step, those of them that lay on the card, and those brought there for one layer. */

@@ -79,6 +79,8 @@ class Stats:
     uploads: int  # experts brought to the GPU since opening
     bytes_uploaded: int
     bytes_streamed: int  # of experts brought for one layer of a prompt
+    pinned_bytes: int  # of host memory for copies to the GPU
+    unpinned_bytes: int  # of it that the system would not pin
     bytes_on_gpu: int  # of bytes_prefill and bytes_decode, what the GPU read in its own memory
 
 

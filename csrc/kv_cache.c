@@ -74,6 +74,14 @@ void kv_store_close(kv_store *store) {
     pthread_mutex_destroy(&store->lock);
     memory_give(store);
 }
+int kv_store_come_home(kv_store *store) {
+    pthread_mutex_lock(&store->lock);
+    const int empty = !store->n_blocks;
+    if (empty) store->memory = &host_memory;
+    pthread_mutex_unlock(&store->lock);
+    FAIL_IF(!empty, MS4_EARG, "a session still holds positions");
+    return MS4_OK;
+}
 void kv_store_count(kv_store *store, uint64_t *blocks, uint64_t *bytes) {
     pthread_mutex_lock(&store->lock);
     *blocks = store->n_blocks;

@@ -35,6 +35,7 @@ typedef struct {
 
 int kv_store_open(const ms4_shape *s, kv_memory *memory, kv_store **out);     /* memory NULL: the host's */
 void kv_store_close(kv_store *store);
+int kv_store_come_home(kv_store *store);                      /* host memory from now on; MS4_EARG: blocks are in use */
 void kv_store_count(kv_store *store, uint64_t *blocks, uint64_t *bytes);      /* in use, each counted once */
 
 int kv_cache_open(kv_store *store, int32_t n_ctx, kv_cache *out);

@@ -131,6 +131,7 @@ typedef struct {
     uint64_t ram;                /* bytes of memory for this process, all in all; 0: what is free, less a reserve */
     int32_t device;              /* ms4_device; AUTO: a GPU if one can do it; SAFE: each call of it is waited for */
     uint64_t vram;               /* bytes of the GPU's memory to use; 0: what is free, less a reserve */
+    int32_t patience;            /* seconds to wait for a GPU that does not answer, before it is given up; 0: 120 */
     const char *code;            /* the folder of the package, for the GPU's kernels; NULL: there are none */
     /* called during a copy, from the opening thread; a non-zero answer ends the opening with MS4_ECANCELED */
     int (*progress)(uint64_t done, uint64_t total, void *user);
@@ -166,9 +167,15 @@ typedef struct {
     uint64_t pairs_on_gpu;       /* of experts_used */
     uint64_t uploads, bytes_uploaded;       /* experts brought to the GPU since opening, to stay there for a while */
     uint64_t bytes_streamed;     /* of experts brought for one layer of a prompt */
+    uint64_t pinned_bytes, unpinned_bytes;  /* of host memory for copies to it; that the system would not pin */
     uint64_t bytes_on_gpu;       /* of bytes_prefill and bytes_decode, what the GPU read in its own memory */
 } ms4_stats;
 void ms4_engine_stats(ms4_engine *engine, ms4_stats *out);
+
+/* After a failure of the GPU, or for want of its memory: all is computed by the CPU from now on, ms4_stats.note says
+ * so, with why, and nothing is asked of a GPU that failed.  The sessions have been rewound to 0 before, as the kv cache
+ * was there: MS4_EARG if one has not. */
+int ms4_engine_leave_gpu(ms4_engine *engine, const char *why);
 
 /* What has been used of experts that stay on the disk, to begin with it the next time: the number of bytes, and the
  * bytes, if there is room for them.  0: none stay there.  The caller owns the file's name and atomicity. */

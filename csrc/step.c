@@ -276,7 +276,7 @@ static int prepare(run *r) {
     experts_begin(e->experts, stop);
     return e->other && experts_in_parts(e->experts) ? DO(e->other, begin, shapes, stop) : MS4_OK;
 }
-static int compute(run *r) {
+static int compute_once(run *r) {
     TRY(prepare(r));
     if (!r->st.n_spans) return MS4_OK;
     fill_positions(&r->st);
@@ -286,6 +286,19 @@ static int compute(run *r) {
     TRY(files_check(r->e->files));
     conclude(r);
     return MS4_OK;
+}
+/* Where the card has too little memory, slots give up theirs, and the step begins once more from its beginning. */
+static int compute(run *r) {
+    int status = compute_once(r);
+    if (status != MS4_ENOMEM || !r->e->card || DO(r->e->home, wait) || !card_shrink(r->e->card)) return status;
+    for (size_t i = 0; i < r->n_spans; i++) {
+        r->spans[i].status = MS4_OK;
+        kv_cache_cut(&r->spans[i].session->kv, atomic_load(&r->spans[i].session->length));
+    }
+    r->st.n_spans = r->st.n = r->st.n_out = 0;
+    experts_count(r->e->experts);
+    TRY(experts_on_card(r->e->experts, r->e->card->slots, r->e->other));
+    return compute_once(r);
 }
 /* All spans in one turn.  What a span that failed has left behind in its cache is cut off. */
 static int take_turn(ms4_engine *e, run *r) {

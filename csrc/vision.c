@@ -8,6 +8,7 @@
 #include "error.h"
 #include "memory.h"
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 #define FFN_PATCHES 2048       /* patches that go through an FFN, or come in, together */
@@ -164,6 +165,22 @@ static int run_tower(image *im, const float *pixels, float *features) {
     turn_give(t);
     return status;
 }
+static int encode(image *im, const float *pixels, float *features) {
+    atomic_store(&im->v->done, 0);
+    int status = image_open(im);
+    if (!status) status = run_tower(im, pixels, features);
+    image_close(im);
+    *im = (image){ .v = im->v, .stop = im->stop, .grid = im->grid, .n = im->n };
+    return status;
+}
+/* The CPU does it where the card failed, or has no room any more. */
+static void go_home(ms4_vision *v) {
+    char why[256];
+    snprintf(why, sizeof why, "%s", ms4_error());
+    engine_say(v->engine, why, "the CPU computes images from now on");
+    v->g = NULL;
+    v->at_home = &v->weights;
+}
 int ms4_vision_encode(ms4_vision *v, const float *pixels, int32_t width, int32_t height, float *features,
                       const int32_t *stop) {
     const int32_t side = v->shape.patch_size * v->shape.merge;
@@ -173,10 +190,11 @@ int ms4_vision_encode(ms4_vision *v, const float *pixels, int32_t width, int32_t
                  .grid = { .columns = width / v->shape.patch_size, .rows = height / v->shape.patch_size,
                            .merge = v->shape.merge, .n_head = v->shape.n_head } };
     im.n = im.grid.rows * im.grid.columns;
-    atomic_store(&v->done, 0);
-    int status = image_open(&im);
-    if (!status) status = run_tower(&im, pixels, features);
-    image_close(&im);
+    int status = encode(&im, pixels, features);
+    if (v->g && (status == MS4_EDEVICE || status == MS4_ENOMEM)) {
+        go_home(v);
+        status = encode(&im, pixels, features);
+    }
     TRY(status);
     FAIL_IF(is_stopped(&im), MS4_ECANCELED, "canceled");
     size_t n = (size_t)(im.n / (v->shape.merge * v->shape.merge)) * (size_t)v->shape.d_out;

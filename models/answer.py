@@ -44,6 +44,13 @@ class Prefill:
 
 
 @dataclass(frozen=True)
+class Note:
+    """What a person should know about how the answer is computed, in one line; it does not change the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Token:
     """A chosen token, where log-probabilities were asked for."""
 
@@ -94,7 +101,7 @@ class Done:
     stop: str | None = None  # the stop string that ended it
 
 
-Event = Prefill | Token | Thinking | Text | ToolCall | Done
+Event = Prefill | Note | Token | Thinking | Text | ToolCall | Done
 
 
 class Answer:

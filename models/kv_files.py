@@ -73,6 +73,9 @@ class KvFiles:
                 with open(os.dup(file.fileno()), "rb", buffering=0) as blocks:
                     blocks.seek(HEADER.size + kept.nbytes)
                     timeline.session.load(blocks.fileno())
+        except ms4.DeviceError:  # the file may well be good: the next step says what is wrong with the GPU
+            timeline.session.rewind(0)
+            return 0
         except (OSError, ms4.EngineError):
             if timeline.session.length:
                 timeline.session.rewind(0)

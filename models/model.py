@@ -34,6 +34,7 @@ class Model:
         ram: int = 0,
         device: str = "cpu",
         vram: int = 0,
+        patience: int = 0,
         progress: Callable[[int, int], bool] | None = None,
         seen: Callable[[GgufFile], str] | None = None,
     ) -> Model:
@@ -57,6 +58,7 @@ class Model:
             ram=ram,
             device=device,
             vram=vram,
+            patience=patience,
             progress=progress,
         )
         try:

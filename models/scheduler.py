@@ -6,7 +6,8 @@
 
 A step takes the next token of every answer under way, and after them pieces of the prompts that wait, whose turns go
 round.  Any thread may submit, iterate, stop or close at any time: what it waits for is a plan, never a step.  An
-answer's tokens are the same alone and among others, because the engine's bits do not depend on what is in a step.
+answer's tokens are the same alone and among others, because the engine's bits do not depend on what is in a step.  For
+the same reason a GPU that fails costs time and nothing else: the CPU reads again what was held, and goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 
 import ms4
 from ms4 import Canceled, Span
-from ms4.models.answer import Answer, Done, Event, Prefill
+from ms4.models.answer import Answer, Done, Event, Note, Prefill
 from ms4.models.timeline import BLOCK, Timeline, common_prefix
 
 # Tokens of prompts in a step in which somebody decodes.  More make the prompt cheaper, because a step reads the weights
@@ -45,11 +46,27 @@ class Running:
 
     @property
     def decoding(self) -> bool:
-        return bool(self.answer.ids)
+        """Everything but the newest token is computed."""
+        return bool(self.answer.ids) and self.timeline.length >= self.total - 1
+
+    @property
+    def total(self) -> int:
+        """Positions of the prompt and of what was answered so far."""
+        return len(self.answer.prompt.ids) + len(self.answer.ids)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        prompt, ids = self.answer.prompt.tokens, self.answer.ids
+        return np.concatenate([prompt, np.array(ids, np.int32)]) if ids else prompt
+
+    @property
+    def keys(self) -> np.ndarray:
+        prompt, ids = self.answer.prompt.keys, self.answer.ids
+        return np.concatenate([prompt, np.array(ids, np.int64)]) if ids else prompt
 
     def progress(self) -> tuple[int, int]:
         """(tokens of the prompt that are computed, all that were not held already).  May be called from any thread."""
-        total, chunk = len(self.answer.prompt.ids), self.chunk
+        total, chunk = self.total, self.chunk
         if not self.begun:
             return 0, total
         done, parts = self.timeline.session.progress() if chunk else (0, 1)
@@ -58,7 +75,7 @@ class Running:
 
     def held(self) -> int:
         """How much of the prompt the timeline holds; never all, for the last position gives the logits."""
-        return self.timeline.length if self.begun else self.timeline.common(self.answer.prompt.keys[:-1])
+        return self.timeline.length if self.begun else self.timeline.common(self.keys[:-1])
 
     def cancel(self) -> None:
         """Ends the answer at the next opportunity; it keeps what it has.  May be called from any thread."""
@@ -186,6 +203,8 @@ class Scheduler:
         begun = time.perf_counter()
         results = self._step([span for _, span in plan])
         seconds = time.perf_counter() - begun
+        if self._gpu_failed(results):
+            return True
         for (running, span), result in zip(plan, results, strict=True):
             self._settle(running, span, result, seconds)
         return True
@@ -198,6 +217,26 @@ class Scheduler:
             return [*self.engine.step(spans)]
         except Exception as error:
             return [error] if len(spans) == 1 else [result for span in spans for result in self._step([span])]
+
+    def _gpu_failed(self, results: list[np.ndarray | BaseException]) -> bool:
+        """If so, leaves it; the results count for nothing, and whoever was under way begins anew on the CPU."""
+        errors = [result for result in results if isinstance(result, (ms4.DeviceError, MemoryError))]
+        if not errors or not self.engine.on_gpu:
+            return False
+        with self._lock:
+            for timeline in {id(t): t for t in (*self._timelines, *self._leaving)}.values():
+                timeline.session.rewind(0)  # it may have had a part in the step that counts for nothing now
+                timeline.length = 0
+            for running in self._running:
+                running.chunk = 0
+            try:
+                self.engine.leave_gpu(str(errors[0]))
+            except Exception:  # no memory for it, or somebody else's sessions: the GPU's failure is the better reason
+                return False
+            note = Note(self.engine.stats().note)
+            for running in self._running:
+                running.send(note)
+        return True
 
     def _plan(self) -> list[tuple[Running, Span]]:
         """Who takes part in the next step, with what."""
@@ -230,10 +269,10 @@ class Scheduler:
 
     def _comes_anyway(self, running: Running, chosen: list[Running]) -> bool:
         """True if the next positions of its prompt are computed in this step for another: then it can share them."""
-        keys = running.answer.prompt.keys[:-1]
+        keys = running.keys[:-1]
         held = running.held()
         for other in chosen:
-            theirs = other.answer.prompt.keys[: other.timeline.length + other.chunk]
+            theirs = other.keys[: other.timeline.length + other.chunk]
             if common_prefix(keys, theirs) - held >= BLOCK:
                 return True
         return False
@@ -241,7 +280,7 @@ class Scheduler:
     def _begin(self, running: Running) -> bool:
         """Makes the timeline hold as much of the prompt as is held anywhere.  False: that failed, and so the answer."""
         answer, timeline = running.answer, running.timeline
-        keys, held = answer.prompt.keys[:-1], running.held()
+        keys, held = running.keys[:-1], running.held()
         try:
             found = [(other.common(keys), other) for other in self._timelines if holds_more(other, keys, held)]
             n, best = max(found, key=lambda item: item[0], default=(0, timeline))
@@ -261,15 +300,15 @@ class Scheduler:
 
     def _prefill_span(self, running: Running, budget: int) -> Span:
         prompt, start = running.answer.prompt, running.timeline.length
-        end = min(start + budget, len(prompt.ids))
+        end = min(start + budget, running.total)
         running.chunk = end - start
         rows = None
         if running.image_rows is not None:
             first, last = np.searchsorted(prompt.rows, (start, end))
             rows = running.image_rows[first:last] if last > first else None
-        last_one = end == len(prompt.ids)
+        last_one = end == running.total
         stop = running.answer.stop_flag
-        return Span(running.timeline.session, prompt.tokens[start:end], rows, int(last_one), stop)
+        return Span(running.timeline.session, running.tokens[start:end], rows, int(last_one), stop)
 
     def _decode_span(self, running: Running) -> Span:
         ids = np.array(running.answer.ids[-1:], np.int32)
@@ -290,11 +329,12 @@ class Scheduler:
             answer.n_decode += 1
             answer.s_decode += seconds
         else:
-            timeline.append(answer.prompt.keys[timeline.length : timeline.length + n])
+            timeline.append(running.keys[timeline.length : timeline.length + n])
             answer.s_prefill += seconds
         if not span.n_logits or answer.stop_flag.is_set():
             return
-        running.image_rows = None
+        if running.image_rows is not None and not self.engine.on_gpu:
+            running.image_rows = None  # they are read once; if a GPU fails, once more
         try:
             running.send(*answer.choose(result[-1]))
         except Exception as error:

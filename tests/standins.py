@@ -8,6 +8,7 @@ import lzma
 import zlib
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -127,10 +128,22 @@ class ScriptedEngine:
         self.script, self.n_batch, self.n_vocab = script, n_batch, n_vocab
         self.steps = []  # the spans of each
         self.faults = []
+        self.sessions = []
         self.before = lambda spans: None
+        self.on_gpu, self.left = False, []  # what leave_gpu was told
 
     def session(self, n_ctx):
-        return ScriptedSession(n_ctx, self.script, self.n_vocab)
+        self.sessions.append(ScriptedSession(n_ctx, self.script, self.n_vocab))
+        return self.sessions[-1]
+
+    def leave_gpu(self, why):
+        if any(session.length and not session.closed for session in self.sessions):
+            self.faults.append("the GPU is left while a session holds something there")
+        self.on_gpu = False
+        self.left.append(why)
+
+    def stats(self):
+        return SimpleNamespace(note="; ".join(self.left))
 
     def step(self, spans):
         self.steps.append(list(spans))

@@ -290,3 +290,84 @@ def test_every_call_may_fail(kind, tiny, tmp_path):
             assert failed.returncode == 0 and failed.stdout, (name, at, failed.stderr[-500:])
             said = failed.stdout.splitlines()
             assert all(line == "done" or re.match(r"(open|step): \S", line) for line in said), (name, at, said)
+
+
+# --- what goes on without the card, or with less of it
+
+ASKED = ("run", "-m", DEMO / "ms4-demo.gguf", "-n", 24, "--temp", 0, "--ctx", 512, "How many legs have 3 spiders?")
+ON_THE_CARD = (*ASKED[:-1], "--device", "cuda", "--vram", "24M", "--stats", ASKED[-1])
+
+
+def calls_of(path):
+    """How often each call of the driver was made, by the report of a run."""
+    return {name: int(n) for name, n in re.findall(r"^call (\w+) (\d+)$", path.read_text(), re.MULTILINE)}
+
+
+@pytest.mark.parametrize("kind", ["", ":lost"])
+@pytest.mark.parametrize("call", ["cuLaunchKernel", "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuEventRecord"])
+def test_a_card_that_fails_in_an_answer_costs_no_token(call, kind, tmp_path):
+    want = run(*ASKED, "--device", "cpu").stdout
+    assert run(*ON_THE_CARD, MS4_EMU_REPORT=str(tmp_path / "report")).stdout == want
+    n = calls_of(tmp_path / "report")[call]
+    for at in (n * 2 // 3, n * 9 // 10):
+        got = run(*ON_THE_CARD, MS4_EMU_FAIL=f"{call}:{at}{kind}")
+        assert got.returncode == 0 and got.stdout == want, got.stderr
+        said = [line for line in got.stderr.splitlines() if "goes on" in line]
+        assert len(said) == 1 and re.search(r"the GPU failed \(cu\w+: .+\); the CPU goes on without it", said[0])
+
+
+def test_a_card_that_lacks_memory_in_an_answer_gives_up_slots(tmp_path):
+    """Every allocation of a run fails once: the answer is that of the CPU, on the card as long as there are slots."""
+    want = run(*ASKED, "--device", "cpu").stdout
+    assert run(*ON_THE_CARD, MS4_EMU_REPORT=str(tmp_path / "report")).stdout == want
+    n, went_on = calls_of(tmp_path / "report")["cuMemAlloc_v2"], 0
+    for at in range(1, n + 1):
+        got = run(*ON_THE_CARD, MS4_EMU_FAIL=f"cuMemAlloc_v2:{at}")
+        if got.returncode == 0:
+            assert got.stdout == want, (at, got.stderr)
+            went_on += "GPU" in got.stderr.splitlines()[-1]
+        else:  # the dense parts did not fit when it was opened
+            assert got.returncode == 6 and re.search("^ms4: error: no memory on the GPU", got.stderr, re.MULTILINE)
+            assert at < 8, got.stderr
+    assert went_on > n // 2
+
+
+def test_a_kv_cache_that_outgrows_the_card_takes_the_place_of_experts():
+    """More positions than were set aside for: slots make room for them."""
+    ids, said = np.random.default_rng(3).integers(5, 900, 4000), {}
+    for device in ("cpu", "cuda"):
+        with Model.open(DEMO / "ms4-demo.gguf", device=device, vram=16 << 20, n_batch=64) as model:
+            with model.session(4096) as session:
+                session.feed(ids[:64])
+                slots = model.engine.stats().vram_slots
+                said[device] = session.feed(ids[64:600]), session.feed([7])
+                stats = model.engine.stats()
+                with model.session(4096) as other:
+                    other.feed(ids[:500])
+    assert all(np.array_equal(a, b) for a, b in zip(said["cpu"], said["cuda"], strict=True))
+    assert stats.device == "cuda" and stats.vram_slots <= slots
+
+
+@pytest.mark.parametrize("most", [0, 9 << 20])
+def test_memory_that_cannot_be_pinned_is_said_and_not_needed(most):
+    want = run(*ASKED, "--device", "cpu").stdout
+    got = run(*ON_THE_CARD, MS4_EMU_PINNED=str(most))
+    assert got.returncode == 0 and got.stdout == want, got.stderr
+    assert got.stderr.count("could not be pinned") == 1 and " refused" in got.stderr
+
+
+def test_a_card_that_does_not_answer_is_given_up():
+    code = CALLS.replace('device="cuda"', 'device="cuda", patience=3').replace("assert session", "session")
+    env = emulated(MS4_EMU_FAIL="kernel:300:hang")
+    command = [sys.executable, "-c", code, str(DEMO / "ms4-demo.gguf")]
+    got = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
+    assert got.returncode == 0 and got.stdout.startswith("step: the GPU has not answered for 3 s"), got.stderr
+
+
+def test_an_image_is_read_by_the_cpu_if_the_card_fails():
+    """The tower has its own way home; the text model's is the scheduler's."""
+    code = "import sys; from ms4.cli import selftest; print(selftest.of_tower(sys.argv[1]))"
+    for at in (3, 20, 60):
+        env = emulated(MS4_EMU_FAIL=f"cuLaunchKernel:{at}")
+        got = subprocess.run([sys.executable, "-c", code, "cuda"], cwd=ROOT, capture_output=True, text=True, env=env)
+        assert got.returncode == 0 and "good=True" in got.stdout, (at, got.stdout, got.stderr)

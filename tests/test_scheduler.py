@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from standins import ScriptedEngine, ScriptedSession, logits_for, tekken
 
-from ms4 import ROW, NotFinite
-from ms4.models.answer import Answer, Done, Prefill
+from ms4 import ROW, DeviceError, NotFinite
+from ms4.models.answer import Answer, Done, Note, Prefill
 from ms4.models.answer_parser import Text
 from ms4.models.control import Control
 from ms4.models.prompt import ImagePlace, Prompt
@@ -542,3 +542,43 @@ def test_the_stand_in_hears_every_token():
     other.feed([2])
     other.feed([3])
     assert one.says() == other.says() and logits_for(7, 9).argmax() == 7
+
+
+@pytest.mark.parametrize("step", range(7))
+@pytest.mark.parametrize("error", [DeviceError("it fell off the bus", -9), MemoryError("it fell off the bus")])
+def test_a_gpu_that_fails_costs_no_token(step, error, desk):
+    """Two answers, one with an image, and the GPU fails in some step: both read again what they held, and go on."""
+    engine, scheduler = desk(n_batch=400)
+    prompt = Prompt([1, *numbers(40), *[Control.IMG] * 2, *numbers(500, 1)], (ImagePlace(41, 2, 1, b"one", {}),))
+    rows = np.arange(8, dtype=np.float32).reshape(2, 4)
+    said = []
+    for fails in (False, True):
+        first, second = scheduler.open(N_CTX), scheduler.open(N_CTX)
+        count = iter(range(1000))
+
+        def before(_, fails=fails, count=count):
+            if fails and next(count) >= step and engine.on_gpu:
+                raise error
+
+        engine.before, engine.on_gpu = before, fails
+        answers = [make(prompt, max_tokens=6), make(numbers(300, 2), max_tokens=9)]
+        running = [scheduler.submit(answers[0], first, rows), scheduler.submit(answers[1], second)]
+        events = [list(one) for one in running]
+        said.append([answer.ids for answer in answers])
+        told = [event.text for one in events for event in one if isinstance(event, Note)]
+        assert told and set(told) == {"it fell off the bus"} if fails else not told
+        scheduler.drop(first)
+        scheduler.drop(second)
+    assert said[0] == said[1] and engine.left == ["it fell off the bus"]
+
+
+def test_a_cpu_that_has_no_memory_fails_the_answer(desk):
+    engine, scheduler = desk()
+
+    def before(_):
+        raise MemoryError("none")
+
+    engine.before = before
+    with pytest.raises(MemoryError):
+        ask(scheduler, scheduler.open(N_CTX), numbers(3))
+    assert not engine.left

@@ -42,7 +42,8 @@ static int divide(card *c, const ms4_shape *s, const layer_weights *layers, int3
 }
 static int open_parts(card *c, const ms4_options *o, const ms4_shape *s, const text_weights *host,
                       const struct ms4_ops *ops, slots *from_disk, int32_t *n_batch) {
-    const gpu_options how = { o->code, o->vram, o->device == MS4_DEVICE_CUDA_SAFE };
+    const gpu_options how = { .code = o->code, .most = o->vram, .safe = o->device == MS4_DEVICE_CUDA_SAFE,
+                              .patience = o->patience };
     uint64_t bytes = 0;
     FAIL_IF(s->kv_rank > MOST_RANK, MS4_EDEVICE, "the GPU takes latents of %d numbers at most; this model has %d",
             MOST_RANK, s->kv_rank);
@@ -113,14 +114,27 @@ int card_measure(card *c, double *vram, double *bus) {
 }
 void card_count(card *c, ms4_stats *out) {
     out->vram_bytes = gpu_used(c->g);
+    gpu_count_pinned(c->g, &out->pinned_bytes, &out->unpinned_bytes);
     if (c->slots) vram_count(c->slots, out);
+}
+int card_shrink(card *c) {
+    const uint64_t wanted = gpu_short(c->g), more = (uint64_t)16 << 20;
+    uint64_t given = 0;
+    if (!wanted || !c->slots || gpu_lost(c->g)) return 0;
+    return !vram_shrink(c->slots, 2 * wanted + more, &given) && given;      /* the next buffer may want as much */
+}
+void card_retire(card *c) {
+    vram_close(c->slots);
+    c->slots = NULL;
+    if (c->device) c->device->ops->close(c->device);
+    c->device = NULL;
+    cuda_kv_close(c->kv);
+    c->kv = NULL;
+    cuda_weights_close(&c->weights);
 }
 void card_close(card *c) {
     if (!c) return;
-    vram_close(c->slots);
-    if (c->device) c->device->ops->close(c->device);
-    cuda_kv_close(c->kv);
-    cuda_weights_close(&c->weights);
+    card_retire(c);
     gpu_close(c->g);
     memory_give(c);
 }

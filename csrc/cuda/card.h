@@ -23,6 +23,12 @@ typedef struct {
 int card_open(const ms4_options *o, const ms4_shape *s, const text_weights *host, const struct ms4_ops *ops,
               slots *from_disk, int32_t *n_batch, card **out);
 void card_close(card *c);
+/* Memory ran out in a step, between whose calls this is: gives up slots, so that there is room for what it asked for.
+ * 0: there was no want of memory of the card, or it has no slots to give up. */
+int card_shrink(card *c);
+/* Nothing more is computed on it: gives back all but what a vision tower has there.  card_close still has to be called,
+ * and no block of the kv cache may be in use. */
+void card_retire(card *c);
 /* A vision tower, if it fits beside all that was set aside; else MS4_ENOMEM, and nothing has changed.  In a turn. */
 int card_tower(card *c, const tower_weights *host, const ms4_vision_shape *s, cuda_weights *out);
 /* Bytes per second: of copies within the card, counted twice, as they read and write; of pinned memory to the card.  0:

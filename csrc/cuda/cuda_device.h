@@ -48,7 +48,7 @@ typedef struct {
     const float *rope_of;                                     /* the host's table that `rope` is a copy of */
     gpu_buffer routing;                                       /* a copy of pairs_here, for many pairs */
     gpu_pinned_room chosen;                                   /* the ids that the router chose, then pairs_here */
-    int32_t *ids;
+    int32_t *ids, sees_pairs;                                 /* kernels see `chosen` */
     cuda_pairs pairs_here, pairs_seen;                        /* pinned; what kernels read, one or the other */
     gpu_pinned_room x_pinned;
     const block_q8 *x_here;                                   /* pinned: X of this layer's choice, or NULL */

@@ -10,12 +10,14 @@
 #include <string.h>
 
 /* --- choosing ---------------------------------------------------------------------------------------------------- */
-/* Pinned memory for n pairs: ids, then weights, rows and tokens. */
+/* Pinned memory for n pairs: ids, then weights, rows and tokens.  Where it is not pinned, kernels do not see it, and
+ * the router's choice comes by way of as much memory on the card. */
 static int room_chosen(cuda_device *d, size_t n) {
     TRY(gpu_pinned(d->g, &d->chosen, 4 * n * sizeof *d->ids));
     d->ids = d->chosen.at;
     d->pairs_here = (cuda_pairs){ (float *)(d->ids + n), d->ids + 2 * n, d->ids + 3 * n };
-    return MS4_OK;
+    d->sees_pairs = gpu_is_pinned(d->g, d->chosen.at);
+    return d->sees_pairs ? MS4_OK : gpu_need(d->g, &d->routing, 4 * n * sizeof *d->ids);
 }
 /* What kernels read of the choice: where it lies, if it is short, else a copy on the card. */
 static int show_pairs(cuda_device *d, const picks *p) {
@@ -24,7 +26,7 @@ static int show_pairs(cuda_device *d, const picks *p) {
     memcpy(d->pairs_here.row, p->row, n * sizeof *p->row);
     memcpy(d->pairs_here.token, p->token, n * sizeof *p->token);
     d->pairs_seen = d->pairs_here;
-    if (n <= SHORT) return MS4_OK;
+    if (n <= SHORT && d->sees_pairs) return MS4_OK;
     TRY(gpu_need(d->g, &d->routing, 3 * n * sizeof(int32_t)));
     int32_t *card = d->routing.at;
     d->pairs_seen = (cuda_pairs){ (float *)card, card + n, card + 2 * n };
@@ -46,9 +48,11 @@ int cuda_route(device *base, const ms4_shape *s, picks *p) {
     cuda_device *d = (cuda_device *)base;
     const size_t n = (size_t)p->n * (size_t)p->k;
     TRY(room_chosen(d, n));
-    const choose_args args = { cuda_row(d, BUF_ROUTER, 0), d->ids, d->pairs_here.weight, d->rows[BUF_ROUTER].width,
+    int32_t *ids = d->sees_pairs ? d->ids : d->routing.at;
+    const choose_args args = { cuda_row(d, BUF_ROUTER, 0), ids, (float *)(ids + n), d->rows[BUF_ROUTER].width,
                                p->n, s->n_expert, p->k, s->router_norm, s->router_scale };
     TRY(gpu_launch(d->g, KERNEL_choose_experts, &args, (gpu_grid){ p->n, 1, 1 }, 0));
+    if (!d->sees_pairs) TRY(gpu_fetch(d->g, d->ids, ids, 2 * n * sizeof *ids));
     TRY(bring_x(d, p->n));
     TRY(gpu_wait(d->g));
     memcpy(p->expert, d->ids, n * sizeof *p->expert);

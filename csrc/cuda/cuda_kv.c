@@ -34,15 +34,16 @@ static int copy(kv_memory *m, uint8_t *to, const uint8_t *from, size_t bytes) {
     return gpu_wait(kv->g);
 }
 static CUdeviceptr address(const void *p) { return (CUdeviceptr)(uintptr_t)p; }
+#define KV(kv, name, ...) gpu_check((kv)->g, #name, cuda.name(__VA_ARGS__))
 /* One direction or the other, a piece at a time: `host` is read if `card` is to be written. */
 static int move(cuda_kv *kv, uint8_t *host, const uint8_t *card, size_t bytes, int up) {
     for (size_t part; bytes; host += part, card += part, bytes -= part) {
         part = bytes < PIECE ? bytes : PIECE;
         if (up) {
             memcpy(kv->pinned, host, part);
-            TRY(CU(cuMemcpyHtoDAsync, address(card), kv->pinned, part, kv->stream));
-        } else TRY(CU(cuMemcpyDtoHAsync, kv->pinned, address(card), part, kv->stream));
-        TRY(CU(cuStreamSynchronize, kv->stream));
+            TRY(KV(kv, cuMemcpyHtoDAsync, address(card), kv->pinned, part, kv->stream));
+        } else TRY(KV(kv, cuMemcpyDtoHAsync, kv->pinned, address(card), part, kv->stream));
+        TRY(gpu_finish(kv->g, kv->stream));
         if (!up) memcpy(host, kv->pinned, part);
     }
     return MS4_OK;
@@ -69,7 +70,7 @@ int cuda_kv_open(gpu *g, kv_memory **out) {
     *kv = (cuda_kv){ .base = { take, give, copy, read_block, write_block }, .g = g };
     pthread_mutex_init(&kv->lock, NULL);
     int status = gpu_pin(g, PIECE, &kv->pinned);
-    if (!status) status = CU(cuStreamCreate, &kv->stream, CU_STREAM_NON_BLOCKING);
+    if (!status) status = KV(kv, cuStreamCreate, &kv->stream, CU_STREAM_NON_BLOCKING);
     if (status) {
         cuda_kv_close(&kv->base);
         return status;

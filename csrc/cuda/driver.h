@@ -17,7 +17,7 @@ typedef struct CUfunc_st *CUfunction;
 typedef struct CUstream_st *CUstream;
 typedef struct CUevent_st *CUevent;
 
-enum { CUDA_SUCCESS = 0, CUDA_ERROR_OUT_OF_MEMORY = 2, CUDA_ERROR_NO_DEVICE = 100 };
+enum { CUDA_SUCCESS = 0, CUDA_ERROR_OUT_OF_MEMORY = 2, CUDA_ERROR_NO_DEVICE = 100, CUDA_ERROR_NOT_READY = 600 };
 enum { CU_MEMHOSTALLOC_PORTABLE = 1, CU_MEMHOSTALLOC_DEVICEMAP = 2, CU_STREAM_NON_BLOCKING = 1,
        CU_EVENT_DISABLE_TIMING = 2, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
        CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16, CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING = 41,
@@ -51,13 +51,12 @@ enum { CU_MEMHOSTALLOC_PORTABLE = 1, CU_MEMHOSTALLOC_DEVICEMAP = 2, CU_STREAM_NO
     X(cuMemcpyDtoDAsync, cuMemcpyDtoDAsync_v2, (CUdeviceptr, CUdeviceptr, size_t, CUstream)) \
     X(cuStreamCreate, cuStreamCreate, (CUstream *, unsigned)) \
     X(cuStreamDestroy, cuStreamDestroy_v2, (CUstream)) \
-    X(cuStreamSynchronize, cuStreamSynchronize, (CUstream)) \
+    X(cuStreamQuery, cuStreamQuery, (CUstream)) \
     X(cuStreamWaitEvent, cuStreamWaitEvent, (CUstream, CUevent, unsigned)) \
     X(cuEventCreate, cuEventCreate, (CUevent *, unsigned)) \
     X(cuEventDestroy, cuEventDestroy_v2, (CUevent)) \
     X(cuEventRecord, cuEventRecord, (CUevent, CUstream)) \
     X(cuEventQuery, cuEventQuery, (CUevent)) \
-    X(cuEventSynchronize, cuEventSynchronize, (CUevent)) \
     X(cuLaunchKernel, cuLaunchKernel, (CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, \
                                        unsigned, CUstream, void **, void **))
 

@@ -1,21 +1,26 @@
 /* gpu.c -- opens the card; its memory, counted and within a limit; what is asked of it, in order. */
 #include "cuda/gpu.h"
+#include "clock.h"
 #include "cuda/module.h"
 #include "memory.h"
 #include "ops.h"
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
 
 #define CHUNK ((size_t)4 << 20)                               /* pinned memory is taken in pieces of at least this */
 #define MOST_CHUNKS 16
+#define MOST_PIECES 128                                       /* of host memory for copies */
 #define SPARE ((size_t)512 << 20)                             /* of the card, for its driver and for others */
 #define PAD 256                                               /* bytes behind what is taken: kernels may read there */
 
 typedef struct { uint8_t *at; void *card; size_t bytes, used; } chunk;
 /* Two pieces of pinned memory through which other memory goes to the card, one being filled while the other leaves. */
 typedef struct { uint8_t *at[2]; CUevent left[2]; CUstream stream; int32_t next, used[2]; } pipe;
+typedef struct { void *at; size_t bytes; int pinned; } host_piece;
 typedef struct { CUfunction f; size_t granted; const char *name; int32_t threads; } loaded;
 
 struct gpu {
@@ -28,41 +33,72 @@ struct gpu {
     int32_t n_chunks, safe;
     atomic_int lost;
     pthread_mutex_t bringing;                                 /* of `aside` */
-    pthread_mutex_t lock;                                     /* of the next three */
+    pthread_mutex_t lock;                                     /* of the next three lines */
     char why[256];                                            /* it was lost */
-    uint64_t used, most;
+    uint64_t used, most, wanted, refused;                     /* wanted: that there was no room for */
+    host_piece pieces[MOST_PIECES];
+    int64_t patience;                                         /* ns */
     loaded kernels[N_KERNELS];
 };
-/* A failed call of the driver other than one for want of memory makes the card of no use for good. */
-static int check(gpu *g, const char *call, CUresult result) {
-    int status = cuda_check(call, result);
-    if (status != MS4_EDEVICE) return status;
+/* From now on nobody asks the card for anything. */
+static void lose(gpu *g) {
     pthread_mutex_lock(&g->lock);
     if (!atomic_load(&g->lost)) snprintf(g->why, sizeof g->why, "%s", ms4_error());
     atomic_store(&g->lost, 1);
     pthread_mutex_unlock(&g->lock);
+}
+const char *gpu_lost(gpu *g) { return atomic_load(&g->lost) ? g->why : NULL; }
+/* A failed call of the driver other than one for want of memory makes the card of no use for good. */
+int gpu_check(gpu *g, const char *call, CUresult result) {
+    int status = cuda_check(call, result);
+    if (status == MS4_EDEVICE) lose(g);
     return status;
 }
-#define GPU(g, name, ...) check(g, #name, cuda.name(__VA_ARGS__))
+#define GPU(g, name, ...) gpu_check(g, #name, cuda.name(__VA_ARGS__))
 static CUdeviceptr address(const void *p) { return (CUdeviceptr)(uintptr_t)p; }
 
+/* Between two looks at work that is not over.  A wait of the driver's own would never end where the card has died. */
+static int have_patience(gpu *g, int64_t *since) {
+    enum { SPIN = 1000000, YIELD = 50000000 };                /* ns */
+    FAIL_IF(g->lost, MS4_EDEVICE, "%s", g->why);
+    const int64_t now = now_ns(), waited = *since ? now - *since : 0;
+    if (!*since) *since = now;
+    if (waited > g->patience) {
+        error_set(MS4_EDEVICE, "the GPU has not answered for %d s; --device cpu works without it",
+                  (int)(g->patience / 1000000000));
+        lose(g);
+        return MS4_EDEVICE;
+    }
+    if (waited > YIELD) nanosleep(&(struct timespec){ .tv_nsec = 100000 }, NULL);
+    else if (waited > SPIN) sched_yield();
+    return MS4_OK;
+}
+/* Until an event, or if that is NULL all that is in a stream, is over.  (Inline, so that each place that waits is a
+ * place of its own to a test that lets one of them forget it.) */
+static inline __attribute__((always_inline)) int wait_for(gpu *g, CUstream stream, CUevent event) {
+    for (int64_t since = 0;;) {
+        const CUresult result = event ? cuda.cuEventQuery(event) : cuda.cuStreamQuery(stream);
+        if (result != CUDA_ERROR_NOT_READY) return gpu_check(g, event ? "cuEventQuery" : "cuStreamQuery", result);
+        TRY(have_patience(g, &since));
+    }
+}
 int gpu_enter(gpu *g) {
     FAIL_IF(g->lost, MS4_EDEVICE, "%s", g->why);
     return GPU(g, cuCtxSetCurrent, g->context);
 }
 int gpu_wait(gpu *g) {
     FAIL_IF(g->lost, MS4_EDEVICE, "%s", g->why);
-    TRY(GPU(g, cuStreamSynchronize, g->work));
+    TRY(wait_for(g, g->work, NULL));
     for (int32_t i = 0; i < g->n_chunks; i++) g->chunks[i].used = 0;
     return MS4_OK;
 }
+int gpu_finish(gpu *g, CUstream stream) { return wait_for(g, stream, NULL); }
 void gpu_settle(gpu *g) {
-    if (g->lost) return;
-    if (g->work) cuda.cuStreamSynchronize(g->work);
-    if (g->bring && g->bring != g->work) cuda.cuStreamSynchronize(g->bring);
+    if (!g->lost && g->work) wait_for(g, g->work, NULL);
+    if (!g->lost && g->bring && g->bring != g->work) wait_for(g, g->bring, NULL);
 }
 /* With `safe` every call is waited for, so that a failure is that of the call just made. */
-static int settle(gpu *g, CUstream stream) { return g->safe ? GPU(g, cuStreamSynchronize, stream) : MS4_OK; }
+static int settle(gpu *g, CUstream stream) { return g->safe ? wait_for(g, stream, NULL) : MS4_OK; }
 
 /* --- memory of the card ---------------------------------------------------------------------------------------- */
 int gpu_take(gpu *g, size_t bytes, void **out) {
@@ -71,6 +107,7 @@ int gpu_take(gpu *g, size_t bytes, void **out) {
     pthread_mutex_lock(&g->lock);
     int fits = bytes <= g->most && g->used <= g->most - bytes;
     if (fits) g->used += bytes;
+    else g->wanted = bytes;
     uint64_t left = g->most - g->used;
     pthread_mutex_unlock(&g->lock);
     FAIL_IF(!fits, MS4_ENOMEM, "no memory on the GPU: %zu bytes are needed, %llu of %llu are left; use a larger --vram "
@@ -79,6 +116,7 @@ int gpu_take(gpu *g, size_t bytes, void **out) {
     if (status) {
         pthread_mutex_lock(&g->lock);
         g->used -= bytes;
+        g->wanted = bytes;
         pthread_mutex_unlock(&g->lock);
         return status;
     }
@@ -104,6 +142,13 @@ uint64_t gpu_used(gpu *g) {
     pthread_mutex_unlock(&g->lock);
     return used;
 }
+uint64_t gpu_short(gpu *g) {
+    pthread_mutex_lock(&g->lock);
+    uint64_t wanted = g->wanted;
+    g->wanted = 0;
+    pthread_mutex_unlock(&g->lock);
+    return wanted;
+}
 int gpu_need(gpu *g, gpu_buffer *room, size_t bytes) {
     if (bytes <= room->bytes) return MS4_OK;
     if (room->at) TRY(gpu_wait(g));                           /* somebody may still be reading it */
@@ -122,15 +167,52 @@ int gpu_copy(gpu *g, void *to, const void *from, size_t bytes) {
     return settle(g, g->work);
 }
 /* --- pinned memory --------------------------------------------------------------------------------------------- */
+static host_piece *piece_of(gpu *g, const void *p) {
+    for (host_piece *at = g->pieces; at < g->pieces + MOST_PIECES; at++)
+        if (at->at == p) return at;
+    return NULL;
+}
 int gpu_pin(gpu *g, size_t bytes, void **out) {
-    int status = GPU(g, cuMemHostAlloc, out, bytes ? bytes : 1, CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP);
-    if (status == MS4_ENOMEM)
-        return error_set(MS4_ENOMEM, "%zu bytes of memory cannot be pinned for the GPU; raise the limit (ulimit -l) or "
-                         "use a smaller batch", bytes);
-    return status;
+    host_piece got = { .bytes = bytes ? bytes : 1 };
+    *out = NULL;
+    int status = GPU(g, cuMemHostAlloc, &got.at, got.bytes, CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP);
+    if (status && status != MS4_ENOMEM) return status;
+    got.pinned = !status;
+    if (status) got.at = memory_take_pages(got.bytes, 0);
+    FAIL_IF(!got.at, MS4_ENOMEM, "no memory for copies to the GPU (%zu bytes); use a smaller batch", bytes);
+    pthread_mutex_lock(&g->lock);
+    host_piece *p = piece_of(g, NULL);
+    if (p) *p = got;
+    if (p && !got.pinned) g->refused += got.bytes;
+    pthread_mutex_unlock(&g->lock);
+    if (p) *out = got.at;
+    else if (got.pinned) cuda.cuMemFreeHost(got.at);
+    else memory_give_pages(got.at, got.bytes);
+    FAIL_IF(!p, MS4_ENOMEM, "too many pieces of memory for copies to the GPU; use a smaller batch");
+    return MS4_OK;
 }
 void gpu_unpin(gpu *g, void *p) {
-    if (p && !g->lost) cuda.cuMemFreeHost(p);
+    if (!p) return;
+    pthread_mutex_lock(&g->lock);
+    host_piece *at = piece_of(g, p), was = at ? *at : (host_piece){ 0 };
+    if (at) *at = (host_piece){ 0 };
+    pthread_mutex_unlock(&g->lock);
+    if (was.at && !was.pinned) memory_give_pages(was.at, was.bytes);
+    else if (was.at && !g->lost) cuda.cuMemFreeHost(p);
+}
+int gpu_is_pinned(gpu *g, const void *p) {
+    pthread_mutex_lock(&g->lock);
+    const host_piece *at = piece_of(g, p);
+    const int pinned = at && at->pinned;
+    pthread_mutex_unlock(&g->lock);
+    return pinned;
+}
+void gpu_count_pinned(gpu *g, uint64_t *pinned, uint64_t *refused) {
+    pthread_mutex_lock(&g->lock);
+    *pinned = 0;
+    *refused = g->refused;
+    for (const host_piece *p = g->pieces; p < g->pieces + MOST_PIECES; p++) *pinned += p->pinned ? p->bytes : 0;
+    pthread_mutex_unlock(&g->lock);
 }
 int gpu_pinned(gpu *g, gpu_pinned_room *room, size_t bytes) {
     if (bytes <= room->bytes) return MS4_OK;
@@ -192,7 +274,7 @@ static int pipe_copy(gpu *g, pipe *p, uint8_t *to, const uint8_t *from, size_t b
     for (size_t part; bytes; to += part, from += part, bytes -= part) {
         const int32_t i = p->next;
         part = bytes < CHUNK ? bytes : CHUNK;
-        if (p->used[i]) TRY(GPU(g, cuEventSynchronize, p->left[i]));
+        if (p->used[i]) TRY(wait_for(g, NULL, p->left[i]));
         memcpy(p->at[i], from, part);
         TRY(GPU(g, cuMemcpyHtoDAsync, address(to), p->at[i], part, p->stream));
         TRY(GPU(g, cuEventRecord, p->left[i], p->stream));
@@ -208,7 +290,7 @@ int gpu_download(gpu *g, void *to, const void *from, size_t bytes) {
     for (size_t part; bytes; out += part, at += part, bytes -= part) {
         part = bytes < CHUNK ? bytes : CHUNK;
         for (int i = 0; i < 2; i++)
-            if (g->up.used[i]) TRY(GPU(g, cuEventSynchronize, g->up.left[i]));
+            if (g->up.used[i]) TRY(wait_for(g, NULL, g->up.left[i]));
         g->up.used[0] = g->up.used[1] = 0;
         TRY(GPU(g, cuMemcpyDtoHAsync, g->up.at[0], address(at), part, g->work));
         TRY(gpu_wait(g));
@@ -232,10 +314,9 @@ int gpu_worked(gpu *g, CUevent event) { return GPU(g, cuEventRecord, event, g->w
 int gpu_await(gpu *g, CUevent event) { return GPU(g, cuStreamWaitEvent, g->work, event, 0); }
 int gpu_hold(gpu *g, CUevent event) { return GPU(g, cuStreamWaitEvent, g->bring, event, 0); }
 int gpu_is_over(gpu *g, CUevent event, int *over) {
-    enum { NOT_READY = 600 };
     CUresult result = cuda.cuEventQuery(event);
     *over = result == CUDA_SUCCESS;
-    return result == NOT_READY ? MS4_OK : check(g, "cuEventQuery", result);
+    return result == CUDA_ERROR_NOT_READY ? MS4_OK : gpu_check(g, "cuEventQuery", result);
 }
 /* --- work ------------------------------------------------------------------------------------------------------ */
 static const struct { const char *name; int32_t threads; } rows[] = {
@@ -337,6 +418,7 @@ int gpu_open(const gpu_options *o, gpu **out) {
     pthread_mutex_init(&g->lock, NULL);
     pthread_mutex_init(&g->bringing, NULL);
     g->safe = o->safe;
+    g->patience = (int64_t)(o->patience ? o->patience : GPU_PATIENCE) * 1000000000;
     int status = open_parts(g, o);
     if (status) {
         gpu_close(g);
@@ -347,7 +429,7 @@ int gpu_open(const gpu_options *o, gpu **out) {
     return MS4_OK;
 }
 /* What fails here is not told: why the card is closed is the better reason.  Of a card that is lost nothing can be
- * given back; the process's end does it. */
+ * given back, and a call might never return; the process's end does it. */
 void gpu_close(gpu *g) {
     if (!g) return;
     if (g->context && !g->lost && cuda.cuCtxSetCurrent(g->context) == CUDA_SUCCESS) {
@@ -362,7 +444,8 @@ void gpu_close(gpu *g) {
         if (g->work) cuda.cuStreamDestroy(g->work);
         if (g->module) cuda.cuModuleUnload(g->module);
     }
-    if (g->context) cuda.cuDevicePrimaryCtxRelease(g->id);
+    for (host_piece *p = g->pieces; p < g->pieces + MOST_PIECES; p++) gpu_unpin(g, p->at);
+    if (g->context && !g->lost) cuda.cuDevicePrimaryCtxRelease(g->id);
     pthread_mutex_destroy(&g->bringing);
     pthread_mutex_destroy(&g->lock);
     memory_give(g);

@@ -3,8 +3,8 @@
  *
  * All work goes to one stream, in order; the other one brings experts.  Whoever calls holds the engine's turn, except
  * for gpu_take and gpu_give, which any thread may call that has called gpu_enter.  Pinned and device memory have the
- * same address on both sides.  Errors: MS4_ENOMEM, or MS4_EDEVICE, which lasts: a card that failed once is not asked
- * again.
+ * same address on both sides.  Errors: MS4_ENOMEM, or MS4_EDEVICE, which lasts: a card that failed once, or that did
+ * not answer for too long, is not asked again.
  */
 #ifndef MS4_CUDA_GPU_H
 #define MS4_CUDA_GPU_H
@@ -26,12 +26,18 @@ typedef struct {
     const char *code;                                         /* a file of kernels (cubin, fat binary, PTX); module.c */
     uint64_t most;                                            /* bytes of memory to take at most; 0: all that is free */
     int32_t safe;                                             /* wait after every call, to see which one fails */
+    int32_t patience;                                         /* seconds that a wait may take; 0: GPU_PATIENCE */
 } gpu_options;
+
+#define GPU_PATIENCE 120
 
 int gpu_open(const gpu_options *o, gpu **out);
 void gpu_close(gpu *g);
 int gpu_enter(gpu *g);                                        /* the calling thread works with this card */
 int gpu_wait(gpu *g);                                         /* all work is done */
+int gpu_finish(gpu *g, CUstream stream);                      /* what is in a stream of the caller's is done */
+int gpu_check(gpu *g, const char *call, CUresult result);     /* as cuda_check; a failure is the card's end */
+const char *gpu_lost(gpu *g);                                 /* why it is; NULL: it is not */
 void gpu_settle(gpu *g);                                      /* before closing: both streams have come to their end */
 
 /* --- memory of the card */
@@ -39,6 +45,7 @@ int gpu_take(gpu *g, size_t bytes, void **out);               /* aligned to 256;
 void gpu_give(gpu *g, void *p, size_t bytes);
 uint64_t gpu_room(gpu *g);                                    /* bytes that may still be taken */
 uint64_t gpu_used(gpu *g);
+uint64_t gpu_short(gpu *g);                                   /* bytes that were not to be had, since the last call */
 int gpu_copy(gpu *g, void *to, const void *from, size_t bytes);               /* on the card */
 int gpu_upload(gpu *g, void *to, const void *from, size_t bytes);             /* `from` may change afterwards */
 int gpu_download(gpu *g, void *to, const void *from, size_t bytes);           /* waits */
@@ -46,9 +53,12 @@ typedef struct { void *at; size_t bytes; } gpu_buffer;        /* memory that onl
 int gpu_need(gpu *g, gpu_buffer *room, size_t bytes);         /* at least so many */
 void gpu_drop(gpu *g, gpu_buffer *room);
 
-/* --- pinned memory */
+/* --- pinned memory, or where the system gives none any more other memory, which copies take, too, but slower: what
+ * they read must not change until they are over, and nobody looks at what they write before. */
 int gpu_pin(gpu *g, size_t bytes, void **out);
 void gpu_unpin(gpu *g, void *p);
+int gpu_is_pinned(gpu *g, const void *p);                     /* it came from gpu_pin, and kernels see it */
+void gpu_count_pinned(gpu *g, uint64_t *pinned, uint64_t *refused);           /* bytes; and ever refused */
 typedef struct { void *at; size_t bytes; } gpu_pinned_room;   /* that only grows; its old content is lost then */
 int gpu_pinned(gpu *g, gpu_pinned_room *room, size_t bytes);  /* at least so many; waits where it grows */
 /* Pinned, zeroed, aligned to 64; card (or NULL): as much memory of the card, for gpu_show.  Good until the next

@@ -4,12 +4,17 @@
 #include "policy.h"
 #include <pthread.h>
 #include <string.h>
+#include <time.h>
 
 #define ALIGNED 256
 #define ON_THE_WAY 2                                          /* experts sent for together: the bus sets the pace */
 
+#define PIECES 8                                              /* of a pool, about: what can be given up at once */
+#define MOST_PIECES (4 * PIECES * POLICY_POOLS)
+#define GIVEN_UP (-1)                                         /* as a pool: of a slot that is no more */
+
 typedef struct { uint8_t *at; int32_t id, pool; } place;      /* id: layer * n_expert + expert; -1: it holds nothing */
-typedef struct { uint8_t *memory; size_t bytes; int32_t n; } pool_of_slots;
+typedef struct { uint8_t *memory; size_t bytes; int32_t first, n; } piece;    /* slots first .. first + n - 1 */
 typedef enum { FREE, ASKED, SENT, FAILED } stage;
 typedef struct { ffn_weights from; CUevent done; int32_t slot, id; stage at; } errand;
 
@@ -23,9 +28,10 @@ struct vram {
     uint8_t *where;                                           /* by id: bits of policy.h */
     int32_t *pool;                                            /* by layer: -1 has no experts, or no slots */
     int32_t *pairs;                                           /* n_expert: scratch */
-    pool_of_slots pools[POLICY_POOLS];
+    piece pieces[MOST_PIECES];
+    int32_t in_pool[POLICY_POOLS];                            /* slots */
     uint64_t of_pool[POLICY_POOLS];                           /* bytes of an expert */
-    int32_t n_layer, n_expert, n_slots, n_pools, n_held, n_experts;
+    int32_t n_layer, n_expert, n_slots, n_given_up, n_pools, n_pieces, n_held, n_experts;
     uint64_t n_brought, bytes_brought;
     pthread_t thread;
     pthread_mutex_t lock;                                     /* of the errands' stages, and of `ends` */
@@ -80,7 +86,7 @@ void vram_used(vram *v, int32_t layer, const picks *p) {
 }
 void vram_count(const vram *v, ms4_stats *out) {
     out->experts = (uint64_t)v->n_experts;
-    out->vram_slots = (uint64_t)v->n_slots;
+    out->vram_slots = (uint64_t)(v->n_slots - v->n_given_up);
     out->vram_experts = (uint64_t)v->n_held;
     out->uploads = v->n_brought;
     out->bytes_uploaded = v->bytes_brought;
@@ -177,7 +183,8 @@ static void ask(vram *v, const policy_move *m, errand *e) {
 /* The best moves; free slots are those that hold nothing and that nobody is on the way to. */
 static int32_t find_moves(vram *v, policy_move *moves, int32_t most) {
     int32_t n_free[POLICY_POOLS] = { 0 };
-    for (int32_t i = 0; i < v->n_slots; i++) n_free[v->slots[i].pool] += v->slots[i].id < 0;
+    for (int32_t i = 0; i < v->n_slots; i++)
+        if (v->slots[i].pool != GIVEN_UP) n_free[v->slots[i].pool] += v->slots[i].id < 0;
     for (errand *e = v->errands; e < v->errands + ON_THE_WAY; e++)
         if (stage_of(v, e) != FREE) n_free[v->slots[e->slot].pool]--;
     const policy_places at = { .where = v->where, .pool = v->pool, .n_free = n_free, .bytes = v->of_pool,
@@ -211,26 +218,42 @@ static void find_pools(vram *v) {
         if (pool == POLICY_POOLS) continue;
         if (pool == v->n_pools) v->of_pool[v->n_pools++] = bytes;
         v->pool[i] = pool;
-        v->pools[pool].n += v->n_expert;                      /* what it would take to hold them all */
+        v->in_pool[pool] += v->n_expert;                      /* what it would take to hold them all */
     }
+}
+/* n slots of a pool, in some pieces; fewer, if the card has no more. */
+static int make_pool(vram *v, int32_t pool, int32_t n) {
+    const size_t bytes = v->of_pool[pool];
+    int32_t at_once = (n + PIECES - 1) / PIECES, made = 0;
+    while (made < n && at_once && v->n_pieces < MOST_PIECES) {
+        piece p = { .first = v->n_slots, .n = at_once < n - made ? at_once : n - made };
+        p.bytes = (size_t)p.n * bytes;
+        int status = gpu_take(v->g, p.bytes, (void **)&p.memory);
+        if (status && status != MS4_ENOMEM) return status;
+        if (status) {
+            at_once /= 2;
+            continue;
+        }
+        for (int32_t i = 0; i < p.n; i++) v->slots[v->n_slots++] = (place){ p.memory + (size_t)i * bytes, -1, pool };
+        v->pieces[v->n_pieces++] = p;
+        made += p.n;
+    }
+    v->in_pool[pool] = made;
+    gpu_short(v->g);                                          /* that is nobody's business any more */
+    return MS4_OK;
 }
 /* As many slots of each size as their share of the bytes allows. */
 static int make_slots(vram *v, uint64_t bytes) {
     uint64_t wanted = 0;
-    for (int32_t i = 0; i < v->n_pools; i++) wanted += (uint64_t)v->pools[i].n * v->of_pool[i];
+    int32_t n[POLICY_POOLS] = { 0 }, all = 0;
+    for (int32_t i = 0; i < v->n_pools; i++) wanted += (uint64_t)v->in_pool[i] * v->of_pool[i];
     for (int32_t i = 0; i < v->n_pools; i++) {
-        pool_of_slots *p = &v->pools[i];
-        if (wanted > bytes) p->n = (int32_t)((double)p->n * ((double)bytes / (double)wanted));
-        if (p->n) TRY(gpu_take(v->g, (size_t)p->n * v->of_pool[i], (void **)&p->memory));
-        p->bytes = (size_t)p->n * v->of_pool[i];
-        v->n_slots += p->n;
+        n[i] = wanted > bytes ? (int32_t)((double)v->in_pool[i] * ((double)bytes / (double)wanted)) : v->in_pool[i];
+        all += n[i];
     }
-    v->slots = memory_take((size_t)v->n_slots + 1, sizeof *v->slots);
+    v->slots = memory_take((size_t)all + 1, sizeof *v->slots);
     FAIL_IF(!v->slots, MS4_ENOMEM, "no memory for the table of slots");
-    place *next = v->slots;
-    for (int32_t i = 0; i < v->n_pools; i++)
-        for (int32_t k = 0; k < v->pools[i].n; k++)
-            *next++ = (place){ v->pools[i].memory + (size_t)k * v->of_pool[i], -1, i };
+    for (int32_t i = 0; i < v->n_pools; i++) TRY(make_pool(v, i, n[i]));
     return MS4_OK;
 }
 /* An expert out of the slots of the disk, which read it first: its addresses are good until the next is asked for. */
@@ -258,9 +281,9 @@ static int fill_slot(vram *v, int32_t at, int32_t id) {
 }
 static int fill(vram *v) {
     int32_t next[POLICY_POOLS] = { 0 };
-    for (int32_t i = 1; i < v->n_pools; i++) next[i] = next[i - 1] + v->pools[i - 1].n;
+    for (int32_t i = 1; i < v->n_pools; i++) next[i] = next[i - 1] + v->in_pool[i - 1];
     int32_t end[POLICY_POOLS] = { 0 };
-    for (int32_t i = 0; i < v->n_pools; i++) end[i] = next[i] + v->pools[i].n;
+    for (int32_t i = 0; i < v->n_pools; i++) end[i] = next[i] + v->in_pool[i];
     for (int32_t expert = 0; expert < v->n_expert; expert++)
         for (int32_t layer = 0; layer < v->n_layer; layer++) {
             const int32_t pool = v->pool[layer];
@@ -281,7 +304,7 @@ int vram_warm(vram *v) {
     return gpu_wait(v->g);
 }
 static int start_thread(vram *v) {
-    if (vram_has_all(v) || !v->n_slots || v->from_disk) return MS4_OK;
+    if (vram_has_all(v) || v->n_given_up == v->n_slots || v->from_disk || v->has_thread) return MS4_OK;
     for (int i = 0; i < ON_THE_WAY; i++) TRY(gpu_event(v->g, &v->errands[i].done));
     v->has_thread = !pthread_create(&v->thread, NULL, run_errands, v);
     FAIL_IF(!v->has_thread, MS4_ENOMEM, "no thread to bring experts to the GPU");
@@ -300,6 +323,48 @@ static int open_parts(vram *v, uint64_t bytes) {
     find_pools(v);
     TRY(make_slots(v, bytes));
     TRY(fill(v));
+    return start_thread(v);
+}
+/* --- giving up ---------------------------------------------------------------------------------------------------- */
+/* Nobody is on the way any more. */
+static int come_home(vram *v) {
+    for (int32_t under_way = 1; under_way;) {
+        under_way = 0;
+        TRY(gpu_enter(v->g));
+        TRY(arrive(v));
+        for (errand *e = v->errands; e < v->errands + ON_THE_WAY; e++) under_way += stage_of(v, e) != FREE;
+        if (under_way) gpu_settle(v->g);
+        if (under_way) nanosleep(&(struct timespec){ .tv_nsec = 50000 }, NULL);
+    }
+    return MS4_OK;
+}
+static double worth_of(const vram *v, const piece *p) {
+    double sum = 0;
+    for (int32_t i = p->first; i < p->first + p->n; i++) {
+        const int32_t id = v->slots[i].id;
+        sum += id < 0 ? 0 : policy_value(v->counts, id / v->n_expert, id % v->n_expert);
+    }
+    return sum;
+}
+static piece *least_worth(vram *v) {
+    piece *least = NULL;
+    for (piece *p = v->pieces; p < v->pieces + v->n_pieces; p++)
+        if (p->memory && (!least || worth_of(v, p) < worth_of(v, least))) least = p;
+    return least;
+}
+int vram_shrink(vram *v, uint64_t bytes, uint64_t *given) {
+    *given = 0;
+    TRY(come_home(v));
+    for (piece *p; *given < bytes && (p = least_worth(v));) {
+        for (int32_t i = p->first; i < p->first + p->n; i++) {
+            if (v->slots[i].id >= 0) leave(v, i);
+            v->slots[i].pool = GIVEN_UP;
+        }
+        gpu_give(v->g, p->memory, p->bytes);                  /* the driver waits for what may still read there */
+        *given += p->bytes;
+        v->n_given_up += p->n;
+        *p = (piece){ 0 };
+    }
     return start_thread(v);
 }
 int vram_open(gpu *g, const ms4_shape *s, const layer_weights *layers, slots *from_disk, uint64_t bytes, vram **out) {
@@ -329,7 +394,7 @@ void vram_close(vram *v) {
     if (v->has_thread) pthread_join(v->thread, NULL);
     if (!gpu_enter(v->g)) gpu_settle(v->g);
     for (int i = 0; i < ON_THE_WAY; i++) gpu_event_close(v->g, v->errands[i].done);
-    for (int32_t i = 0; i < v->n_pools; i++) gpu_give(v->g, v->pools[i].memory, v->pools[i].bytes);
+    for (int32_t i = 0; i < v->n_pieces; i++) gpu_give(v->g, v->pieces[i].memory, v->pieces[i].bytes);
     policy_close(v->counts);
     void *all[] = { v->slots, v->slot_of, v->where, v->pool, v->pairs };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) memory_give(all[i]);

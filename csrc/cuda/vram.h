@@ -14,7 +14,7 @@ typedef struct vram vram;
 
 /* layers: n_layer, with experts in host memory, which stays where it is.  from_disk: NULL, or where their weights come
  * from instead (slots.h); then nothing moves after opening.  bytes: what slots may take at most; as many are made as
- * fit, for all sizes alike, and filled, all layers in turn. */
+ * fit, for all sizes alike, or fewer if the card has less than that, and filled, all layers in turn. */
 int vram_open(gpu *g, const ms4_shape *s, const layer_weights *layers, slots *from_disk, uint64_t bytes, vram **out);
 void vram_close(vram *v);
 uint64_t vram_wanted(const ms4_shape *s, const layer_weights *layers);        /* bytes that all experts would take */
@@ -28,6 +28,9 @@ int vram_warm(vram *v);                                       /* at once: those 
 /* Between two steps, while no work is under way: what has arrived can be found, and what has earned a slot by now is
  * sent for. */
 int vram_turn(vram *v);
+/* Between two steps: gives up slots for at least so many bytes, if there are as many, those first that are worth least;
+ * *given: how many bytes that were.  Then a new slot is never made. */
+int vram_shrink(vram *v, uint64_t bytes, uint64_t *given);
 /* experts to bytes_uploaded; experts brought since the slots were filled are uploads. */
 void vram_count(const vram *v, ms4_stats *out);
 #endif

@@ -46,7 +46,8 @@ static void read_failure(settings *set, const char *text) {
     if (colon != std::string::npos) rest = word.substr(colon + 1);
     set->fail_at = strtoull(word.c_str(), nullptr, 10);
     set->fail_lost = rest == "lost";
-    set->fail_code = set->fail_lost ? 0 : atoi(rest.c_str());
+    set->fail_hangs = rest == "hang";
+    set->fail_code = set->fail_lost || set->fail_hangs ? 0 : atoi(rest.c_str());
 }
 static void read_settings() {
     driver_state &d = state();

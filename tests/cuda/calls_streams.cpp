@@ -71,7 +71,11 @@ EXPORT int cuStreamQuery(void *handle) {
     entry e("cuStreamQuery");
     stream *s = stream_of(handle);
     if (e.error || !s) return e.error ? e.error : INVALID_HANDLE;
-    return work_done(s, s->last) ? OK : NOT_READY;
+    if (forgotten("cuStreamQuery", __builtin_return_address(0))) return OK;
+    uint64_t number = s->last;
+    /* Who asks again and again leaves the lock to the work meanwhile. */
+    if (!work_done(s, number)) state().changed.wait_for(e.lock, std::chrono::microseconds(20));
+    return state().lost ? state().lost : work_done(s, number) ? OK : NOT_READY;
 }
 EXPORT int cuLaunchHostFunc(void *handle, void (*call)(void *), void *data) {
     entry e("cuLaunchHostFunc");
@@ -134,6 +138,7 @@ EXPORT int cuEventQuery(void *handle) {
     entry e("cuEventQuery");
     event *v = (event *)handle;
     if (e.error || !v) return e.error ? e.error : INVALID_HANDLE;
+    if (forgotten("cuEventQuery", __builtin_return_address(0))) return OK;
     return !v->at || v->at->done ? OK : NOT_READY;
 }
 EXPORT int cuEventSynchronize(void *handle) {

@@ -10,9 +10,11 @@
  *   MS4_EMU_CC=86       compute capability; MS4_EMU_DEVICES=n (1); MS4_EMU_THREADS=n  CPU threads of a kernel (2)
  *   MS4_EMU_FAIL=call:n, call:n:code or n, n:code   the n-th call (of that name, or of all) fails with this error (2
  *                       where memory is asked for, 999 else); call `kernel`: the n-th kernel that runs faults; code
- *                       `lost`: that call and all later ones fail, and what was queued is never done
+ *                       `lost`: that call and all later ones fail, and what was queued is never done; kernel:n:hang:
+ *                       that kernel never ends, and nothing behind it begins
  *   MS4_EMU_FORGET=call:n  a mutant: what the n-th place of the program does that calls this (cuStreamSynchronize,
- *                       cuEventSynchronize, cuStreamWaitEvent or cuEventRecord), in order of first calls, has no effect
+ *                       cuEventSynchronize, cuStreamWaitEvent or cuEventRecord), in order of first calls, has no effect;
+ *                       cuStreamQuery and cuEventQuery say that it is over
  *   MS4_EMU_REPORT=file at exit: calls by name, kernels by name, places that wait, bytes copied, most memory in use
  */
 #ifndef MS4_EMULATED_DRIVER_H
@@ -92,7 +94,7 @@ struct settings {
     size_t forget_place;
     uint64_t fail_at;
     int fail_code;
-    bool fail_lost;
+    bool fail_lost, fail_hangs;
 };
 struct driver_state {
     std::mutex lock;
@@ -100,6 +102,7 @@ struct driver_state {
     settings set;
     bool initialised = false, module_loaded = false;
     int lost = 0;                                   /* the error that all calls give from now on */
+    bool hung = false;                              /* nothing is done any more */
     int context_users = 0, n_waiting = 0;           /* threads of the host that wait */
     uint64_t numbers = 0;
     stream zero;                                    /* stream 0 */

@@ -104,8 +104,9 @@ static void account(const op &what) {
     if (what.kind == op::COPY) d.copied += what.n;
     if (what.kind != op::KERNEL) return;
     d.kernels_run[what.kernel->name]++;
-    if (++d.n_kernels == d.set.fail_at && d.set.fail_call == "kernel") work_lose(d.set.fail_code ? d.set.fail_code
-                                                                                                  : LAUNCH_FAILED);
+    if (++d.n_kernels != d.set.fail_at || d.set.fail_call != "kernel") return;
+    if (d.set.fail_hangs) d.hung = true;
+    else work_lose(d.set.fail_code ? d.set.fail_code : LAUNCH_FAILED);
 }
 /* A node of a graph whose nodes before it are done, at random. */
 static size_t next_node(const graph_run &run) {
@@ -127,7 +128,7 @@ static void step(std::unique_lock<std::mutex> &lock, stream *s) {
     bool ends = true;
     if (what) {
         account(*what);
-        if (d.lost) return;
+        if (d.lost || d.hung) return;
         uint32_t seed = d.set.seed ? (uint32_t)d.random() | 1 : 0;
         s->running = true;
         memory_open(true);
@@ -154,6 +155,10 @@ static void work_loop() {
     std::unique_lock<std::mutex> lock(d.lock);
     for (;;) {
         std::vector<stream *> ready, held;
+        if (d.hung) {
+            memory_open(false);
+            d.changed.wait(lock, [&] { return !d.hung; });
+        }
         auto now = steady_clock::now();
         bool polls = false;
         for (stream *s : d.streams) {
