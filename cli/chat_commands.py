@@ -46,6 +46,7 @@ COMMANDS = (
     Command("/retry", "", "answer the last message again"),
     Command("/edit", "", "change the last message, and answer that"),
     Command("/continue", "", "go on with an answer that was cut"),
+    Command("/compact", "[HINT]", "make the older turns a summary, to have room; HINT: what matters"),
     Command("/copy", "[code]", "the last answer, or its last block of code, to the clipboard", ("code",)),
     Command("/save", "NAME", "name this session; ms4 chat --resume NAME opens it"),
     Command("/export", "FILE", "write the conversation to FILE.md or FILE.json", PATH),

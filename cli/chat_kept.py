@@ -74,15 +74,19 @@ def save(talk: Talk, name: str) -> None:
 def session_of(talk: Talk) -> Session:
     """The conversation as a session, from what the chat holds: also of one that is not on disk."""
     from ms4.models import sessions
-    from ms4.models.dialogue import said
+    from ms4.models.dialogue import Turn, said
 
     dialogue, path = talk.dialogue, talk.memory.path
-    turns = []
-    for turn in dialogue.turns:
+
+    def spelled(turn: Turn) -> sessions.Turn:
         text, thinking = said(turn.answer or (), dialogue.tokenizer)
-        turns.append(sessions.Turn(turn.message, turn.answer or (), text, thinking))
+        return sessions.Turn(
+            turn.message, turn.answer or (), text, thinking, older=[spelled(one) for one in turn.older]
+        )
+
     made = sessions.Session(path or sessions.folder(), path.stem if path else "", 0.0, talk.memory.model)
-    made.system, made.effort, made.turns, made.name = dialogue.system, dialogue.effort, turns, talk.memory.named
+    made.system, made.effort, made.name = dialogue.system, dialogue.effort, talk.memory.named
+    made.turns = [spelled(turn) for turn in dialogue.turns]
     return made
 
 
@@ -98,13 +102,14 @@ def export(talk: Talk, value: str) -> None:
             raise UsageError("/export FILE.md writes Markdown, /export FILE.json messages")
         if not talk.dialogue.turns:
             raise UsageError("there is nothing to export yet")
-        text = write(session_of(talk))
+        session = session_of(talk)
+        text = write(session)
         try:
             with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
         except FileExistsError:
             raise UsageError(f"{shown(path)} is there already", "another name") from None
-        n = len(talk.dialogue.turns)
+        n = len(session.all_turns)
         return f"{shown(path)}: {n} turn{'' if n == 1 else 's'}"
 
     told(talk, act)

@@ -20,8 +20,9 @@ from ms4.cli.errors import MissingError, UsageError
 if TYPE_CHECKING:
     from ms4.cli.image_notes import ImageOptions
     from ms4.cli.options import EngineOptions
+    from ms4.models import sessions
     from ms4.models.answer import Event, Prompt
-    from ms4.models.dialogue import Content, Dialogue
+    from ms4.models.dialogue import Content, Dialogue, Turn
     from ms4.models.sessions import Session
     from ms4.models.timeline import Timeline
 
@@ -79,16 +80,20 @@ def pick() -> str:
 def described(session: Session) -> str:
     """One line about a session."""
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(session.path.stat().st_mtime))
-    n = len(session.turns)
+    n = len(session.all_turns)
     return f"{session.id}  {when}  {n:3} turn{'' if n == 1 else 's'}  {errors.escape(session.title)}"
 
 
 def replay(session: Session, dialogue: Dialogue) -> None:
     """Gives a dialogue the turns of a session."""
+    dialogue.system, dialogue.effort = session.system, session.effort
+    dialogue.turns = list(turns_of(session.turns))
+
+
+def turns_of(turns: Sequence[sessions.Turn]) -> tuple[Turn, ...]:
     from ms4.models.dialogue import Turn
 
-    dialogue.system, dialogue.effort = session.system, session.effort
-    dialogue.turns = [Turn(turn.message, turn.answer) for turn in session.turns]
+    return tuple(Turn(turn.message, turn.answer, turns_of(turn.older)) for turn in turns)
 
 
 class Pieces:
@@ -195,6 +200,13 @@ class Memory:
         text, thinking = "".join(pieces.text), "".join(pieces.thinking)
         answer, cut = closed(ids), len(ids) if reason in CUT else None
         self._guard(lambda: self._recorder and self._recorder.turn(message, answer, text, thinking, reason, cut))
+
+    def compact(self, n: int, message: str, ids: Sequence[int], text: str) -> None:
+        """The first n turns are a summary now."""
+        from ms4.models.dialogue import closed
+
+        answer = closed(ids)
+        self._guard(lambda: self._recorder and self._recorder.compact(n, message, answer, text))
 
     def undo(self, n: int) -> None:
         self._guard(lambda: self._recorder and self._recorder.undo(n))

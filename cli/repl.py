@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ms4.cli import (
     attachments,
     chat_attached,
+    chat_compact,
     chat_kept,
     chat_settings,
     errors,
@@ -173,6 +174,7 @@ class Talk:
         self.attached: list[Attachment] = []  # to the next message
         self.interactive = interactive
         self.over = False
+        self.warned = 0  # how often, that the context fills up
         self.cut: remembered.Cut | None = None  # the last answer, if it can go on
         self.editor: lines.EditedLines | None = None
         self.last: Statistics | None = None
@@ -194,6 +196,7 @@ class Talk:
             "/retry": self.retry,
             "/edit": self.edit,
             "/continue": self.resume,
+            "/compact": partial(chat_compact.compact, self),
             "/copy": partial(chat_kept.copy, self),
             "/save": partial(chat_kept.save, self),
             "/export": partial(chat_kept.export, self),
@@ -213,7 +216,7 @@ class Talk:
         self.sampler = self.settings.sampling.sampler(session.effort)
         if system is not None and system != session.system:
             self.set_system(system)
-        n = len(session.turns)
+        n = len(session.all_turns)
         self.say(f"session {session.id}: {n} turn{'' if n == 1 else 's'}, the last one:")
         for turn in session.turns[-1:]:
             self.tell(errors.escape(f"> {words_of(turn.message)}"))
@@ -383,7 +386,7 @@ class Talk:
         self.tell(f"took back {n} turn{'' if n == 1 else 's'}" if n else "there is nothing to take back")
 
     def retry(self, _: str) -> None:
-        if not self.dialogue.turns:
+        if not self.dialogue.turns or self.dialogue.turns[-1].older:
             self.tell("there is nothing to answer again")
             return
         message = self.dialogue.turns[-1].message
@@ -396,7 +399,7 @@ class Talk:
 
         if self.editor is None:
             self.tell("/edit needs a terminal")
-        elif not self.dialogue.turns:
+        elif not self.dialogue.turns or self.dialogue.turns[-1].older:
             self.tell("there is no message to change")
         else:
             message = self.dialogue.turns[-1].message
@@ -446,7 +449,7 @@ class Talk:
             code, text, hint = errors.describe(error)
             if not self.interactive or code not in (errors.INCOMPLETE, errors.USAGE):
                 raise
-            self.tell(f"{text}; {hint or '/new begins a new conversation'}")
+            self.tell(f"{text}; {hint or '/compact makes room, /new begins again'}")
             return False
         ids = (*ids, *answer.ids)
         self.dialogue.answered(ids)
@@ -528,9 +531,10 @@ class Talk:
         elif done.reason == "context":
             if not self.interactive:
                 raise IncompleteError(f"the context of {done.statistics.n_ctx} tokens is full", "a larger --ctx")
-            self.tell(f"the context of {done.statistics.n_ctx} tokens is full; /new begins again, --ctx allows more")
+            self.tell(f"the context of {done.statistics.n_ctx} tokens is full; /compact makes room, --ctx allows more")
         elif done.reason == "length":
             self.say("cut by --max-tokens; /continue goes on")
         s = done.statistics
         context = f"ctx {render.short(s.n_context)}/{render.short(s.n_ctx)}"
         self.say(" · ".join(filter(None, [render.rate(s), context, f"effort {self.effort()}"])))
+        chat_compact.warn(self, s)

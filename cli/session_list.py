@@ -59,7 +59,7 @@ def about(session: Session) -> dict[str, object]:
         "created": session.created,
         "modified": session.path.stat().st_mtime,
         "model": session.model,
-        "turns": len(session.turns),
+        "turns": len(session.all_turns),
         "title": session.title,
         "path": str(session.path),
     }
@@ -69,7 +69,7 @@ def as_markdown(session: Session, terminal: bool) -> str:
     lines = [f"# {session.title or session.id}\n", f"{session.id}, {session.model}, effort {session.effort}\n"]
     if session.system:
         lines.append(f"**System:** {session.system}\n")
-    for turn in session.turns:
+    for turn in session.all_turns:
         lines += [f"**You:** {sessions.words_of(turn.message)}\n", f"**Model:** {turn.text.strip()}\n"]
     text = "\n".join(lines) + "\n"
     return visible.text(text) if terminal else text
@@ -80,7 +80,7 @@ def as_messages(session: Session) -> str:
     messages: list[dict[str, object]] = []
     if session.system:
         messages.append({"role": "system", "content": session.system})
-    for turn in session.turns:
+    for turn in session.all_turns:
         content = turn.message if isinstance(turn.message, str) else [open_chunk(chunk) for chunk in turn.message]
         messages.append({"role": "user", "content": content})
         answer: dict[str, object] = {"role": "assistant", "content": turn.text}

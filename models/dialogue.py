@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ms4.models import image
 from ms4.models.control import Control
 from ms4.models.prompt import Measure, Prompt, render
+from ms4.models.sessions import take_back
 
 if TYPE_CHECKING:
     from ms4.models.tokenizer import Tokenizer
@@ -23,10 +24,11 @@ Content = str | list[dict[str, Any]]  # of a message: its text, or chunks of tex
 
 @dataclass(frozen=True)
 class Turn:
-    """A message and what the model answered to it; None: not yet answered."""
+    """A message and what the model answered to it; None: not yet answered.  older: it is their summary."""
 
     message: Content
     answer: tuple[int, ...] | None = None
+    older: tuple[Turn, ...] = ()
 
 
 class Dialogue:
@@ -60,9 +62,7 @@ class Dialogue:
 
     def undo(self, n: int = 1) -> int:
         """Takes back the last n turns; returns how many there were."""
-        n = min(n, len(self.turns))
-        del self.turns[len(self.turns) - n :]
-        return n
+        return take_back(self.turns, n)
 
     def prompt(self) -> Prompt:
         """The ids of everything, up to where the model goes on, and the places of the images."""

@@ -65,7 +65,7 @@ class SessionIndex:
             self._forget(base, path.stem)
             base.execute("insert into files values (?, ?, ?)", (path.stem, *stamp))
             try:
-                turns = sessions.read(path).turns
+                turns = sessions.read(path).all_turns
             except SessionError:
                 continue
             texts = [(path.stem, f"{sessions.words_of(turn.message)}\n{turn.text}") for turn in turns]

@@ -5,11 +5,13 @@ A file is only ever added to.  Its first line says what it is, the others replay
     {"event": "begin", "format": 1, "id", "created", "model", "version", "system", "effort"}
     {"event": "turn", "message", "answer": [ids], "text", "thinking", "at", "reason", "cut"}
     {"event": "undo", "n"}    {"event": "effort", "value"}    {"event": "system", "value"}    {"event": "name", "value"}
+    {"event": "compact", "n", "message", "answer": [ids], "text"}
 
 A message is what `dialogue.Content` is; its images stand in it as they were decoded (PNG, base64), so a session needs
 no other file.  The answer is kept as the ids that the model wrote: a session that goes on has the very prompt that it
 would have had.  An answer that did not come to its end can go on from the very token: its first `cut` ids are what the
-model wrote, the others close it.
+model wrote, the others close it.  A summary ("compact") takes the place of the first n turns until an undo takes it
+back; what it stands for stays in the file.
 
 Who writes a line has it on the disk (fsync) before the next message; a last line that is torn is left out, and cut off
 when the session goes on.
@@ -56,6 +58,7 @@ class Turn:
     text: str
     thinking: str = ""
     cut: int | None = None  # so many ids of the answer were written when it was cut; None: it came to its end
+    older: list[Turn] = field(default_factory=list)  # turns whose summary it is
 
 
 @dataclass
@@ -74,12 +77,34 @@ class Session:
     torn: bool = False  # its last line was cut
 
     @property
+    def all_turns(self) -> list[Turn]:
+        """The turns as they were, those behind summaries too, and no summary."""
+        return unfolded(self.turns)
+
+    @property
     def title(self) -> str:
         """Its name, or the first words of the first message."""
         if self.name:
             return self.name
-        text = " ".join(words_of(self.turns[0].message).split()) if self.turns else ""
+        text = " ".join(words_of(self.all_turns[0].message).split()) if self.turns else ""
         return text[:77] + "..." if len(text) > 80 else text
+
+
+def unfolded(turns: Sequence[Any]) -> list[Any]:
+    """Turns of whatever class, where those behind a summary stand in its place."""
+    return [one for turn in turns for one in (unfolded(turn.older) or [turn])]
+
+
+def take_back(turns: list[Any], n: int) -> int:
+    """Takes back the last n of turns, of whatever class; returns how many there were.
+
+    Of a summary only itself goes: the turns that it stood for are there again.
+    """
+    for done in range(n):
+        if not turns:
+            return done
+        turns.extend(turns.pop().older)
+    return n
 
 
 def folder() -> Path:
@@ -171,6 +196,9 @@ class Recorder:
             reason=reason,
             **more,
         )
+
+    def compact(self, n: int, message: str, answer: Sequence[int], text: str) -> None:
+        self._put(event="compact", n=n, message=message, answer=[int(id) for id in answer], text=text)
 
     def undo(self, n: int) -> None:
         if n and self._file is not None:
@@ -322,24 +350,35 @@ def began(path: Path, event: Mapping[str, Any]) -> Session:
 def replay(session: Session, event: Mapping[str, Any]) -> None:
     kind = event["event"]
     if kind == "turn":
-        answer = tuple(int(id) for id in event["answer"])
-        if not answer or min(answer) < 0 or max(answer) > 1 << 30:
-            raise ValueError("ids")
+        answer = ids_in(event)
         cut = event.get("cut")
         if cut is not None and not (type(cut) is int and 0 < cut <= len(answer)):
             raise ValueError("cut")
         turn = Turn(unpack(event["message"]), answer, str(event["text"]), str(event.get("thinking", "")), cut)
         session.turns.append(turn)
     elif kind == "undo":
-        del session.turns[max(0, len(session.turns) - int(event["n"])) :]
+        take_back(session.turns, int(event["n"]))
     elif kind == "effort" and event["value"] in EFFORTS:
         session.effort = event["value"]
     elif kind == "system" and (event["value"] is None or isinstance(event["value"], str)):
         session.system = event["value"]
+    elif kind == "compact":
+        n = int(event["n"])
+        if not 0 < n <= len(session.turns):
+            raise ValueError("n")
+        older = session.turns[:n]
+        session.turns[:n] = [Turn(unpack(event["message"]), ids_in(event), str(event["text"]), older=older)]
     elif kind == "name" and isinstance(event["value"], str):
         session.name = event["value"]
     elif kind != "begin":
         raise ValueError("an unknown event")
+
+
+def ids_in(event: Mapping[str, Any]) -> tuple[int, ...]:
+    answer = tuple(int(id) for id in event["answer"])
+    if not answer or min(answer) < 0 or max(answer) > 1 << 30:
+        raise ValueError("ids")
+    return answer
 
 
 def paths(where: Path | None = None) -> list[Path]:

@@ -4,22 +4,26 @@ import base64
 import dataclasses
 import json
 import os
+import re
 import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from ms4.cli import chat_attached, chat_commands, chat_kept, remembered, repl, streams
+from ms4.cli import chat_attached, chat_commands, chat_compact, chat_kept, remembered, repl, session_list, streams
 from ms4.cli.chat_commands import COMMANDS, PATH, completions
 from ms4.cli.image_notes import ImageOptions
 from ms4.cli.loading import usable
 from ms4.cli.options import EngineOptions
 from ms4.cli.render import StatusLine
 from ms4.models import sessions
+from ms4.models.control import Control
 from ms4.models.dialogue import Dialogue, said
 from ms4.models.model import Model
+from ms4.models.sampling import Choice
 from ms4.models.scheduler import Scheduler
 from ms4.models.vision import ImageInput
 
@@ -380,3 +384,113 @@ def test_what_is_set_holds_for_the_next_answer(talk):
     assert one.last.n_answer <= 3 and one.settings.sampling.greedy
     one.command("/set temperature 2")
     assert not one.settings.sampling.greedy and one.sampler.params.temperature == 2
+
+
+# --- /compact
+
+
+class Scripted:
+    """Chooses the ids of some texts, one answer after the other."""
+
+    def __init__(self, tokenizer, *texts):
+        self.ids = [id for text in texts for id in (*tokenizer.encode(text), int(Control.EOS))]
+
+    def pick(self, logits, n_top=None):
+        return Choice(self.ids.pop(0), 0.0)
+
+
+SUMMARY = "They counted to ten; the number is 47."
+LONG = "one two three four five six seven eight nine ten " * 8
+
+
+def told_much(talk, *answers, **more):
+    one = talk(n_ctx=1024, **{"max_tokens": None} | more)
+    one.sampler = Scripted(one.dialogue.tokenizer, *answers)
+    return one
+
+
+def test_older_turns_become_a_summary_that_the_session_knows(talk):
+    one = told_much(talk, "First.", "Second.", "Third.", SUMMARY, "Fourth.")
+    for message in (LONG + "1", LONG + "2", "3"):
+        one.send(message)
+    before = [turn.answer for turn in one.dialogue.turns]
+    one.said.clear()
+    one.command("/compact keep the number")
+    assert re.fullmatch(r"compacted: \d+ -> \d+ tokens; this summary takes the place of 2 turns:", one.said[0])
+    n_before, n_after = map(int, re.findall(r"\d+", one.said[0])[:2])
+    assert n_after < n_before / 2 and one.said[1] == SUMMARY
+    summary, newest = one.dialogue.turns
+    assert newest.message == "3" and newest.answer == before[2]
+    assert [turn.answer for turn in summary.older] == before[:2] and "keep the number" in summary.message
+    prompt = one.dialogue.tokenizer.decode([id for id in one.dialogue.ask("x").ids if id > 999]).decode()
+    one.dialogue.answered([])
+    assert SUMMARY in prompt and "eight nine" not in prompt
+    one.send("4")
+    session = sessions.read(one.memory.path)
+    assert [turn.text for turn in session.turns] == [SUMMARY, "Third.", "Fourth."]
+    assert [turn.message for turn in session.all_turns] == [LONG + "1", LONG + "2", "3", "4"]
+    assert session.title.startswith("one two") and SUMMARY not in session_list.as_markdown(session, False)
+    again = talk(session=session)
+    assert again.dialogue.turns == one.dialogue.turns
+    assert again.dialogue.prompt().ids == one.dialogue.prompt().ids
+    again.command("/undo 3")
+    assert [turn.answer for turn in again.dialogue.turns] == before[:2]
+    assert [turn.message for turn in sessions.read(one.memory.path).turns] == [LONG + "1", LONG + "2"]
+
+
+def test_what_cannot_be_made_shorter_stays(talk):
+    one = told_much(talk, "First.", "Second.", "a longer text than what was said " * 5)
+    one.command("/compact")
+    one.send("1")
+    one.command("/compact")
+    assert one.said[-1].startswith("nothing is older than the newest turn") and one.said.count(one.said[-1]) == 2
+    one.send("2")
+    turns = list(one.dialogue.turns)
+    one.command("/compact")
+    assert "makes nothing shorter" in one.said[-1] and one.dialogue.turns == turns
+    assert b"compact" not in one.memory.path.read_bytes()
+
+
+def test_a_summary_can_be_stopped(talk):
+    one = told_much(talk, "First.", "Second.", SUMMARY)
+    one.send(LONG)
+    one.send("2")
+    turns, pick = list(one.dialogue.turns), one.sampler.pick
+
+    def stopping(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        return pick(*args)
+
+    one.sampler.pick = stopping
+    one.command("/compact")
+    assert one.said[-1] == "stopped; nothing was changed" and one.dialogue.turns == turns
+
+
+def test_a_full_context_is_said_in_time_and_compacted(talk):
+    one = told_much(talk, *["Yes."] * 40)
+    full = []
+    while not full:
+        one.send("one two three four five six seven eight nine ten")
+        full = [line for line in one.said if "% full" in line]
+    percent = int(re.search(r"(\d+) % full", full[0])[1])
+    one.sampler = Scripted(one.dialogue.tokenizer, SUMMARY)
+    assert 80 <= percent < 90 and "/compact" in full[0]
+    one.command("/compact")
+    assert one.said[-3].startswith("compacted: ") and one.warned == 0
+    one.sampler = Scripted(one.dialogue.tokenizer, "On.")
+    one.send("go on")
+    assert said(one.dialogue.turns[-1].answer, one.dialogue.tokenizer)[0] == "On."
+
+
+def test_a_mark_is_said_once():
+    class Talk:
+        warned, said = 0, []
+
+        def say(self, text):
+            self.said.append(text)
+
+    one = Talk()
+    for share in (0.5, 0.79, 0.8, 0.9, 0.95, 0.99, 0.3, 0.85):
+        chat_compact.warn(one, SimpleNamespace(n_context=1000 * share, n_ctx=1000))
+    assert [int(re.search(r"(\d+) %", text)[1]) for text in one.said] == [80, 95, 85]
