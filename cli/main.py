@@ -46,10 +46,14 @@ class Command(TyperCommand):
             from ms4.cli.attachments import spread  # it knows pictures, which takes time to import
 
             args = spread(args, ours)
-        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        given, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for param in order:
             if order.count(param) > 1 and not getattr(param, "multiple", True):
                 raise UsageError(f"{param.opts[-1]} is given twice", f"{ctx.command_path} --help")
+        if {"--profile", "--model"} <= {*ours} and not {*ctx.help_option_names} & {*args}:
+            from ms4.cli import config
+
+            ctx.default_map = config.defaults(ctx.info_name.split()[-1], self.params, given, ctx)
         return super().parse_args(ctx, args)
 
 
@@ -72,7 +76,16 @@ def command(name: str) -> TyperCommand:
     (info,) = (info for info in app.registered_commands if info.callback and info.callback.__name__ == name)
     made = typer.main.get_command_from_info(info, pretty_exceptions_short=False, rich_markup_mode=None)
     assert isinstance(made, TyperCommand)
+    if any("--model" in param.opts for param in made.params):
+        info = typer.models.CommandInfo("profiled", callback=profiled)
+        profile = typer.main.get_command_from_info(info, pretty_exceptions_short=False, rich_markup_mode=None).params[0]
+        profile.expose_value = False  # heeded before the command is called
+        made.params.append(profile)
     return made
+
+
+def profiled(profile: opt.Profile = None) -> None:
+    """The option of every command whose options can be set in files."""
 
 
 def carry_out(name: str, args: list[str]) -> int:
@@ -393,6 +406,21 @@ def sessions(
     from ms4.cli import session_list as command
 
     return command.carry_out(action, names or [], as_json=json, yes=yes)
+
+
+@app.command(cls=Command)
+def config(
+    action: Annotated[str, typer.Argument(metavar="show|get|set|unset|edit|path", help="What to do.")] = "show",
+    words: Annotated[list[str] | None, typer.Argument(metavar="KEY VALUE", help="An option's long name.")] = None,
+    origin: Annotated[bool, typer.Option("--origin", help="All that can be set, and which layer did.")] = False,
+    profile: opt.Profile = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> int:
+    """Show and set what options are where they are not typed."""
+    from ms4.cli import config_command
+
+    context = command("run").context_class(command("run"), info_name="run")
+    return config_command.carry_out(action, words or [], profile, context, origin=origin, as_json=json)
 
 
 @app.command(cls=Command)

@@ -162,6 +162,9 @@ Encoding = Annotated[
     str, typer.Option("--encoding", metavar="NAME", parser=encoding, help="Of texts on stdin and in files; else UTF-8.")
 ]
 Lossy = Annotated[bool, typer.Option("--lossy", help="Show what is no text as U+FFFD instead of refusing it.")]
+Profile = Annotated[
+    str | None, typer.Option("--profile", metavar="NAME", help="Options of [profile.NAME] in the file of ms4 config.")
+]
 # True: quiet; False: verbose.
 Quiet = Annotated[
     bool | None,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 KINDS = {
     "CACHE": (".cache",),  # what can be found out again
+    "CONFIG": (".config",),  # what is wished
     "DATA": (".local", "share"),  # what somebody has made
     "STATE": (".local", "state"),  # what is remembered between calls
 }

@@ -31,7 +31,7 @@ def pytest_report_header():
 @pytest.fixture(scope="session", autouse=True)
 def state_folder(tmp_path_factory):
     """What ms4 remembers between calls is not written into the folder of who runs the tests."""
-    for name in ("STATE", "DATA", "CACHE"):
+    for name in ("CONFIG", "STATE", "DATA", "CACHE"):
         os.environ[f"XDG_{name}_HOME"] = str(tmp_path_factory.mktemp(name.lower()))
 
 
