@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ms4.cli import elsewhere
+from ms4.cli import elsewhere, guide
 from ms4.cli import options as opt
 from ms4.cli.errors import UsageError
 from ms4.models.untrusted import Reading
@@ -32,7 +32,7 @@ class Command(TyperCommand):
         ctx.terminal_width = max(20, min(100, shutil.get_terminal_size().columns - 1))
         formatter = ctx.make_formatter()
         formatter.write_dl = partial(formatter.write_dl, col_max=min(30, formatter.width // 3))
-        self.format_help(ctx, formatter)
+        guide.write(self, ctx, formatter)
         return str(formatter.getvalue().rstrip("\n"))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -700,3 +700,11 @@ def completion(
     from ms4.cli import completion as command
 
     return command.completion(shell)
+
+
+@app.command(cls=Command)
+def man() -> int:
+    """Print the manual page, made from the help: for man -l, or a file in share/man/man1."""
+    from ms4.cli import man as command
+
+    return command.man()

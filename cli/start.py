@@ -43,6 +43,7 @@ commands:
   logits      write the logits of given token ids to a file
   convert     make a GGUF file of a folder from Hugging Face
   completion  print a script for bash, zsh or fish
+  man         print the manual page
 
 options:
   -h, --help  show this text; after a command, show its options

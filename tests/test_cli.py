@@ -88,7 +88,7 @@ def test_without_a_command_the_help_is_on_stderr(ms4):
 def test_every_command_has_help(ms4, command, flag):
     result = ms4(command, flag)
     assert result.code == 0 and result.err == ""
-    assert result.out.startswith(f"Usage: ms4 {command}")
+    assert result.out.startswith(f"ms4 {command}: ") and f"\nUsage: ms4 {command}" in result.out
 
 
 @pytest.mark.parametrize("name", start.COMMANDS)
