@@ -256,6 +256,8 @@ def decode(
     shares = np.full(n, 1 / n) if weights is None else weights
     lacking = union * misses * sizes.expert
     from_disk = np.zeros_like(lacking) if reads is None else union * reads * sizes.expert / machine.disk
+    # The experts of a layer are read one after another, by all threads, and computed as they come: the last one alone.
+    from_disk = from_disk + (0 if reads is None else union * np.minimum(reads, 1) * sizes.expert / machine.ram)
     control = engine.s_miss * (misses > 0)
     if machine.card is None:
         every = sizes.every + sizes.output
@@ -295,6 +297,9 @@ def _mean(by_layer: np.ndarray, shares: np.ndarray) -> float:
     return float(by_layer.sum(axis=1) @ shares)
 
 
+AHEAD_FROM, MOST_AHEAD = 0.75, 24  # csrc/experts.c, csrc/slots.c: of a layer's experts that are used; that are read
+
+
 def prefill(
     sizes: Sizes,
     machine: Machine,
@@ -304,19 +309,24 @@ def prefill(
     *,
     resident: float = 0.0,
     on_disk: float = 0.0,
+    n_wanted: int | None = None,
 ) -> Terms:
     """A token of a prompt of n_tokens that is read in chunks of n_chunk.
 
     resident, on_disk: the shares of the experts that lie in VRAM, and that have to be read for every chunk.  With a
-    card all others are copied up once for every chunk, and all is computed there.
+    card all others are copied up once for every chunk, and all is computed there.  n_wanted: for how many tokens at the
+    end logits are wanted, None: all; the last layer's experts are needed for those alone.
     """
     flops = sizes.flops_every + sizes.n_layer * sizes.n_used * sizes.flops_expert
     scores = sizes.flops_pair * n_tokens / 2
+    speed = machine.card.flops if machine.card else machine.cpu_flops
     spent = {field.name: 0.0 for field in fields(Terms)}
     for at in range(0, n_tokens, n_chunk):
         n = min(n_chunk, n_tokens - at)
-        used = sizes.n_layer * sizes.distinct(n) * sizes.expert
-        speed = machine.card.flops if machine.card else machine.cpu_flops
+        last = n if n_wanted is None else min(n, n_wanted) if at + n == n_tokens else 0
+        layers = np.full(max(sizes.n_layer, 1), sizes.distinct(n) if sizes.n_layer else 0.0)
+        layers[-1] = min(layers[-1], sizes.distinct(last))
+        used = float(layers.sum()) * sizes.expert
         busy = n * (flops + scores) / speed
         spent["dense"] += n * flops / speed
         spent["context"] += n * scores / speed
@@ -328,8 +338,26 @@ def prefill(
         else:  # few tokens: what they read takes longer than what they compute
             waited = max((sizes.every + used) / machine.ram - busy, 0.0)
             spent["misses"] += waited
-        spent["disk"] += max(on_disk * used / machine.disk - busy - waited, 0.0)
+        before = n * (sizes.flops_every + scores) / speed / len(layers)
+        spent["disk"] += _read_late(sizes, machine, layers, on_disk, (busy + waited) / len(layers), before)
     return Terms(**{name: seconds / n_tokens for name, seconds in spent.items()})
+
+
+def _read_late(
+    sizes: Sizes, machine: Machine, used: np.ndarray, on_disk: float, layer: float, before: float
+) -> float:
+    """Seconds for which a chunk waits for the disk.  used: experts, by layer, of which this share has to be read.
+
+    layer: seconds of computing each, of which `before` are over when its experts are known.  They are read from then
+    on, while those that are there are computed; of many tokens, some of the next layer's are read before.
+    """
+    of_expert = sizes.expert / machine.disk
+    late = 0.0
+    for i, n in enumerate(used):
+        ahead = i > 0 and used[i - 1] >= AHEAD_FROM * sizes.n_expert and i + 1 < len(used)
+        early = min(before, MOST_AHEAD * of_expert) if ahead else 0.0
+        late += max(on_disk * float(n) * of_expert - early - (layer - before), 0.0)
+    return late
 
 
 def idle_bytes(sizes: Sizes, machine: Machine, engine: Engine) -> float:

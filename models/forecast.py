@@ -308,7 +308,7 @@ class _Speeds:
         n = self.n_context
         asked = mistral4.macs_per_token(model.shape, 1 - 1 / n) / mistral4.macs_per_token(model.shape)
         here = replace(self.machine, cpu_flops=self.machine.cpu_flops / asked)  # the last layer is computed for one row
-        return clock.prefill(self.sizes, here, clock.MS4, n, N_BATCH, resident=in_vram, on_disk=on_disk)
+        return clock.prefill(self.sizes, here, clock.MS4, n, N_BATCH, resident=in_vram, on_disk=on_disk, n_wanted=1)
 
 
 # --- what would fit instead
