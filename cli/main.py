@@ -246,8 +246,7 @@ def run(
     quiet: opt.Quiet = None,
 ) -> int:
     """Answer one prompt.  Stdin, if it is a pipe or a file, comes before PROMPT."""
-    if effort is not None:
-        effort, think_budget = opt.thinking(effort, think_budget)
+    effort, think_budget = opt.thinking(effort, think_budget)  # None stays None: the messages or the session know
     given = locals()
     from ms4.cli import run as one_shot
 

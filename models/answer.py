@@ -109,8 +109,8 @@ class Answer:
 
     logprobs: with every token its log-probability and those of so many of the most likely.  The ids of the tokens cost
     nothing: they are in `ids`.  constraint: which tokens of its text may come.  think_budget: after so many tokens of
-    thought, the next sentence or line that ends is the last of it, and SENTENCE tokens later any word is.  think_seconds:
-    the budget is used up so long after the first token of thought.
+    thought, the next sentence or line that ends is the last of it, and SENTENCE tokens later any word is.
+    think_seconds: the budget is used up so long after the first token of thought.
     """
 
     def __init__(
