@@ -6,6 +6,8 @@ become in the prompt is the business of `models/vision.py`.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import getpass
 import os
 import re
@@ -31,10 +33,18 @@ if TYPE_CHECKING:
 FILES = {"-i": False, "--image": False, "-f": True, "--file": True}  # options that take files -> texts, too
 ENDING = re.compile(r"\S\.(png|jpe?g|webp|gif|bmp|tiff?|avif|hei[cf]|pdf)$", re.IGNORECASE)
 ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
+# Windows PowerShell, which WSL can call: the image as PNG in base64, for it writes text only.
+POWERSHELL = (
+    "Add-Type -AssemblyName System.Windows.Forms, System.Drawing; "
+    "$image = [Windows.Forms.Clipboard]::GetImage(); if ($null -eq $image) { exit 1 }; "
+    "$data = New-Object IO.MemoryStream; $image.Save($data, [Drawing.Imaging.ImageFormat]::Png); "
+    "[Convert]::ToBase64String($data.ToArray())"
+)
 CLIPBOARDS = (  # programs that write the image on the clipboard to stdout
     ("wl-paste", "--no-newline", "--type", "image/png"),
     ("xclip", "-selection", "clipboard", "-target", "image/png", "-out"),
     ("pngpaste", "-"),
+    ("powershell.exe", "-NoProfile", "-NonInteractive", "-STA", "-Command", POWERSHELL),
 )
 
 
@@ -276,5 +286,9 @@ def clipboard_image() -> Image:
         except subprocess.TimeoutExpired:
             raise UnreadableError(f"{command[0]} does not answer") from None
         if not done.returncode and done.stdout:
-            return load_image(done.stdout, "clipboard")
+            data = done.stdout
+            try:
+                return load_image(base64.b64decode(data) if command[0] == "powershell.exe" else data, "clipboard")
+            except binascii.Error:
+                raise UnreadableError(f"{command[0]} gives no image") from None
     raise UnreadableError("there is no image on the clipboard")

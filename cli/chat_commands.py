@@ -38,7 +38,7 @@ COMMANDS = (
     Command("/set", "[NAME [VALUE]]", "show what is set, or set it: temperature, seed, max-tokens, ...", SETTINGS),
     Command("/image", "PATH", "attach an image to the next message", PATH),
     Command("/file", "PATH[:PAGES]", "attach a text file, an image, pages of a PDF, or all of *.txt", PATH),
-    Command("/paste", "", "attach the image on the clipboard"),
+    Command("/paste", "", "attach the image on the clipboard (also Ctrl-V)"),
     Command("/drop", "", "attach nothing after all"),
     Command("/new", "", "begin a new conversation"),
     Command("/fork", "", "go on in a new session; the old one stays as it is"),

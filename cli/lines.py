@@ -71,7 +71,7 @@ class EditedLines:
                 history=open_history(self._folds),
                 completer=completer(),
                 complete_while_typing=False,
-                key_bindings=bindings(self._folds),
+                key_bindings=bindings(self._folds, lambda: self.take_image()),
                 multiline=True,
                 prompt_continuation="  ",
                 enable_history_search=True,
@@ -79,6 +79,7 @@ class EditedLines:
                 tempfile_suffix=".md",
             )
         self._offered = ""
+        self.take_image: Callable[[], None] = lambda: None  # what Ctrl-V does
 
     def offer(self, text: str) -> None:
         """What stands in the editor at the next prompt, to be changed."""
@@ -133,7 +134,8 @@ class Folds:
         return max((len(line) for line in self._whole if before.endswith(line)), default=0)
 
 
-def bindings(folds: Folds) -> KeyBindings:
+def bindings(folds: Folds, take_image: Callable[[], None]) -> KeyBindings:
+    from prompt_toolkit.application import run_in_terminal
     from prompt_toolkit.document import Document
     from prompt_toolkit.filters import is_searching
     from prompt_toolkit.key_binding import KeyBindings
@@ -142,9 +144,17 @@ def bindings(folds: Folds) -> KeyBindings:
 
     @keys.add("<bracketed-paste>")
     def paste(event: Any) -> None:
+        if not event.data:  # what terminals send for a clipboard that holds no text
+            image(event)
         text = folds.fold(event.data.replace("\r\n", "\n").replace("\r", "\n"))
         for piece in text if streams.is_plain() else [text]:  # a dumb terminal is shown one character at a time
             event.current_buffer.insert_text(piece)
+
+    @keys.add("c-v")
+    @keys.add("escape", "v")
+    def image(event: Any) -> None:
+        """The image on the clipboard goes with the message; what is said of it stands above the prompt."""
+        run_in_terminal(take_image)
 
     @keys.add("backspace")
     def delete(event: Any) -> None:

@@ -108,7 +108,8 @@ def chat(settings: ChatSettings, engine: EngineOptions) -> int:
             talk.open(session, system)
             talk.take(attached, prices)
             source = lines.EditedLines(seen) if interactive else lines.PipedLines(settings.rule)
-            talk.editor = source if isinstance(source, lines.EditedLines) else None
+            if isinstance(source, lines.EditedLines):
+                talk.editor, source.take_image = source, partial(talk.paste, "")
             talk.say(f"context of {n_ctx} tokens · /help lists the commands · Ctrl-D leaves")
             try:
                 return loop(talk, source)

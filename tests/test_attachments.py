@@ -270,6 +270,18 @@ def test_the_clipboard(chat, run, monkeypatch, tmp_path):
     assert "no image on the clipboard" in chat("/paste")[2]
 
 
+def test_under_wsl_windows_gives_the_image(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name, line in (
+        ("xclip", "exit 1"),  # no display
+        ("powershell.exe", f"for last; do :; done; case $last in *GetImage*) /usr/bin/base64 '{IMAGE}';; esac"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    image = attachments.clipboard_image()
+    assert (image.name, image.size, image.digest) == ("clipboard", (140, 84), load_image(IMAGE).digest)
+
+
 def test_at_a_terminal_a_failure_is_told_and_attachments_wait(monkeypatch, tmp_path, capsys):
     with Model.open(MODEL) as model, Scheduler(model.engine) as scheduler:
         images = ImageInput(MODEL)

@@ -361,3 +361,26 @@ def test_enter_on_an_empty_line_ends_a_thought(person):
     assert re.search(r"answer:\n[^\n]* o p\n", shown), "what would have been thought is the answer"
     one.types("\r")
     assert one.sees(r"> ?$") and len(one.asked_all()) == 1
+
+
+@SLOW
+def test_ctrl_v_attaches_the_image_on_the_clipboard_and_the_line_stays(person, tmp_path):
+    image = Path(MODEL).with_name("bravo-image.png")
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "wl-paste").write_text(f"#!/bin/sh\n[ ! -e '{tmp_path}/text' ] && exec /bin/cat '{image}'\n")
+    (programs / "wl-paste").chmod(0o755)
+    one = person(PATH=str(programs))
+    one.types("Total")
+    one.sees(r"> Total$")
+    one.types("\x16")
+    shown = one.sees(r"18 tokens.*> Total$")
+    assert "clipboard 140x84 -> 140x84, 18 tokens\ngoes with the next message" in shown
+    one.types("\x1b[200~\x1b[201~")  # an empty paste
+    one.sees(r"18 tokens.*18 tokens.*> Total$")
+    (tmp_path / "text").write_text("")
+    one.types("?\x16")
+    one.sees(r"there is no image on the clipboard\n> Total\?$")
+    one.types("\r")
+    one.sees(DONE)
+    assert one.asked().endswith("Total?")
