@@ -180,7 +180,7 @@ def values_of(command: str, param: Any, values: Sequence[str]) -> tuple[bool, Fo
         return False, [] if command == "sessions" and values[:1] == ["search"] else [*sessions()]
     if kind == "NAME" and command == "pull":
         return False, known()
-    if kind == "PATH|NAME" or (kind == "NAME" and command in ("rm", "verify")):
+    if kind.startswith("PATH|NAME") or (kind == "NAME" and command in ("rm", "verify")):
         return kind != "NAME", models()
     return bool(FILES.match(kind)), []
 

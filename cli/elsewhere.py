@@ -125,7 +125,7 @@ COMMANDS = (
     Row(f"{OLLAMA}, {STUDIO}", "stop unload load import", "not needed: a model is a file, opened by the command"),
     Row("", "remove delete", "ms4 rm NAME"),
     Row(OLLAMA, "show inspect", "ms4 info FILE"),
-    Row(f"{LLM}, {LLAMA}", "prompt ask generate complete completion cli", 'ms4 run "your question"'),
+    Row(f"{LLM}, {LLAMA}", "prompt ask generate complete cli", 'ms4 run "your question"'),
     Row(LLM, "logs keys plugins templates aliases install embed", "not here: ms4 keeps no log and has no plugins"),
     Row(LLAMA, "quantize imatrix", "ms4 convert FOLDER OUT.gguf --type TYPE, from the folder of Hugging Face"),
     Row(LLAMA, "ppl", "ms4 perplexity FILE"),

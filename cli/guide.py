@@ -37,6 +37,13 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "ms4 sessions export 20260101 > talk.json",
         "ms4 sessions rm 20260101",
     ),
+    "config": (
+        "ms4 config",
+        "ms4 config show --origin",
+        "ms4 config set effort high",
+        "ms4 config set stop END --profile letters",
+        "ms4 config edit",
+    ),
     "info": ("ms4 info model.gguf", "ms4 info Q4_K_M --tensors"),
     "doctor": ("ms4 doctor", "ms4 doctor -m model.gguf"),
     "selftest": ("ms4 selftest --gpu", "ms4 selftest --gpu --safe"),
@@ -65,10 +72,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Thinking": ("effort", "think", "think_budget", "answer_now_after"),
     "How it is written": ("max_tokens", "temp", "top_p", "top_k", "min_p", "seed", "greedy", "stop"),
     "What comes out": (
-        *("schema", "json_object", "extract", "format", "output", "stats", "logprobs", "strict", "timeout"),
+        *("schema", "json_object", "extract", "format", "markdown", "output", "stats", "logprobs", "strict", "timeout"),
         *("show_prompt", "count"),
     ),
-    "Model and machine": ("model", "ctx", "threads", "load", "ram", "device", "vram", "attn_scale"),
+    "Model and machine": ("model", "ctx", "threads", "load", "ram", "device", "vram", "attn_scale", "profile"),
 }
 FEW = 15  # options that need no groups
 
