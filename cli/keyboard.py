@@ -38,6 +38,8 @@ class Keyboard(vt100.Vt100Input):
         self._in_paste = False
         self._typed: list[KeyPress] = []
         self.hurry: Callable[[], None] | None = None  # Enter, where nothing was typed before it
+        self.fold: Callable[[], None] | None = None  # Ctrl-T
+        self.seen: Callable[[], None] | None = None  # after each key
         self._reader: threading.Thread | None = None
         self._stop = os.pipe()
 
@@ -94,6 +96,10 @@ class Keyboard(vt100.Vt100Input):
         store_typeahead(self, self._typed[:sent])
         del self._typed[:sent]
 
+    def typed(self) -> list[KeyPress]:
+        """What was typed since the last prompt and is still to be used."""
+        return [*self._typed]
+
     def _collect(self) -> None:
         while not self.closed:
             ready = select.select([self.fileno(), self._stop[0]], [], [])[0]
@@ -102,8 +108,12 @@ class Keyboard(vt100.Vt100Input):
             keys = self.read_keys()
             if self.hurry and not self._typed and [key.key for key in keys] == [Keys.ControlM]:
                 self.hurry()
+            elif self.fold and [key.key for key in keys] == [Keys.ControlT]:
+                self.fold()
             else:
                 self._typed += keys
+            if self.seen:
+                self.seen()
         self._typed += self.flush_keys()
 
     def _mark(self, on: bool) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from ms4.cli import errors, render, state, streams
@@ -17,6 +18,7 @@ from ms4.quant import visible
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
     from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.styles import BaseStyle
 
 MOST_LINES, MOST_CHARACTERS = 8, 2000  # of a paste that is shown as it is
 N_SHOWN = 24  # cells of the first line of one that is not
@@ -53,7 +55,7 @@ class EditedLines:
     What is typed between two calls of next() begins the next message.
     """
 
-    def __init__(self, shown: TextIO) -> None:
+    def __init__(self, shown: TextIO, bar: Callable[[], str] | None = None) -> None:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.application import create_app_session
         from prompt_toolkit.output import create_output
@@ -77,6 +79,8 @@ class EditedLines:
                 enable_history_search=True,
                 enable_suspend=True,
                 tempfile_suffix=".md",
+                bottom_toolbar=None if bar is None or streams.is_plain() else bar,
+                style=toolbar_style(streams.use_colour(shown)),
             )
         self._offered = ""
         self.take_image: Callable[[], None] = lambda: None  # what Ctrl-V does
@@ -95,12 +99,31 @@ class EditedLines:
         finally:
             self._keyboard.begin()
 
-    def hurried_by(self, hurry: Callable[[], None] | None) -> None:
-        """What Enter does until the next call of next(), where nothing was typed before it."""
-        self._keyboard.hurry = hurry
+    def hurried_by(self, hurry: Callable[[], None] | None, fold: Callable[[], None] | None = None) -> None:
+        """What Enter does until the next call of next(), where nothing was typed before it, and what Ctrl-T does."""
+        self._keyboard.hurry, self._keyboard.fold = hurry, fold
+
+    @contextlib.contextmanager
+    def live(self, output: streams.Output, bar: Callable[[], str]) -> Iterator[None]:
+        """Inside, what is typed and the bar stand below what is written to the output, on a terminal that can."""
+        from ms4.cli import live
+
+        rows = live.Live(output, lambda: live.typed(self._keyboard.typed(), self._folds.fold), bar)
+        self._keyboard.seen = rows.draw
+        try:
+            with rows.open():
+                yield
+        finally:
+            self._keyboard.seen = None
 
     def close(self) -> None:
         self._keyboard.close()
+
+
+def toolbar_style(colour: bool) -> BaseStyle:
+    from prompt_toolkit.styles import Style
+
+    return Style([("bottom-toolbar", "noreverse fg:ansibrightblack" if colour else "noreverse")])
 
 
 class Folds:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ from ms4.cli.follow import follow
 from ms4.cli.image_notes import ImageOptions
 from ms4.cli.options import BUDGETS, LEVELS, EngineOptions, Sampling, thinking
 from ms4.cli.run import check_length
+from ms4.cli.thoughts import Pace, Thoughts, bottom_line
 from ms4.models.untrusted import Reading
 from ms4.quant import visible
 
@@ -71,6 +73,7 @@ class ChatSettings:
     resume: str | None = None  # the session to go on with: its id, or "" for the last one
     no_session: bool = False
     markdown: bool = True
+    live: bool = True  # what is typed and the bottom line stand below an answer that comes
 
 
 def chat(settings: ChatSettings, engine: EngineOptions) -> int:
@@ -105,9 +108,10 @@ def chat(settings: ChatSettings, engine: EngineOptions) -> int:
             memory = remembered.Memory(engine, settings.images, errors.note, off=off, session=session)
             timeline = scheduler.open(n_ctx)
             talk = Talk(settings, dialogue, scheduler, timeline, output, status, images, interactive, memory)
+            talk.model = visible.line(os.path.basename(engine.require()).removesuffix(".gguf"))
             talk.open(session, system)
             talk.take(attached, prices)
-            source = lines.EditedLines(seen) if interactive else lines.PipedLines(settings.rule)
+            source = lines.EditedLines(seen, talk.bar) if interactive else lines.PipedLines(settings.rule)
             if isinstance(source, lines.EditedLines):
                 talk.editor, source.take_image = source, partial(talk.paste, "")
             talk.say(f"context of {n_ctx} tokens · /help lists the commands · Ctrl-D leaves")
@@ -178,6 +182,7 @@ class Talk:
         self.warned = 0  # how often, that the context fills up
         self.cut: remembered.Cut | None = None  # the last answer, if it can go on
         self.editor: lines.EditedLines | None = None
+        self.model = ""  # its name, for the bottom line
         self.last: Statistics | None = None
         self.last_disk = ""
         self.think_budget: int | None = settings.sampling.think_budget
@@ -501,26 +506,40 @@ class Talk:
         from ms4.models.answer_parser import Text, Thinking
 
         screen = render.Screen(self.output, self.settings.markdown)
-        thoughts = self.output.terminal and self.settings.think != "hide"
+        thoughts = Thoughts(screen, answer, not self.output.terminal or self.settings.think == "hide")
+        pace = Pace(answer)
 
         def show(event: Event) -> None:
             pieces(event)
             if isinstance(event, Text):
+                thoughts.end()
                 screen.text(event.text)
-            elif isinstance(event, Thinking) and thoughts:
-                screen.thinking(event.text)
+            elif isinstance(event, Thinking):
+                thoughts.add(event.text)
+
+        def stand() -> str:
+            return self.bar(pace(), thoughts.status())
 
         def hurry() -> None:
             answer.hurried = True
 
+        live = self.editor is not None and self.settings.live and self.output.has_rows()
         if self.editor:
-            self.editor.hurried_by(hurry)
-        try:
-            return follow(self.scheduler, answer, self.timeline, rows, self.status, show, not thoughts)
-        finally:
-            if self.editor:
-                self.editor.hurried_by(None)
-            screen.end()
+            self.editor.hurried_by(hurry, thoughts.fold if live else None)
+        with self.editor.live(self.output, stand) if self.editor and live else contextlib.nullcontext():
+            try:
+                hidden = thoughts.folded and not live
+                return follow(self.scheduler, answer, self.timeline, rows, self.status, show, hidden)
+            finally:
+                if self.editor:
+                    self.editor.hurried_by(None)
+                thoughts.end()
+                screen.end()
+
+    def bar(self, rate: float = 0.0, status: str = "") -> str:
+        """The bottom line."""
+        rate = rate or (self.last.decode_per_second if self.last and self.last.n_decode else 0.0)
+        return bottom_line(self.model, self.effort(), self.timeline.length, self.timeline.n_ctx, rate, status)
 
     def conclude(self, done: Done, kept: bool) -> None:
         if done.reason == "interrupted":

@@ -6,6 +6,7 @@ every chunk flushed, text from stdin checked before it is used.  Knows nothing a
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import select
@@ -176,9 +177,10 @@ class Output:
         if self._file is None:
             raise CliError("stdout is closed: there is nowhere to write the answer")
         try:
-            self._fd: int | None = self._file.fileno()
+            self.fd: int | None = self._file.fileno()
         except (OSError, ValueError):  # no file of the system: a test's
-            self._fd = None
+            self.fd = None
+        self.guard: contextlib.AbstractContextManager[None] = contextlib.nullcontext()  # around each write
         self.terminal = is_terminal(self._file)
         self.colour = use_colour(self._file)
 
@@ -192,12 +194,25 @@ class Output:
     def columns(self) -> int:
         return columns(self._file)
 
+    def has_rows(self) -> bool:
+        """True for a terminal that can keep some of its rows apart from those that scroll."""
+        return self.terminal and self.fd is not None and not is_plain()
+
+    def size(self) -> tuple[int, int]:
+        """Columns and rows of the terminal now; (0, 0) if it does not say."""
+        try:
+            size = os.get_terminal_size(self._file.fileno())
+            return size.columns, size.lines
+        except (OSError, ValueError):
+            return 0, 0
+
     def write(self, text: str) -> None:
         try:
             if self.path and not self._started:  # the old content goes only when there is new content
                 os.ftruncate(self._file.fileno(), 0)
             self._started = True
-            self._put(text.encode("utf-8", "backslashreplace"))
+            with self.guard:
+                self._put(text.encode("utf-8", "backslashreplace"))
         except BrokenPipeError:
             raise ReaderGone from None
         except OSError as error:
@@ -205,7 +220,7 @@ class Output:
 
     def _put(self, data: bytes) -> None:
         """All of it, however little is taken at a time, and however long a pipe that does not block is full."""
-        if self._fd is None:
+        if self.fd is None:
             self._file.buffer.write(data)
             self._file.flush()
             return
@@ -213,9 +228,9 @@ class Output:
         rest = memoryview(data)
         while rest:
             try:
-                rest = rest[os.write(self._fd, rest) :]
+                rest = rest[os.write(self.fd, rest) :]
             except BlockingIOError:
-                select.select([], [self._fd], [])
+                select.select([], [self.fd], [])
 
     def close(self) -> None:
         if self.path:

@@ -50,6 +50,10 @@ MARKDOWN = (
 )
 
 
+def ours(line):
+    return line.startswith(("› ", "bravo-Q4_K_M"))
+
+
 class Person:
     """Somebody at a terminal with a screen of so many columns."""
 
@@ -88,7 +92,17 @@ class Person:
     @property
     def text(self):
         above = ["".join(row[x].data for x in range(self.screen.columns)) for row in self.screen.history.top]
-        return "\n".join(line.rstrip() for line in [*above, *self.screen.display]).rstrip()
+        return "\n".join(line.rstrip() for line in [*above, *self.screen.display] if not ours(line)).rstrip()
+
+    @property
+    def bottom(self):
+        """The rows below the conversation: what is typed while an answer comes, and how things stand."""
+        return [line.rstrip() for line in self.screen.display if ours(line)]
+
+    @property
+    def written(self):
+        """What was written into the rows that scroll: all but the drawings of the two below."""
+        return re.sub(rb"\x1b7.*?\x1b8(?:\x1b\[J)?|\x1bD\x1bD\x1b\[2A", b"", self.raw, flags=re.DOTALL)
 
     def types(self, keys):
         self.process.send(keys)
@@ -250,7 +264,9 @@ def test_an_answer_is_rendered_as_the_markdown_it_is(person, width):
     ):
         assert said in answer, (said, answer)
     assert "some bold words in" in " ".join(answer.split()) and "**" not in answer
-    assert not re.search(rb"\x1b\[[0-9;]*[A-HJKf]", one.raw[one.raw.index(b"title") : one.raw.index(b"many")])
+    assert not re.search(
+        rb"\x1b\[[0-9;]*[A-HJKf]", one.written[one.written.index(b"title") : one.written.index(b"many")]
+    )
 
 
 @SLOW
@@ -260,7 +276,7 @@ def test_light_and_dark_terminals_get_the_same(person):
         one = person(MARKDOWN, COLORFGBG=colours)
         one.types("Hi\r")
         one.sees(DONE)
-        raws.append(one.raw[one.raw.index(b"title") : one.raw.index(b"many")])
+        raws.append(one.written[one.written.index(b"title") : one.written.index(b"many")])
     assert raws[0] == raws[1]
 
 
@@ -384,3 +400,101 @@ def test_ctrl_v_attaches_the_image_on_the_clipboard_and_the_line_stays(person, t
     one.types("\r")
     one.sees(DONE)
     assert one.asked().endswith("Total?")
+
+
+def until(check):
+    end = time.monotonic() + 60
+    while not check():
+        assert time.monotonic() < end
+
+
+@SLOW
+def test_the_next_message_is_seen_while_an_answer_comes(person):
+    one = person("One two three four five six.", "Second.")
+    one.gate.touch()
+    one.types("Hi\r")
+    one.sees("> Hi\nOne")
+    one.types("and thn")
+    until(lambda: one.read(0.1) and one.bottom[0] == "› and thn")
+    assert re.match(r"bravo-Q4_K_M · effort none · ctx \d+/1K ▕", one.bottom[1])
+    one.types("\x1b[D")
+    one.types("e")
+    one.types("\r")
+    one.types(f"\x1b[200~{LINES}\x1b[201~")
+    until(lambda: one.read(0.1) and "and then ⏎ [pasted 200 lines: 1 …" in one.bottom[0])
+    assert one.screen.display[-1].startswith("bravo") and one.screen.display[-2].startswith("› ")
+    one.gate.unlink()
+    shown = one.sees(r"> and then\nSecond\..*\+199 lines\]$")
+    assert "One two three four five six.\n" in shown and one.asked().endswith("and then")
+
+
+@SLOW
+def test_the_rows_below_are_given_back(person):
+    one = person(" ".join(f"word{n}" for n in range(150)), height=10)
+    one.types("Hi\r")
+    shown = one.sees(DONE)
+    assert [int(n) for n in re.findall(r"word(\d+)", shown)] == [*range(150)], "what scrolled away is there"
+    assert one.screen.margins is None and not [row for row in one.bottom if row.startswith("›")]
+
+
+@SLOW
+def test_ctrl_t_folds_thoughts_while_they_come_and_shows_them_whole(person):
+    thoughts = "one two three four five six seven."
+    one = person(f"<think>{thoughts}")
+    one.gate.touch()
+    one.types("/effort high\r")
+    one.sees("effort high.*> ?$")
+    one.types("Hi\r")
+    one.sees("> Hi\none?")
+    one.types("\x14")
+    until(lambda: one.read(0.2) and re.search(r"thinking \d+ tokens \d+ s, Ctrl-T shows", one.bottom[-1]))
+    one.gate.unlink()
+    shown = one.sees(r"tok/s.*effort\s+high\n> ?$")
+    assert re.search(r"\[thought \d+ tokens, \d+ s\]", shown) and "seven" not in shown
+    one.gate.touch()
+    one.types("Again\r")
+    one.sees("> Again\none?")
+    one.types("\x14")
+    until(lambda: one.read(0.2) and "Ctrl-T shows" in one.bottom[-1])
+    one.types("\x14")
+    until(lambda: one.read(0.2) and "Ctrl-T folds" in one.bottom[-1])
+    one.gate.unlink()
+    shown = one.sees(r"> Again\n.*effort\s+high\n> ?$")
+    assert thoughts in shown[shown.index("> Again") :]
+
+
+@SLOW
+def test_a_storm_of_sizes_during_an_answer_loses_no_word(person, rng):
+    words = [f"word{n}" for n in range(150)]
+    one = person("- " + "\n- ".join(words))
+    one.gate.touch()
+    one.types("Hi\r")
+    one.sees("> Hi\n")
+    for n in range(40):
+        one.resize(int(rng.integers(20, 201)), int(rng.integers(4, 61)))
+        one.read(0.02)
+        if n == 20:
+            one.gate.unlink()
+    one.resize(80)
+    until(lambda: not one.read(1) or b"effort none" in one.written)
+    one.types("x")
+    one.sees("> x$")
+    assert [int(n) for n in re.findall(rb"word(\d+)", one.written)][-150:] == [*range(150)]
+
+
+@pytest.mark.rare
+def test_ctrl_c_at_forty_moments_keeps_the_chat_and_the_terminal(person, rng):
+    one = person(" ".join(f"word{n}" for n in range(120)), height=12)
+    for n in range(40):
+        one.types(f"Turn {n}\r")
+        one.sees(f"> Turn {n}\n")
+        end = time.monotonic() + float(rng.uniform(0, 0.6))
+        while time.monotonic() < end:
+            one.read(0.01)
+        one.types("\x03")
+        time.sleep(0.3)
+        one.types("/new\r")
+        shown = one.sees(rf"> Turn {n}\n.*(?:> |\n)/new\n[^>]*> ?$")
+        assert one.screen.margins is None
+        said = shown[shown.index(f"> Turn {n}\n") :]
+        assert [int(n) for n in re.findall(r"word(\d+)\b", said)][:-1] == [*range(max(said.count("word") - 1, 0))]
