@@ -112,7 +112,8 @@ def system_text(given: str, rule: Reading) -> str:
     """The text of --system: given as it is, or in the file behind an @."""
     if not given.startswith("@"):
         return streams.argument(given, "--system", rule)
-    return drop_line_end(streams.read_text(given[1:], rule))
+    text = streams.read_text(given[1:], rule)
+    return drop_line_end(streams.refuse_wide(text, shown(given[1:]), rule))
 
 
 def read_messages(path: str, rule: Reading) -> Asked:

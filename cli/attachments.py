@@ -99,7 +99,8 @@ def gather(sources: Sources, words: Sequence[str]) -> Content:
             more = streams.read_bytes(MAX_PDF_BYTES, sources.quiet) or b""
             parts = [*document.load_bytes(data + more, "stdin", None, sources.pdf, rule=sources.rule), *parts]
         elif data is not None:
-            piped = drop_line_end(streams.stdin_text(data, sources.rule))
+            piped = streams.refuse_wide(streams.stdin_text(data, sources.rule), "stdin", sources.rule)
+            piped = drop_line_end(piped)
     return content(parts, streams.join_prompt(piped, words, alone=bool(parts), rule=sources.rule))
 
 
@@ -121,7 +122,7 @@ def open_image(path: str, quiet: bool = False) -> Image:
     if path == "-":
         data = stdin_bytes(MAX_BYTES, quiet)
         return load_image(data, "stdin")
-    refuse_address(path)
+    path = local_file(path)
     try:
         return load_image(path)
     except ValueError:
@@ -135,7 +136,8 @@ def open_file(spec: str, pdf: str = "auto", rule: Reading = UTF_8, quiet: bool =
     path, pages = document.split_spec(spec)
     if path == "-":
         return document.load_bytes(stdin_bytes(MAX_PDF_BYTES, quiet), "stdin", pages, pdf, rule=rule)
-    refuse_address(path)
+    path = local_file(path)
+    spec = f"{path}:{pages}" if pages else path
     try:
         return document.load_file(spec, pdf, rule=rule)
     except document.PasswordError as error:
@@ -263,9 +265,14 @@ def _is_document(word: str, texts: bool) -> bool:
         return False
 
 
-def refuse_address(path: str) -> None:
+def local_file(path: str) -> str:
+    """The path that is meant: of a file:// address, and with a ~ that the shell has left, as in --image=~/a.png."""
+    if os.path.lexists(path):
+        return path
+    path = os.path.expanduser(local_path(path))
     if ADDRESS.match(path):
         raise UnreadableError(f"{shown(path)}: ms4 fetches no attachments", "curl -sL ADDRESS | ms4 run -i - ...")
+    return path
 
 
 def stdin_bytes(limit: int, quiet: bool = False) -> bytes:

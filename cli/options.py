@@ -42,6 +42,8 @@ def whole(least: int, most: int) -> Callable[[str], int]:
         try:
             value = size(text)
         except ValueError as error:
+            if re.fullmatch(r"-[0-9]+", text):
+                raise typer.BadParameter(f"{text} is outside {least} to {most}") from None
             raise typer.BadParameter(f"{error}, {least} to {most}") from None
         if not least <= value <= most:
             raise typer.BadParameter(f"{text} is outside {least} to {most}")

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import select
+import stat
 import sys
 import threading
 from collections.abc import Sequence
@@ -107,14 +108,9 @@ def stdin_text(data: bytes, rule: Reading | None = None) -> str:
 
 def read_text(path: str, rule: Reading | None = None) -> str:
     """A text file, by the same rules as stdin."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MOST_INPUT + 1)
-    except OSError as error:
-        raise UnreadableError(f"{path}: {error.strerror}") from None
-    if len(data) > MOST_INPUT:
-        raise UnreadableError(f"{path} holds more than {MOST_INPUT >> 20} MiB; a prompt may not")
-    return decode(data, path, rule)
+    from ms4.models.untrusted import read_file
+
+    return decode(read_file(path, MOST_INPUT), path, rule)
 
 
 def decode(data: bytes, name: str, rule: Reading | None = None) -> str:
@@ -122,17 +118,26 @@ def decode(data: bytes, name: str, rule: Reading | None = None) -> str:
 
     rule: what --encoding and --lossy say; None is UTF-8, where there are no such options.
     """
-    from ms4.models.untrusted import Reading, decode_text
+    from ms4.models.untrusted import Reading, decode_text, marked
 
     hint = "iconv turns it into UTF-8" if rule is None else ENCODING_HINT
     rule = rule or Reading()
     try:
         return decode_text(data, rule)
     except UnicodeError as error:
-        if getattr(error, "reason", "") == "UTF-16":
-            raise UnreadableError(f"{name} is UTF-16, not UTF-8", hint) from None
+        if mark := marked(data, rule):
+            raise UnreadableError(f"{name} is {mark}, not UTF-8", hint) from None
         where = f" (byte {error.start})" if isinstance(error, UnicodeDecodeError) else ""
         raise UnreadableError(f"{name} is not {rule.name}{where}", hint) from None
+
+
+def refuse_wide(text: str, name: str, rule: Reading) -> str:
+    """A text for a prompt, unless more than a third of it is NUL: that is UTF-16 or UTF-32 without a mark."""
+    if 3 * text.count("\0") <= len(text):
+        return text
+    if not rule.lossy:
+        raise UnreadableError(f"{name} is no text: it holds {text.count(chr(0))} NUL bytes", ENCODING_HINT)
+    return text.replace("\0", "\ufffd")
 
 
 def argument(text: str, name: str, rule: Reading | None = None) -> str:
@@ -209,7 +214,9 @@ class Output:
     def write(self, text: str) -> None:
         try:
             if self.path and not self._started:  # the old content goes only when there is new content
-                os.ftruncate(self._file.fileno(), 0)
+                fd = self._file.fileno()
+                if stat.S_ISREG(os.fstat(fd).st_mode):  # a pipe or /dev/null has none
+                    os.ftruncate(fd, 0)
             self._started = True
             with self.guard:
                 self._put(text.encode("utf-8", "backslashreplace"))

@@ -14,7 +14,17 @@ from typing import Any
 
 from ms4.models import pdf_page
 from ms4.models.image import MAX_BYTES, Image, PixelRule, load_image
-from ms4.models.untrusted import InputError, Reading, check_size, decode_text, drop_line_end, read_file, shown, sniff
+from ms4.models.untrusted import (
+    InputError,
+    Reading,
+    check_size,
+    decode_text,
+    drop_line_end,
+    marked,
+    read_file,
+    shown,
+    sniff,
+)
 
 MAX_TEXT_BYTES = 16 << 20
 MAX_PDF_BYTES = 128 << 20
@@ -95,13 +105,13 @@ def _text(data: bytes, name: str, rule: Reading) -> str:
     try:
         text = decode_text(data, rule)
     except UnicodeError as e:
-        if getattr(e, "reason", "") == "UTF-16":
-            raise EncodingError(f"{name}: a text in UTF-16, not UTF-8") from None
+        if mark := marked(data, rule):
+            raise EncodingError(f"{name}: a text in {mark}, not UTF-8") from None
         where = f" (byte {e.start})" if isinstance(e, UnicodeDecodeError) else ""
         raise EncodingError(f"{name}: neither a PDF, a picture nor {rule.name} text{where}") from None
-    if "\0" in text:
-        raise DocumentError(f"{name}: neither a PDF, a picture nor text (it holds NUL bytes)")
-    return text
+    if "\0" in text and not rule.lossy:
+        raise EncodingError(f"{name}: neither a PDF, a picture nor text (it holds NUL bytes)")
+    return text.replace("\0", "\ufffd")
 
 
 # --- PDF ----------------------------------------------------------------------------------------------------------

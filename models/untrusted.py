@@ -35,15 +35,25 @@ class Reading:
 
 def decode_text(data: bytes, rule: Reading) -> str:
     """The text in some bytes, without a byte order mark.  UnicodeError, if they are none."""
-    if not rule.encoding and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UnicodeDecodeError("utf-8", data[:2], 0, 2, "UTF-16")
+    if mark := marked(data, rule):
+        raise UnicodeDecodeError("utf-8", data[:2], 0, 2, mark)
     text = data.decode(rule.encoding or "utf-8", "replace" if rule.lossy else "strict")
     return text.removeprefix("\ufeff")
 
 
+def marked(data: bytes, rule: Reading) -> str:
+    """The encoding that a byte order mark names, if it is not UTF-8 and the user has said nothing else; or ""."""
+    if rule.encoding:
+        return ""
+    # The mark of UTF-32 begins with that of UTF-16.
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    return "UTF-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
+
+
 def shown(name: str) -> str:
     """A file name as it may be printed."""
-    return visible.line(name)
+    return visible.line(name) or "''"
 
 
 def drop_line_end(text: str) -> str:

@@ -70,7 +70,7 @@ def test_a_message_that_is_wrong_is_named(ms4, tmp_path):
 def test_a_file_that_is_not_there(ms4, tmp_path):
     for option in ("--messages", "--tools"):
         code, out, err = ms4("run", option, tmp_path / "none.json", "--format", "json", "hi")
-        assert (code, out) == (7, "") and "none.json: No such file or directory" in err
+        assert (code, out) == (7, "") and "none.json: no such file or directory" in err
 
 
 def test_tools_are_announced_and_need_json(ms4, tmp_path):

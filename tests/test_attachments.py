@@ -121,7 +121,7 @@ def test_json_says_what_the_tower_saw(run):
         (("-i", "."), 7, "is a directory"),
         (("-i", "/dev/zero"), 7, "larger than"),
         (("-i", "https://host/a.png"), 7, "ms4 fetches no attachments\nhint: curl"),
-        (("-f", "file:///etc/passwd"), 7, "ms4 fetches no attachments"),
+        (("-f", "file://host/etc/passwd"), 7, "ms4 fetches no attachments"),
         (("-i", "-"), 7, "stdin: not a PNG"),
         (("-i", "-", "-f", "-"), 2, "only once"),
         (("-i", IMAGE, "--mmproj", "absent"), 5, "absent: no such file"),

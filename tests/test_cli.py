@@ -111,7 +111,7 @@ def test_a_command_is_neither_quiet_nor_verbose_unless_it_is_told_to_be(name):
         (["run", "x", "--min-p", "x"], r"--min-p: x is not a number such as 0.7, 0 to 1"),
         (["run", "x", "--seed", str(2**64)], r"--seed: \d+ is outside 0 to 18446744073709551615"),
         (["run", "x", "--ctx", "0"], r"--ctx: 0 is outside 1 to 1048576"),
-        (["run", "x", "--ctx", "-1"], r"--ctx: -1 is not a whole number .*1 to 1048576"),
+        (["run", "x", "--ctx", "-1"], "--ctx: -1 is outside 1 to 1048576"),
         (["run", "x", "--ctx", "1e12"], r"--ctx: 1e12 is not a whole number .*1 to 1048576"),
         (["run", "x", "--threads", "0"], r"--threads: 0 is outside 1 to 1024"),
         (["run", "x", "--threads", "100000"], r"--threads: 100000 is outside 1 to 1024"),
@@ -236,7 +236,7 @@ def test_the_system_prompt_can_be_a_file(run, tmp_path):
     (tmp_path / "s.txt").write_text("Be terse.")
     assert "[SYSTEM_PROMPT]Be terse.[/SYSTEM_PROMPT]" in run("--show-prompt", "-s", f"@{tmp_path}/s.txt", "Hi").out
     assert "[SYSTEM_PROMPT]Be kind.[/SYSTEM_PROMPT]" in run("--show-prompt", "-s", "Be kind.", "Hi").out
-    assert refused(run("-s", f"@{tmp_path}/none", "Hi"), 7, "No such file")
+    assert refused(run("-s", f"@{tmp_path}/none", "Hi"), 7, "no such file")
 
 
 def test_control_tokens_in_a_prompt_stay_text(ms4, run):
