@@ -16,8 +16,10 @@ from ms4.cli.options import EngineOptions
 from ms4.cli.render import gigabytes
 
 if TYPE_CHECKING:
+    from ms4 import Stats
     from ms4.models import forecast
     from ms4.models.answer import Statistics
+    from ms4.models.clock import Machine
     from ms4.models.forecast import Fit, Other, Plan, Room
     from ms4.models.model import Model
     from ms4.quant.gguf_file import GgufFile
@@ -106,10 +108,10 @@ def refusal(found: Fit, others: Sequence[Other]) -> NoRoomError:
 
 
 # --- how fast that will be
-def plan_of(model: Model, n_context: int) -> Plan | None:
-    """The plan for a model that is open, as it was opened; None: there is nothing to expect it from."""
+def known(model: Model) -> tuple[forecast.Model, Machine] | None:
+    """What is known of a model that is open, and of this machine; None: there is nothing to expect it from."""
     stats = model.engine.stats()
-    if stats.device != "cpu" or stats.experts or not measured.machine_path().exists():
+    if stats.device != "cpu" or not measured.machine_path().exists():
         return None
     from ms4.models import clock, forecast, mistral4
 
@@ -119,15 +121,24 @@ def plan_of(model: Model, n_context: int) -> Plan | None:
     if rates is None or (disk is None and stats.load == "stream"):
         return None
     about = forecast.Model.made_of(model.shape, tensors, sum(model.gguf.sizes))
-    here = clock.Machine(None, rates.ram, rates.flops, disk.bytes_per_s if disk else clock.GB)
+    return about, clock.Machine(None, rates.ram, rates.flops, disk.bytes_per_s if disk else clock.GB)
+
+
+def plan_of(model: Model) -> Plan | None:
+    """The plan for a model that is open, as it was opened."""
+    from ms4.models import forecast
+
+    if (found := known(model)) is None:
+        return None
+    stats = model.engine.stats()
     ram = stats.ram if stats.load == "stream" else None
-    return forecast.make(about, forecast.Resources(here, ram, limited=True), max(n_context, 1))
+    return forecast.make(found[0], forecast.Resources(found[1], ram, limited=True), SHORT)
 
 
 def note_before(model: Model) -> None:
     """One line, if it will be slow."""
     stats = model.engine.stats()
-    plan = plan_of(model, SHORT)
+    plan = plan_of(model)
     if plan is None:
         if stats.load == "stream":
             errors.note(f"how fast that will be:  ms4 plan {shlex.quote(model.gguf.path[-80:])}")
@@ -140,24 +151,42 @@ def note_before(model: Model) -> None:
         )
 
 
-def note_after(model: Model, s: Statistics) -> str:
-    """Compares a run with what was expected of it, and keeps the ratio for the next plan; what to add to --stats."""
-    plan = plan_of(model, s.n_context)
-    if plan is None:
+def note_after(model: Model, s: Statistics, read: Stats | None) -> str:
+    """Compares a run with what was expected of it, and keeps the ratio for the next plan; what to add to --stats.
+
+    read: the engine's counters when the prompt had been read.  Of experts on the disk as many are expected to be found
+    in memory as were: the first prompt after opening finds none, and that is no fault of the prediction.
+    """
+    from ms4.models import forecast
+
+    if (found := known(model)) is None:
         return ""
-    key = measured.run_key(model.gguf.path, model.engine.stats().load)
+    now = model.engine.stats()
+    key = measured.run_key(model.gguf.path, now.load)
     n_read = s.n_prompt - s.n_cached
-    decode = s.decode_per_second / plan.warm.tokens_per_s if s.n_decode >= measured.LEAST_TOKENS else None
-    prefill = s.prefill_per_second / plan.prompt.tokens_per_s if n_read >= measured.LEAST_PROMPT else None
+    in_prompt = share_found(read)
+    after = share_found(now, read)
+    written, prompt = forecast.of_run(*found, n_read, s.n_context, in_prompt=in_prompt, found=after)
+    decode = s.decode_per_second / written if s.n_decode >= measured.LEAST_TOKENS else None
+    prefill = s.prefill_per_second / prompt if n_read >= measured.LEAST_PROMPT else None
     before = measured.ratios(key)
     measured.learn(key, decode, prefill)
     said = []
-    for what, ratio, known, speed in (
-        ("writing", decode, before[0], plan.warm.tokens_per_s),
-        ("reading", prefill, before[1], plan.prompt.tokens_per_s),
+    for what, ratio, learnt, speed in (
+        ("writing", decode, before[0], written),
+        ("reading", prefill, before[1], prompt),
     ):
         if ratio is not None:
-            off = ratio / known - 1
+            off = ratio / learnt - 1
             far = f", off by {100 * abs(off):.0f} %: the next plan knows" if abs(off) > measured.FAR else ""
-            said.append(f"{what} predicted {speed * known:.1f} tok/s{far}")
+            said.append(f"{what} predicted {speed * learnt:.1f} tok/s{far}")
     return "".join(f" · {text}" for text in said)
+
+
+def share_found(now: Stats | None, before: Stats | None = None) -> float:
+    """Of the experts that were wanted between two looks, those that needed no disk; 1 if none can stay there."""
+    if now is None:
+        return 1.0
+    wanted = now.experts_wanted - (before.experts_wanted if before else 0)
+    there = now.experts_there - (before.experts_there if before else 0)
+    return there / wanted if wanted else 1.0

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import ms4
@@ -246,6 +246,7 @@ class Job:
     grammar: "Grammar | None" = None
     end: float | None = None  # when --timeout is over
     sampling: Sampling = Sampling()
+    read: list[ms4.Stats | None] = field(default_factory=lambda: [None])  # the counters behind the prompt
 
     def answer(self, asked: Asked) -> int:
         """Renders the prompt, answers it, and judges how that ended."""
@@ -287,7 +288,7 @@ class Job:
             errors.note(f"error: {message}")
         if request.stats:
             stats = self.model.engine.stats()
-            compared = expected.note_after(self.model, done.statistics)
+            compared = expected.note_after(self.model, done.statistics, *self.read)
             errors.note(render.statistics(done.statistics, self.images.seconds) + render.from_disk(stats) + compared)
             if stats.device != "cpu":
                 errors.note(render.gpu(stats))
@@ -313,6 +314,7 @@ class Job:
 
     def follow(self, answer: "Answer", pieces: remembered.Pieces) -> tuple["Done", bool]:
         """Passes every event to the writer.  Returns the last one, and whether there was any text or tool call."""
+        from ms4.models.answer import Prefill
         from ms4.models.answer_parser import Text, ToolCall
         from ms4.models.scheduler import Scheduler
 
@@ -321,6 +323,8 @@ class Job:
 
         def show(event: "Event") -> None:
             nonlocal answered
+            if None in self.read and not isinstance(event, Prefill):
+                self.read[:] = [engine.stats()]
             answered = answered or isinstance(event, (Text, ToolCall))
             pieces(event)
             if rest := continuation.event(event):

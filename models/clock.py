@@ -343,9 +343,7 @@ def prefill(
     return Terms(**{name: seconds / n_tokens for name, seconds in spent.items()})
 
 
-def _read_late(
-    sizes: Sizes, machine: Machine, used: np.ndarray, on_disk: float, layer: float, before: float
-) -> float:
+def _read_late(sizes: Sizes, machine: Machine, used: np.ndarray, on_disk: float, layer: float, before: float) -> float:
     """Seconds for which a chunk waits for the disk.  used: experts, by layer, of which this share has to be read.
 
     layer: seconds of computing each, of which `before` are over when its experts are known.  They are read from then

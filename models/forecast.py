@@ -270,6 +270,18 @@ def make(model: Model, there: Resources, n_ctx: int) -> Plan:
     )
 
 
+def of_run(
+    model: Model, machine: Machine, n_prompt: int, n_context: int, *, in_prompt: float = 1.0, found: float = 1.0
+) -> tuple[float, float]:
+    """(written, read): tokens per second of an answer behind n_context tokens, and of n_prompt tokens before it.
+
+    in_prompt, found: which share of the experts was in memory when it was wanted, while the prompt was read and after.
+    """
+    written = _Speeds(model.sizes, machine, max(n_context, 1)).decode(found, 0.0)
+    read = _Speeds(model.sizes, machine, max(n_prompt, 1)).prompt(model, 0.0, 1 - in_prompt)
+    return written.tokens_per_s, read.tokens_per_s
+
+
 def places(sizes: Sizes, left: float) -> int:
     """How many experts find a place in so many bytes."""
     return min(int(max(0.0, left) // sizes.expert), sizes.n_layer * sizes.n_expert) if sizes.expert else 0

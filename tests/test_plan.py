@@ -1,6 +1,7 @@
 """`ms4 plan`: what lies where by hand, the laws that any machine keeps, and what the command says."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -313,6 +314,27 @@ def test_statistics_compare_a_run_with_its_prediction_and_the_next_plan_knows(ms
     assert said == (abs(ratio - 1) > measured.FAR)
     corrected = planned(ms4)[1]["corrected_by"]["decode"]
     assert corrected == ratio
+
+
+def test_statistics_of_experts_on_the_disk_expect_what_was_found_in_memory(ms4, known, monkeypatch):
+    monkeypatch.setattr(measured, "MOST_RATIO", 1e9)
+    asked, plain = [], forecast.of_run
+
+    def of_run(*arguments, **shares):
+        asked.append((*arguments[2:], shares["in_prompt"], shares["found"], plain(*arguments, **shares)))
+        return asked[-1][-1]
+
+    monkeypatch.setattr(forecast, "of_run", of_run)
+    words = "one two three four five six seven " * 20
+    arguments = ("run", "-m", bravo(), "--load", "stream", "--greedy", "-n", "40", "--stats")
+    code, _, err = ms4(*arguments, words)
+    (n_prompt, n_context, in_prompt, found, (written, read)) = asked.pop()
+    assert code in (0, 3) and 64 <= n_prompt < n_context
+    assert in_prompt < found > 0.9  # all have a place, and the prompt has brought most of them
+    assert f"writing predicted {written:.1f} tok/s" in err and f"reading predicted {read:.1f} tok/s" in err
+    for name, ratio in zip(("writing", "reading"), measured.ratios(measured.run_key(bravo(), "stream")), strict=True):
+        said = re.search(rf"{name} predicted [\d.]+ tok/s(, off by)?", err)
+        assert bool(said[1]) == (abs(ratio - 1) > measured.FAR)
 
 
 def test_nothing_is_expected_of_a_machine_that_was_not_measured(ms4, monkeypatch, tmp_path):
