@@ -46,7 +46,9 @@ class Choice:
 
 def begin() -> int:
     """What bare `ms4` does at a terminal; the exit code."""
-    if os.environ.get("MS4_MODEL"):
+    from ms4.cli import config
+
+    if "model" in config.effective((), config.layers(None)):  # MS4_MODEL, or a file
         return start("chat")
     models = stored.everything()
     if len(models) == 1:

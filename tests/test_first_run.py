@@ -160,6 +160,14 @@ def test_a_model_of_the_environment_is_taken(bare):
     bare(MS4_MODEL=str(DEMO)).sees(r"leaves.*> ?$")
 
 
+@pytest.mark.slow
+def test_a_model_of_the_configuration_is_taken(bare, tmp_path):
+    path = tmp_path / "config" / "ms4" / "config.toml"
+    path.parent.mkdir(parents=True)
+    path.write_text(f'model = "{DEMO}"\n')
+    bare(XDG_CONFIG_HOME=str(tmp_path / "config")).sees(r"leaves.*> ?$")
+
+
 # --- a script
 @pytest.mark.parametrize("terminal", [(), ("stdin",), ("stdout",), ("stdout", "stderr")])
 def test_in_a_script_it_is_the_help_and_exit_code_2(ms4, terminal):
