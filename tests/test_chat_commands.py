@@ -494,3 +494,25 @@ def test_a_mark_is_said_once():
     for share in (0.5, 0.79, 0.8, 0.9, 0.95, 0.99, 0.3, 0.85):
         chat_compact.warn(one, SimpleNamespace(n_context=1000 * share, n_ctx=1000))
     assert [int(re.search(r"(\d+) %", text)[1]) for text in one.said] == [80, 95, 85]
+
+
+# --- the price of a switch
+
+
+def test_the_price_of_a_switch_is_what_is_then_read(talk):
+    one = talk()
+    one.send("Hi")
+    n_message = len(one.dialogue.ask("more").ids)
+    one.dialogue.answered([])
+    n_message -= len(one.dialogue.prompt().ids) + len(one.dialogue.turns[-1].answer)
+    one.said.clear()
+    one.command("/effort high")
+    one.command("/effort none")
+    one.command("/system")
+    assert one.said[1:] == ["effort none", "no system prompt"], "there and back is free"
+    for switch in ("/effort high", "/system Be kind."):
+        one.command(switch)
+        price = int(re.search(r"reads the conversation again \((\d+) tokens", one.said[-1])[1])
+        one.send("more")
+        assert one.last.n_prompt - one.last.n_cached == price + n_message
+        one.command("/undo")

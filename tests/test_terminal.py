@@ -498,3 +498,16 @@ def test_ctrl_c_at_forty_moments_keeps_the_chat_and_the_terminal(person, rng):
         assert one.screen.margins is None
         said = shown[shown.index(f"> Turn {n}\n") :]
         assert [int(n) for n in re.findall(r"word(\d+)\b", said)][:-1] == [*range(max(said.count("word") - 1, 0))]
+
+
+@SLOW
+def test_ctrl_c_ends_a_command_of_the_shell_and_not_the_chat(person):
+    one = person()
+    one.types("!echo one; sleep 60; echo never\r")
+    one.sees(r"never\none$")
+    one.types("\x03")
+    shown = one.sees(r"stopped; command and output, \d+ tokens\ngoes with the next message.*> ?$")
+    assert "once more" not in shown
+    one.types("Why?\r")
+    one.sees(DONE)
+    assert "$ echo one; sleep 60; echo never\none\n[stopped]\n```\n\nWhy?" in one.asked()
