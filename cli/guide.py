@@ -20,6 +20,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         'ms4 run -c "And in one sentence?"',
     ),
     "chat": ("ms4 chat", "ms4 chat report.pdf photo.jpg", "ms4 chat -r low", "ms4 chat -c", "ms4 chat --resume"),
+    "batch": (
+        "ms4 batch prompts.txt -o answers.jsonl",
+        "ms4 batch asked.jsonl -o answers.jsonl --seed 1 -j 8",
+        "ms4 batch prompts.txt --schema 'name, age int' --greedy",
+    ),
     "pull": (
         "ms4 pull",
         "ms4 pull Q4_K_M",
@@ -75,7 +80,18 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("schema", "json_object", "extract", "format", "markdown", "output", "stats", "logprobs", "strict", "timeout"),
         *("show_prompt", "count"),
     ),
-    "Model and machine": ("model", "ctx", "threads", "load", "ram", "device", "vram", "attn_scale", "profile"),
+    "Model and machine": (
+        "together",
+        "model",
+        "ctx",
+        "threads",
+        "load",
+        "ram",
+        "device",
+        "vram",
+        "attn_scale",
+        "profile",
+    ),
 }
 FEW = 15  # options that need no groups
 

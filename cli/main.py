@@ -315,6 +315,51 @@ def chat(
 
 
 @app.command(cls=Command)
+def batch(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Prompts, one a line, or JSON, one object a line.")],
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="FILE", help="The answers; what is there already is not asked again."),
+    ] = None,
+    together: Annotated[
+        int, typer.Option("-j", "--jobs", metavar="N", parser=opt.whole(1, 64), help="Most answers at a time.")
+    ] = 4,
+    model: opt.Model = None,
+    encoding: opt.Encoding = "",
+    lossy: opt.Lossy = False,
+    system: System = None,
+    effort: Level = "none",
+    think_budget: ThinkBudget = None,
+    max_tokens: MaxTokens = None,
+    temp: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    greedy: Greedy = False,
+    stop: Stop = None,
+    schema: Schema = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 3 if --max-tokens cuts an answer.")] = False,
+    ctx: opt.Context = opt.N_CTX_DEFAULT,
+    threads: opt.Threads = None,
+    load: opt.Load = "auto",
+    ram: opt.Ram = None,
+    device: opt.Device = "auto",
+    vram: opt.Vram = None,
+    attn_scale: opt.Scale = "plain",
+    quiet: opt.Quiet = None,
+) -> int:
+    """Answer a file of prompts, several together; the same command goes on after an interruption."""
+    from ms4.cli import batch as command
+
+    effort, think_budget = opt.thinking(effort, think_budget)
+    sampling = opt.Sampling(effort, greedy, temp, top_p, top_k, min_p, seed, think_budget)
+    engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram, device, vram)
+    job = command.Job(file, output, sampling, system, schema, max_tokens, tuple(stop or ()), ctx, together, strict)
+    return command.batch(job, engine, Reading(encoding, lossy))
+
+
+@app.command(cls=Command)
 def pull(
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="USER/REPO:QUANT, USER/REPO or QUANT; else what fits this machine.")

@@ -25,6 +25,7 @@ usage: ms4 COMMAND [OPTIONS]
 commands:
   run         answer one prompt, from the arguments or stdin
   chat        talk with the model
+  batch       answer a file of prompts, and go on after an interruption
   pull        get a model from Hugging Face
   ls          list the models on this machine
   rm          remove one of them
