@@ -5,7 +5,7 @@
  * are  int main(int argc, char **argv) { return run_checks(argc, argv, { { "kernel", check_X }, .. }); }.  Linked
  * twice, with the kernels as g++ compiles them and as nvcc does.  Arguments: how often (1), and what the names of the
  * kernels begin with.
- * MS4_TEST_SEED repeats a run.  Ends at the first check that fails: status 1.
+ * MS4_TEST_SEED repeats a run.  Ends at the first check that fails: status 1; with MS4_CHECK_FIRST at the first output.
  */
 #ifndef MS4_CUDA_CHECK_H
 #define MS4_CUDA_CHECK_H
@@ -49,6 +49,10 @@ static void wrong(const char *what, size_t i, const char *got, const char *want)
     if (!n_wrong++) {
         snprintf(text, sizeof text, "%s [%zu]: %s, not %s; case: ", what, i, got, want);
         first_wrong = text + where;
+        if (getenv("MS4_CHECK_FIRST")) {
+            printf("%s\n", first_wrong.c_str());
+            exit(1);
+        }
     }
 }
 /* Floats of the same bits, or NaN both. */

@@ -25,9 +25,10 @@ static void same_as_quantized(const block_q8 *got, const float *row, int width) 
 static dim3 rows_and_parts(int n, int round) { return dim3((unsigned)n, round % 3 ? 1 + rnd() % 9 : 1); }
 
 static void check_norm() {
-    for (int round = 0; round < 88 * repeat; round++) {
-        const int width = round / 2 == 20 ? NORM_STAGED + 32 : a_width(round);      /* ordinary numbers, any bits */
-        const int n = between(1, 3), kind = round % ROW_KINDS;
+    for (int round = 0; round < 100 * repeat; round++) {
+        const bool staged = round / 2 != 20 && round % 100 < 88;
+        const int width = staged ? a_width(round) : NORM_STAGED + 32 * between(1, 40);
+        const int n = between(1, 3), kind = round % 100 < 88 ? round % ROW_KINDS : 0;   /* 40, 41: any bits, too */
         const bool in_place = round % 5 == 0, has_blocks = round % 4 && width % 32 == 0;
         const size_t stride = (size_t)width + rnd() % 2 * 3, blocks = blocks_of(width) + rnd() % 2;
         buffer<float> x((size_t)n * stride, 16), y((size_t)n * stride, 16), weight((size_t)width), want((size_t)width);

@@ -39,6 +39,7 @@ namespace emu {
 __thread block *at;
 int n_threads = 1;
 bool (*in_device)(const void *p), (*accessible)(const void *p, size_t n);
+void (*touched)(const void *p, size_t n, bool writes);
 
 namespace {
 const int MOST_THREADS = 1024, WARPS = MOST_THREADS / 32;
@@ -103,6 +104,7 @@ void on_fault(int sig, siginfo_t *info, void *context) {
     (void)sig, (void)context;
 }
 
+std::atomic<uint32_t> n_runs;
 std::mutex machines_lock;
 std::vector<machine *> machines;            /* idle ones */
 machine *take_machine() {
@@ -170,10 +172,20 @@ void thread_entry() {
     leave(f);
     abort();
 }
+#ifdef __SANITIZE_ADDRESS__
+extern "C" void __asan_unpoison_memory_region(const volatile void *p, size_t n);
+/* A fibre never returns, so the sanitizer takes its frames for alive. */
+void forget_frames(char *stack) { __asan_unpoison_memory_region(stack + STACK * 3 / 4, STACK / 4); }
+#else
+void forget_frames(char *) {}
+#endif
 void prepare(machine *m) {
     memset(m->memory.data(), POISON, m->memory.size());
     m->fixed_parts.clear();
     m->fixed_used = 0;
+    m->n_run = ++n_runs;
+    memset(m->barriers, 0, sizeof m->barriers);
+    memset(m->warp_barriers, 0, sizeof m->warp_barriers);
     m->n_done = m->n_at_barrier = 0;
     for (int w = 0; w < (m->n + 31) / 32; w++) {
         int lanes = std::min(32, m->n - 32 * w);
@@ -185,6 +197,7 @@ void prepare(machine *m) {
     }
     for (int i = 0; i < m->n; i++) {
         fibre &f = m->fibres[i];
+        forget_frames(m->stacks + STACK * (size_t)i);
         f.at_barrier = f.done = false;
         unsigned u = (unsigned)i;
         f.index = dim3(u % m->size.x, u / m->size.x % m->size.y, u / (m->size.x * m->size.y));
@@ -249,6 +262,7 @@ void run_blocks(const kernel &k, dim3 grid, int threads, size_t shared, const vo
     m->memory.resize(shared + FIXED + 256);
     m->shared = (char *)(((uintptr_t)m->memory.data() + 127) & ~(uintptr_t)127);
     m->shared_bytes = shared;
+    m->shared_end = m->memory.data() + m->memory.size();
     at = m;
     for (uint64_t i; (i = (*next)++) < n_blocks;) {
         if (seed) i = (i + seed) % n_blocks;
@@ -286,6 +300,7 @@ void wait_block() {
     m->n_at_barrier++;
     release_block(m);
     leave(f);
+    m->barriers[m->linear]++;
 }
 void wait_warp(uint32_t mask) {
     machine *m = here();
@@ -303,6 +318,7 @@ void wait_warp(uint32_t mask) {
 void copy_begin(void *to, const void *from, int n, int of) {
     if ((uintptr_t)to % (unsigned)of || (uintptr_t)from % (unsigned)of || n < 0 || n > of) die("cp.async: alignment");
     if (!in_shared(to, (size_t)of)) die("cp.async: not to shared memory");
+    if (touched) touched(to, (size_t)of, true);
     memset(to, POISON, (size_t)of);
     here()->fibres[at->linear].copies.push_back({ to, from, n, of });
 }
@@ -316,6 +332,7 @@ void copy_finish(int but_last) {
     size_t groups = f.closed.size() - (size_t)but_last, n = f.closed[groups - 1];
     for (size_t i = 0; i < n; i++) {
         copy &c = f.copies[i];
+        if (touched) touched(c.to, (size_t)c.of, true);
         memcpy(c.to, c.from, (size_t)c.n);
         memset((char *)c.to + c.n, 0, (size_t)(c.of - c.n));
     }

@@ -51,8 +51,12 @@ struct block {
     char *shared;                   /* the dynamic part; what SHARED took lies behind it */
     size_t shared_bytes;
     warp *warps;
+    const char *shared_end;         /* of all parts */
+    uint32_t n_run;                 /* the number of this block among all that were run */
+    uint32_t barriers[1024], warp_barriers[1024];       /* that each thread has passed */
 };
 extern __thread block *at;          /* the block that this thread of the CPU runs */
+extern void (*touched)(const void *p, size_t n, bool writes);   /* race.cpp: the running thread does; else NULL */
 
 [[noreturn]] void die(const char *why);
 void wait_block();                  /* until all threads of the block that have not exited wait here */
@@ -104,7 +108,11 @@ template <class T> static inline void aligned(const void *p) {
 
 /* --- threads meet ----------------------------------------------------------------------------------------------- */
 static inline void __syncthreads() { emu::wait_block(); }
-static inline void __syncwarp(unsigned mask = 0xffffffffu) { emu::wait_warp(mask); }
+/* Other collectives let lanes meet, too, but only this orders what they do with memory. */
+static inline void __syncwarp(unsigned mask = 0xffffffffu) {
+    emu::wait_warp(mask);
+    if (mask == 0xffffffffu) emu::at->warp_barriers[emu::at->linear]++;
+}
 static inline void __threadfence() {}
 static inline void __threadfence_block() {}
 static inline void __threadfence_system() {}

@@ -1,14 +1,20 @@
 """Do the comparisons of the CUDA kernels have teeth?  Each wrong kernel here must be caught by one of them.
 
-    python tests/cuda/mutants.py [--jobs N] [--every N] [--only WORDS]
+    python tests/cuda/mutants.py [--jobs N] [--only WORDS] [--again]
 
 Wrong kernels are made in two ways.  By rule: each barrier and each wait left out (or for one group of copies too few),
-each fma rounded twice, each product and sum fused.  And by hand: orders of sums, associations, signs.  The checks are
-build/cuda/check_*.o (make -f tests/cuda/Makefile); only a few types are compiled with each mutant.  Prints what was not
-caught; exits 1 then.
+each fma rounded twice.  These are compiled once, all together, and $MS4_MUTANT chooses one; barriers and waits are
+compiled with race.cpp, too, which sees that nothing orders two threads however they happened to run.  And by hand:
+orders of sums, associations, signs; each of these is compiled alone.  The checks are build/cuda/check_*.o (make -f
+tests/cuda/Makefile) of what the file is part of, with a few types; a run ends at the first difference.  What was found
+is kept in build/cuda/mutants.json as long as no source changes, so a run that was interrupted goes on (--again: forget
+it).  Prints what was not caught; exits 1 then.
 """
 
 import argparse
+import hashlib
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -20,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cuda"
+KEPT = BUILD / "mutants.json"
 TRIES = 4  # runs with other seeds
 LIMIT = 240  # seconds of one run: a mutant that waits for ever is caught
 
@@ -40,13 +47,19 @@ SEEN_BY = {
     "attend_patches.cuh": [(PATCHES, "attend")],
     "mul.cuh": [("mul", f"mul_{kind}") for kind in BLOCKS],
     "mul_staged.cuh": [("mul", f"mul_{kind}") for kind in BLOCKS],
-    "gemm.cuh": [("mul", f"gemm_{kind}") for kind in BLOCKS],
+    "gemm.cuh": [("mul", f"gemm_{kind}") for kind in (*BLOCKS, "q8_0")],  # its quants have signs, in groups of 32
     "float.cuh": [("mul", "mul_f16"), ("mul", "gemm_f16")],
     "job.cuh": [("mul", "mul_q4_k"), ("mul", "gemm_q4_k"), ("mul", "gemm_f16")],
     "dev.cuh": [(ROWS, "act"), (ROWS, "bias")],
 }
 
 HARMLESS = "harmless: must not be caught"
+# Products that are exact, so rounding them changes nothing: a min has 11 bits, a sum of 32 quants 13.
+EXACT = {
+    "gemm.cuh": "__fmaf_rn(s->block_m[",
+    "mul.cuh": "__fmaf_rn(__shfl_sync(ALL, w.dmin, from)",
+    "mul_staged.cuh": "__fmaf_rn(s.sums[S::SUMS + ",
+}
 UNCHANGED = {"parts.cuh", "unpack.cuh"}  # bytes to integers: no sums of floats, and no threads meet
 
 # By hand: file, from, to, what is wrong.  A text that occurs more than once is changed where it occurs first.
@@ -145,50 +158,67 @@ BY_HAND = [
 @dataclass(frozen=True)
 class Mutant:
     file: str
-    text: str  # all of the file
     what: str
+    at: int  # the characters from here on ..
+    old: str  # .. which are these ..
+    new: str  # .. become these
+    number: int = 0  # by rule: what $MS4_MUTANT is
+    races: bool = False  # two threads may do things in either order
 
 
-def once(text: str, old: str, new: str, start: int) -> str:
-    return text[:start] + new + text[start + len(old) :]
+def by_rule(file: str, text: str, number: int) -> list[Mutant]:
+    """MUTANT(n): n is chosen."""
+    found: list[Mutant] = []
 
-
-def by_rule(file: str, text: str) -> list[Mutant]:
-    found = []
-
-    def add(match: re.Match[str], new: str, what: str) -> None:
-        line = text[: match.start()].count("\n") + 1
-        found.append(Mutant(file, once(text, match[0], new, match.start()), f"{file}:{line}: {what}"))
+    def add(match: re.Match[str], new: str, what: str, races: bool) -> None:
+        line, n = text[: match.start()].count("\n") + 1, number + len(found)
+        found.append(
+            Mutant(file, f"{file}:{line}: {what}", match.start(), match[0], new.replace("#", str(n)), n, races)
+        )
 
     for m in re.finditer(r"__sync(threads|warp)\(\);", text):
-        add(m, ";", f"no {m[0][:-1]}")
+        add(m, f"{{ if (!MUTANT(#)) {m[0]} }}", f"no {m[0][:-1]}", True)
     for m in re.finditer(r"copy_wait<([^>]*)>\(\);", text):
-        add(m, ";" if m[1] == "0" else f"copy_wait<{m[1]} + 1>();", f"{m[0][:-1]} waits for too few")
+        fewer = "" if m[1] == "0" else f"else copy_wait<{m[1]} + 1>();"
+        add(m, f"{{ if (!MUTANT(#)) {m[0]} {fewer} }}", f"{m[0][:-1]} waits for too few", True)
     if file == "dev.cuh":  # polynomials: each fma is the same case
         return found
     for m in re.finditer(r"__fmaf_rn\(", text):
-        add(m, "TWICE_ROUNDED(", "fma rounded twice")
+        exact = file in EXACT and text.startswith(EXACT[file], m.start())
+        add(m, "fma_unless(MUTANT(#), ", "fma rounded twice" + f" ({HARMLESS})" * exact, False)
     return found
 
 
 def mutants() -> list[Mutant]:
-    found = []
+    found: list[Mutant] = []
     files = {p.name for p in SOURCES.glob("*.cuh")}
     if files != SEEN_BY.keys() | UNCHANGED:
         sys.exit(
             f"mutants: SEEN_BY and UNCHANGED are not the files of csrc/cuda: {files ^ (SEEN_BY.keys() | UNCHANGED)}"
         )
     for file in SEEN_BY:
-        found += by_rule(file, (SOURCES / file).read_text())
+        found += by_rule(file, (SOURCES / file).read_text(), len(found) + 1)
     for file, old, new, what in BY_HAND:
         text = (SOURCES / file).read_text()
         if old not in text:
             sys.exit(f"mutants: {file} has no {old!r} any more: mend the list")
-        found.append(Mutant(file, once(text, old, new, text.index(old)), f"{file}: {what}"))
+        found.append(Mutant(file, f"{file}: {what}", text.index(old), old, new))
     return found
 
 
 # --- running one
+
+CHOOSES = """#include <cstdlib>
+extern const int mutant_number;
+const int mutant_number = std::getenv("MS4_MUTANT") ? std::atoi(std::getenv("MS4_MUTANT")) : 0;
+"""
+CHOSEN = """#include "emulate.h"
+extern const int mutant_number;
+#define MUTANT(n) (mutant_number == (n))
+static inline float fma_unless(bool twice, float a, float b, float c) {
+    return twice ? __fadd_rn(__fmul_rn(a, b), c) : __fmaf_rn(a, b, c);
+}
+"""
 
 
 def few_types(names: set[str]) -> list[str]:
@@ -199,22 +229,29 @@ def few_types(names: set[str]) -> list[str]:
     return ["-DFEW_TYPES", f"-DFEW_FLOATS(X)={' '.join(floats)}", f"-DFEW_QUANTIZED(X)={' '.join(quantized)}"]
 
 
-def build(mutant: Mutant, folder: Path) -> dict[str, Path] | None:
-    """The programs that see it; None: it does not compile."""
+def build(changes: list[Mutant], folder: Path, races: bool) -> dict[str, Path] | None:
+    """The programs that see these changes; None: they do not compile."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(SOURCES, folder / "cuda")
-    (folder / "cuda" / mutant.file).write_text(mutant.text)
-    seen = SEEN_BY[mutant.file]
+    for file in {m.file for m in changes}:
+        text = (SOURCES / file).read_text()
+        for m in sorted((m for m in changes if m.file == file), key=lambda m: -m.at):
+            text = text[: m.at] + m.new + text[m.at + len(m.old) :]
+        (folder / "cuda" / file).write_text(text)
+    (folder / "chosen.h").write_text(CHOSEN)
+    (folder / "chooses.cpp").write_text(CHOOSES)
+    seen = [pair for file in {m.file for m in changes} for pair in SEEN_BY[file]]
     types = {re.sub(r"^(mul|gemm)_", "", prefix) for program, prefix in seen if program == "mul"}
     include = [f"-I{p}" for p in (folder, folder / "cuda", ROOT / "tests/cuda", ROOT / "csrc", ROOT / "build/glue")]
     flags = "-std=gnu++20 -O1 -march=x86-64-v3 -ffp-contract=off -fno-strict-aliasing -w".split()
-    twice = "-DTWICE_ROUNDED(a,b,c)=__fadd_rn(__fmul_rn(a,b),c)"
+    flags += ["-fsanitize=thread"] if races else []
     table = folder / "table.o"
-    command = ["g++", *flags, *include, twice, *few_types(types), "-c", "-o", table, ROOT / "tests/cuda/table.cpp"]
-    if subprocess.run(command, capture_output=True).returncode:
+    command = ["g++", *flags, *include, "-include", folder / "chosen.h", *few_types(types), "-c", "-o", table]
+    if subprocess.run([*command, ROOT / "tests/cuda/table.cpp"], capture_output=True).returncode:
         return None
     objects = [*(ROOT / "build/obj/csrc/cpu").glob("*/*.o"), ROOT / "build/obj/csrc/cpu/dispatch.o"]
-    objects += [ROOT / "build/obj/csrc/types.o", ROOT / "build/obj/build/glue/grids.o"]
+    objects += [ROOT / "build/obj/csrc/types.o", ROOT / "build/obj/build/glue/grids.o", folder / "chooses.cpp"]
+    objects += [BUILD / "race.o"] if races else []
     programs = {}
     for name in {program for program, _ in seen}:
         programs[name] = folder / f"check_{name}"
@@ -223,50 +260,86 @@ def build(mutant: Mutant, folder: Path) -> dict[str, Path] | None:
     return programs
 
 
-def fate(mutant: Mutant, folder: Path) -> str:
+def fate(mutant: Mutant, programs: dict[str, Path] | None) -> str:
     """How it was caught, or MISSED, or that it does not compile."""
-    programs = build(mutant, folder)
     if programs is None:
         return "does not compile"
-    for _ in range(TRIES):
+    environment = {**os.environ, "MS4_MUTANT": str(mutant.number), "MS4_CHECK_FIRST": "1"}
+    for _ in range(1 if mutant.races else TRIES):
         for program, prefix in SEEN_BY[mutant.file]:
             try:
                 run = [programs[program], "1", prefix]
-                done = subprocess.run(run, capture_output=True, text=True, timeout=LIMIT)
+                done = subprocess.run(run, capture_output=True, text=True, timeout=LIMIT, env=environment)
             except subprocess.TimeoutExpired:
                 return "hangs"
             if done.returncode == 1:
                 return "differs"
             if done.returncode:
-                return "stopped: " + (done.stderr.strip().splitlines() or [str(done.returncode)])[-1].split(": ")[-1]
+                said = (done.stderr.strip().splitlines() or [str(done.returncode)])[-1].split(": ")[-1]
+                return f"stopped: {re.sub('threads.*', 'threads', said)}"
     return "MISSED"
+
+
+def state_of(mutant: Mutant) -> str:
+    """Of what its checks are made of: what is known of it holds as long as this does."""
+    here = ROOT / "tests/cuda"
+    files = [here / name for name in ("check.h", "emulate.cpp", "emulate.h", "launch.h", "race.cpp", "table.cpp")]
+    files += sorted({here / f"check_{program}.cpp" for program, _ in SEEN_BY[mutant.file]})
+    files += sorted([*SOURCES.glob("*.cu*"), SOURCES / "kernels.h"])
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files) + mutant.new.encode()).hexdigest()
+
+
+def kept() -> dict[str, list[str]]:
+    """What was found before: name of a mutant -> state and fate."""
+    try:
+        return json.loads(KEPT.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def try_all(todo: list[Mutant], known: dict[str, list[str]], jobs: int) -> None:
+    """Adds to what is known; writes it down after each."""
+    rules = [m for m in mutants() if m.number]
+    together = {}
+    for races in sorted({m.races for m in todo if m.number}):
+        together[races] = build(rules, BUILD / f"mutants_{'race' if races else 'plain'}", races)
+    folders = [BUILD / f"mutant_{i}" for i in range(jobs)]
+
+    def run(m: Mutant) -> tuple[Mutant, str]:
+        if m.number:
+            return m, fate(m, together[m.races])
+        folder = folders.pop()
+        try:
+            return m, fate(m, build([m], folder, False))
+        finally:
+            folders.append(folder)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for m, how in pool.map(run, todo):
+            print(f"  {m.what}: {how}", flush=True)
+            known[m.what] = [state_of(m), how]
+            KEPT.write_text(json.dumps(known, indent=1))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="wrong kernels, each of which must be caught")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--every", type=int, default=1, help="only each N-th mutant")
     parser.add_argument("--only", default="", help="only what has this in its description")
+    parser.add_argument("--again", action="store_true", help="forget what earlier runs found")
     options = parser.parse_args()
-    chosen = [m for m in mutants() if options.only in m.what][:: options.every]
-    folders = [BUILD / f"mutant_{i}" for i in range(options.jobs)]
-
-    def run(mutant: Mutant) -> tuple[Mutant, str]:
-        folder = folders.pop()
-        try:
-            return mutant, fate(mutant, folder)
-        finally:
-            folders.append(folder)
-
+    chosen = [m for m in mutants() if options.only in m.what]
+    known = {} if options.again else kept()
+    todo = [m for m in chosen if known.get(m.what, [""])[0] != state_of(m)]
+    if len(todo) < len(chosen):
+        print(f"  {len(chosen) - len(todo)} of {len(chosen)} are known from a run before, with the same sources")
+    try_all(todo, known, options.jobs)
     caught, bad = 0, []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for mutant, how in pool.map(run, chosen):
-            harmless = HARMLESS in mutant.what
-            good = (how == "MISSED") if harmless else how not in ("MISSED", "does not compile")
-            caught += good and not harmless
-            print(f"  {mutant.what}: {'not caught, as it should be' if harmless and good else how}", flush=True)
-            if not good:
-                bad.append(f"{mutant.what}: {how}")
+    for m in chosen:
+        harmless, how = HARMLESS in m.what, known[m.what][1]
+        good = (how == "MISSED") if harmless else how not in ("MISSED", "does not compile")
+        caught += good and not harmless
+        if not good:
+            bad.append(f"{m.what}: {how}")
     tried = sum(HARMLESS not in m.what for m in chosen)
     print(f"mutants caught: {caught} of {tried} tried")
     for line in bad:
