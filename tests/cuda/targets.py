@@ -60,8 +60,8 @@ def shared_sizes(folder: Path) -> dict[str, tuple[int, int]]:
         + '#define X(name, ...) printf("mul_%s %d %zu\\ngemm_%s %d %zu\\n", #name, MUL_THREADS, \\\n'
         + "    mul_shared(MS4_TYPE_##name, MUL_TOKENS), #name, GEMM_THREADS, gemm_shared(MS4_TYPE_##name));\n"
         + "MS4_TYPES(X)\n#undef X\n"
-        + '#define X(name, id, weights, bytes, ...) printf("chunk_%s %d 0\\n", #name, \\\n'
-        + "    (int)mul_chunk(bytes * SUPERBLOCK / weights));\nMS4_QUANTIZED_TYPES(X)\n"
+        + '#define X(name, id, weights, bytes, family, ...) printf("chunk_%s %d 0\\n", #name, \\\n'
+        + "    (int)mul_chunk(bytes * SUPERBLOCK / weights, FAMILY_##family));\nMS4_QUANTIZED_TYPES(X)\n"
         + '    printf("norm_rows 256 %zu\\n", norm_shared(4096));\n'
         + '    printf("attend_segments 256 %zu\\n", segments_shared(256, 64));\n'
         + '    printf("attend_rows 256 %zu\\n", attend_rows_shared(256, 64));\n    return 0;\n}\n'
@@ -238,8 +238,9 @@ def contracted(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 
 
 def check_instructions(by_target: dict[str, dict[str, list[str]]]) -> list[str]:
-    """Counts are the same where loops are unrolled alike; targets that unroll otherwise must not have made an fma of a
-    product and a sum, or the other way round."""
+    """Counts are the same where loops are unrolled alike.  Elsewhere ptxas takes other numbers of copies of a loop's
+    body (or of a branch, as in act_rows, or a multiplication by -1 for a minus, as in mul_q4_k); it must not have made
+    an fma of a product and a sum, or the other way round, and has the same kinds of operations everywhere."""
     faults, alike = [], 0
     for name in next(iter(by_target.values())):
         counts = {target: count(kernels[name]) for target, kernels in by_target.items()}
@@ -247,6 +248,8 @@ def check_instructions(by_target: dict[str, dict[str, list[str]]]) -> list[str]:
         alike += len(set(rounded.values())) == 1
         if len({rounded[t] for t in ALIKE if t in rounded}) > 1:
             faults.append(f"{name}: {'/'.join(ROUNDED)} differ: {rounded}")
+        if len({tuple(n > 0 for n in r) for r in rounded.values()}) > 1:
+            faults.append(f"{name}: other kinds of operations: {rounded}")
         if any(contracted(a, b) for a in rounded.values() for b in rounded.values()):
             faults.append(f"{name}: contracted: {rounded}")
         for target, kernels in by_target.items():
@@ -263,11 +266,32 @@ def check_instructions(by_target: dict[str, dict[str, list[str]]]) -> list[str]:
     return faults
 
 
+def float_operations(ptx: str) -> dict[str, list[str]]:
+    """Kernel -> its operations on floats that round, in their order."""
+    found: dict[str, list[str]] = {}
+    body: list[str] = []
+    for entry, op in re.findall(r"\.entry (\w+)|^\s+(?:@!?%p\d+\s+)?((?:add|sub|mul|fma|div|sqrt)\.\S*f32)", ptx, re.M):
+        if entry:
+            body = found[entry] = []
+        else:
+            body.append(op)
+    return found
+
+
 def same_without_contraction(folder: Path) -> list[str]:
-    """nvcc may contract, and finds nothing: all floats are spelled as operations that are rounded once."""
-    names = [folder / "kernels.ptx", folder / "kernels_fmad.ptx"]
-    texts = [re.sub(r"//.*", "", name.read_text()) for name in names]
-    return [] if texts[0] == texts[1] else ["PTX differs with -fmad=true: something is not spelled as an intrinsic"]
+    """All operations say how they round, so that no compiler may contract them; and nvcc, told that it may, makes the
+    same ones in the same order (loads and registers may differ)."""
+    plain, may = (float_operations((folder / f"kernels{name}.ptx").read_text()) for name in ("", "_fmad"))
+    faults = []
+    for name, ops in plain.items():
+        loose = sorted({op for op in ops if ".rn" not in op})
+        if loose:
+            faults.append(f"PTX of {name}: {' '.join(loose)} may be contracted")
+        if may.get(name) != ops:
+            faults.append(f"PTX of {name}: other float operations with -fmad=true")
+    n = sum(map(len, plain.values()))
+    print(f"  PTX: {n} operations on floats in {len(plain)} kernels; not .rn, or others with -fmad=true: {len(faults)}")
+    return faults if n else [*faults, "PTX: no operations on floats were found"]
 
 
 def main() -> int:
