@@ -53,6 +53,7 @@ static void read_settings() {
     driver_state &d = state();
     d.set = {};
     d.set.seed = (uint32_t)number_of("MS4_EMU_SEED", 1);
+    d.set.late = (uint32_t)number_of("MS4_EMU_LATE", 0);
     d.set.vram = number_of("MS4_EMU_VRAM", (uint64_t)1 << 30);
     d.set.pinned = number_of("MS4_EMU_PINNED", SIZE_MAX);
     d.set.capability = (int)number_of("MS4_EMU_CC", 86);

@@ -8,6 +8,7 @@
  *   MS4_EMU_SEED=n      0: every stream in order and at once; else random order, late on purpose (1)
  *   MS4_EMU_VRAM=bytes  memory of the device (1 GiB); MS4_EMU_PINNED=bytes  most memory that can be pinned (no limit)
  *   MS4_EMU_CC=86       compute capability; MS4_EMU_DEVICES=n (1); MS4_EMU_THREADS=n  CPU threads of a kernel (2)
+ *   MS4_EMU_LATE=ms     copies to the device take so long, in streams beside the one that runs kernels (0)
  *   MS4_EMU_FAIL=call:n, call:n:code or n, n:code   the n-th call (of that name, or of all) fails with this error (2
  *                       where memory is asked for, 999 else); call `kernel`: the n-th kernel that runs faults; code
  *                       `lost`: that call and all later ones fail, and what was queued is never done; kernel:n:hang:
@@ -60,6 +61,7 @@ struct op {
     std::shared_ptr<graph_run> run;
     void (*call)(void *) = nullptr;
     void *data = nullptr;
+    std::chrono::steady_clock::time_point not_before;
 };
 struct node { op what; std::vector<size_t> after; };
 struct graph { std::vector<std::unique_ptr<node>> nodes; };
@@ -73,7 +75,7 @@ struct capture { struct graph *into; struct stream *origin; };
 struct stream {
     std::deque<std::pair<uint64_t, op>> queue;      /* with numbers in the order of calls */
     uint64_t last = 0;                              /* number of what was queued last */
-    bool running = false, blocking = true;          /* blocking: waits for stream 0, and that for it */
+    bool running = false, runs_kernels = false, blocking = true;    /* blocking: waits for stream 0, and that for it */
     int priority = 0;
     std::chrono::steady_clock::time_point held_until;
     std::shared_ptr<struct capture> capture;        /* while it is captured */
@@ -87,7 +89,7 @@ struct event {
 };
 
 struct settings {
-    uint32_t seed;
+    uint32_t seed, late;
     size_t vram, pinned;
     int capability, n_devices;
     std::string fail_call, forget_call, report;

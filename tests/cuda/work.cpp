@@ -19,6 +19,9 @@ void work_add(stream *s, op &&what) {
         std::thread(work_loop).detach();
     }
     if (d.set.seed && d.random() % 8 == 0) s->held_until = steady_clock::now() + HOLD * (1 + d.random() % 4) / 4;
+    s->runs_kernels |= what.kind == op::KERNEL;
+    if (d.set.late && what.kind == op::COPY && !s->runs_kernels && d.n_kernels)
+        what.not_before = steady_clock::now() + std::chrono::milliseconds(d.set.late);
     s->queue.emplace_back(s->last = ++d.numbers, std::move(what));
     d.changed.notify_all();
 }
@@ -73,6 +76,7 @@ static bool may_run(stream *s) {
     if (s->queue.empty() || s->running || !comes_first(s)) return false;
     const op &what = s->queue.front().second;
     if (what.kind == op::WAIT) return what.at->done;
+    if (what.not_before > steady_clock::now()) return false;
     if (what.kind == op::WAIT_VALUE) {
         if (memory_place(what.to, 4) == DEVICE) memory_open(true);
         return value_is_there(what);
@@ -163,7 +167,10 @@ static void work_loop() {
         bool polls = false;
         for (stream *s : d.streams) {
             if (d.lost) s->queue.clear();
-            polls |= !s->queue.empty() && s->queue.front().second.kind == op::WAIT_VALUE;
+            if (!s->queue.empty()) {
+                const op &head = s->queue.front().second;
+                polls |= head.kind == op::WAIT_VALUE || head.not_before > now;
+            }
             if (may_run(s)) (s->held_until > now ? held : ready).push_back(s);
         }
         if (ready.empty() && d.n_waiting) ready.swap(held);
