@@ -18,6 +18,7 @@ import ms4
 from ms4.cli import selftest
 from ms4.models import pixtral
 from ms4.models.model import Model
+from ms4.models.tokenizer import Tokenizer
 from ms4.quant.tiny import Tiny, write_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -153,6 +154,26 @@ def test_experts_move_while_tokens_are_computed():
     assert 0 < stats.vram_slots < stats.experts and stats.uploads and stats.vram_bytes <= 24 << 20
     assert 0 < stats.pairs_on_gpu < stats.experts_used
     assert f"{stats.vram_slots} of {stats.experts} experts fit on the GPU" in stats.note
+
+
+def test_twenty_prompts_have_the_tokens_of_the_cpu_while_experts_come_and_go():
+    """As `ms4 run --vram 24M` does one after the other; at temperature 0."""
+    words, said = "the sum of red and blue is a small square below two lines of text in France".split(), {}
+    prompts = [" ".join(words[i % 7 : i % 7 + 3 + i % 5]) + f" {i}" for i in range(20)]
+    for device in ("cpu", "cuda"):
+        said[device] = []
+        with Model.open(DEMO / "ms4-demo.gguf", device=device, vram=24 << 20) as model, model.session(64) as session:
+            tokenizer = Tokenizer(model.vocabulary)
+            for prompt in prompts:
+                session.rewind(0)
+                logits = session.feed(tokenizer.encode(prompt))
+                ids = [int(np.argmax(logits))]
+                while len(ids) < 5:
+                    ids.append(int(np.argmax(session.feed(ids[-1:]))))
+                said[device].append((ids, tokenizer.decode(ids)))
+            stats = model.engine.stats()
+    assert said["cpu"] == said["cuda"]
+    assert stats.vram_slots < stats.experts and stats.uploads and 0 < stats.pairs_on_gpu < stats.experts_used
 
 
 def test_experts_that_were_used_before_are_there_from_the_start():
