@@ -197,8 +197,9 @@ void gpu_unpin(gpu *g, void *p) {
     host_piece *at = piece_of(g, p), was = at ? *at : (host_piece){ 0 };
     if (at) *at = (host_piece){ 0 };
     pthread_mutex_unlock(&g->lock);
-    if (was.at && !was.pinned) memory_give_pages(was.at, was.bytes);
-    else if (was.at && !g->lost) cuda.cuMemFreeHost(p);
+    if (!was.at || g->lost) return;                           /* a lost card may still be at work there */
+    if (was.pinned) cuda.cuMemFreeHost(p);
+    else memory_give_pages(was.at, was.bytes);
 }
 int gpu_is_pinned(gpu *g, const void *p) {
     pthread_mutex_lock(&g->lock);
@@ -406,7 +407,7 @@ static int open_parts(gpu *g, const gpu_options *o) {
     TRY(GPU(g, cuDevicePrimaryCtxRetain, &g->context, g->id));
     TRY(gpu_enter(g));
     TRY(limit(g, o->most));
-    TRY(module_open(o->code, g->id, &g->module));
+    TRY(module_open(o->code, &g->module));
     TRY(GPU(g, cuStreamCreate, &g->work, CU_STREAM_NON_BLOCKING));
     if (!o->safe) TRY(GPU(g, cuStreamCreate, &g->bring, CU_STREAM_NON_BLOCKING));
     TRY(pipe_open(g, &g->up, g->work));

@@ -10,12 +10,23 @@ using std::chrono::steady_clock;
 static const auto HOLD = std::chrono::microseconds(800), POLL = std::chrono::microseconds(100);
 
 static void work_loop();
+/* The process ends: nothing begins any more, and what runs comes to its end before what it uses is gone. */
+static void end_work() {
+    driver_state &d = state();
+    std::unique_lock<std::mutex> lock(d.lock);
+    d.hung = true;
+    d.changed.wait(lock, [&] {
+        for (stream *s : d.streams) if (s->running) return false;
+        return true;
+    });
+}
 void work_add(stream *s, op &&what) {
     driver_state &d = state();
     if (d.lost) return;
     static bool started = false;
     if (!started) {
         started = true;
+        atexit(end_work);
         std::thread(work_loop).detach();
     }
     if (d.set.seed && d.random() % 8 == 0) s->held_until = steady_clock::now() + HOLD * (1 + d.random() % 4) / 4;
@@ -140,6 +151,7 @@ static void step(std::unique_lock<std::mutex> &lock, stream *s) {
         carry_out(*what, seed);
         lock.lock();
         s->running = false;
+        d.changed.notify_all();
         if (run) {
             run->done[i] = 1;
             ends = ++run->n_done == run->ops.size();
