@@ -83,7 +83,12 @@ def check_gpu() -> Check:
     link = host.link(gpu.bus)
     text += f"; PCIe: {link.speed} x{link.width}" if link else ""
     if not ms4.has_gpu_code():
-        return Check("gpu", "warning", f"{text}; this ms4 has no code for it", "build ms4 where nvcc is installed")
+        from ms4.models import gpu_code
+
+        try:
+            text += f"; its kernels are compiled when they are first needed (NVRTC {gpu_code.Nvrtc().version})"
+        except gpu_code.CompilerError as error:
+            return Check("gpu", "warning", f"{text}; {str(error).split('; ')[0]}", gpu_code.INSTALL)
     if float(gpu.capability) < 8:
         return Check("gpu", "warning", f"{text}: too old", "ms4 uses cards of compute capability 8.0 and newer")
     if link and link.width < link.most:

@@ -121,6 +121,7 @@ def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0, n_to
                     vram=engine.vram,
                     progress=progress,
                     seen=lambda gguf: look(gguf, engine, path, n_tokens),
+                    said=errors.note,
                 )
             )
         except BaseException as error:

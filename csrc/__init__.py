@@ -287,6 +287,7 @@ class Engine:
         device: str = "cpu",
         vram: int = 0,
         patience: int = 0,
+        code: str = "",
         progress: Callable[[int, int], bool] | None = None,
     ) -> Engine:
         """Opens the files and checks the table.  threads, n_batch, ram: 0 chooses.
@@ -296,7 +297,8 @@ class Engine:
 
         device: "cpu"; "cuda", which raises DeviceError where there is no GPU; "auto", a GPU where there is one that can
         do it; "cuda:safe", which waits for every call of it.  vram: bytes of its memory to use, 0: what is free.
-        patience: seconds after which a GPU that does not answer has failed; 0: 120.
+        patience: seconds after which a GPU that does not answer has failed; 0: 120.  code: a file with its kernels; "":
+        those that came with ms4.
 
         progress(bytes done, bytes in all) is called while weights are copied; True ends the opening with Canceled.
         """
@@ -311,7 +313,7 @@ class Engine:
         options = ffi.new("ms4_options *")
         options.n_threads, options.load, options.n_batch, options.ram = threads, LOAD[load], n_batch, ram
         options.device, options.vram, options.patience = DEVICE[device], vram, patience
-        keep.append(ffi.new("char[]", os.fsencode(os.path.dirname(__file__))))
+        keep.append(ffi.new("char[]", os.fsencode(code or os.path.dirname(__file__))))
         options.code = keep[-1]
         if progress is not None:
             call = ffi.callback("int(uint64_t, uint64_t, void *)", lambda done, total, _: int(progress(done, total)))

@@ -84,27 +84,13 @@ def write_grids():
     """Writes the code books of the IQ types, from quant/grids.py, as C arrays of int8_t, and for CUDA as words."""
     grids = runpy.run_path(str(Path("quant", "grids.py")))
     parts = ['#include "cpu/plain/grids.h"\n']
-    words = ["/* The code books of the IQ types; written by csrc/build_core.py. */\n"]
     for name, grid in grids["GRIDS"].items():
         values = grids["values"](name)
         rows = [values[i : i + grid.width] for i in range(0, len(values), grid.width)]
         body = ",\n".join("{" + ",".join(map(str, row)) + "}" for row in rows)
         parts.append(f"const int8_t grid_{name}[{len(rows)}][{grid.width}] = {{\n{body}}};\n")
-        words.append(device_grid(name, values))
-    write_if_changed(GLUE / "grids.cuh", "".join(words))
+    write_if_changed(GLUE / "grids.cuh", grids["device_grids"]())
     return str(write_if_changed(GLUE / "grids.c", "".join(parts)))
-
-
-def device_grid(name, values):
-    """A code book in words, as csrc/cuda/unpack.cuh wants it: bytes; or one more than -1, 0 or 1 in two bits."""
-    per_word, bits, more = (16, 2, 1) if min(values) < 0 else (4, 8, 0)
-    numbers = [
-        sum((value + more) << (bits * i) for i, value in enumerate(values[at : at + per_word]))
-        for at in range(0, len(values), per_word)
-    ]
-    lines = [",".join(f"{n:#x}" for n in numbers[at : at + 8]) for at in range(0, len(numbers), 8)]
-    head = f"alignas(16) static __device__ const unsigned device_grid_{name}[{len(numbers)}]"
-    return f"{head} = {{\n" + ",\n".join(lines) + "};\n"
 
 
 def write_if_changed(path, text):

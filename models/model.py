@@ -37,11 +37,13 @@ class Model:
         patience: int = 0,
         progress: Callable[[int, int], bool] | None = None,
         seen: Callable[[GgufFile], str] | None = None,
+        said: Callable[[str], None] = lambda text: None,
     ) -> Model:
         """Opens a model file.  GgufError or ModelError: the file; EngineError and MemoryError: this machine.
 
         attn_scale is "plain" or "mscale2"; seen is called with the header, before the weights are opened, and says how
-        to load them ("map" and "copy" take no budget); the rest is as in `ms4.Engine.open`.
+        to load them ("map" and "copy" take no budget); said with a line for a person, if the GPU's kernels have to be
+        compiled; the rest is as in `ms4.Engine.open`.
         """
         gguf = GgufFile.open(path)
         if seen is not None and (load := seen(gguf)) in ("map", "copy"):
@@ -59,6 +61,7 @@ class Model:
             device=device,
             vram=vram,
             patience=patience,
+            code=code_for(device, said),
             progress=progress,
         )
         try:
@@ -91,3 +94,17 @@ class Model:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def code_for(device: str, said: Callable[[str], None]) -> str:
+    """The GPU's kernels, if they do not come with ms4."""
+    if device == "cpu":
+        return ""
+    from ms4.models import gpu_code
+
+    try:
+        return gpu_code.ready(said)
+    except gpu_code.CompilerError:
+        if device != "auto":
+            raise
+        return ""  # the engine says that there are none, and the CPU computes

@@ -19,6 +19,24 @@ class Grid(NamedTuple):
     packed: str
 
 
+def device_grids() -> str:
+    """All code books in words, for the kernels of GPUs."""
+    head = "/* The code books of the IQ types; written by quant/grids.py. */\n"
+    return head + "".join(device_grid(name, values(name)) for name in GRIDS)
+
+
+def device_grid(name: str, values: list[int]) -> str:
+    """A code book in words, as csrc/cuda/unpack.cuh wants it: bytes; or one more than -1, 0 or 1 in two bits."""
+    per_word, bits, more = (16, 2, 1) if min(values) < 0 else (4, 8, 0)
+    numbers = [
+        sum((value + more) << (bits * i) for i, value in enumerate(values[at : at + per_word]))
+        for at in range(0, len(values), per_word)
+    ]
+    lines = [",".join(f"{n:#x}" for n in numbers[at : at + 8]) for at in range(0, len(numbers), 8)]
+    head = f"alignas(16) static __device__ const unsigned device_grid_{name}[{len(numbers)}]"
+    return f"{head} = {{\n" + ",\n".join(lines) + "};\n"
+
+
 def values(name: str) -> list[int]:
     """All values of a grid, row by row."""
     grid = GRIDS[name]

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 enum { NO_BINARY_FOR_GPU = 209, INVALID_PTX = 218, UNSUPPORTED_PTX_VERSION = 222 };
@@ -26,25 +27,26 @@ static int read_file(const char *path, char **out, size_t *bytes) {
     *bytes = (size_t)size;
     return MS4_OK;
 }
-static int find_code(const char *folder, CUdevice id, char **out) {
+static int find_code(const char *from, char **out) {
     const char *given = getenv("MS4_GPU_CODE");
     char path[1024];
+    struct stat status;
     size_t bytes;
     if (given && *given) {
         TRY(read_file(given, out, &bytes));
         FAIL_IF(!*out, MS4_EIO, "MS4_GPU_CODE=%.200s: no such file", given);
         return MS4_OK;
     }
-    snprintf(path, sizeof path, "%s/cuda/kernels.fatbin", folder);
+    const int is_file = from && !stat(from, &status) && S_ISREG(status.st_mode);
+    snprintf(path, sizeof path, "%s%s", from ? from : "", is_file ? "" : "/cuda/kernels.fatbin");
     TRY(read_file(path, out, &bytes));
-    (void)id;
-    FAIL_IF(!*out, MS4_EDEVICE, "this ms4 has no code for GPUs: it was built where there was no nvcc; install the CUDA "
-            "toolkit and build ms4 anew");
+    FAIL_IF(!*out, MS4_EDEVICE, "this ms4 was built without kernels for GPUs (there was no nvcc), and finds no NVRTC; "
+            "pip install nvidia-cuda-nvrtc-cu12");
     return MS4_OK;
 }
-int module_open(const char *folder, CUdevice id, CUmodule *out) {
+int module_open(const char *from, CUmodule *out) {
     char *code;
-    TRY(find_code(folder, id, &code));
+    TRY(find_code(from, &code));
     CUresult result = cuda.cuModuleLoadData(out, code);
     memory_give(code);
     FAIL_IF(result == NO_BINARY_FOR_GPU || result == INVALID_PTX || result == UNSUPPORTED_PTX_VERSION, MS4_EDEVICE,
