@@ -58,7 +58,7 @@ KEYS = """\
 @PATH in a message attaches that file, too (Tab completes it).
 !COMMAND runs a command of the shell and attaches what it prints.
 Enter sends, or while the model thinks, with nothing typed, has it answer now.
-Alt-Enter begins a new line, Ctrl-G opens $EDITOR.
+Alt-Enter begins a new line, Ctrl-G opens $EDITOR, Ctrl-T folds and shows thoughts while they come.
 Ctrl-C clears what is typed, or stops an answer and keeps what there is.
 A message that looks like a command (/word, !word) needs a space before it."""
 HELP = "\n".join([*(f"{f'{c.name} {c.takes}':18} {c.does}" for c in COMMANDS), KEYS])
