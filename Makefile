@@ -83,7 +83,7 @@ gpu: .venv/ready
 # --- checking it
 
 test: all
-	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" --hypothesis-profile=some
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow and not rare" --hypothesis-profile=some
 
 test-all: all
 	$(PY) -m pytest -n 2 --dist worksteal -m "not rare"

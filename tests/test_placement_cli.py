@@ -60,7 +60,7 @@ def test_trace_makes_one_of_stated_skew_without_a_model(ms4, tmp_path):
     [
         (("trace", "-o", "x"), 2, "name one file"),
         (("trace", "a", "--chat", "b", "-o", "x"), 2, "name one file"),
-        (("trace", "nowhere.txt", "-o", "x"), 7, "nowhere.txt: No such file"),
+        (("trace", "nowhere.txt", "-o", "x"), 7, "nowhere.txt: no such file"),
         (("trace", "-", "-o", "x"), 7, "stdin: no prompts"),
         (("trace", "a"), 2, "--output"),
         (("trace", "--synthetic", "wild", "-o", "x"), 2, "wild is not one of"),

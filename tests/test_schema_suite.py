@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import jsonschema
@@ -97,6 +98,13 @@ def answer(grammar, tokenizer, seed):
     return None
 
 
+def is_multiple(error: jsonschema.ValidationError) -> bool:
+    """The validator divides floats: 65.4091 is no multiple of 0.0001 for it."""
+    if error.validator != "multipleOf":
+        return False
+    return Fraction(repr(error.instance)) % Fraction(repr(error.validator_value)) == 0
+
+
 def test_every_schema_of_the_suite_is_kept_to_or_refused(suite):
     tokenizer = loading.open_tokenizer(options.DEMO)
     counts, wrong = Counter(), []
@@ -115,9 +123,10 @@ def test_every_schema_of_the_suite_is_kept_to_or_refused(suite):
             continue
         counts["answers"] += 1
         try:
-            validator(schema, format_checker=validator.FORMAT_CHECKER).validate(json.loads(text))
-        except (ValueError, jsonschema.ValidationError) as error:
-            wrong.append((name, schema, text, str(error).splitlines()[0]))
+            errors = validator(schema, format_checker=validator.FORMAT_CHECKER).iter_errors(json.loads(text))
+            wrong += [(name, schema, text, e.message) for e in errors if not is_multiple(e)]
+        except ValueError as error:
+            wrong.append((name, schema, text, str(error)))
     print(dict(counts))
     assert not wrong, wrong[:5]
     assert counts["kept"] >= 1000 and counts["answers"] > 0.9 * counts["kept"]
