@@ -444,6 +444,11 @@ class Talk:
         cut: there is a beginning of the answer, with which it goes on.  A failure takes back what was sent, or leaves
         what there was; at a terminal the chat goes on.
         """
+        # Ctrl-C stops what is computed; a moment later it is not to end the chat before the turn is kept.
+        with terminal.stopping(lambda: None) if self.interactive else contextlib.nullcontext():
+            return self._turn(message, cut)
+
+    def _turn(self, message: Content, cut: remembered.Cut | None) -> bool:
         before = self.scheduler.engine.stats()
         ids, pieces = (cut.ids, cut.pieces) if cut else ((), remembered.Pieces())
         try:
@@ -526,7 +531,9 @@ class Talk:
         live = self.editor is not None and self.settings.live and self.output.has_rows()
         if self.editor:
             self.editor.hurried_by(hurry, thoughts.fold if live else None)
-        with self.editor.live(self.output, stand) if self.editor and live else contextlib.nullcontext():
+        rows_below = self.editor.live(self.output, stand) if self.editor and live else contextlib.nullcontext()
+        late = terminal.stopping(answer.stop_flag.set) if self.interactive else contextlib.nullcontext()
+        with late, rows_below:
             try:
                 hidden = thoughts.folded and not live
                 return follow(self.scheduler, answer, self.timeline, rows, self.status, show, hidden)

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 import termios
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -29,6 +29,16 @@ def quiet() -> Iterator[None]:
         signal.signal(signal.SIGCONT, old or signal.SIG_DFL)
         with contextlib.suppress(termios.error):  # it may be gone
             termios.tcsetattr(fd, termios.TCSANOW, before)
+
+
+@contextlib.contextmanager
+def stopping(stop: Callable[[], None]) -> Iterator[None]:
+    """Inside, Ctrl-C stops the answer, and nothing else if the answer has just ended and its screen is put in order."""
+    before = signal.signal(signal.SIGINT, lambda number, frame: stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
 
 def quietened(modes: list[Any]) -> list[Any]:
