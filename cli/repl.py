@@ -128,19 +128,17 @@ def loop(talk: Talk, source: lines.Lines) -> int:
     while not talk.over:
         try:
             text = source.next()
-        except KeyboardInterrupt:
+            last = float("-inf")
+            if text is None:
+                break
+            if text.strip() and not talk.command(text):
+                escaped = (" /", " !") if talk.interactive else " /"
+                talk.send(text.removeprefix(" ") if text.startswith(escaped) else text)
+        except KeyboardInterrupt:  # also one that comes when a turn has just ended
             before, last = last, time.monotonic()
             if last - before <= TWICE or not talk.interactive:
                 return errors.INTERRUPTED
             talk.say("Ctrl-C once more, or Ctrl-D, leaves")
-            continue
-        last = float("-inf")
-        if text is None:
-            break
-        if not text.strip() or talk.command(text):
-            continue
-        escaped = (" /", " !") if talk.interactive else " /"
-        talk.send(text.removeprefix(" ") if text.startswith(escaped) else text)
     return errors.OK
 
 

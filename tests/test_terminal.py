@@ -501,7 +501,7 @@ def test_ctrl_c_at_forty_moments_keeps_the_chat_and_the_terminal(person, rng):
         assert words[:-1] == [*range(max(len(words) - 1, 0))]
 
 
-@SLOW
+@pytest.mark.rare
 def test_ctrl_c_ends_a_command_of_the_shell_and_not_the_chat(person):
     one = person()
     one.types("!echo one; sleep 60; echo never\r")
