@@ -130,6 +130,7 @@ def test_every_layout_gives_the_bits(layout, kind, tmp_path, ids):
 
 
 @not_in_double
+@pytest.mark.slow
 def test_many_segments_give_the_bits(tmp_path, ids):
     path = write_tiny(tmp_path / "t.gguf", replace(LAYOUTS["fused"], n_vocab=1256))[0]
     assert_engine_has_the_bits(path, ids(1300))  # attention works on segments of 128 keys

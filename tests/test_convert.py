@@ -156,6 +156,7 @@ def test_which_layers_get_more_bits():
     assert type_of(q4, "attn_q_b", (40, 64), 0, 36) == "F16"
 
 
+@pytest.mark.slow
 def test_the_types_are_those_of_the_peer(bravo_hf, tmp_path):
     """But for attn_output, to which the peer gives more bits in models of eight experts."""
     convert(bravo_hf, tmp_path / "text.gguf", "Q4_K_M")

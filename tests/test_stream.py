@@ -228,6 +228,7 @@ def test_a_file_that_is_replaced_is_read_to_the_end(tmp_path, want):
         assert np.array_equal(answer(session), want)
 
 
+@pytest.mark.slow
 def test_every_failing_allocation_of_a_stream_is_reported(tiny, monkeypatch):
     def once():
         with Model.open(tiny, threads=2, load="stream") as model, model.session(32) as session:
