@@ -21,6 +21,7 @@ import ms4
 from ms4.cli import errors, host, measured, streams, wrap
 from ms4.cli.render import StatusLine, gigabytes, short
 from ms4.models import acquire, hf_cache, repositories, stored
+from ms4.models.clock import DISK_ASSUMED, Machine
 
 if TYPE_CHECKING:
     from ms4.models.calibration import Rates
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 N_CTX = 32768
 LOOK = 0.1  # seconds between two looks whether the machine has been measured
-DISK_ASSUMED = 2e9  # bytes per second, as in `ms4 plan`: a file that is not here says nothing about its disk
 MOST_MODELS = 9  # one digit each
 WIDEST = 100
 
@@ -120,7 +120,6 @@ def is_in_memory(file: Known, n_memory: int | None) -> bool:
 def planned(choice: Choice, n_free: int | None, rates: Rates | None = None) -> Plan:
     """The plan for that file; without rates only its sizes mean something."""
     from ms4.models import forecast, small_4
-    from ms4.models.clock import Machine
 
     machine = Machine(None, rates.ram, rates.flops, DISK_ASSUMED) if rates else Machine(None, 1.0, 1.0, DISK_ASSUMED)
     return forecast.make(small_4.model(choice.bytes), forecast.Resources(machine, n_free), N_CTX)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 NO_CARD = "none"
 MEASURED = "measured"  # --memory: that of this machine
-DISK_ASSUMED = 2e9  # bytes per second, of a disk that nobody has measured: a slow NVMe, or a good SATA array
 
 
 @dataclass(frozen=True)
@@ -128,14 +127,14 @@ def resources(
     disk = known_disk(question, gguf, status)
     if disk is None:
         notes.append(
-            f"the disk is assumed to give {gigabytes(int(DISK_ASSUMED))}/s: there is no file that is large enough to "
-            "measure it"
+            f"the disk is assumed to give {gigabytes(int(clock.DISK_ASSUMED))}/s: there is no file that is large "
+            "enough to measure it"
         )
     elif not disk.direct:
         notes.append("the disk was measured through the page cache, as its file system reads no other way")
     card = None if question.card == NO_CARD else clock.CARDS[question.card]
     vram = 0.0 if card is None else card.vram if question.vram is None else question.vram
-    here = clock.Machine(card, rates.ram, rates.flops, disk.bytes_per_s if disk else DISK_ASSUMED)
+    here = clock.Machine(card, rates.ram, rates.flops, disk.bytes_per_s if disk else clock.DISK_ASSUMED)
     if question.memory != MEASURED:
         here = replace(here, ram=clock.MEMORIES[question.memory])
         notes.append(f"{question.memory}: what others have measured with such memory, not this machine")

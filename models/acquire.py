@@ -14,7 +14,7 @@ from pathlib import Path
 
 import ms4
 from ms4.models import forecast, hf_cache, hub, repositories, variants
-from ms4.models.clock import Machine
+from ms4.models.clock import DISK_ASSUMED, Machine
 from ms4.models.download import DigestError, Download, Progress, Throttle
 from ms4.models.hf_cache import Cached
 from ms4.models.hub import Beginning, Listing, RemoteFile
@@ -33,7 +33,7 @@ SPARE = 64 << 20  # bytes of the disk that are left alone
 LARGEST_BY_ITSELF = "Q4_K_M"  # a larger one is read more slowly for each token: it is taken by name only
 SENSIBLE = 3.0  # tokens a second at the least, for which the larger of two files is taken that fit neither
 # Where nobody has measured, a desktop of some years with an NVMe drive: what is said before `ms4 plan` knows better.
-ASSUMED = Machine(None, 20 * GB, 0.5e12, 2 * GB)
+ASSUMED = Machine(None, 20 * GB, 0.5e12, DISK_ASSUMED)
 
 
 class DoesNotFitError(Exception):

@@ -147,6 +147,9 @@ MEMORIES = {
 }
 
 
+DISK_ASSUMED = 2 * GB  # bytes per second, of a disk that nobody has measured: a slow NVMe, or a good SATA array
+
+
 @dataclass(frozen=True)
 class Machine:
     """card None: there is none.  ram: bytes read per second; disk: of large reads with several under way."""

@@ -48,17 +48,22 @@ def test_what_a_line_prints_is_what_it_always_printed(typed, row):
     assert typed(row) == (row["code"], row["out"], row["err"])
 
 
+def in_a_process(row, folder):
+    """What a line gives in a process of its own."""
+    done = subprocess.run(
+        [*ENTRY, *words(row)],
+        env={**os.environ, **world(folder)},
+        input=row.get("stdin", "").encode(),
+        cwd=ROOT / "models" / "demo",
+        capture_output=True,
+    )
+    return {"code": done.returncode, "out": done.stdout.decode(), "err": done.stderr.decode()}
+
+
 @pytest.mark.slow
 def test_a_process_of_its_own_prints_the_same(tmp_path):
     for row in [row for row in LINES if row.get("model")][:4]:
-        done = subprocess.run(
-            [*ENTRY, *words(row)],
-            env={**os.environ, **world(tmp_path)},
-            input=row.get("stdin", "").encode(),
-            cwd=ROOT / "models" / "demo",
-            capture_output=True,
-        )
-        assert (done.returncode, done.stdout.decode(), done.stderr.decode()) == (row["code"], row["out"], row["err"])
+        assert in_a_process(row, tmp_path) == {name: row[name] for name in ("code", "out", "err")}
 
 
 def test_there_are_enough_of_them_for_every_exit_code():
@@ -69,14 +74,7 @@ def test_there_are_enough_of_them_for_every_exit_code():
 def write(folder):
     """Runs every line as a process and keeps what it gives."""
     for row in LINES:
-        done = subprocess.run(
-            [*ENTRY, *words(row)],
-            env={**os.environ, **world(folder)},
-            input=row.get("stdin", "").encode(),
-            cwd=ROOT / "models" / "demo",
-            capture_output=True,
-        )
-        row |= {"code": done.returncode, "out": done.stdout.decode(), "err": done.stderr.decode()}
+        row |= in_a_process(row, folder)
     FILE.write_text(json.dumps(LINES, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
