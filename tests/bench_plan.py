@@ -5,12 +5,12 @@
 For each budget: the pages of the file are dropped from the page cache, `ms4 plan` is asked, and a process of its own
 opens the file as the plan says and measures.  --ram free: what is free, as without --ram.  --limit puts plan and run
 into a memory cgroup of so many bytes (root, cgroup version 1 or 2).  Phases: `prefill cold`, the first prompt, when no
-expert is in memory yet (where all lie in memory from the start there is no such phase); `decode`; `prefill`, the prompt
-of a second session.  The tokens are random, so choices are uniform, and `warm` of the plan is what they are held against.
+expert is in memory yet (where all lie in memory from the start there is no such phase); `decode`; `prefill`, the
+prompt of a second session.  The tokens are random, so choices are uniform: `warm` of the plan is what is compared.
 
-ratio: measured / predicted.  known: the ratio that is left when the model of time is given the rate that the disk had in
-that very phase, and the share of experts that was found: what is wrong with the model, and not with the disk.  The files
-under XDG_CACHE_HOME and XDG_STATE_HOME are those of the user, so that a plan knows what earlier calls have measured.
+ratio: measured / predicted.  known: the ratio that is left when the model of time is given the rate that the disk had
+in that very phase, and the share of experts that was found: what is wrong with the model, and not with the disk.  The
+files under XDG_CACHE_HOME and XDG_STATE_HOME are the user's, so that a plan knows what earlier calls have measured.
 Not a test: it takes minutes and wants a quiet machine.
 """
 
