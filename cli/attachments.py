@@ -67,10 +67,10 @@ class Sources:
         pdf: str,
         rule: Reading,
         stdin: bool,
-        quiet: bool | None,
+        quiet: bool,
     ) -> Sources:
         """The same, from options as they come."""
-        return cls(tuple(images or ()), tuple(files or ()), pdf, rule, stdin, quiet is True)
+        return cls(tuple(images or ()), tuple(files or ()), pdf, rule, stdin, quiet)
 
     def __bool__(self) -> bool:
         return bool(self.images or self.files)

@@ -331,7 +331,8 @@ def defaults(command: str, params: Sequence[Any], given: Mapping[str, Any], ctx:
     keys = heeded(command, params)
     spelled = {spelling for param in params if param.name in given for spelling in param.opts + param.secondary_opts}
     names = {spelling[2:] for spelling in spelled if spelling.startswith("--")}
-    found = effective(names, layers(given.get("profile"), given.get("quiet") is True))
+    quiet = any(given.get(param.name) is True for param in params if "--quiet" in param.opts)
+    found = effective(names, layers(given.get("profile"), quiet))
     return {
         keys[name].name: value_for(keys[name], name, setting, ctx)
         for name, (setting, _) in found.items()

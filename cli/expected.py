@@ -67,7 +67,7 @@ def chosen(gguf: GgufFile, engine: EngineOptions, n_tokens: int) -> str:
     if engine.load in ("map", "copy"):
         return engine.load
     model = forecast.Model.of(gguf)
-    room = room_here(gguf, engine.ram)
+    room = room_here(gguf, engine.ram or 0)
     found = forecast.fit(model, room, min(n_tokens, model.shape.n_ctx_train))
     if not found.fits:
         raise refusal(found, nearest(model, room, found, gguf.path))

@@ -74,8 +74,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("messages", "tools", "prefill", "no_stdin"),
     ),
     "Conversation": ("goes_on", "resume", "no_session"),
-    "Thinking": ("effort", "think", "think_budget", "answer_now_after"),
-    "How it is written": ("max_tokens", "temp", "top_p", "top_k", "min_p", "seed", "greedy", "stop"),
+    "Thinking": ("effort", "think", "think_budget", "think_seconds"),
+    "How it is written": ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "greedy", "stop"),
     "What comes out": (
         *("schema", "json_object", "extract", "format", "markdown", "output", "stats", "logprobs", "strict", "timeout"),
         *("show_prompt", "count"),

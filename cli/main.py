@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Annotated, Any
 
@@ -74,6 +75,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def command(name: str) -> TyperCommand:
     """One command alone: to make all of them for the one that is wanted would take longer than to carry it out."""
     (info,) = (info for info in app.registered_commands if info.callback and info.callback.__name__ == name)
+    assert info.callback
+    info = typer.models.CommandInfo(info.name, cls=info.cls, callback=opt.flattened(info.callback))
     made = typer.main.get_command_from_info(info, pretty_exceptions_short=False, rich_markup_mode=None)
     assert isinstance(made, TyperCommand)
     if any("--model" in param.opts for param in made.params):
@@ -99,25 +102,6 @@ System = Annotated[
     str | None, typer.Option("-s", "--system", metavar="TEXT|@FILE", help="System prompt, or @ and a file.")
 ]
 Effort = Annotated[str, opt.choice(("none", "high"), "Reasoning effort.", "-r", "--effort")]
-Level = Annotated[
-    str,
-    opt.choice(
-        opt.LEVELS,
-        f"Reasoning effort; low and medium think for {' and '.join(map(str, opt.BUDGETS.values()))} tokens.",
-        "-r",
-        "--effort",
-    ),
-]
-ThinkBudget = Annotated[
-    int | None,
-    typer.Option("--think-budget", metavar="N", parser=opt.whole(1, opt.MOST_CTX), help="Most tokens of thought."),
-]
-AnswerNowAfter = Annotated[
-    float | None,
-    typer.Option(
-        "--answer-now-after", metavar="S", parser=opt.real(0, 1e6, above=True), help="Most seconds of thought."
-    ),
-]
 Think = Annotated[str, opt.choice(("auto", "show", "hide"), "Thoughts: auto shows them on a terminal.", "--think")]
 Markdown = Annotated[
     bool, typer.Option("--markdown/--plain", help="Render the answer on a colour terminal, or show it as it is.")
@@ -130,26 +114,7 @@ MaxTokens = Annotated[
     int | None,
     typer.Option("-n", "--max-tokens", metavar="N", parser=opt.whole(1, opt.MOST_CTX), help="Most tokens written."),
 ]
-Temperature = Annotated[
-    float | None,
-    typer.Option("--temp", metavar="T", parser=opt.real(0, 10), help="Temperature; else 0.3, or 0.7 with -r high."),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option("--top-p", metavar="P", parser=opt.real(0, 1, above=True), help="Keep the likeliest, P in all."),
-]
-TopK = Annotated[
-    int | None, typer.Option("--top-k", metavar="K", parser=opt.whole(0, opt.MOST_CTX), help="Keep K; 0: all.")
-]
-MinP = Annotated[
-    float | None, typer.Option("--min-p", metavar="P", parser=opt.real(0, 1), help="Keep P times the likeliest.")
-]
-Seed = Annotated[
-    int | None,
-    typer.Option("--seed", metavar="N", parser=opt.whole(0, 2**64 - 1), help="The same seed gives the same text."),
-]
 Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before TEXT; may be repeated.")]
-Greedy = Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")]
 Files = Annotated[
     list[str] | None,
     typer.Option(
@@ -194,8 +159,9 @@ Schema = Annotated[
 
 @app.command(cls=Command)
 def run(
+    engine: opt.EngineOptions,
+    sampling: Annotated[opt.Sampling, opt.without("effort")],
     prompt: Prompt = None,
-    model: opt.Model = None,
     image: opt.Images = None,
     file: Files = None,
     pdf: Pdf = "auto",
@@ -205,18 +171,10 @@ def run(
     mmproj: opt.Mmproj = None,
     image_max_tokens: opt.ImageMaxTokens = None,
     system: System = None,
-    effort: Level = None,  # type: ignore[assignment]
+    effort: opt.Level = None,  # type: ignore[assignment]
     think: Think = "auto",
     markdown: Markdown = True,
-    think_budget: ThinkBudget = None,
-    answer_now_after: AnswerNowAfter = None,
     max_tokens: MaxTokens = None,
-    temp: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    seed: Seed = None,
-    greedy: Greedy = False,
     stop: Stop = None,
     prefill: Annotated[str, typer.Option(metavar="TEXT", help="The answer begins with TEXT.")] = "",
     goes_on: Continue = False,
@@ -237,28 +195,20 @@ def run(
     count: Annotated[bool, typer.Option("--count", help="Count the prompt's tokens and stop.")] = False,
     no_stdin: Annotated[bool, typer.Option("--no-stdin", help="Leave stdin alone, as in a loop over it.")] = False,
     ctx: opt.Context = opt.N_CTX_DEFAULT,
-    threads: opt.Threads = None,
-    load: opt.Load = "auto",
-    ram: opt.Ram = None,
-    device: opt.Device = "auto",
-    vram: opt.Vram = None,
-    attn_scale: opt.Scale = "plain",
-    quiet: opt.Quiet = None,
 ) -> int:
     """Answer one prompt.  Stdin, if it is a pipe or a file, comes before PROMPT."""
-    effort, think_budget = opt.thinking(effort, think_budget)  # None stays None: the messages or the session know
-    given = locals()
     from ms4.cli import run as one_shot
 
-    sampling = opt.Sampling(effort or "none", greedy, temp, top_p, top_k, min_p, seed, think_budget, answer_now_after)
-    engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram, device, vram)
-    return one_shot.run(one_shot.Request.of(given), sampling, engine)
+    sampling = replace(sampling, effort=effort or "none").settled()
+    effort = effort and sampling.effort  # None stays None: the messages or the session know
+    return one_shot.run(one_shot.Request.of(locals()), sampling, engine)
 
 
 @app.command(cls=Command)
 def chat(
+    engine: opt.EngineOptions,
+    sampling: opt.Sampling,
     files: Annotated[list[str] | None, typer.Argument(metavar="FILE", help="Goes with the first message.")] = None,
-    model: opt.Model = None,
     goes_on: Continue = False,
     resume: Resume = None,
     no_session: NoSession = False,
@@ -269,36 +219,17 @@ def chat(
     mmproj: opt.Mmproj = None,
     image_max_tokens: opt.ImageMaxTokens = None,
     system: System = None,
-    effort: Level = "none",
     think: Think = "auto",
     markdown: Markdown = True,
-    think_budget: ThinkBudget = None,
-    answer_now_after: AnswerNowAfter = None,
     max_tokens: MaxTokens = None,
-    temp: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    seed: Seed = None,
-    greedy: Greedy = False,
     ctx: opt.Context = opt.N_CTX_DEFAULT,
-    threads: opt.Threads = None,
-    load: opt.Load = "auto",
-    ram: opt.Ram = None,
-    device: opt.Device = "auto",
-    vram: opt.Vram = None,
-    attn_scale: opt.Scale = "plain",
-    quiet: opt.Quiet = None,
 ) -> int:
     """Talk with the model.  /help lists what else can be typed."""
     from ms4.cli import repl
 
-    effort, think_budget = opt.thinking(effort, think_budget)
-    sampling = opt.Sampling(effort, greedy, temp, top_p, top_k, min_p, seed, think_budget, answer_now_after)
-    engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram, device, vram)
     images = repl.ImageOptions(mmproj, image_max_tokens)
     settings = repl.ChatSettings(
-        sampling,
+        sampling.settled(),
         system,
         think,
         max_tokens,
@@ -316,6 +247,8 @@ def chat(
 
 @app.command(cls=Command)
 def batch(
+    engine: opt.EngineOptions,
+    sampling: Annotated[opt.Sampling, opt.without("think_seconds")],
     file: Annotated[str, typer.Argument(metavar="FILE", help="Prompts, one a line, or JSON, one object a line.")],
     output: Annotated[
         str | None,
@@ -324,38 +257,20 @@ def batch(
     together: Annotated[
         int, typer.Option("-j", "--jobs", metavar="N", parser=opt.whole(1, 64), help="Most answers at a time.")
     ] = 4,
-    model: opt.Model = None,
     encoding: opt.Encoding = "",
     lossy: opt.Lossy = False,
     system: System = None,
-    effort: Level = "none",
-    think_budget: ThinkBudget = None,
     max_tokens: MaxTokens = None,
-    temp: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    seed: Seed = None,
-    greedy: Greedy = False,
     stop: Stop = None,
     schema: Schema = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 3 if --max-tokens cuts an answer.")] = False,
     ctx: opt.Context = opt.N_CTX_DEFAULT,
-    threads: opt.Threads = None,
-    load: opt.Load = "auto",
-    ram: opt.Ram = None,
-    device: opt.Device = "auto",
-    vram: opt.Vram = None,
-    attn_scale: opt.Scale = "plain",
-    quiet: opt.Quiet = None,
 ) -> int:
     """Answer a file of prompts, several together; the same command goes on after an interruption."""
     from ms4.cli import batch as command
 
-    effort, think_budget = opt.thinking(effort, think_budget)
-    sampling = opt.Sampling(effort, greedy, temp, top_p, top_k, min_p, seed, think_budget)
-    engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram, device, vram)
-    job = command.Job(file, output, sampling, system, schema, max_tokens, tuple(stop or ()), ctx, together, strict)
+    stops = tuple(stop or ())
+    job = command.Job(file, output, sampling.settled(), system, schema, max_tokens, stops, ctx, together, strict)
     return command.batch(job, engine, Reading(encoding, lossy))
 
 
@@ -506,7 +421,7 @@ def selftest(
 
 @app.command(cls=Command)
 def bench(
-    model: opt.Model = None,
+    engine: Annotated[opt.EngineOptions, opt.without("attn_scale")],
     pp: Annotated[int, typer.Option("--pp", metavar="N", parser=opt.whole(1, opt.MOST_CTX), help="Tokens read.")] = 512,
     tg: Annotated[
         int, typer.Option("--tg", metavar="N", parser=opt.whole(1, opt.MOST_CTX), help="Tokens written.")
@@ -526,17 +441,10 @@ def bench(
         list, typer.Option("--depth", metavar="N,N", parser=opt.depths, help="Tokens held before, e.g. 0,8k.")
     ] = "0",  # type: ignore[assignment]
     format: Table = "md",
-    threads: opt.Threads = None,
-    load: opt.Load = "auto",
-    ram: opt.Ram = None,
-    device: opt.Device = "auto",
-    vram: opt.Vram = None,
-    quiet: opt.Quiet = None,
 ) -> int:
     """Measure reading (prefill) and writing (decode), and how near they come to the machine's limits."""
     from ms4.cli import bench as command
 
-    engine = opt.engine_options(model, threads, load, quiet=quiet, ram=ram, device=device, vram=vram)
     if image:
         from ms4.cli import bench_image
 
@@ -546,8 +454,8 @@ def bench(
 
 @app.command(cls=Command)
 def perplexity(
+    engine: opt.EngineOptions,
     file: Annotated[str, typer.Argument(metavar="FILE", help="A text file in UTF-8; - is stdin.")],
-    model: opt.Model = None,
     ctx: Annotated[
         int, typer.Option("--ctx", metavar="N", parser=opt.whole(2, opt.MOST_CTX), help="Tokens per segment.")
     ] = 512,
@@ -558,18 +466,10 @@ def perplexity(
     encoding: opt.Encoding = "",
     lossy: opt.Lossy = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-    threads: opt.Threads = None,
-    load: opt.Load = "auto",
-    ram: opt.Ram = None,
-    device: opt.Device = "auto",
-    vram: opt.Vram = None,
-    attn_scale: opt.Scale = "plain",
-    quiet: opt.Quiet = None,
 ) -> int:
     """Measure how well the model predicts a text: lower is better."""
     from ms4.cli import perplexity as command
 
-    engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram, device, vram)
     return command.perplexity(file, ctx, segments, engine, Reading(encoding, lossy), as_json=json)
 
 
@@ -588,14 +488,14 @@ def tokenize(
     """Turn the text on stdin, or conversations, into token ids (JSON)."""
     from ms4.cli import tokenize as command
 
-    return command.tokenize(opt.engine_options(model), chat, count, image_max_tokens, Reading(encoding, lossy))
+    return command.tokenize(opt.EngineOptions(model), chat, count, image_max_tokens, Reading(encoding, lossy))
 
 
 @app.command(cls=Command)
 def trace(
+    engine: Annotated[opt.EngineOptions, opt.without("device", "vram")],
     prompts: Annotated[str, typer.Argument(metavar="FILE", help="Prompts, one a line; - is stdin.")] = "",
     output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="The trace; - is stdout.")] = ...,  # type: ignore[assignment]
-    model: opt.Model = None,
     chat: Annotated[
         str, typer.Option("--chat", metavar="FILE", help="Conversations instead, one JSON object a line; - is stdin.")
     ] = "",
@@ -614,21 +514,15 @@ def trace(
     ] = 0,
     effort: Effort = "none",
     ctx: opt.Context = opt.N_CTX_DEFAULT,
-    threads: opt.Threads = None,
-    load: opt.Load = "auto",
-    ram: opt.Ram = None,
-    attn_scale: opt.Scale = "plain",
     encoding: opt.Encoding = "",
     lossy: opt.Lossy = False,
-    quiet: opt.Quiet = None,
 ) -> int:
     """Record which experts the model chooses while it answers: no text, no ids.  For ms4 simulate."""
     from ms4.cli import trace as command
 
     if synthetic:
-        return command.make(synthetic, max_tokens, output, seed, quiet is True)
+        return command.make(synthetic, max_tokens, output, seed, engine.quiet)
     job = command.Job(prompts, chat, output, max_tokens, ctx, effort)
-    engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram)
     return command.trace(job, engine, Reading(encoding, lossy))
 
 
@@ -651,7 +545,7 @@ def plan(
     """Say what of a model would lie where, whether it fits, and how fast it would be.  No weights are read."""
     from ms4.cli import plan as command
 
-    engine = opt.engine_options(path or model, threads, quiet=quiet)
+    engine = opt.EngineOptions(path or model, threads, silence=quiet)
     return command.plan(command.Question(engine, ram, vram, ctx, gpu, memory, recalibrate, json))
 
 
@@ -693,9 +587,9 @@ def simulate(
 
 @app.command(cls=Command)
 def logits(
+    engine: opt.EngineOptions,
     ids: Annotated[str, typer.Option("--ids", metavar="FILE", help="A JSON list of token ids; - is stdin.")],
     output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="The .npy file; - is stdout.")],
-    model: opt.Model = None,
     chunk: Annotated[
         int | None,
         typer.Option("--chunk", metavar="N", parser=opt.whole(1, 65536), help="Compute at most N tokens together."),
@@ -703,18 +597,10 @@ def logits(
     image: opt.Images = None,
     mmproj: opt.Mmproj = None,
     image_max_tokens: opt.ImageMaxTokens = None,
-    threads: opt.Threads = None,
-    load: opt.Load = "auto",
-    ram: opt.Ram = None,
-    device: opt.Device = "auto",
-    vram: opt.Vram = None,
-    attn_scale: opt.Scale = "plain",
-    quiet: opt.Quiet = None,
 ) -> int:
     """Write the logits at every position: float32, positions by vocabulary."""
     from ms4.cli import logits as command
 
-    engine = opt.engine_options(model, threads, load, attn_scale, quiet, ram, device, vram)
     return command.logits(ids, output, chunk, engine, image or [], command.ImageOptions(mmproj, image_max_tokens))
 
 

@@ -1,10 +1,12 @@
 """The options that several commands share: their spelling, their ranges, and the frozen values the commands receive."""
 
+import inspect
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass, fields, is_dataclass, replace
+from inspect import Parameter
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -173,20 +175,44 @@ Quiet = Annotated[
     typer.Option("-q/-v", "--quiet/--verbose", help="No progress and no notes on stderr; or more, about file and run."),
 ]
 
+# The model itself knows none and high; between them, thoughts of high end after so many tokens.
+BUDGETS = {"low": 1024, "medium": 4096}
+LEVELS = ("none", "low", "medium", "high")
+Level = Annotated[
+    str,
+    choice(
+        LEVELS,
+        f"Reasoning effort; low and medium think for {' and '.join(map(str, BUDGETS.values()))} tokens.",
+        "-r",
+        "--effort",
+    ),
+]
+
 
 @dataclass(frozen=True)
 class EngineOptions:
     """How a model is opened."""
 
-    model: str | None  # None: the demonstration checkpoint
-    threads: int = 0  # 0: as many as this process may use
-    load: str = "auto"
-    attn_scale: str = "plain"
-    quiet: bool = False
-    verbose: bool = False
-    ram: int = 0  # 0: what is free
-    device: str = "auto"
-    vram: int = 0  # bytes of the GPU's memory; 0: what is free
+    model: Model = None  # None: the demonstration checkpoint
+    threads: Threads = None  # None: as many as this process may use
+    load: Load = "auto"
+    ram: Ram = None  # bytes; None: what is free
+    device: Device = "auto"
+    vram: Vram = None  # bytes of the GPU's memory; None: what is free
+    attn_scale: Scale = "plain"
+    silence: Quiet = None
+
+    def __post_init__(self) -> None:
+        if self.ram and self.load in ("map", "copy"):
+            raise UsageError(f"--ram cannot limit --load {self.load}", "leave --load out, or use --load stream")
+
+    @property
+    def quiet(self) -> bool:
+        return self.silence is True
+
+    @property
+    def verbose(self) -> bool:
+        return self.silence is False
 
     def require(self) -> str:
         """The model's path; an error with what to type, if there is no such file."""
@@ -208,27 +234,6 @@ def model_path(name: str) -> str:
     return stored.resolve(name)
 
 
-def engine_options(
-    model: str | None,
-    threads: int | None = None,
-    load: str = "auto",
-    attn_scale: str = "plain",
-    quiet: bool | None = None,
-    ram: int | None = None,
-    device: str = "auto",
-    vram: int | None = None,
-) -> EngineOptions:
-    if ram and load in ("map", "copy"):
-        raise UsageError(f"--ram cannot limit --load {load}", "leave --load out, or use --load stream")
-    plain = EngineOptions(model, threads or 0, load, attn_scale, quiet is True, quiet is False, ram or 0)
-    return replace(plain, device=device, vram=vram or 0)
-
-
-# The model itself knows none and high; between them, thoughts of high end after so many tokens.
-BUDGETS = {"low": 1024, "medium": 4096}
-LEVELS = ("none", "low", "medium", "high")
-
-
 def thinking(level: str, budget: int | None = None) -> tuple[str, int | None]:
     """(effort, most tokens of thought) of what was asked for."""
     return ("high", budget or BUDGETS[level]) if level in BUDGETS else (level, budget)
@@ -238,15 +243,41 @@ def thinking(level: str, budget: int | None = None) -> tuple[str, int | None]:
 class Sampling:
     """The options that choose tokens; None leaves a setting to the effort's default."""
 
-    effort: str = "none"
-    greedy: bool = False
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    think_budget: int | None = None  # tokens; None: thoughts are as long as they are
-    think_seconds: float | None = None  # after which thoughts come to their end
+    effort: Level = "none"
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temp", metavar="T", parser=real(0, 10), help="Temperature; else 0.3, or 0.7 with -r high."),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", metavar="P", parser=real(0, 1, above=True), help="Keep the likeliest, P in all."),
+    ] = None
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", metavar="K", parser=whole(0, MOST_CTX), help="Keep K; 0: all.")
+    ] = None
+    min_p: Annotated[
+        float | None, typer.Option("--min-p", metavar="P", parser=real(0, 1), help="Keep P times the likeliest.")
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", metavar="N", parser=whole(0, 2**64 - 1), help="The same seed gives the same text."),
+    ] = None
+    think_budget: Annotated[
+        int | None,
+        typer.Option("--think-budget", metavar="N", parser=whole(1, MOST_CTX), help="Most tokens of thought."),
+    ] = None
+    think_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--answer-now-after", metavar="S", parser=real(0, 1e6, above=True), help="Most seconds of thought."
+        ),
+    ] = None
+
+    def settled(self) -> "Sampling":
+        """With an effort that the model knows: low and medium are high with a budget."""
+        effort, budget = thinking(self.effort, self.think_budget)
+        return replace(self, effort=effort, think_budget=budget)
 
     def sampler(self, effort: str = "") -> "Sampler":
         """A sampler for this effort, or for another one."""
@@ -263,3 +294,34 @@ class Sampling:
                 seed=self.seed,
             )
         )
+
+
+def without(*names: str) -> frozenset[str]:
+    """Behind a dataclass of options in an annotation: the fields that are no options of this command."""
+    return frozenset(names)
+
+
+def flattened(callback: Callable[..., int]) -> Callable[..., int]:
+    """A command in the form that Typer takes, with one parameter for each option.
+
+    A parameter whose type is a dataclass stands for the fields of it, which come behind all others.
+    """
+    params: list[Parameter] = []
+    options: list[Parameter] = []
+    groups: dict[str, tuple[Any, list[str]]] = {}
+    for param in inspect.signature(callback).parameters.values():
+        kind, *left_out = get_args(param.annotation) or [param.annotation]
+        if not is_dataclass(kind):
+            params.append(param)
+            continue
+        members = [field for field in fields(kind) if not any(field.name in names for names in left_out)]
+        options += [Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in members]
+        groups[param.name] = kind, [field.name for field in members]
+
+    def call(**given: Any) -> int:
+        made = {name: kind(**{field: given.pop(field) for field in names}) for name, (kind, names) in groups.items()}
+        return callback(**given, **made)
+
+    call.__name__, call.__doc__ = callback.__name__, callback.__doc__
+    call.__signature__ = inspect.Signature([*params, *options])  # type: ignore[attr-defined]
+    return call

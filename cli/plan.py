@@ -149,12 +149,12 @@ def known_rates(
     """Rates of the CPU, from earlier or measured now."""
     from ms4.models.calibration import calibrate
 
-    key = measured.rates_key(shape, tensors, question.engine.threads)
+    key = measured.rates_key(shape, tensors, question.engine.threads or 0)
     found = None if question.recalibrate else measured.rates(key)
     if found is None:
         status.show("measuring what this machine does with such a model: about ten seconds, once")
         most = min(1 << 30, int(room or 4 << 30) // 4)
-        found = calibrate(shape, tensors, most, question.engine.threads)
+        found = calibrate(shape, tensors, most, question.engine.threads or 0)
         status.clear()
         measured.keep_rates(key, found)
     return found

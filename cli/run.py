@@ -71,6 +71,7 @@ class Request:
     @classmethod
     def of(cls, given: dict[str, Any]) -> "Request":
         """From the options of the command by their names, as `main.run` takes them."""
+        engine: EngineOptions = given["engine"]
         rule = Reading(given["encoding"], given["lossy"], given["pdf_password"])
         same = {field.name: given[field.name] for field in fields(cls) if field.name in given}
         return cls(
@@ -78,14 +79,14 @@ class Request:
             | {
                 "words": tuple(given["prompt"] or ()),
                 "attached": Sources.of(
-                    given["image"], given["file"], given["pdf"], rule, not given["no_stdin"], given["quiet"]
+                    given["image"], given["file"], given["pdf"], rule, not given["no_stdin"], engine.quiet
                 ),
                 "images": ImageOptions(given["mmproj"], given["image_max_tokens"]),
                 "resume": "" if given["goes_on"] and given["resume"] is None else given["resume"],
                 "only": "prompt" if given["show_prompt"] else "count" if given["count"] else "",
                 "stop": tuple(given["stop"] or ()),
                 "n_ctx": given["ctx"],
-                "stats": given["stats"] or given["quiet"] is False,
+                "stats": given["stats"] or engine.verbose,
                 "format": "text" if given["format"] == "auto" else given["format"],
             }
         )
