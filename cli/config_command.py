@@ -14,6 +14,7 @@ from typing import Any
 from ms4.cli import config, errors, streams
 from ms4.cli.config import KEYS, Layer, Setting
 from ms4.cli.errors import CliError, UsageError
+from ms4.models import atomic
 
 ACTIONS = ("show", "get", "set", "unset", "edit", "path")
 
@@ -155,18 +156,12 @@ def native(kind: str, value: str | bool | list[str]) -> Any:
 
 
 def write(path: Path, text: str) -> None:
-    """Whole or not at all; a link stays one, to the file that is written."""
-    path = Path(os.path.realpath(path))
-    new = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(text, "utf-8")
+    """Whole or not at all, and with the rights that it had."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.replacing(path, durable=True) as file:
+        file.write(text.encode())
         if path.exists():
-            os.chmod(new, path.stat().st_mode & 0o7777)
-        os.replace(new, path)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise CliError(f"{path}: {error.strerror}") from None
+            os.fchmod(file.fileno(), path.stat().st_mode & 0o7777)
 
 
 FIRST = """\

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from ms4.models import places
+from ms4.models import atomic, places
 
 
 def folder() -> Path:
@@ -30,11 +30,7 @@ def first_today(name: str) -> bool:
         said = [day]
     if where in said[1:]:
         return False
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.write_text("".join(f"{line}\n" for line in [*said, where]), "utf-8")
-    except OSError:
-        pass
+    keep(path, "".join(f"{line}\n" for line in [*said, where]).encode())
     return True
 
 
@@ -46,14 +42,10 @@ def uses_path(model: str) -> Path:
 
 def keep(path: Path, data: bytes) -> None:
     """Writes a file of ours, whole or not at all; where that is not possible, nothing is remembered."""
-    new = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        new.write_bytes(data)
-        os.replace(new, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            new.unlink()
+        with atomic.replacing(path) as file:
+            file.write(data)
 
 
 def terminal() -> str:

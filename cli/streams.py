@@ -163,13 +163,17 @@ def join_prompt(piped: str | None, words: Sequence[str], alone: bool = False, ru
     return "".join(parts)
 
 
-def open_bytes(path: str) -> BinaryIO:
-    """A new file for bytes; - is stdout, unless that is a terminal."""
-    if path != "-":
+def open_bytes(path: str) -> contextlib.AbstractContextManager[BinaryIO]:
+    """A file for bytes, which appears when it is whole; - is stdout, unless that is a terminal."""
+    if path == "-":
+        if sys.stdout is None or is_terminal(sys.stdout):
+            raise UsageError("stdout is no place for bytes: it is a terminal or closed", "name a file after -o")
+        return os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    if os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe
         return open(path, "wb")
-    if sys.stdout is None or is_terminal(sys.stdout):
-        raise UsageError("stdout is no place for bytes: it is a terminal or closed", "name a file after -o")
-    return os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    from ms4.models import atomic
+
+    return atomic.replacing(path, part=f"{path}.part")
 
 
 class Output:

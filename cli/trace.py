@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ms4.cli import errors, loading, render, streams
-from ms4.cli.errors import CliError, UnreadableError, UsageError
+from ms4.cli.errors import UnreadableError, UsageError
 from ms4.cli.options import EngineOptions
 from ms4.models.untrusted import Reading
 
@@ -100,22 +99,8 @@ def make(skew: str, n_tokens: int, output: str, seed: int, quiet: bool) -> int:
 
 def write(trace: Trace, output: str, quiet: bool) -> int:
     """The trace, into a file that appears when it is whole; - is stdout."""
-    try:
-        if output == "-":
-            with streams.open_bytes(output) as file:
-                trace.save(file)
-        else:
-            part = f"{output}.part"
-            try:
-                with open(part, "wb") as file:
-                    trace.save(file)
-                os.replace(part, output)
-            except BaseException:
-                if os.path.exists(part):
-                    os.unlink(part)
-                raise
-    except OSError as error:
-        raise CliError(f"{output}: {error.strerror}") from None
+    with streams.open_bytes(output) as file:
+        trace.save(file)
     if not quiet:
         n_prompts = int((trace.rows.max(axis=1) > 1).sum())
         errors.note(f"{trace.n_decode} tokens written and {n_prompts} steps of prompts, {trace.n_layer_used} layers")

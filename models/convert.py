@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
-from ms4.models import mistral4
+from ms4.models import atomic, mistral4
 from ms4.models.hf_folder import CONTROL, NORMAL, ConvertError, Folder, Settings, read_vocabulary
 from ms4.models.image import PixelRule
 from ms4.models.pixtral import Tower
@@ -103,8 +104,7 @@ class Plan:
             shape = (*source.shape[:-1], n_bytes * source.shape[-1] // source.array.size)
             self.writer.add_tensor_info(name, shape, np.dtype(np.uint8), n_bytes, gguf.GGMLQuantizationType(IDS[kind]))
         self.writer.add_size_label(gguf.size_label(*self.writer.get_total_parameter_count()[:4]))
-        partial = f"{path}.part"
-        try:
+        with atomic.renamed(path, f"{path}.part") as partial, closing(self.writer):
             self.writer.open_output_file(Path(partial))
             self.writer.write_header_to_file()
             self.writer.write_kv_data_to_file()
@@ -114,11 +114,6 @@ class Plan:
                 self.writer.write_tensor_data(encode(item, path))
             self.writer.close()
             check(partial)
-            os.replace(partial, path)
-        finally:
-            self.writer.close()
-            if os.path.lexists(partial):
-                os.unlink(partial)
 
 
 def encode(item: Item, path: str) -> np.ndarray:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ms4
-from ms4.models import places
+from ms4.models import atomic, places
 from ms4.quant import grids
 
 PACKAGE = Path(ms4.__file__).parent
@@ -160,10 +160,9 @@ def kept(capability: int, said: Callable[[str], None]) -> Path:
         return path
     said(f"compiling the kernels for this GPU (NVRTC {nvrtc.version}, {target}); they are kept in {path.parent}")
     code = nvrtc.compile(files, target)
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    new.write_bytes(code)
-    os.replace(new, path)
+    with atomic.replacing(path) as file:
+        file.write(code)
     return path
 
 

@@ -14,11 +14,11 @@ import fcntl
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ms4.models import places
+from ms4.models import atomic, places
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -73,7 +73,8 @@ class Cached:
     def set_main(self, commit: str) -> None:
         path = self.folder / "refs" / "main"
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, lambda new: Path(new).write_text(commit))
+        with atomic.replacing(path) as file:
+            file.write(commit.encode())
 
     def link(self, commit: str, name: str, sha256: str) -> Path:
         """Makes `name` of a commit lead to a blob; its path."""
@@ -81,17 +82,9 @@ class Cached:
         path.parent.mkdir(parents=True, exist_ok=True)
         target = os.path.relpath(self.blobs / sha256, path.parent)
         if not (path.is_symlink() and os.readlink(path) == target):
-            _replace(path, lambda new: os.symlink(target, new))
+            with atomic.renamed(path) as new:
+                os.symlink(target, new)
         return path
-
-
-def _replace(path: Path, make: Callable[[str], object]) -> None:
-    """Makes a file beside `path` and moves it there: the old one or the new one is there at any time."""
-    new = f"{path}.{os.getpid()}.new"
-    with suppress(FileNotFoundError):
-        os.unlink(new)
-    make(new)
-    os.replace(new, path)
 
 
 def repositories() -> list[Cached]:

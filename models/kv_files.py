@@ -11,6 +11,7 @@ renamed, so a file is whole or not there; the oldest leave when all of them take
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 import ms4
-from ms4.models import places
+from ms4.models import atomic, places
 from ms4.models.timeline import Timeline, common_prefix
 
 MAGIC = b"ms4kv1\n\0"
@@ -144,18 +145,15 @@ class KvFiles:
         data = keys.tobytes()
         digest = hashlib.sha256(data).digest()
         target = self.where / f"{self.model}-{digest.hex()[:24]}.kv"
-        new = target.with_suffix(f".{os.getpid()}.new")
         try:
             self._make_folder()
-            with open(new, "xb", buffering=0, opener=private) as file:
+            with atomic.replacing(target, 0o600) as file:
                 file.write(HEADER.pack(MAGIC, len(keys), digest) + data)
+                file.flush()
                 timeline.session.save(file.fileno())
-            if shutil.disk_usage(self.where).free < SPARE:
-                raise OSError(28, "less than 2 GiB would stay free on the disk")
-            os.replace(new, target)
+                if shutil.disk_usage(self.where).free < SPARE:
+                    raise OSError(errno.ENOSPC, "less than 2 GiB would stay free on the disk")
         except (OSError, ms4.EngineError) as error:
-            with contextlib.suppress(OSError):
-                new.unlink()
             return str(getattr(error, "strerror", None) or error)
         for old in self._files():
             kept = None if old == target else self._read_keys(old, len(keys) + 1)
@@ -189,10 +187,6 @@ class KvFiles:
             with contextlib.suppress(OSError):
                 path.unlink()
                 total -= size
-
-
-def private(name: str, flags: int) -> int:
-    return os.open(name, flags, 0o600)
 
 
 def kept_bytes(where: Path | None = None) -> Iterator[tuple[Path, int]]:

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ms4.models import atomic
+
 INCOMPLETE, JOURNAL = ".ms4.incomplete", ".ms4.journal"
 LEAST_UNIT, MOST_UNIT = 64 << 10, 4 << 20  # bytes of a record
 MOST_SPAN = 64 << 20  # bytes of one request
@@ -89,9 +91,8 @@ def packed(record: Record) -> bytes:
 def write_journal(path: Path, head: Mapping[str, Any], records: Iterable[Record]) -> None:
     """A journal of a file that is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    new.write_bytes(json.dumps(head).encode() + b"\n" + b"".join(map(packed, records)))
-    os.replace(new, path)
+    with atomic.replacing(path) as file:
+        file.write(json.dumps(head).encode() + b"\n" + b"".join(map(packed, records)))
 
 
 def beginning(folder: Path, sha256: str, most: int) -> bytes:
@@ -264,11 +265,7 @@ class Part:
         os.fsync(self._fd)
         self.close()
         os.replace(self.path, path)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        atomic.sync(path.parent)
         with suppress(OSError):  # the file is good without
             write_journal(journal, self._about, (self._records[i] for i in sorted(self._records)))
         os.unlink(self.journal)

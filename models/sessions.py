@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ms4.models import places
+from ms4.models import atomic, places
 from ms4.models.image import Image
 from ms4.models.untrusted import InputError, shown
 
@@ -167,12 +167,8 @@ class Recorder:
         made = Recorder("", "", None, "none", self.path.parent)
         first, rest = self.path.read_bytes().split(b"\n", 1)
         begin = json.loads(first) | {"id": made.id, "created": made._begin["created"], "forked": self.id}
-        part = made.path.with_suffix(".part")  # a session has its name when it is whole
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        with atomic.replacing(made.path, 0o600, durable=True) as file:
             file.write(json.dumps(begin, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n" + rest)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(part, made.path)
         made._file = os.open(made.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         return made
 

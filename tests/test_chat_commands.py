@@ -221,7 +221,7 @@ def test_a_fork_goes_on_alone_and_the_old_session_stays(talk):
     forked, stayed = sessions.read(new), sessions.read(old)
     assert [t.message for t in forked.turns] == ["Hi", "more"] and forked.turns[0].answer == stayed.turns[0].answer
     assert json.loads(new.read_bytes().split(b"\n")[0])["forked"] == old.stem
-    assert new.stat().st_mode & 0o777 == 0o600 and not list(new.parent.glob("*.part"))
+    assert new.stat().st_mode & 0o777 == 0o600 and not list(new.parent.glob("*.new"))
     one.command("/undo")
     one.memory.close()
     assert [t.message for t in talk(session=sessions.read(new)).dialogue.turns] == ["Hi"]
