@@ -20,6 +20,7 @@ from ms4.models.untrusted import InputError, shown
 from ms4.quant import visible
 
 if TYPE_CHECKING:
+    from ms4 import StopFlag
     from ms4.cli.repl import Opened, Talk
     from ms4.models.document import Attachment
 
@@ -103,6 +104,13 @@ def printed(command: str) -> tuple[str | None, str]:
 
     Returns what it printed, bounded, and how it ended ("": well); None if it could not be started.
     """
+    from ms4.models.interrupt import Interrupt
+
+    with Interrupt() as ctrl_c:  # no exception, which could come between what is shown and what is kept of it
+        return printed_until(command, ctrl_c.flag)
+
+
+def printed_until(command: str, stop: StopFlag) -> tuple[str | None, str]:
     shell = os.environ.get("SHELL") or ""
     try:
         process = subprocess.Popen(
@@ -115,16 +123,15 @@ def printed(command: str) -> tuple[str | None, str]:
     except OSError as error:
         return None, f"no shell: {error.strerror}"
     head, tail, n, ending = b"", b"", 0, ""
-    try:
-        for data in read_output(process):
-            show(data, n)
-            n += len(data)
-            room = MOST_KEPT - len(head)
-            head, tail = head + data[:room], (tail + data[room:])[-MOST_KEPT:]
-            if n > MOST_PRINTED:
-                ending = f"ended after {MOST_PRINTED >> 20} MiB of output"
-                break
-    except KeyboardInterrupt:
+    for data in read_output(process, stop):
+        show(data, n)
+        n += len(data)
+        room = MOST_KEPT - len(head)
+        head, tail = head + data[:room], (tail + data[room:])[-MOST_KEPT:]
+        if n > MOST_PRINTED:
+            ending = f"ended after {MOST_PRINTED >> 20} MiB of output"
+            break
+    if stop.is_set():
         ending = "stopped"
     status = end(process)
     if not ending and status:
@@ -149,12 +156,12 @@ def show(data: bytes, before: int) -> None:
         sys.stderr.flush()
 
 
-def read_output(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
-    """What a process prints until its end; what it leaves running in the background is not waited for."""
+def read_output(process: subprocess.Popen[bytes], stop: StopFlag) -> Iterator[bytes]:
+    """What a process prints until its end, or until it is stopped; what it leaves running is not waited for."""
     assert process.stdout is not None
     fd = process.stdout.fileno()
     over: float | None = None
-    while True:
+    while not stop.is_set():
         if select.select([fd], [], [], GRACE / 4)[0]:
             data = os.read(fd, 1 << 16)
             if not data:
@@ -175,6 +182,6 @@ def end(process: subprocess.Popen[bytes]) -> int:
             if number and process.poll() is None:
                 os.killpg(process.pid, number)
             return process.wait(GRACE)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        except subprocess.TimeoutExpired:
             continue
     return process.wait()

@@ -97,17 +97,17 @@ def fitting(talk: Talk, message: str) -> tuple[int, Answer] | None:
 def summarize(talk: Talk, answer: Answer, pieces: remembered.Pieces) -> str:
     """Computes a summary; why it ended."""
     from ms4.models.answer import Done
-    from ms4.models.interrupt import interruptible
+    from ms4.models.interrupt import Interrupt
 
-    try:
-        rows = talk.encode(answer)
-    except errors.IncompleteError:  # Ctrl-C
-        return "interrupted"
-    talk.memory.restore(talk.timeline, answer.prompt)
-    with interruptible(answer.stop_flag):
+    with Interrupt(answer.stop_flag) as ctrl_c:
+        try:
+            rows = talk.ready(answer, ctrl_c)
+        except errors.IncompleteError:
+            return "interrupted"
         running = talk.scheduler.submit(answer, talk.timeline, rows)
         reading = render.prefilling(running.progress)
-        with talk.status.watching(lambda: f"summarizing  {len(answer.ids)} tokens" if answer.ids else reading()):
+        watched = talk.status.watching(lambda: f"summarizing  {len(answer.ids)} tokens" if answer.ids else reading())
+        with ctrl_c.leaving(), watched:
             for event in running:
                 pieces(event)
                 if isinstance(event, Done):

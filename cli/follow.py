@@ -26,15 +26,14 @@ def follow(
     show: Callable[[Event], None],
     hidden: bool = False,
 ) -> Done:
-    """Submits the answer and shows each of its events but the last, which it returns.
+    """Submits the answer and shows each of its events but the last, which it returns.  Ctrl-C is the caller's.
 
     hidden: `show` shows no thoughts, so the status says that there are some, up to the first text.
     """
     from ms4.models.answer import Done, Note, Prefill, Token
     from ms4.models.answer_parser import Thinking
-    from ms4.models.interrupt import interruptible
 
-    with interruptible(answer.stop_flag), ExitStack() as until_next_event:
+    with ExitStack() as until_next_event:
         running = scheduler.submit(answer, timeline, image_rows)
         thinking = shown = False
         for event in running:

@@ -69,10 +69,9 @@ def encode(
     images: ImageInput,
     engine: ms4.Engine,
     status: render.StatusLine,
-    stop: ms4.StopFlag | None = None,
+    stop: ms4.StopFlag,
 ) -> np.ndarray | None:
-    """The rows of a prompt's images, with progress.  Ctrl-C raises the flag, which ends it with Canceled."""
-    from ms4.models.interrupt import interruptible
+    """The rows of a prompt's images, with progress.  The flag ends it with Canceled."""
 
     @contextmanager
     def watch(number: int, n: int, progress: Progress) -> Iterator[None]:
@@ -82,8 +81,7 @@ def encode(
     if not places:
         return None
     before = engine.stats().note
-    with interruptible(stop) as flag:
-        rows = images.rows(places, engine, flag, watch)
+    rows = images.rows(places, engine, stop, watch)
     if (after := engine.stats().note) != before:  # the GPU failed, or had no room
         errors.note(after)
     if not status.quiet:

@@ -90,7 +90,7 @@ class Keyboard(vt100.Vt100Input):
         if self._reader is not None:
             os.write(self._stop[1], b".")
             self._reader.join()
-            os.read(self._stop[0], 1)
+            os.read(self._stop[0], 64)  # a Ctrl-C may have come before, and this is the second time
             self._reader = None
         sent = next((n for n, key in enumerate(self._typed, 1) if key.key == Keys.ControlM), len(self._typed))
         store_typeahead(self, self._typed[:sent])

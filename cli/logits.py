@@ -38,10 +38,10 @@ def logits(
     with loading.open_model(engine, status, chunk or 0) as model:
         shape = model.engine.shape
         check_ids(ids, shape.n_vocab, shape.n_ctx_train)
-        image_rows = image_notes.encode(places, images, model.engine, status)
-        if places:
-            ids = [ms4.ROW if id == Control.IMG else id for id in ids]
-        with streams.open_bytes(output) as file, model.session(len(ids)) as session, interruptible() as stop:
+        with interruptible() as stop, streams.open_bytes(output) as file, model.session(len(ids)) as session:
+            image_rows = image_notes.encode(places, images, model.engine, status, stop)
+            if places:
+                ids = [ms4.ROW if id == Control.IMG else id for id in ids]
             with status.watching(render.prefilling(session.progress, len(ids))):
                 rows = session.feed(ids, image_rows, all_logits=True, stop=stop)
             header = {"descr": "<f4", "fortran_order": False, "shape": (len(ids), shape.n_vocab)}

@@ -46,9 +46,11 @@ from ms4.quant import visible
 if TYPE_CHECKING:
     import numpy as np
 
+    from ms4 import StopFlag
     from ms4.models.answer import Answer, Done, Event, Statistics
     from ms4.models.dialogue import Content, Dialogue
     from ms4.models.document import Attachment
+    from ms4.models.interrupt import Interrupt
     from ms4.models.sampling import Sampler
     from ms4.models.scheduler import Scheduler
     from ms4.models.sessions import Session
@@ -95,7 +97,7 @@ def chat(settings: ChatSettings, engine: EngineOptions) -> int:
     output = streams.Output()
     seen = sys.stdout if output.terminal else sys.stderr  # `ms4 chat | tee log`: the prompt is on stderr
     interactive = streams.is_terminal(seen) and streams.is_terminal(sys.stdin)
-    keys = terminal.quiet() if interactive else contextlib.nullcontext()
+    keys = terminal.quiet(seen) if interactive else contextlib.nullcontext()
     with keys, loading.open_model(engine, status, n_tokens=settings.n_ctx) as model:
         from ms4.models.dialogue import Dialogue
         from ms4.models.scheduler import Scheduler
@@ -442,17 +444,18 @@ class Talk:
         cut: there is a beginning of the answer, with which it goes on.  A failure takes back what was sent, or leaves
         what there was; at a terminal the chat goes on.
         """
-        # Ctrl-C stops what is computed; a moment later it is not to end the chat before the turn is kept.
-        with terminal.stopping(lambda: None) if self.interactive else contextlib.nullcontext():
-            return self._turn(message, cut)
+        from ms4.models.interrupt import Interrupt
 
-    def _turn(self, message: Content, cut: remembered.Cut | None) -> bool:
+        with Interrupt() as ctrl_c:  # until the turn is kept
+            return self._turn(message, cut, ctrl_c)
+
+    def _turn(self, message: Content, cut: remembered.Cut | None, ctrl_c: Interrupt) -> bool:
         before = self.scheduler.engine.stats()
         ids, pieces = (cut.ids, cut.pieces) if cut else ((), remembered.Pieces())
         try:
-            answer = self.begin(message, ids)
-            self.memory.restore(self.timeline, answer.prompt)
-            done = self.show(answer, self.encode(answer), pieces)
+            with ctrl_c.leaving():
+                answer = self.begin(message, ctrl_c.flag, ids)
+            done = self.show(answer, self.ready(answer, ctrl_c), pieces, ctrl_c)
         except BaseException as error:
             self.dialogue.answered(ids)
             code, text, hint = errors.describe(error)
@@ -472,7 +475,7 @@ class Talk:
         self.conclude(done, bool(ids))
         return bool(ids)
 
-    def begin(self, message: Content, ids: Sequence[int] = ()) -> Answer:
+    def begin(self, message: Content, stop: StopFlag, ids: Sequence[int] = ()) -> Answer:
         """An answer to the dialogue with this message, or the rest of one that begins with these ids.
 
         One that does not fit is refused before images are encoded.
@@ -490,21 +493,26 @@ class Talk:
             max_tokens=most,
             think_budget=budget,
             think_seconds=seconds,
+            stop_flag=stop,
         )
 
-    def encode(self, answer: Answer) -> np.ndarray | None:
-        """The rows of the prompt's images."""
+    def ready(self, answer: Answer, ctrl_c: Interrupt) -> np.ndarray | None:
+        """The rows of the prompt's images; what is kept of the prompt is in the timeline then."""
         from ms4 import Canceled
 
         engine = self.scheduler.engine
         try:
-            return image_notes.encode(answer.prompt.images, self.images, engine, self.status, answer.stop_flag)
+            with ctrl_c.leaving():
+                rows = image_notes.encode(answer.prompt.images, self.images, engine, self.status, ctrl_c.flag)
         except (Canceled, KeyboardInterrupt):
             if not self.interactive:
                 raise
             raise IncompleteError("stopped", "the message is taken back") from None
+        if not ctrl_c.flag.is_set():
+            self.memory.restore(self.timeline, answer.prompt)  # to be left would part the session from its keys
+        return rows
 
-    def show(self, answer: Answer, rows: np.ndarray | None, pieces: remembered.Pieces) -> Done:
+    def show(self, answer: Answer, rows: np.ndarray | None, pieces: remembered.Pieces, ctrl_c: Interrupt) -> Done:
         """Streams one answer, and lets `pieces` see it; returns how it ended."""
         from ms4.models.answer_parser import Text, Thinking
 
@@ -530,11 +538,11 @@ class Talk:
         if self.editor:
             self.editor.hurried_by(hurry, thoughts.fold if live else None)
         rows_below = self.editor.live(self.output, stand) if self.editor and live else contextlib.nullcontext()
-        late = terminal.stopping(answer.stop_flag.set) if self.interactive else contextlib.nullcontext()
-        with late, rows_below:
+        with rows_below:
             try:
                 hidden = thoughts.folded and not live
-                return follow(self.scheduler, answer, self.timeline, rows, self.status, show, hidden)
+                with ctrl_c.leaving():
+                    return follow(self.scheduler, answer, self.timeline, rows, self.status, show, hidden)
             finally:
                 if self.editor:
                     self.editor.hurried_by(None)

@@ -317,6 +317,7 @@ class Job:
         """Passes every event to the writer.  Returns the last one, and whether there was any text or tool call."""
         from ms4.models.answer import Prefill
         from ms4.models.answer_parser import Text, ToolCall
+        from ms4.models.interrupt import interruptible
         from ms4.models.scheduler import Scheduler
 
         answered = False
@@ -332,11 +333,12 @@ class Job:
                 self.writer.event(rest)
 
         engine = self.model.engine
-        rows = image_notes.encode(answer.prompt.images, self.images, engine, self.status, answer.stop_flag)
         with Scheduler(engine) as scheduler:
-            timeline = scheduler.open(answer.n_ctx)
-            self.memory.restore(timeline, answer.prompt)
-            done = follow(scheduler, answer, timeline, rows, self.status, show, self.writer.hides_thoughts)
+            with interruptible(answer.stop_flag) as stop:
+                rows = image_notes.encode(answer.prompt.images, self.images, engine, self.status, stop)
+                timeline = scheduler.open(answer.n_ctx)
+                self.memory.restore(timeline, answer.prompt)
+                done = follow(scheduler, answer, timeline, rows, self.status, show, self.writer.hides_thoughts)
             if self.request.resume is not None or len(answer.prompt.ids) >= LONG:
                 self.memory.keep(timeline)
         return done, answered

@@ -3,42 +3,69 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
+
+from ms4.cli import streams
+
+SAVE, RESTORE, ALL_ROWS = "\x1b7", "\x1b8", "\x1b[r"  # the cursor; that all rows scroll
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Inside, the terminal on stdin echoes nothing and keeps what is typed; Ctrl-C and Ctrl-Z throw nothing away."""
+def quiet(shown: TextIO) -> Iterator[None]:
+    """Inside, the terminal on stdin echoes nothing and keeps what is typed; Ctrl-C and Ctrl-Z throw nothing away.
+
+    shown: the stream that shows it.  The terminal is given back at the end, also by SIGTERM; what a chat that was
+    killed (SIGKILL) has left of it is mended at the beginning.
+    """
     fd = sys.stdin.fileno()
-    before = termios.tcgetattr(fd)
+    before = mended(termios.tcgetattr(fd))
     silent = quietened(before)
 
     def again(number: int, frame: FrameType | None) -> None:  # the shell has had the terminal meanwhile
         termios.tcsetattr(fd, termios.TCSANOW, silent)
 
-    termios.tcsetattr(fd, termios.TCSANOW, silent)
-    old = signal.signal(signal.SIGCONT, again)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCONT, old or signal.SIG_DFL)
-        with contextlib.suppress(termios.error):  # it may be gone
+    def give_back() -> None:
+        with contextlib.suppress(termios.error, OSError):  # it may be gone
             termios.tcsetattr(fd, termios.TCSANOW, before)
+            all_rows(shown)
 
+    def leave(number: int, frame: FrameType | None) -> None:
+        give_back()
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
 
-@contextlib.contextmanager
-def stopping(stop: Callable[[], None]) -> Iterator[None]:
-    """Inside, Ctrl-C stops the answer, and nothing else if the answer has just ended and its screen is put in order."""
-    before = signal.signal(signal.SIGINT, lambda number, frame: stop())
+    all_rows(shown)
+    termios.tcsetattr(fd, termios.TCSANOW, silent)
+    old = {signal.SIGCONT: signal.signal(signal.SIGCONT, again)}
+    old |= {n: signal.signal(n, leave) for n in ENDING if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+        for number, handler in old.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        give_back()
+
+
+def all_rows(shown: TextIO) -> None:
+    """No row of the terminal is kept from scrolling."""
+    if not streams.is_plain():
+        os.write(shown.fileno(), f"{SAVE}{ALL_ROWS}{RESTORE}".encode())
+
+
+def mended(modes: list[Any]) -> list[Any]:
+    """Terminal modes; in place of those that only `quietened` makes, the ones that a terminal begins with."""
+    if quietened(modes) != modes:
+        return modes
+    iflag, oflag, cflag, lflag, *rest = modes
+    lflag = (lflag | termios.ECHO | termios.ICANON | termios.IEXTEN) & ~termios.NOFLSH
+    return [iflag | termios.ICRNL | termios.IXON, oflag, cflag, lflag, *rest]
 
 
 def quietened(modes: list[Any]) -> list[Any]:

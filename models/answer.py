@@ -110,7 +110,8 @@ class Answer:
     logprobs: with every token its log-probability and those of so many of the most likely.  The ids of the tokens cost
     nothing: they are in `ids`.  constraint: which tokens of its text may come.  think_budget: after so many tokens of
     thought, the next sentence or line that ends is the last of it, and SENTENCE tokens later any word is.
-    think_seconds: the budget is used up so long after the first token of thought.
+    think_seconds: the budget is used up so long after the first token of thought.  stop_flag: ends the answer; else it
+    has one of its own.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class Answer:
         constraint: Constraint | None = None,
         think_budget: int | None = None,
         think_seconds: float | None = None,
+        stop_flag: StopFlag | None = None,
     ) -> None:
         if max_tokens is not None and max_tokens < 1:
             raise ValueError("max_tokens is at least 1")
@@ -135,7 +137,7 @@ class Answer:
             raise ContextError(n_prompt, n_ctx, max_tokens)
         self.prompt = prompt
         self.n_ctx = n_ctx
-        self.stop_flag = StopFlag()
+        self.stop_flag = StopFlag() if stop_flag is None else stop_flag
         self.hurried = False  # a thought ends now, whatever its budget; may be set from any thread
         self.ids: list[int] = []  # of all chosen tokens, the one that ends the answer included
         self.reason: str | None = None  # why there is no next token

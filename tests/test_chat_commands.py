@@ -496,6 +496,48 @@ def test_a_mark_is_said_once():
     assert [int(re.search(r"(\d+) %", text)[1]) for text in one.said] == [80, 95, 85]
 
 
+# --- Ctrl-C
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_ctrl_c_while_a_kept_prompt_is_read_takes_the_message_back(talk, monkeypatch, n):
+    one = talk()
+    one.send("Hi")
+    restore = one.memory.restore
+
+    def stopped(timeline, prompt):
+        for _ in range(n):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        return restore(timeline, prompt)
+
+    monkeypatch.setattr(one.memory, "restore", stopped)
+    if n == 1:
+        one.send("more")
+        assert "stopped; the message is taken back" in one.said
+    else:  # as at the prompt, once the file is read
+        with pytest.raises(KeyboardInterrupt):
+            one.send("more")
+    monkeypatch.undo()
+    assert len(one.dialogue.turns) == 1 and one.timeline.length == len(one.timeline.keys)
+    one.send("more")
+    assert [turn.message for turn in sessions.read(one.memory.path).turns] == ["Hi", "more"]
+
+
+def test_a_command_that_is_stopped_leaves_what_it_has_shown(talk, monkeypatch):
+    one = talk()
+    show, taken = chat_attached.show, []
+
+    def stopped(data, before):
+        show(data, before)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(chat_attached, "show", stopped)
+    monkeypatch.setattr(one, "take", lambda parts, prices: taken.extend(parts))
+    assert one.command("!echo one; sleep 60; echo never")
+    assert taken == ["```\n$ echo one; sleep 60; echo never\none\n[stopped]\n```"]
+
+
 # --- the price of a switch
 
 

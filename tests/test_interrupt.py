@@ -10,7 +10,7 @@ import time
 import pytest
 
 from ms4 import StopFlag
-from ms4.models.interrupt import interruptible
+from ms4.models.interrupt import Interrupt, interruptible
 
 
 def test_ctrl_c_raises_the_flag_and_everything_is_as_before():
@@ -49,7 +49,7 @@ def test_without_ctrl_c_nothing_is_stopped():
 
 BLOCKED = """
 import ctypes, os, sys
-from ms4.models.interrupt import interruptible
+from ms4.models.interrupt import Interrupt, interruptible
 
 class Flag:
     def __init__(self):
@@ -75,3 +75,19 @@ def test_ctrl_c_reaches_a_call_into_c():
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 42
     process.stdout.close()
+
+
+def test_what_is_put_in_order_is_not_left_half_done():
+    done = []
+    with Interrupt() as ctrl_c:
+        with ctrl_c.leaving():
+            os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            done.append("kept")
+        with pytest.raises(KeyboardInterrupt), ctrl_c.leaving():
+            done.append("computed for nobody")
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+    assert ctrl_c.flag.is_set() and done == ["kept"] * 3

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -231,6 +232,39 @@ def test_a8_the_terminal_is_given_back_as_it_was(person):
     one.process.expect(pexpect.EOF)
     modes = termios.tcgetattr(one.process.child_fd)[3]
     assert modes & termios.ECHO and modes & termios.ICANON and not modes & termios.NOFLSH
+
+
+@SLOW
+def test_the_terminal_is_given_back_when_the_chat_is_ended_from_outside(person):
+    import termios
+
+    one = person("One two three four five six.")
+    one.gate.touch()
+    one.types("Hi\r")
+    one.sees("> Hi\nOne")
+    assert one.screen.margins
+    one.process.kill(signal.SIGTERM)
+    until(lambda: not one.read(1) and not one.process.isalive())
+    modes = termios.tcgetattr(one.process.child_fd)[3]
+    assert modes & termios.ECHO and modes & termios.ICANON and not modes & termios.NOFLSH
+    assert one.screen.margins is None and one.process.signalstatus == signal.SIGTERM
+
+
+def test_what_a_killed_chat_has_left_of_the_terminal_is_mended():
+    import termios
+
+    from ms4.cli.terminal import mended, quietened
+
+    parent, child = os.openpty()
+    try:
+        modes = termios.tcgetattr(child)
+        assert mended(modes) == modes
+        termios.tcsetattr(child, termios.TCSANOW, quietened(modes))
+        left = termios.tcgetattr(child)
+        assert left[3] & termios.ECHO == 0 and mended(left)[:4] == modes[:4]
+    finally:
+        os.close(parent)
+        os.close(child)
 
 
 @pytest.mark.parametrize("width", [20, 40, pytest.param(80, marks=SLOW), pytest.param(200, marks=SLOW)])
