@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import json
 import threading
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ms4.models.control import Control
 from ms4.models.schema import SchemaError
 from ms4.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 # One line, as json.dumps writes it: with free space between its parts a model can write blanks without end.
 STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -64,11 +68,21 @@ class Pieces:
         return self._tokenizer.encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
 
 
+OPENING = threading.Lock()  # whoever comes second finds it open
+
+
+@lru_cache(maxsize=1)
+def open_vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    return LLTokenizer(TokenizerWrapper(Pieces(tokenizer)), slices=LLTokenizer.json_slices())
+
+
 class Constraint:
     """The state of one answer.
 
-    Opening a vocabulary of 131,072 tokens takes a second or two: it begins in a thread when this is made, and the first
-    token waits for what is left of it.  may_think: the answer may begin with a thought, one.
+    Opening a vocabulary of 131,072 tokens takes a second or two, once: it begins in a thread when this is made, and the
+    first token waits for what is left of it.  may_think: the answer may begin with a thought, one.
     """
 
     def __init__(self, grammar: Grammar, tokenizer: Tokenizer, *, may_think: bool = False) -> None:
@@ -82,10 +96,11 @@ class Constraint:
 
     def _open(self, grammar: Grammar, tokenizer: Tokenizer) -> None:
         try:
-            from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+            from llguidance import LLMatcher
 
-            pieces = LLTokenizer(TokenizerWrapper(Pieces(tokenizer)), slices=LLTokenizer.json_slices())
-            self._matcher = LLMatcher(pieces, grammar.text)
+            with OPENING:
+                opened = open_vocabulary(tokenizer)
+            self._matcher = LLMatcher(opened, grammar.text)
         except BaseException as error:  # told to whoever waits
             self._failed = error
 

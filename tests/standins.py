@@ -52,6 +52,21 @@ def tekken():
     return Tokenizer(Vocabulary())
 
 
+@cache
+def few_tokens():
+    """A tokenizer whose ordinary tokens are the single bytes."""
+    return Tokenizer(Vocabulary(tokens=[bytes([byte]) for byte in range(256)]))
+
+
+def cut(text, rng=None):
+    """A text in the pieces in which a model might write it; without random numbers in one."""
+    at = 0
+    while at < len(text):
+        n = rng.randint(1, 7) if rng else len(text)
+        yield text[at : at + n]
+        at += n
+
+
 def logits_for(id, n_vocab=131072):
     """0 but for one token, which has 9: greedy sampling takes it."""
     logits = np.zeros(n_vocab, np.float32)

@@ -5,6 +5,7 @@ import re
 
 import pyte
 import pytest
+import standins
 
 from ms4.cli import code_colours, inline, palette, render, streams
 from ms4.cli.markdown import Markdown
@@ -69,12 +70,7 @@ def rng(rng):
 def rendered(text, width=79, rng=None):
     """What is written for a text that comes in pieces."""
     markdown = Markdown(lambda: width, palette.Palette(True))
-    out, at = "", 0
-    while at < len(text):
-        n = rng.randint(1, 6) if rng else len(text)
-        out += markdown.feed(text[at : at + n])
-        at += n
-    return out + markdown.end()
+    return "".join(map(markdown.feed, standins.cut(text, rng))) + markdown.end()
 
 
 def plain(text, width=79):

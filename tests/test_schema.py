@@ -6,9 +6,11 @@ import random
 import jsonschema
 import numpy as np
 import pytest
+import standins
 from conftest import SEED
 
 from ms4.cli import loading, options
+from ms4.models import constraint
 from ms4.models.constraint import NEVER, Constraint, Grammar
 from ms4.models.control import Control
 from ms4.models.schema import SchemaError, read_schema
@@ -172,6 +174,23 @@ def test_a_thought_may_come_first_and_only_there(tokenizer):
     assert constraint.narrow(logits)[Control.THINK] == NEVER
     free = Constraint(Grammar({"type": "boolean"}), tokenizer)
     assert free.narrow(logits)[Control.THINK] == NEVER
+
+
+def test_a_vocabulary_is_opened_once_for_all_answers_that_begin_together(monkeypatch):
+    opened = []
+
+    class Counted(constraint.Pieces):
+        def __init__(self, tokenizer):
+            opened.append(tokenizer)
+            super().__init__(tokenizer)
+
+    monkeypatch.setattr(constraint, "Pieces", Counted)
+    few = standins.few_tokens()
+    grammars = [Grammar({"type": "boolean"}), Grammar({"enum": ["a", "b"]})]
+    together = [Constraint(grammar, few) for grammar in grammars * 2]
+    logits = np.zeros(few.n_used, np.float32)
+    spelled = [{few.piece(int(id)) for id in np.flatnonzero(one.narrow(logits) == 0)} for one in together]
+    assert opened == [few] and spelled[:2] == spelled[2:] and spelled[0] == {b"t", b"f"} and spelled[1] == {b'"'}
 
 
 # --- the command

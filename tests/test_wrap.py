@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import standins
 
 from ms4.cli.wrap import Wrap, cells, reflow
 
@@ -20,12 +21,7 @@ PROSE = (
 def wrapped(text, width, rng=None):
     """The text as it is written if it comes in pieces."""
     wrap = Wrap(lambda: width)
-    out, at = "", 0
-    while at < len(text):
-        n = rng.randint(1, 7) if rng else len(text)
-        out += wrap.feed(text[at : at + n])
-        at += n
-    return out + wrap.flush()
+    return "".join(map(wrap.feed, standins.cut(text, rng))) + wrap.flush()
 
 
 @pytest.mark.parametrize("width", [19, 39, 79, 199])
