@@ -1,7 +1,6 @@
 """Images, files and PDF pages as the commands take them: what is read, said, refused, and computed only once."""
 
 import base64
-import io
 import json
 import os
 import pty
@@ -20,7 +19,7 @@ from PIL import Image as Pillow
 from test_vision import MOST_LOGITS
 from yardstick import assert_near, errors
 
-from ms4.cli import attachments, loading, remembered, repl, start
+from ms4.cli import attachments, loading, remembered, repl
 from ms4.cli.image_notes import ImageOptions
 from ms4.cli.options import EngineOptions
 from ms4.cli.render import StatusLine
@@ -36,22 +35,6 @@ DATA = Path(__file__).parent / "data"
 MODEL, MMPROJ, IMAGE = (str(DATA / f"bravo-{name}") for name in ("Q4_K_M.gguf", "mmproj-f16.gguf", "image.png"))
 PRICE = "140x84 -> 140x84, 18 tokens"
 ONE_LINE = re.compile(r"ms4: error: [^\x00-\x1f\x7f]{1,300}\n(hint: [^\x00-\x1f\x7f]{1,300}\n)?")
-
-
-@pytest.fixture
-def ms4(monkeypatch):
-    """ms4(arguments..., stdin=bytes) -> (exit code, stdout, stderr)"""
-    for name in [n for n in os.environ if n.startswith("MS4_") and n != "MS4_ISA"]:
-        monkeypatch.delenv(name)
-
-    def run(*arguments, stdin=b""):
-        streams = [io.TextIOWrapper(io.BytesIO(data), encoding="ascii") for data in (stdin, b"", b"")]
-        for name, stream in zip(("stdin", "stdout", "stderr"), streams, strict=True):
-            monkeypatch.setattr(sys, name, stream)
-        monkeypatch.setattr(sys, "argv", ["ms4", *map(str, arguments)])
-        return start.main(), *(s.buffer.getvalue().decode() for s in streams[1:])
-
-    return run
 
 
 @pytest.fixture

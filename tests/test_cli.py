@@ -5,7 +5,6 @@ Commands run in this process on a small checkpoint; what only a process of its o
 
 import io
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -30,21 +29,9 @@ class Result:
 
 
 @pytest.fixture
-def ms4(monkeypatch):
+def ms4(ms4):
     """ms4(arguments..., stdin=bytes) -> Result; the standard streams are pipes with an unhelpful encoding."""
-    for name in [n for n in os.environ if n.startswith("MS4_") and n != "MS4_ISA"]:
-        monkeypatch.delenv(name)
-
-    def run(*arguments, stdin=b""):
-        streams = [io.TextIOWrapper(io.BytesIO(data), encoding="ascii") for data in (stdin, b"", b"")]
-        for name, stream in zip(("stdin", "stdout", "stderr"), streams, strict=True):
-            monkeypatch.setattr(sys, name, stream)
-        monkeypatch.setattr(sys, "argv", ["ms4", *map(str, arguments)])
-        code = start.main()
-        out, err = (stream.buffer.getvalue().decode() for stream in streams[1:])
-        return Result(code, out, err)
-
-    return run
+    return lambda *arguments, **more: Result(*ms4(*arguments, **more))
 
 
 @pytest.fixture

@@ -1,14 +1,11 @@
 """Commands without -m: they use the checkpoint that comes with ms4, say so in one line, and give way to any other."""
 
-import io
-import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-from ms4.cli import options, start
+from ms4.cli import options
 
 DATA = Path(__file__).parent / "data"
 MODEL, MMPROJ, IMAGE = (DATA / f"bravo-{name}" for name in ("Q4_K_M.gguf", "mmproj-f16.gguf", "image.png"))
@@ -17,23 +14,13 @@ PROMPT = ("run", "--greedy", "-n", "3", "Hi")
 
 
 @pytest.fixture
-def ms4(monkeypatch, tmp_path):
-    """ms4(arguments..., stdin=bytes) -> (exit code, stdout, stderr), where a small random checkpoint is the shipped."""
-    for name in [n for n in os.environ if n.startswith("MS4_") and n != "MS4_ISA"]:
-        monkeypatch.delenv(name)
+def ms4(ms4, monkeypatch, tmp_path):
+    """The same, where a small random checkpoint is the shipped."""
     shutil.copy(MODEL, tmp_path / "ms4-demo.gguf")
     shutil.copy(MMPROJ, tmp_path / "ms4-demo-mmproj.gguf")
     monkeypatch.setattr(options, "DEMO", str(tmp_path / "ms4-demo.gguf"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-
-    def run(*arguments, stdin=b""):
-        streams = [io.TextIOWrapper(io.BytesIO(data), encoding="ascii") for data in (stdin, b"", b"")]
-        for name, stream in zip(("stdin", "stdout", "stderr"), streams, strict=True):
-            monkeypatch.setattr(sys, name, stream)
-        monkeypatch.setattr(sys, "argv", ["ms4", *map(str, arguments)])
-        return start.main(), *(s.buffer.getvalue().decode() for s in streams[1:])
-
-    return run
+    return ms4
 
 
 def test_the_answer_is_that_of_the_file_and_one_line_says_whose_it_is(ms4):

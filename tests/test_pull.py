@@ -17,7 +17,7 @@ from bad_hub import COMMIT, REPO, Hub
 from fixtures import IMAGE, MMPROJ, MODEL
 
 import ms4 as engine
-from ms4.cli import measured, pull, start
+from ms4.cli import measured, pull
 from ms4.cli.render import StatusLine
 from ms4.models import acquire, calibration, forecast, hf_cache, mistral4, repositories, stored, variants, web
 from ms4.models.hf_cache import Cached
@@ -60,20 +60,6 @@ def server(files, monkeypatch):
     with Hub(files) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server
-
-
-@pytest.fixture
-def ms4(monkeypatch):
-    """ms4(arguments..., stdin=bytes) -> (exit code, stdout, stderr)."""
-
-    def run(*arguments, stdin=b""):
-        streams = [io.TextIOWrapper(io.BytesIO(data), encoding="ascii") for data in (stdin, b"", b"")]
-        for name, stream in zip(("stdin", "stdout", "stderr"), streams, strict=True):
-            monkeypatch.setattr(sys, name, stream)
-        monkeypatch.setattr(sys, "argv", ["ms4", *map(str, arguments)])
-        return start.main(), *(s.buffer.getvalue().decode() for s in streams[1:])
-
-    return run
 
 
 def snapshot():
