@@ -83,7 +83,7 @@ def set_number(talk: Talk, name: str, given: str) -> None:
             sampler = sampling.sampler(talk.dialogue.effort)
             talk.settings = replace(talk.settings, sampling=sampling)
             if name == "think-budget":
-                talk.think_budget = value
+                talk.take_effort(talk.dialogue.effort, value)
             elif name != "answer-now-after":  # its random numbers go on
                 talk.sampler = sampler
     except Exception as error:

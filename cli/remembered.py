@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,11 @@ from ms4.cli.errors import MissingError, UsageError
 
 if TYPE_CHECKING:
     from ms4.cli.image_notes import ImageOptions
-    from ms4.cli.options import EngineOptions
+    from ms4.cli.options import EngineOptions, Sampling
     from ms4.models import sessions
     from ms4.models.answer import Event, Prompt
     from ms4.models.dialogue import Content, Dialogue, Turn
+    from ms4.models.sampling import Sampler
     from ms4.models.sessions import Session
     from ms4.models.timeline import Timeline
 
@@ -96,6 +97,14 @@ def turns_of(turns: Sequence[sessions.Turn]) -> tuple[Turn, ...]:
     return tuple(Turn(turn.message, turn.answer, turns_of(turn.older)) for turn in turns)
 
 
+def sampler_of(session: Session | None, sampling: Sampling, effort: str) -> Sampler:
+    """That of a conversation: its random numbers go on where they were, unless another seed is wanted."""
+    made = sampling.sampler(effort)
+    if session is None or session.seed is None or sampling.seed not in (None, session.seed):
+        return made
+    return type(made)(replace(made.params, seed=session.seed), session.n_drawn)
+
+
 class Pieces:
     """Collects what an answer says, while it is shown."""
 
@@ -161,14 +170,14 @@ class Memory:
         if session is not None:
             self._guard(lambda: setattr(self, "_recorder", Recorder.onto(session)))
 
-    def begin(self, dialogue: Dialogue) -> None:
-        """From here on it is another conversation; its file comes with its first turn."""
+    def begin(self, dialogue: Dialogue, budget: int | None = None) -> None:
+        """From here on it is another conversation; its file comes with its first turn.  budget: tokens of thought."""
         self.close()
         self.named = None
         if not self._off:
             from ms4.models.sessions import Recorder
 
-            self._recorder = Recorder(self.model, ms4.__version__, dialogue.system, dialogue.effort)
+            self._recorder = Recorder(self.model, ms4.__version__, dialogue.system, dialogue.effort, budget=budget)
 
     @property
     def on(self) -> bool:
@@ -193,13 +202,14 @@ class Memory:
         self.named = value
         self._guard(lambda: self._recorder and self._recorder.name(value))
 
-    def turn(self, message: Content, ids: Sequence[int], pieces: Pieces, reason: str) -> None:
+    def turn(self, message: Content, ids: Sequence[int], pieces: Pieces, reason: str, sampler: Sampler) -> None:
         """A message and the ids of its answer, as they were chosen."""
         from ms4.models.dialogue import closed
 
         text, thinking = "".join(pieces.text), "".join(pieces.thinking)
         answer, cut = closed(ids), len(ids) if reason in CUT else None
-        self._guard(lambda: self._recorder and self._recorder.turn(message, answer, text, thinking, reason, cut))
+        drawn = (sampler.seed, sampler.n_drawn) if sampler.n_drawn else None
+        self._guard(lambda: self._recorder and self._recorder.turn(message, answer, text, thinking, reason, cut, drawn))
 
     def compact(self, n: int, message: str, ids: Sequence[int], text: str) -> None:
         """The first n turns are a summary now."""
@@ -211,8 +221,8 @@ class Memory:
     def undo(self, n: int) -> None:
         self._guard(lambda: self._recorder and self._recorder.undo(n))
 
-    def effort(self, value: str) -> None:
-        self._guard(lambda: self._recorder and self._recorder.effort(value))
+    def effort(self, value: str, budget: int | None) -> None:
+        self._guard(lambda: self._recorder and self._recorder.effort(value, budget))
 
     def system(self, value: str | None) -> None:
         self._guard(lambda: self._recorder and self._recorder.system(value))

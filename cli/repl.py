@@ -214,12 +214,15 @@ class Talk:
     def open(self, session: Session | None, system: str | None) -> None:
         """Begins a conversation, or goes on with one; a system prompt that is given now replaces its own."""
         if session is None:
-            self.memory.begin(self.dialogue)
+            self.memory.begin(self.dialogue, self.think_budget)
             return
         from ms4.models.sessions import words_of
 
         remembered.replay(session, self.dialogue)
-        self.sampler = self.settings.sampling.sampler(session.effort)
+        self.sampler = remembered.sampler_of(session, self.settings.sampling, session.effort)
+        wanted, self.think_budget = self.think_budget, session.budget
+        if wanted is not None:
+            self.take_effort(session.effort, wanted)
         if system is not None and system != session.system:
             self.set_system(system)
         n = len(session.all_turns)
@@ -282,12 +285,18 @@ class Talk:
         if value not in LEVELS:
             self.tell(f"effort is {self.effort()}; /effort {', '.join(LEVELS[:-1])} or {LEVELS[-1]}")
             return
-        effort, self.think_budget = thinking(value)
+        self.take_effort(*thinking(value))
+        self.tell(f"effort {value}{self.price()}")
+
+    def take_effort(self, effort: str, budget: int | None) -> None:
+        """budget: tokens of thought."""
+        if (effort, budget) == (self.dialogue.effort, self.think_budget):
+            return
         if effort != self.dialogue.effort:
             self.dialogue.effort = effort
             self.sampler = self.settings.sampling.sampler(effort)
-            self.memory.effort(effort)
-        self.tell(f"effort {value}{self.price()}")
+        self.think_budget = budget
+        self.memory.effort(effort, budget)
 
     def effort(self) -> str:
         """What the effort is called."""
@@ -379,7 +388,7 @@ class Talk:
     def new(self, _: str) -> None:
         self.cut = None
         self.dialogue.turns.clear()
-        self.memory.begin(self.dialogue)
+        self.memory.begin(self.dialogue, self.think_budget)
         self.tell("a new conversation")
 
     def undo(self, value: str) -> None:
@@ -468,7 +477,7 @@ class Talk:
         if answer.ids:
             if cut:
                 self.memory.undo(1)
-            self.memory.turn(message, ids, pieces, done.reason)
+            self.memory.turn(message, ids, pieces, done.reason, self.sampler)
         self.cut = remembered.Cut(ids, pieces) if ids and done.reason in remembered.CUT else None
         self.last = done.statistics
         self.last_disk = render.from_disk(self.scheduler.engine.stats(), before)

@@ -112,7 +112,9 @@ def run(request: Request, sampling: Sampling, engine: EngineOptions) -> int:
         session=session,
     )
     sampling = replace(sampling, effort=asked.effort)
-    sampler = sampling.sampler()
+    if session is not None and request.effort is None and sampling.think_budget is None:
+        sampling = replace(sampling, think_budget=session.budget)
+    sampler = remembered.sampler_of(session, sampling, asked.effort)
     status = render.StatusLine(engine.quiet)
     images = request.images.open(engine.require())
     announced = image_notes.announce(asked.messages, images, engine.quiet)
@@ -301,16 +303,17 @@ class Job:
             return
         dialogue = asked.dialogue(tokenizer, self.images.measure)
         if asked.session is None:
-            self.memory.begin(dialogue)
+            self.memory.begin(dialogue, self.sampling.think_budget)
         else:
-            if dialogue.effort != asked.session.effort:
-                self.memory.effort(dialogue.effort)
+            effort = dialogue.effort, self.sampling.think_budget
+            if effort != (asked.session.effort, asked.session.budget):
+                self.memory.effort(*effort)
             if dialogue.system != asked.session.system:
                 self.memory.system(dialogue.system)
         before = asked.resumed.ids if asked.resumed else ()
         if before:
             self.memory.undo(1)
-        self.memory.turn(asked.question, (*before, *answer.ids), pieces, answer.reason or "")
+        self.memory.turn(asked.question, (*before, *answer.ids), pieces, answer.reason or "", self.sampler)
         self.memory.close()
 
     def follow(self, answer: "Answer", pieces: remembered.Pieces) -> tuple["Done", bool]:

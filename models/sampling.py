@@ -94,12 +94,17 @@ class Choice:
 
 
 class Sampler:
-    """Chooses tokens; its random numbers go on from answer to answer."""
+    """Chooses tokens; its random numbers go on from answer to answer.
 
-    def __init__(self, params: SamplingParams) -> None:
+    n_drawn: how many of them were used before, by a sampler of the same seed that this one takes the place of.
+    """
+
+    def __init__(self, params: SamplingParams, n_drawn: int = 0) -> None:
         self.params = params
         self.seed = secrets.randbits(32) if params.seed is None else params.seed
+        self.n_drawn = n_drawn
         self._random = np.random.PCG64(self.seed)
+        self._random.advance(n_drawn)
 
     def pick(self, logits: np.ndarray, n_top: int | None = None) -> Choice:
         """The next token.  n_top: also its log-probability, and those of the n_top most likely."""
@@ -108,7 +113,10 @@ class Sampler:
     def pick_rows(self, logits: np.ndarray, n_top: int | None = None) -> list[Choice]:
         """A token for each row, with the random numbers that picking one after the other would take."""
         p = self.params
-        uniforms = uniform_numbers(self._random, len(logits)) if p.temperature > 0 else None
+        uniforms = None
+        if p.temperature > 0:
+            uniforms = uniform_numbers(self._random, len(logits))
+            self.n_drawn += len(logits)
         got = ms4.sample(
             logits, uniforms, temperature=p.temperature, top_k=p.top_k, top_p=p.top_p, min_p=p.min_p, n_top=n_top
         )

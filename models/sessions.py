@@ -2,16 +2,18 @@
 
 A file is only ever added to.  Its first line says what it is, the others replay the conversation:
 
-    {"event": "begin", "format": 1, "id", "created", "model", "version", "system", "effort"}
-    {"event": "turn", "message", "answer": [ids], "text", "thinking", "at", "reason", "cut"}
-    {"event": "undo", "n"}    {"event": "effort", "value"}    {"event": "system", "value"}    {"event": "name", "value"}
+    {"event": "begin", "format": 1, "id", "created", "model", "version", "system", "effort", "budget"}
+    {"event": "turn", "message", "answer": [ids], "text", "thinking", "at", "reason", "cut", "seed", "drawn"}
+    {"event": "undo", "n"}    {"event": "effort", "value", "budget"}
+    {"event": "system", "value"}    {"event": "name", "value"}
     {"event": "compact", "n", "message", "answer": [ids], "text"}
 
 A message is what `dialogue.Content` is; its images stand in it as they were decoded (PNG, base64), so a session needs
 no other file.  The answer is kept as the ids that the model wrote: a session that goes on has the very prompt that it
 would have had.  An answer that did not come to its end can go on from the very token: its first `cut` ids are what the
-model wrote, the others close it.  A summary ("compact") takes the place of the first n turns until an undo takes it
-back; what it stands for stays in the file.
+model wrote, the others close it.  A budget is that of thoughts, in tokens, and left out where there is none; "drawn" is
+how many random numbers of the seed were used up to there, left out where none were.  A summary ("compact") takes the
+place of the first n turns until an undo takes it back; what it stands for stays in the file.
 
 Who writes a line has it on the disk (fsync) before the next message; a last line that is torn is left out, and cut off
 when the session goes on.
@@ -71,6 +73,9 @@ class Session:
     model: str
     system: str | None = None
     effort: str = "none"
+    budget: int | None = None  # tokens of thought
+    seed: int | None = None  # of the random numbers behind its last answer that needed some
+    n_drawn: int = 0  # so many of them were used
     turns: list[Turn] = field(default_factory=list)
     name: str | None = None  # that its user gave it
     n_bytes: int = 0  # of its whole lines
@@ -137,7 +142,15 @@ def words_of(message: Content) -> str:
 class Recorder:
     """Adds to one session; the file is made with its first turn, so a chat in which nothing is said leaves nothing."""
 
-    def __init__(self, model: str, version: str, system: str | None, effort: str, where: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        version: str,
+        system: str | None,
+        effort: str,
+        where: Path | None = None,
+        budget: int | None = None,
+    ) -> None:
         self._begin = {
             "event": "begin",
             "format": FORMAT,
@@ -147,6 +160,7 @@ class Recorder:
             "version": version,
             "system": system,
             "effort": effort,
+            **budgeted(budget),
         }
         self.id = str(self._begin["id"])
         self.path = (where or folder()) / f"{self.id}.jsonl"
@@ -180,8 +194,12 @@ class Recorder:
         thinking: str,
         reason: str,
         cut: int | None = None,
+        drawn: tuple[int, int] | None = None,
     ) -> None:
+        """drawn: the seed, and how many of its random numbers were used by now."""
         more = {} if cut is None else {"cut": cut}
+        if drawn is not None:
+            more |= {"seed": drawn[0], "drawn": drawn[1]}
         self._put(
             event="turn",
             message=pack(message),
@@ -200,8 +218,8 @@ class Recorder:
         if n and self._file is not None:
             self._put(event="undo", n=n)
 
-    def effort(self, value: str) -> None:
-        self._note(event="effort", value=value)
+    def effort(self, value: str, budget: int | None = None) -> None:
+        self._note(event="effort", value=value, **budgeted(budget))
 
     def system(self, value: str | None) -> None:
         self._note(event="system", value=value)
@@ -242,6 +260,10 @@ class Recorder:
                 self.close()
             raise
         self._before = []
+
+
+def budgeted(budget: int | None) -> dict[str, int]:
+    return {} if budget is None else {"budget": budget}
 
 
 def new_id() -> str:
@@ -340,7 +362,8 @@ def began(path: Path, event: Mapping[str, Any]) -> Session:
     system, effort = event.get("system"), event["effort"]
     if not (system is None or isinstance(system, str)) or effort not in EFFORTS:
         raise ValueError("system or effort")
-    return Session(path, path.stem, float(event["created"]), str(event["model"]), system, effort)
+    budget = natural(event, "budget")
+    return Session(path, path.stem, float(event["created"]), str(event["model"]), system, effort, budget)
 
 
 def replay(session: Session, event: Mapping[str, Any]) -> None:
@@ -352,10 +375,12 @@ def replay(session: Session, event: Mapping[str, Any]) -> None:
             raise ValueError("cut")
         turn = Turn(unpack(event["message"]), answer, str(event["text"]), str(event.get("thinking", "")), cut)
         session.turns.append(turn)
+        if (seed := natural(event, "seed")) is not None:
+            session.seed, session.n_drawn = seed, natural(event, "drawn") or 0
     elif kind == "undo":
         take_back(session.turns, int(event["n"]))
     elif kind == "effort" and event["value"] in EFFORTS:
-        session.effort = event["value"]
+        session.effort, session.budget = event["value"], natural(event, "budget")
     elif kind == "system" and (event["value"] is None or isinstance(event["value"], str)):
         session.system = event["value"]
     elif kind == "compact":
@@ -368,6 +393,14 @@ def replay(session: Session, event: Mapping[str, Any]) -> None:
         session.name = event["value"]
     elif kind != "begin":
         raise ValueError("an unknown event")
+
+
+def natural(event: Mapping[str, Any], name: str) -> int | None:
+    """A number that need not be there."""
+    value = event.get(name)
+    if value is not None and not (type(value) is int and 0 <= value < 1 << 64):
+        raise ValueError(name)
+    return value
 
 
 def ids_in(event: Mapping[str, Any]) -> tuple[int, ...]:

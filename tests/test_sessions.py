@@ -65,6 +65,22 @@ def test_what_was_written_is_replayed(tmp_path):
     assert os.stat(recorder.path).st_mode & 0o777 == 0o600
 
 
+def test_a_budget_of_thought_and_used_random_numbers_are_replayed(tmp_path):
+    recorder = Recorder("m.gguf", "0", None, "high", tmp_path, budget=1024)
+    recorder.turn("a", (5, 2), "b", "", "stop", drawn=(7, 2))
+    recorder.turn("c", (5, 2), "d", "", "stop")
+    recorder.undo(1)
+    session = sessions.read(recorder.path)
+    assert (session.effort, session.budget, session.seed, session.n_drawn) == ("high", 1024, 7, 2)
+    recorder.effort("high")
+    assert sessions.read(recorder.path).budget is None
+    whole = recorder.path.read_text()
+    for line in ('"budget": -1', '"budget": "x"', '"budget": true', f'"budget": {1 << 64}'):
+        recorder.path.write_text(whole.replace('"budget": 1024', line))
+        with pytest.raises(SessionError, match="line 1 is damaged"):
+            sessions.read(recorder.path)
+
+
 def test_an_image_comes_back_as_it_was(tmp_path):
     data = io.BytesIO()
     pillow.fromarray(np.arange(2700, dtype=np.uint8).reshape(30, 30, 3)).save(data, "JPEG")
@@ -147,6 +163,44 @@ def test_a_chat_that_goes_on_says_what_an_uninterrupted_one_says(ms4):
         parts = chat(ms4, lines=LINES[:cut]) + chat(ms4, "-c", lines=LINES[cut:])
         assert parts == whole
     assert len(files()) == 3 and [len(s.turns) for s in sessions.sessions()] == [4, 4, 4]
+
+
+def drawn(ms4, *arguments, lines=()):
+    """What a chat with a temperature says; the demonstration needs a high one to say anything unlikely."""
+    code, out, err = ms4("chat", "-q", "--temp", "3", *arguments, stdin="".join(lines).encode())
+    assert code == 0, err
+    return out
+
+
+def only_turn_of(path):
+    (turn,) = sessions.read(path).turns
+    return turn
+
+
+def test_random_numbers_go_on_in_the_next_process(ms4):
+    """Also without the seed, which is the session's then; another seed begins others."""
+    more = ("-n", 9)
+    whole = drawn(ms4, "--seed", 7, *more, lines=LINES[:2])
+    first = drawn(ms4, "--seed", 7, *more, lines=LINES[:1])
+    ids = only_turn_of(files()[0]).answer
+    assert first + drawn(ms4, "-c", *more, lines=LINES[1:2]) == whole
+    drawn(ms4, "--seed", 7, "-n", 4, lines=LINES[:1])
+    drawn(ms4, "-c", "--seed", 7, "-n", 5, lines=["/continue\n"])
+    assert only_turn_of(files()[0]).answer == ids
+    code, out, err = ms4("run", "-q", "--temp", 3, "-c", *more, LINES[1].strip())
+    assert (code, first + out) == (0, whole), err
+    drawn(ms4, "--seed", 7, *more, lines=LINES[:1])
+    assert first + drawn(ms4, "-c", "--seed", 8, *more, lines=LINES[1:2]) != whole
+
+
+def test_low_stays_low_in_the_next_process(ms4):
+    chat(ms4, "-r", "low", "-n", 2, lines=LINES[:1])
+    assert "effort is low" in ms4("chat", "-c", stdin=b"/effort\n")[2]
+    assert ms4("run", "-q", "--greedy", "-c", "-n", 2, "Hi")[0] == 3  # thoughts alone are no answer
+    assert next(sessions.sessions()).budget == 1024
+    ms4("run", "-q", "--greedy", "-c", "-n", 2, "-r", "high", "Hi")
+    assert "effort is high;" in ms4("chat", "-c", stdin=b"/effort\n")[2]
+    assert "effort is high, 7 tokens" in ms4("chat", "-c", "--think-budget", "7", stdin=b"/effort\n")[2]
 
 
 def test_undo_retry_and_new_are_remembered(ms4):
