@@ -18,7 +18,7 @@ ALIASES = {"/quit": "/exit", "/bye": "/exit", "/q": "/exit", "/clear": "/new", "
 GOODBYES = ("exit", "quit")  # the whole line, at a terminal
 SETTINGS = (
     *("temperature", "top-p", "top-k", "min-p", "seed", "max-tokens"),
-    *("effort", "think", "think-budget", "answer-now-after", "system"),
+    *("effort", "think", "think-budget", "answer-now-after", "system", "compact"),
 )
 PATH = "a path"  # as the argument that is completed
 

@@ -57,6 +57,7 @@ def change(talk: Talk, value: str) -> None:
             "effort": talk.set_effort,
             "think": talk.set_think,
             "system": lambda text: talk.set_system("" if text == DEFAULT else text),
+            "compact": lambda text: set_compact(talk, text),
         }
         words[name](given)
 
@@ -67,6 +68,14 @@ def split(text: str) -> tuple[str, str]:
     name, _, given = equals if equals[1] and len(equals[0].split()) == 1 else blank
     name = name.strip().replace("_", "-")
     return ALSO.get(name, name), given.strip()
+
+
+def set_compact(talk: Talk, given: str) -> None:
+    if given not in ("on", "off", DEFAULT):
+        talk.tell(f"compact is {shown(talk, 'compact')}; on or off")
+        return
+    talk.settings = replace(talk.settings, compact=given != "off")
+    talk.tell(f"compact is {shown(talk, 'compact')}")
 
 
 def set_number(talk: Talk, name: str, given: str) -> None:
@@ -101,6 +110,8 @@ def shown(talk: Talk, name: str) -> str:
         return talk.effort()
     if name == "think":
         return talk.settings.think
+    if name == "compact":
+        return "on" if talk.settings.compact else "off"
     if name == "system":
         system = talk.dialogue.system
         return errors.escape(" ".join(system.split()), 60) if system else "none"

@@ -69,6 +69,7 @@ KEYS = {
         Key("lossy", "flag", True),
         Key("timeout", "number"),
         Key("format", "text"),
+        Key("compact", "flag", True, commands=("chat",)),
         Key("stats", "flag"),
         Key("strict", "flag"),
         Key("no-session", "flag"),

@@ -45,9 +45,16 @@ def carry_out(action: str, words: Sequence[str], profile: str | None, ctx: Any, 
 # --- what holds
 
 
+def options(ctx: Any) -> dict[str, Any]:
+    """Those that can be set, by their keys: of `ms4 run`, and what `ms4 chat` has beside them."""
+    from ms4.cli import main
+
+    return config.heeded("chat", main.command("chat").params) | config.heeded("run", ctx.command.params)
+
+
 def checked_layers(profile: str | None, ctx: Any) -> list[Layer]:
     """All layers, every value of which the option itself has accepted."""
-    found, params = config.layers(profile), config.heeded("run", ctx.command.params)
+    found, params = config.layers(profile), options(ctx)
     for layer in found:
         for name, setting in layer.settings.items():
             config.value_for(params[name], name, setting, ctx)
@@ -57,7 +64,7 @@ def checked_layers(profile: str | None, ctx: Any) -> list[Layer]:
 def everything(profile: str | None, ctx: Any) -> dict[str, tuple[Any, str]]:
     """By the key: (value, where from) of what holds, in the order of KEYS; None for what nothing sets."""
     found = config.effective((), checked_layers(profile, ctx))
-    params = config.heeded("run", ctx.command.params)
+    params = options(ctx)
     rows: dict[str, tuple[Any, str]] = {}
     for name in KEYS:
         if name in found:
@@ -143,7 +150,7 @@ def change(name: str, words: Sequence[str] | None, profile: str | None, ctx: Any
         del table[name]
     else:
         setting = Setting(config.typed(KEYS[name], words, name), name)
-        config.value_for(config.heeded("run", ctx.command.params)[name], name, setting, ctx)
+        config.value_for(options(ctx)[name], name, setting, ctx)
         table[name] = native(KEYS[name].kind, setting.value)
     write(path, tomlkit.dumps(document))
 

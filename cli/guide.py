@@ -73,7 +73,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("system", "image", "file", "pdf", "pdf_password", "encoding", "lossy", "mmproj", "image_max_tokens"),
         *("messages", "tools", "prefill", "no_stdin"),
     ),
-    "Conversation": ("goes_on", "resume", "no_session"),
+    "Conversation": ("goes_on", "resume", "no_session", "compact"),
     "Thinking": ("effort", "think", "think_budget", "think_seconds"),
     "How it is written": ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "greedy", "stop"),
     "What comes out": (

@@ -140,6 +140,9 @@ Seconds = Annotated[
     float | None,
     typer.Option("--timeout", metavar="S", parser=opt.real(0, 1e6, above=True), help="Exit 3 after S seconds."),
 ]
+Compact = Annotated[
+    bool, typer.Option("--compact/--no-compact", help="Summarize older turns by itself when the context is full.")
+]
 Continue = Annotated[bool, typer.Option("-c", "--continue", help="Go on with the last conversation.")]
 Resume = Annotated[
     str | None, typer.Option("--resume", metavar="[ID]", help="Go on with that one; without ID, choose from a list.")
@@ -221,6 +224,7 @@ def chat(
     system: System = None,
     think: Think = "auto",
     markdown: Markdown = True,
+    compact: Compact = True,
     max_tokens: MaxTokens = None,
     ctx: opt.Context = opt.N_CTX_DEFAULT,
 ) -> int:
@@ -241,6 +245,7 @@ def chat(
         "" if goes_on and resume is None else resume,
         no_session,
         markdown,
+        compact,
     )
     return repl.chat(settings, engine)
 

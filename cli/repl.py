@@ -75,6 +75,7 @@ class ChatSettings:
     resume: str | None = None  # the session to go on with: its id, or "" for the last one
     no_session: bool = False
     markdown: bool = True
+    compact: bool = True  # a context that is full makes older turns a summary by itself, at a terminal
     live: bool = True  # what is typed and the bottom line stand below an answer that comes
 
 
@@ -180,6 +181,8 @@ class Talk:
         self.interactive = interactive
         self.over = False
         self.warned = 0  # how often, that the context fills up
+        self.uncompacted = 0  # of so many turns, no summary could be made
+        self.full = False  # the last answer has filled the context
         self.cut: remembered.Cut | None = None  # the last answer, if it can go on
         self.editor: lines.EditedLines | None = None
         self.model = ""  # its name, for the bottom line
@@ -444,7 +447,9 @@ class Talk:
         if self.interactive:
             self.attach_files(attachments.named(text))
         attached, self.attached = self.attached, []
-        if not self.turn(attachments.content(attached, text)):
+        message = attachments.content(attached, text)
+        chat_compact.make_room(self, message)
+        if not self.turn(message):
             self.attached = attached
 
     def turn(self, message: Content, cut: remembered.Cut | None = None) -> bool:
@@ -456,7 +461,9 @@ class Talk:
         from ms4.models.interrupt import Interrupt
 
         with Interrupt() as ctrl_c:  # until the turn is kept
-            return self._turn(message, cut, ctrl_c)
+            kept = self._turn(message, cut, ctrl_c)
+        chat_compact.go_on(self)
+        return kept
 
     def _turn(self, message: Content, cut: remembered.Cut | None, ctrl_c: Interrupt) -> bool:
         before = self.scheduler.engine.stats()
@@ -573,6 +580,7 @@ class Talk:
         elif done.reason == "context":
             if not self.interactive:
                 raise IncompleteError(f"the context of {done.statistics.n_ctx} tokens is full", "a larger --ctx")
+            self.full = True
             self.tell(f"the context of {done.statistics.n_ctx} tokens is full; /compact makes room, --ctx allows more")
         elif done.reason == "length":
             self.say("cut by --max-tokens; /continue goes on")

@@ -470,7 +470,7 @@ def test_a_summary_can_be_stopped(talk):
 
 
 def test_a_full_context_is_said_in_time_and_compacted(talk):
-    one = told_much(talk, *["Yes."] * 40)
+    one = told_much(talk, *["Yes."] * 40, compact=False)
     full = []
     while not full:
         one.send("one two three four five six seven eight nine ten")
@@ -485,9 +485,64 @@ def test_a_full_context_is_said_in_time_and_compacted(talk):
     assert said(one.dialogue.turns[-1].answer, one.dialogue.tokenizer)[0] == "On."
 
 
+NEARLY = "with this message the context is nearly full"
+
+
+@pytest.mark.slow
+def test_a_context_that_is_nearly_full_is_compacted_by_itself_unless_that_is_not_wanted(talk):
+    one = told_much(talk, *["Yes."] * 40)
+    tokenizer, sent = one.dialogue.tokenizer, []
+    while not any(NEARLY in line for line in one.said):
+        sent.append(f"{LONG} {len(sent)}")
+        one.send(sent[-1])
+        if one.timeline.length + 2 * len(tokenizer.encode(sent[-1])) > 0.8 * one.timeline.n_ctx:
+            one.sampler = Scripted(tokenizer, SUMMARY, "On.")
+    at = next(n for n, line in enumerate(one.said) if NEARLY in line)
+    n = int(re.search(r"\((\d+) of 1024 tokens\)", one.said[at])[1])
+    assert 0.8 * 1024 < n and one.said[at + 1].startswith("compacted: ") and one.said[at + 2] == SUMMARY
+    assert said(one.dialogue.turns[-1].answer, tokenizer)[0] == "On." and one.dialogue.turns[0].older
+    assert [turn.message for turn in sessions.read(one.memory.path).all_turns] == sent
+    for command in (None, "/set compact off"):
+        other = told_much(talk, *["Yes."] * 40, compact=bool(command))
+        other.command(command or "/stats")
+        for message in sent:
+            other.send(message)
+        assert not any(NEARLY in line for line in other.said)
+
+
+def test_what_cannot_be_compacted_is_tried_once_and_the_message_sent(talk, monkeypatch):
+    one = told_much(talk, "a", "b", "c", "d", "e")
+    tried = []
+    monkeypatch.setattr(chat_compact, "compact", lambda talk, hint: tried.append(len(talk.dialogue.turns)) or False)
+    monkeypatch.setattr(chat_compact, "CROWDED", 0.01)
+    for n in range(3):
+        one.send(f"{n}")
+    one.send("x" * 6000)  # which no summary helps
+    assert tried == [2] and len(one.dialogue.turns) == 3 and "the context holds" in one.said[-1]
+
+
+@pytest.mark.slow
+def test_an_answer_that_fills_the_context_goes_on_behind_a_summary(talk):
+    def ask(one):
+        for message in (LONG, LONG, "count"):
+            one.send(message)
+
+    full = told_much(talk, "Yes.", "Yes.", "one two three " * 300, compact=False)
+    ask(full)
+    before, tokenizer = full.cut.ids, full.dialogue.tokenizer
+    one = told_much(talk, "Yes.", "Yes.")
+    one.sampler.ids += [*before, *Scripted(tokenizer, SUMMARY, " The end.").ids]
+    ask(one)
+    assert any(line.startswith("so that the answer can go on: ") for line in one.said)
+    summary, newest = one.dialogue.turns
+    assert newest.answer == (*before, *Scripted(tokenizer, " The end.").ids) and len(summary.older) == 2
+    kept = sessions.read(one.memory.path).turns[-1]
+    assert (kept.answer, kept.cut) == (newest.answer, None) and not one.sampler.ids
+
+
 def test_a_mark_is_said_once():
     class Talk:
-        warned, said = 0, []
+        warned, said, settings = 0, [], repl.ChatSettings(repl.Sampling())
 
         def say(self, text):
             self.said.append(text)

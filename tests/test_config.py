@@ -151,7 +151,7 @@ def test_only_commands_that_answer_heed_what_is_about_answers():
     names = {
         c.callback.__name__: config.heeded(c.callback.__name__, command(c.callback.__name__).params) for c in COMMANDS
     }
-    assert set(names["run"]) == set(config.KEYS)
+    assert {*names["run"], *names["chat"]} == {*config.KEYS} and {*config.KEYS} - {*names["run"]} == {"compact"}
     assert {*names["chat"]} >= {"effort", "temp", "ctx", "model", "system"}
     assert "ctx" not in names["perplexity"] and "effort" not in names["trace"] and {*names["simulate"]} == {"model"}
     assert {*names["pull"]} == set()
