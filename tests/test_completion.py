@@ -1,5 +1,4 @@
-"""`ms4 completion`: what a shell is told, and a real bash that asks.  zsh and fish only read their scripts, where they
-are installed."""
+"""`ms4 completion`: what a shell is told, and bash, zsh and fish themselves, as far as they are installed."""
 
 import json
 import os
@@ -147,44 +146,65 @@ def test_an_unknown_shell_is_one_line(ms4):
     assert (code, out) == (2, "") and "tcsh is not one of bash, zsh, fish" in err
 
 
-# --- a bash
-class Bash:
-    """An interactive bash with the script, in which keys are typed and the line is read back."""
+# --- the shells themselves
+SETUP = {  # how each is started, and made ready: its script, a prompt to wait for, nothing that guesses what is typed
+    "bash": (
+        ["--norc", "--noprofile"],
+        'bind "set enable-bracketed-paste off"; eval "$(ms4 completion bash)"; PS1="{}"',
+    ),
+    "zsh": (
+        ["-i"],
+        'bindkey -e; unset zle_bracketed_paste; setopt nonomatch; autoload -U compinit; compinit -u -D; PROMPT="{}"; '
+        'RPROMPT=; PROMPT_EOL_MARK=; eval "$(ms4 completion zsh)"',
+    ),
+    "fish": (
+        ["--no-config"],
+        "set -g fish_autosuggestion_enabled 0; set -g fish_greeting; function fish_prompt; echo '{}'; end; "
+        "ms4 completion fish | source",
+    ),
+}
 
-    def __init__(self, folder):
+
+class Shell:
+    """An interactive shell with its script, in which keys are typed and the line is read back."""
+
+    def __init__(self, name, folder):
         bin = folder / "bin"
         bin.mkdir()
         code = "import sys; from ms4.cli.start import main; sys.exit(main())"
         (bin / "ms4").write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
         (bin / "ms4").chmod(0o755)
         env = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "PS1": "$ ", "TERM": "dumb", "INPUTRC": "/dev/null"}
-        self.process = pexpect.spawn(
-            "bash", ["--norc", "--noprofile"], env=env, cwd=folder, timeout=30, encoding="utf-8"
-        )
+        env |= {"HOME": str(folder), "XDG_CONFIG_HOME": str(folder / "config"), "ZDOTDIR": str(folder)}
+        (folder / ".zshrc").touch()
+        options, setup = SETUP[name]
+        self.process = pexpect.spawn(name, options, env=env, cwd=folder, timeout=30, encoding="utf-8")
         self.process.setwinsize(24, 400)
-        self.process.sendline('bind "set enable-bracketed-paste off"; eval "$(ms4 completion bash)"; PS1="READY> "')
-        self.process.expect("READY> $")
+        self.process.sendline(setup.format("READY> "))
+        self.process.expect(r"READY> +$")
 
     def completes(self, line):
         """The line after Tab, as its command would get it."""
         self.process.send(f"{line}\t")
         time.sleep(1.5)
-        self.process.send("\x01echo [\x05]\r")  # Ctrl-A, Ctrl-E
-        self.process.expect(r"\r\n\[([^\r\n]*)\]\r\n")
-        return self.process.match[1].rstrip()
+        self.process.send("\x01echo '[' \x05 ']'\r")  # Ctrl-A, Ctrl-E
+        self.process.expect(r"\r\n\[ ([^\r\n]*) \]\s*\r\n")
+        return self.process.match[1].strip()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("bash"), reason="no bash here")
-def test_a_real_bash_completes(home):
+@pytest.mark.parametrize("name", SETUP)
+def test_a_real_shell_completes(home, name):
+    if not shutil.which(name):
+        pytest.skip(f"no {name} here")
     (home / "an image.png").write_bytes(b"")
-    bash = Bash(home)
-    assert bash.completes("ms4 tok") == "ms4 tokenize"
-    assert bash.completes("ms4 run --schem") == "ms4 run --schema"
-    assert bash.completes("ms4 run --format=jsonl --effort=hi") == "ms4 run --format=jsonl --effort=high"
-    assert bash.completes("ms4 run -i an") == "ms4 run -i an image.png"
-    assert bash.completes("ms4 chat -m uns") == f"ms4 chat -m {REPO}:{QUANT}"
-    assert bash.completes(f"ms4 chat -m {REPO}:Q") == f"ms4 chat -m {REPO}:{QUANT}"
-    assert bash.completes("ms4 sessions show 20260101") == "ms4 sessions show 20260101-120000-abcd"
-    assert bash.completes("HF_DEBUG=1 ms4 perpl") == "HF_DEBUG=1 ms4 perplexity"
-    bash.process.close(force=True)
+    shell = Shell(name, home)
+    assert shell.completes("ms4 tok") == "ms4 tokenize"
+    assert shell.completes("ms4 run --schem") == "ms4 run --schema"
+    assert shell.completes("ms4 run --format=jsonl --effort=hi") == "ms4 run --format=jsonl --effort=high"
+    assert shell.completes("ms4 run -i an") == "ms4 run -i an image.png"
+    assert shell.completes("ms4 chat -m uns") == f"ms4 chat -m {REPO}:{QUANT}"
+    assert shell.completes(f"ms4 chat -m {REPO}:Q") == f"ms4 chat -m {REPO}:{QUANT}"
+    assert shell.completes("ms4 sessions show 20260101") == "ms4 sessions show 20260101-120000-abcd"
+    assert shell.completes("HF_DEBUG=1 ms4 perpl") == "HF_DEBUG=1 ms4 perplexity"
+    shell.process.close(force=True)
