@@ -118,6 +118,13 @@ void disk_hurry(disk *d, disk_job *job) {
     if (take_out(&d->ahead, job)) put(&d->now, job);
     pthread_mutex_unlock(&d->lock);
 }
+void disk_landed(disk *d, disk_job *job) {
+    pthread_mutex_lock(&d->lock);
+    atomic_store_explicit(&job->state, DISK_READ, memory_order_release);
+    d->n_ended++;
+    pthread_cond_broadcast(&d->ended);
+    pthread_mutex_unlock(&d->lock);
+}
 void disk_wait(disk *d, uint64_t *seen, int32_t most_ms) {
     struct timespec end;
     clock_gettime(CLOCK_MONOTONIC, &end);

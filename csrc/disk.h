@@ -33,6 +33,7 @@ void disk_close(disk *d);
 /* Puts a job behind those that were asked for before.  ahead: nobody waits for it yet, so the others come first. */
 void disk_read(disk *d, disk_job *job, int ahead);
 void disk_hurry(disk *d, disk_job *job);                      /* somebody waits for it now */
+void disk_landed(disk *d, disk_job *job);                     /* marked DISK_READING, it has come from elsewhere */
 /* Waits until a job ended since *seen, at most so long, and brings *seen up to date. */
 void disk_wait(disk *d, uint64_t *seen, int32_t most_ms);
 /* Since it was opened: bytes read, and for how long at least one read was under way. */

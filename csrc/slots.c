@@ -22,14 +22,14 @@
 
 enum { NOTHING, SOON, WANTED, GIVEN };                        /* marks; the order says who has to leave first */
 
-/* id -1: it holds nothing; ahead: it was read for the next layer, and not wanted since. */
-typedef struct { int32_t id, ahead; uint64_t used; double value; disk_job job; } slot;
+/* id -1: it holds nothing; ahead: it was read for the next layer, and not wanted since; held: it stays where it is. */
+typedef struct { int32_t id, ahead, held; uint64_t used; double value; disk_job job; } slot;
 typedef struct {
     uint8_t *memory;
     slot *slot;
     uint64_t slot_bytes, file_bytes;                          /* file_bytes: of its experts */
     uint64_t rated;                                           /* the turn that its slots' values are of */
-    int32_t n, n_most, n_used;                                /* slots that there are; may be used; are used */
+    int32_t n, n_most, n_used, n_held;                        /* slots that there are; may be used; are; are held */
 } pool_of;
 typedef struct { int32_t pool, file[DISK_RANGES]; uint64_t offset[DISK_RANGES], bytes[DISK_RANGES], step[DISK_RANGES]; }
     place;                                                    /* of expert 0, and from one to the next */
@@ -125,7 +125,7 @@ static slot *victim(slots *s, pool_of *p, int most, int32_t share) {
         if (at->id >= 0) at->value = value_of(s, at);
     p->rated = s->turn;
     for (slot *at = p->slot; at < p->slot + p->n; at++) {
-        if (at->id < 0 || s->mark[at->id] > most || state_of(at) == DISK_READING) continue;
+        if (at->id < 0 || at->held || s->mark[at->id] > most || state_of(at) == DISK_READING) continue;
         if (state_of(at) == DISK_FAILED) return at;
         if (s->mark[at->id] == WANTED) {
             int32_t i = 0;
@@ -136,11 +136,12 @@ static slot *victim(slots *s, pool_of *p, int most, int32_t share) {
     }
     return best;
 }
-/* A slot for an expert: one that holds nothing, or that of who leaves; NULL: none now. */
+/* A slot for an expert: one that holds nothing, or that of who leaves; NULL: none now.  (Where all that may be used are
+ * held, because there were more when that began, there is one more, so that nobody waits for a card.) */
 static slot *slot_for(slots *s, int32_t id, int most, int32_t share) {
     pool_of *p = pool_at(s, id);
     slot *at = p->slot;
-    if (p->n_used < p->n_most) {
+    if (p->n_used < p->n_most || (p->n_used == p->n_held && p->n_used < p->n)) {
         while (at->id >= 0) at++;
         p->n_used++;
     } else {
@@ -154,12 +155,11 @@ static slot *slot_for(slots *s, int32_t id, int most, int32_t share) {
     at->value = value_of(s, at);
     return at;
 }
-static int start(slots *s, int32_t id, int most, int32_t share) {
-    slot *at = slot_for(s, id, most, share);
-    if (!at) return 0;
-    const int32_t expert = id % s->n_expert;
-    const place *from = &s->places[id / s->n_expert];
-    pool_of *p = pool_at(s, id);
+/* Where the parts of a slot's expert are on the disk, and are to be in the slot. */
+static void lay_out(const slots *s, slot *at) {
+    const int32_t expert = at->id % s->n_expert;
+    const place *from = &s->places[at->id / s->n_expert];
+    const pool_of *p = pool_at(s, at->id);
     uint8_t *to = p->memory + (size_t)(at - p->slot) * p->slot_bytes;
     at->job.n = DISK_RANGES;
     for (int i = 0; i < DISK_RANGES; i++) {
@@ -167,6 +167,11 @@ static int start(slots *s, int32_t id, int most, int32_t share) {
         at->job.range[i] = (disk_range){ from->file[i], offset, from->bytes[i], to + offset % FILES_ALIGN };
         to += room_of(from->bytes[i]);
     }
+}
+static int start(slots *s, int32_t id, int most, int32_t share) {
+    slot *at = slot_for(s, id, most, share);
+    if (!at) return 0;
+    lay_out(s, at);
     at->ahead = s->mark[id] == SOON;
     disk_read(s->disk, &at->job, s->mark[id] != WANTED);
     s->counts.n_reads++;
@@ -335,15 +340,68 @@ int slots_fill(slots *s) {
     memory_give(all);
     return MS4_OK;
 }
+/* Gives back what is too much, but for what is being read or held. */
+static void trim(slots *s, pool_of *p) {
+    while (p->n_used > p->n_most) {
+        slot *at = victim(s, p, SOON, 0);
+        if (!at) break;
+        drop(s, p, at);
+    }
+}
 void slots_fit(slots *s, uint64_t bytes) {
     share_out(s, bytes);
     s->counts.most_bytes = bytes;
-    for (pool_of *p = s->pools; p < s->pools + s->n_pools; p++)
-        while (p->n_used > p->n_most) {
-            slot *at = victim(s, p, SOON, 0);
-            if (!at) break;
-            drop(s, p, at);
-        }
+    for (pool_of *p = s->pools; p < s->pools + s->n_pools; p++) trim(s, p);
+}
+/* --- to and from a card ------------------------------------------------------------------- */
+#define LEAST_FREE 3                                          /* slots that are left to the others */
+
+int slots_there(const slots *s, int32_t layer, int32_t expert) {
+    const slot *at = slot_at(s, layer * s->n_expert + expert);
+    return at && state_of(at) == DISK_READ;
+}
+int slots_hold(slots *s, int32_t layer, int32_t expert) {
+    const int32_t id = layer * s->n_expert + expert;
+    pool_of *p = pool_at(s, id);
+    if (!slots_there(s, layer, expert) || slot_at(s, id)->held || p->n_most - p->n_held <= LEAST_FREE) return 0;
+    slot_at(s, id)->held = 1;
+    p->n_held++;
+    return 1;
+}
+static slot *let_go(slots *s, int32_t id) {
+    slot *at = slot_at(s, id);
+    pool_at(s, id)->n_held -= at->held;
+    at->held = 0;
+    return at;
+}
+void slots_release(slots *s, int32_t layer, int32_t expert) {
+    const int32_t id = layer * s->n_expert + expert;
+    let_go(s, id);
+    trim(s, pool_at(s, id));
+}
+disk_job *slots_trade(slots *s, int32_t layer, int32_t expert, int32_t to_layer, int32_t to_expert, ffn_weights *w) {
+    const int32_t id = layer * s->n_expert + expert, to = to_layer * s->n_expert + to_expert;
+    pool_of *p = pool_at(s, id);
+    slot *at = let_go(s, id);
+    if (slot_at(s, to) || pool_at(s, to) != p) {
+        trim(s, p);
+        return NULL;
+    }
+    clear(s, at);
+    at->id = to;
+    s->slot_of[to] = (int32_t)(at - p->slot);
+    at->used = ++s->clock;
+    at->value = value_of(s, at);
+    at->ahead = 0;
+    lay_out(s, at);
+    atomic_store_explicit(&at->job.state, DISK_READING, memory_order_relaxed);
+    slots_point(s, to_layer, to_expert, w);
+    trim(s, p);
+    return &at->job;
+}
+void slots_landed(slots *s, disk_job *job, int good) {
+    if (good) disk_landed(s->disk, job);
+    else disk_read(s->disk, job, 0);
 }
 uint64_t slots_waiting(slots *s) {
     const int64_t since = atomic_load(&s->waiting_since);

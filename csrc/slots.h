@@ -54,6 +54,18 @@ void slots_soon(slots *s, int32_t layer, const int32_t *ids, int32_t n);
 /* Where part 0 (gate), 1 (up) or 2 (down) of an expert lies that slots_next gave. */
 const uint8_t *slots_at(const slots *s, int32_t layer, int32_t expert, int32_t part);
 void slots_point(const slots *s, int32_t layer, int32_t expert, ffn_weights *w);     /* w's three matrices there */
+
+/* --- Between two steps: to and from the slots of a card.  What is held stays where it is, and may be computed. */
+int slots_there(const slots *s, int32_t layer, int32_t expert);                /* read */
+int slots_hold(slots *s, int32_t layer, int32_t expert);      /* 0: it is not there, or others would have too few */
+void slots_release(slots *s, int32_t layer, int32_t expert);
+/* Gives the place of a held expert to another one: to `bring` its matrices where w says then, after which slots_landed
+ * is called, from any thread.  Until then it counts as being read.  NULL: it has a place already, or another size; the
+ * first one is released in any case. */
+struct disk_job *slots_trade(slots *s, int32_t layer, int32_t expert, int32_t to_layer, int32_t to_expert,
+                             ffn_weights *w);
+void slots_landed(slots *s, struct disk_job *job, int good);  /* not good: it is read from the disk after all */
+
 void slots_count(slots *s, slots_counts *out);                /* since it was opened */
 uint64_t slots_waiting(slots *s);                             /* for how many ns somebody waits now; from any thread */
 #endif

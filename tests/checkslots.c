@@ -1,6 +1,7 @@
 /* checkslots.c -- slots and the disk behind them, over files that are made up here: reads that come late, in any order,
  * and fail.  Whatever the budget, the shares and the timing, what is given was wanted, once, in order, holds the bytes
- * of its place in the file, and holds them until the next is asked for; the bytes in use never exceed the budget.
+ * of its place in the file, and holds them until the next is asked for; the bytes in use never exceed the budget, but
+ * for one expert while others are held.  Beside it a card takes experts that are held, and gives others for them.
  *
  *     checkslots SEED N_SEQUENCES         prints "ok", or the first thing that was wrong
  */
@@ -8,6 +9,7 @@
 #include "error.h"
 #include "slots.h"
 #include <errno.h>
+#include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,6 +25,7 @@
 static uint8_t *const base[N_FILES] = { (uint8_t *)0x10000000, (uint8_t *)0x20000000 };   /* nobody looks there */
 static atomic_int failing, late;                              /* of 100 reads; longest delay in microseconds */
 static _Atomic uint32_t noise;
+static long traded;
 
 static uint8_t byte_at(int32_t file, uint64_t at) {
     uint64_t h = (at / 8 + 1) * 0x9e3779b97f4a7c15u ^ (uint64_t)file << 60;
@@ -87,18 +90,27 @@ typedef struct {
     uint64_t least, all, budget;
     int32_t ids[N_EXPERT], n, n_there, layer;
     uint8_t share[N_EXPERT], given[N_EXPERT], there[N_EXPERT];
+    int32_t held_layer, held;                                  /* an expert; layer 0: none is held */
+    struct disk_job *job;                                      /* of what the card brings; NULL: nothing */
+    ffn_weights to, from;
+    pthread_t card;
 } check;
 
 static void wrong(const char *what) {
     printf("%s\n", what);
     exit(1);
 }
-static void check_bytes(const check *c, int32_t expert) {
-    const matrix *m[] = { &c->w[c->layer].experts.gate, &c->w[c->layer].experts.up, &c->w[c->layer].experts.down };
+/* Where a matrix begins; *file: in which. */
+static uint64_t begin_of(const matrix *m, int32_t *file) {
+    *file = m->data >= base[1];
+    return (uint64_t)(m->data - base[*file]);
+}
+static void check_bytes(const check *c, int32_t layer, int32_t expert) {
+    const matrix *m[] = { &c->w[layer].experts.gate, &c->w[layer].experts.up, &c->w[layer].experts.down };
     for (int32_t part = 0; part < 3; part++) {
-        const uint8_t *at = slots_at(c->s, c->layer, expert, part);
-        const int32_t file = m[part]->data >= base[1];
-        const uint64_t from = (uint64_t)(m[part]->data - base[file]) + (uint64_t)expert * m[part]->slice_bytes;
+        const uint8_t *at = slots_at(c->s, layer, expert, part);
+        int32_t file;
+        const uint64_t from = begin_of(m[part], &file) + (uint64_t)expert * m[part]->slice_bytes;
         if (from % 4 != (uintptr_t)at % 4) wrong("an expert lies at another alignment than in the file");
         for (uint64_t i = 0; i < matrix_bytes(m[part]); i++)
             if (at[i] != byte_at(file, from + i)) wrong("an expert holds other bytes than the file");
@@ -107,7 +119,7 @@ static void check_bytes(const check *c, int32_t expert) {
 static void check_count(const check *c) {
     slots_counts n;
     slots_count(c->s, &n);
-    if (n.bytes > c->budget) wrong("more bytes in use than the budget");
+    if (n.bytes > c->budget + (c->held_layer ? c->least : 0)) wrong("more bytes in use than the budget");
     if (n.bytes_there > n.bytes || n.n_hits > n.n_wanted) wrong("counts that cannot be");
 }
 /* What one call gave: ascending, wanted, of this share, and for the first time.  Returns the place after the last. */
@@ -118,7 +130,7 @@ static void check_given(check *c, int32_t share, const int32_t *ids, int32_t n) 
         if (place == c->n) wrong("given in another order, or not wanted");
         if (c->share[place] != share) wrong("given to another share");
         if (c->given[place]++) wrong("given twice");
-        check_bytes(c, ids[i]);
+        check_bytes(c, c->layer, ids[i]);
     }
 }
 static int take_share(check *c, int32_t share) {
@@ -129,7 +141,7 @@ static int take_share(check *c, int32_t share) {
         check_given(c, share, ids, n);
         check_count(c);
         if (any_number() % 4 == 0) usleep(any_number() % 50);
-        for (int32_t i = 0; i < n; i++) check_bytes(c, ids[i]);            /* still there */
+        for (int32_t i = 0; i < n; i++) check_bytes(c, c->layer, ids[i]);  /* still there */
         if (wait && !n) break;
         wait = 1;
     }
@@ -166,12 +178,53 @@ static int one_layer(check *c, int32_t n_shares) {
     check_count(c);
     return status != MS4_OK;
 }
+/* --- the card -------------------------------------------------------------------------------- */
+static void *bring(void *context) {
+    check *c = context;
+    const matrix *from[] = { &c->from.gate, &c->from.up, &c->from.down };
+    const matrix *to[] = { &c->to.gate, &c->to.up, &c->to.down };
+    const int good = any_number() % 4 > 0;
+    usleep(any_number() % 200);
+    for (int i = 0; i < 3 && good; i++) {
+        int32_t file;
+        const uint64_t at = begin_of(from[i], &file);
+        uint8_t *out = (uint8_t *)(uintptr_t)to[i]->data;
+        for (uint64_t b = 0; b < matrix_bytes(from[i]); b++) out[b] = byte_at(file, at + b);
+    }
+    slots_landed(c->s, c->job, good);
+    return NULL;
+}
+static void let_land(check *c) {
+    if (c->job) pthread_join(c->card, NULL);
+    c->job = NULL;
+}
+/* What is held gets free again, or gives its place to another, which the card brings beside the next layers. */
+static void one_trade(check *c) {
+    const int32_t layer = 1 + (int32_t)(any_number() % (N_LAYER - 1)), expert = (int32_t)(any_number() % N_EXPERT);
+    if (c->held_layer && any_number() % 2) {
+        let_land(c);
+        if (!slots_there(c->s, c->held_layer, c->held)) wrong("an expert that was held has gone");
+        check_bytes(c, c->held_layer, c->held);
+        c->to = c->from = ffn_expert(&c->w[layer].experts, expert);
+        const int has_one = slots_there(c->s, layer, expert);
+        if (any_number() % 3) c->job = slots_trade(c->s, c->held_layer, c->held, layer, expert, &c->to);
+        else slots_release(c->s, c->held_layer, c->held);
+        if (c->job && (has_one || slots_there(c->s, c->held_layer, c->held))) wrong("an expert has two places");
+        if (c->job && pthread_create(&c->card, NULL, bring, c)) wrong("no thread");
+        traded += c->job != NULL;
+        c->held_layer = 0;
+    } else if (!c->held_layer && slots_hold(c->s, layer, expert)) {
+        c->held_layer = layer;
+        c->held = expert;
+    }
+}
 static double any_value(const void *context, int32_t layer, int32_t expert) {
     (void)context; (void)layer; (void)expert;
     return any_number() % 5;
 }
 static void open_check(check *c) {
     ms4_shape shape = { .n_layer = N_LAYER, .n_expert = N_EXPERT };
+    *c = (check){ 0 };
     make_layers(c->w);
     c->least = slots_least(&shape, c->w);
     c->all = slots_all(&shape, c->w);
@@ -199,11 +252,14 @@ int main(int argc, char **argv) {
                 slots_count(c.s, &now);                       /* what is being read goes when it is there */
                 if (now.bytes > c.budget) c.budget = now.bytes;
             }
+            one_trade(&c);
             for (uint32_t layer = any_number() % 4; layer < 4; layer++, layers++)
                 failed += one_layer(&c, 1 + (int32_t)(any_number() % 3));
         }
+        let_land(&c);
         slots_close(c.s);
     }
+    if (traded < n / 100) wrong("hardly anything was traded");
     if (!failed || failed > layers / 2) wrong("no read failed, or most");
     puts("ok");
     return 0;
