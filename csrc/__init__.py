@@ -694,7 +694,7 @@ def sample(
 
 
 class Policy(_Handle):
-    """Counts of used experts that fade, and the moves that follow from them: csrc/policy.h says what they mean.
+    """Counts of used experts that fade, rates, and the moves that follow: csrc/policy.h says what they mean.
 
     Without an engine: a recorded trace drives the very code that an engine's slots ask.  An expert's id is
     layer * n_expert + expert.  0 stands for the default of a setting.
@@ -760,6 +760,27 @@ class Policy(_Handle):
         n = lib.policy_moves(self._live(), at, budget, self._moves, min(most, lib.POLICY_MOVES))
         del places, pools
         return [(m.id, m.out, bool(m.down)) for m in self._moves[0:n]]
+
+    def saw(self, n_bytes: float, ns: float, row_bytes: float | None = None) -> None:
+        """The bus brought so many bytes, or with row_bytes the CPU computed experts of so many, in so long."""
+        if row_bytes is None:
+            lib.policy_saw_bus(self._live(), n_bytes, ns)
+        else:
+            lib.policy_saw_cpu(self._live(), n_bytes, row_bytes, ns)
+
+    def rates(self) -> tuple[float, int]:
+        """The bus in bytes per second, and from how many rows on it brings an expert before the CPU has computed it."""
+        return float(lib.policy_bus(self._live())), int(lib.policy_stream_from(self._live()))
+
+    def fix(self, bus: float, stream_from: int = 0) -> None:
+        lib.policy_fix(self._live(), bus, stream_from)
+
+    def allow(self, ns_step: float, ns_cpu: float, under_way: int, largest: int) -> int:
+        """Bytes that may be asked for after a step; `spend` says what was."""
+        return int(lib.policy_allow(self._live(), ns_step, ns_cpu, under_way, largest))
+
+    def spend(self, n_bytes: int) -> None:
+        lib.policy_spend(self._live(), n_bytes)
 
     def pack(self, fingerprint: int) -> bytes:
         """The counts, for a file that warms the next start."""

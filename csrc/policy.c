@@ -1,4 +1,4 @@
-/* policy.c -- counts that fade, moves that pay, and their form in a file.
+/* policy.c -- counts that fade, moves that pay, rates that follow the machine, and the counts' form in a file.
  *
  * To fade all counts of a layer with each token would touch every expert; instead the worth of a new use grows, and a
  * value is a count over that worth.  Before the worth gets too large, both are brought down by a power of two, which
@@ -10,11 +10,14 @@
 #include "memory.h"
 #include <math.h>
 
+typedef struct { double bytes, row_bytes, ns; } seen;         /* sums, of which the older part counts less */
 struct policy {
     double *count;                                            /* by id, in units of the layer's worth */
     double *worth;                                            /* by layer: what a use counts now */
     double half_life, margin, pay_back;
-    int32_t n_layer, n_expert;
+    seen bus, few, many;                                      /* few, many: the CPU with about one row, with many */
+    double saved, fixed_bus;                                  /* bytes; bytes per second, 0: as measured */
+    int32_t n_layer, n_expert, fixed_from;
 };
 static const double LARGE = 0x1p60;
 
@@ -132,6 +135,51 @@ int32_t policy_moves(const policy *p, const policy_places *at, uint64_t budget, 
     }
     return n;
 }
+/* --- rates -------------------------------------------------------------------------------- */
+#define ONE_ROW 1.5                                           /* rows an expert: at most so many are about one, */
+#define MANY_ROWS 4                                           /* at least so many are many */
+#define MOST_FROM 4096
+
+static void add(seen *to, double bytes, double row_bytes, double ns) {
+    const double left = 1 - 1.0 / POLICY_LASTING;
+    if (!(bytes > 0 && ns > 0)) return;
+    *to = (seen){ left * to->bytes + bytes, left * to->row_bytes + row_bytes, left * to->ns + ns };
+}
+void policy_saw_bus(policy *p, double bytes, double ns) { add(&p->bus, bytes, bytes, ns); }
+void policy_saw_cpu(policy *p, double bytes, double row_bytes, double ns) {
+    if (row_bytes <= ONE_ROW * bytes) add(&p->few, bytes, row_bytes, ns);
+    else if (row_bytes >= MANY_ROWS * bytes) add(&p->many, bytes, row_bytes, ns);
+}
+double policy_bus(const policy *p) {
+    return p->fixed_bus > 0 ? p->fixed_bus : p->bus.ns > 0 ? 1e9 * p->bus.bytes / p->bus.ns : 0;
+}
+int32_t policy_stream_from(const policy *p) {
+    const double bus = policy_bus(p);
+    if (p->fixed_from) return p->fixed_from;
+    if (!(bus > 0) || !(p->many.ns > 0)) return POLICY_STREAM_FROM;
+    const double wanted = 1e9 / bus, rows = p->many.row_bytes / p->many.bytes, ns = p->many.ns / p->many.bytes;
+    double slope = ns / rows;                                 /* a line from nothing, if there is no other point */
+    if (p->few.ns > 0) {
+        const double more = ns - p->few.ns / p->few.bytes;
+        if (more > 0) slope = more / (rows - p->few.row_bytes / p->few.bytes);
+    }
+    const double from = ceil(rows + (wanted - ns) / slope);
+    return from > MOST_FROM ? MOST_FROM : from < 2 ? 2 : (int32_t)from;
+}
+void policy_fix(policy *p, double bus, int32_t stream_from) {
+    p->fixed_bus = bus;
+    p->fixed_from = stream_from;
+}
+uint64_t policy_allow(policy *p, double ns_step, double ns_cpu, uint64_t under_way, uint64_t largest) {
+    const double bus = 1e-9 * policy_bus(p), now = ns_step > ns_cpu ? bus * (ns_step - ns_cpu) : 0;
+    const double most = now > 2 * (double)largest ? now : 2 * (double)largest;
+    if (!(bus > 0)) return under_way ? 0 : largest;
+    p->saved = p->saved + now < most ? p->saved + now : most;
+    const double left = p->saved - (double)under_way;
+    return left >= 0x1p62 ? (uint64_t)1 << 62 : left > 0 ? (uint64_t)left : 0;
+}
+void policy_spend(policy *p, uint64_t bytes) { p->saved = p->saved > (double)bytes ? p->saved - (double)bytes : 0; }
+
 /* --- files -------------------------------------------------------------------------------- */
 #define POLICY_FORMAT 1
 typedef struct {

@@ -1,12 +1,14 @@
 /* policy.h -- which experts have earned a fast place: counts of what was used that fade, and what follows from them.
  *
- * A pure function of what was used: no clock, no thread, no file, no allocation after open.  Whoever owns slots (in
- * VRAM, or in RAM for experts that lie on disk) counts what the router chose, once for each layer of a step, asks, and
- * moves; the policy owns counts and nothing else, so a recorded trace drives the very same code.  The caller guards it
- * (the engine's turn), and has checked the ids.
+ * A pure function of what was used, and of how long it took: no clock, no thread, no file, no allocation after open.
+ * Whoever owns slots (in VRAM, or in RAM for experts that lie on disk) counts what the router chose, once for each
+ * layer of a step, asks, and moves; the policy owns counts and rates and nothing else, so a recorded trace drives the
+ * very same code.  The caller guards it (the engine's turn), and has checked the ids.
  *
  *     policy_count(p, layer, picks->used, pairs, picks->n_used, picks->n);      after routing, each layer
+ *     budget = policy_allow(p, ns_of_the_step, ns_of_the_cpu, under_way, largest);
  *     n = policy_moves(p, &places, budget, moves, most);                        once a step, between two tokens
+ *     policy_spend(p, bytes_of_these_moves);
  *
  * The value of an expert is the number of its uses, each halved for every half_life tokens since: at a steady rate of r
  * uses a token it tends to r * half_life / ln 2, so values compare across layers, and an expert that is worth 1 more
@@ -60,8 +62,28 @@ typedef struct {
 } policy_move;
 /* The moves into slots that are worth it now, the best first: at most `most` (and POLICY_MOVES), and at most `budget`
  * bytes over the bus, those that come down counted, too.  Free slots take whatever was used.  An expert appears in at
- * most one move.  Where a token's budget is less than one expert, the caller saves it up. */
+ * most one move. */
 int32_t policy_moves(const policy *p, const policy_places *at, uint64_t budget, policy_move *moves, int32_t most);
+
+/* --- rates: of what really happened, so that nobody has to say how fast a bus or a processor is.  Of each the latest
+ * POLICY_LASTING count.  0: nothing is known yet. */
+#define POLICY_LASTING 64
+#define POLICY_STREAM_FROM 32  /* rows, until both rates are known: a guess */
+void policy_saw_bus(policy *p, double bytes, double ns);      /* it carried so many to the card, and was busy so long */
+/* The CPU computed experts of so many bytes together; row_bytes: each one's times its rows. */
+void policy_saw_cpu(policy *p, double bytes, double row_bytes, double ns);
+double policy_bus(const policy *p);                           /* bytes per second */
+/* From how many rows on the bus brings an expert in less time than the CPU needs to compute it: 2 or more.  The CPU's
+ * time for a byte is a straight line over the rows, through what it took with one row and with many. */
+int32_t policy_stream_from(const policy *p);
+/* These instead of what was measured; 0: as measured. */
+void policy_fix(policy *p, double bus, int32_t stream_from);
+/* Bytes that may be asked for now: what the bus carries while the CPU rests, in a step like the last one, which took
+ * ns_step and in it the CPU ns_cpu for experts, less what is still under way.  So uploads take neither the bus from the
+ * next step nor memory bandwidth from the CPU.  What is not spent is saved up to twice `largest`, the bytes of the
+ * largest move: a token may be too short for one.  While the bus is not known, one at a time, which measures it. */
+uint64_t policy_allow(policy *p, double ns_step, double ns_cpu, uint64_t under_way, uint64_t largest);
+void policy_spend(policy *p, uint64_t bytes);
 
 /* The counts as bytes, for a file that warms the next start: format number, fingerprint of the model
  * (text_weights_fingerprint), checksum.  The caller owns name and atomicity. */

@@ -177,7 +177,7 @@ class Decayed:
         self.all_in_ram = room.n_ram >= n
         self.where = np.full(n, Policy.RAM if self.all_in_ram else 0, np.uint8)
         self.n_vram = 0
-        self.saved = 0.0  # of the budget
+        self.policy.fix(room.budget or 1e-9)  # the unit of bytes is an expert, and a token takes a second
         self.n_ram = n if self.all_in_ram else 0
 
     def use(self, layer: int, ids: list[int], counts: list[int], n_tokens: int) -> tuple[int, int]:
@@ -211,17 +211,18 @@ class Decayed:
 
     def end(self, prompt: bool) -> int:
         """Moves within the budget; while a prompt is read, there is time for all that pay."""
-        self.saved = min(self.saved + self.room.budget, max(self.room.budget, 2))
-        moved = 0
+        allowed, moved = self.policy.allow(1e9, 0, 0, 1), 0
+        budget = NEVER if prompt else allowed
         while True:
-            budget = NEVER if prompt or self.saved >= NEVER else int(self.saved)
             free = self.room.n_vram - self.n_vram
             moves = self.policy.moves(self.where, [free], [1], budget, exclusive=not self.all_in_ram)
             for id, out, down in moves:
                 self.move(id, out, down)
-                self.saved -= 0 if prompt else 1 + down
+            spent = 0 if prompt else len(moves) + sum(down for _, _, down in moves)
+            self.policy.spend(spent)
+            budget -= spent
             moved += len(moves)
-            if not moves or not (prompt or self.saved >= 1):
+            if not moves or budget < 1:
                 return moved
 
     def move(self, id: int, out: int, down: bool) -> None:

@@ -180,6 +180,92 @@ def test_moves_keep_their_rules_for_any_places(rng):
             assert moves == definition(value, where, pool, free, size, budget, exclusive)
 
 
+MIB = 1 << 20
+
+
+def test_rates_are_those_of_what_was_seen_and_forget():
+    with Policy(1, 2) as policy:
+        assert policy.rates() == (0, 32)  # nothing is known: a guess
+        policy.saw(10 * MIB, 1e6)
+        policy.saw(10 * MIB, 3e6)
+        assert policy.rates()[0] == pytest.approx(20 * MIB / 4e-3, rel=0.01)
+        for _ in range(600):
+            policy.saw(MIB, 1e6)
+        assert policy.rates()[0] == pytest.approx(MIB / 1e-3, rel=1e-3)
+        policy.saw(MIB, 0)
+        policy.saw(0, 5)
+        assert policy.rates()[0] == pytest.approx(MIB / 1e-3, rel=1e-3)
+
+
+def cpu(policy, rows, fixed, of_row, n=3):
+    """Steps in which the CPU takes so many ns for each MiB of an expert, and for each row of it."""
+    for _ in range(n):
+        policy.saw(7 * MIB, 7 * (fixed + of_row * rows), row_bytes=7 * MIB * rows)
+
+
+def test_an_expert_is_brought_from_where_the_bus_is_faster_than_the_cpu(rng):
+    """Both lines are straight here, so that the answer is known; few rows and many are measured far from it."""
+    for _ in range(50):
+        fixed, of_row, bus = rng.uniform(1e3, 1e6), rng.uniform(1e2, 1e5), rng.uniform(1e4, 4e6)
+        with Policy(1, 2) as policy:
+            cpu(policy, 1, fixed, of_row)
+            cpu(policy, rng.uniform(4, 40), fixed, of_row)
+            assert policy.rates()[1] == 32  # the bus is not known yet
+            policy.saw(MIB, bus)
+            want = min(max(math.ceil((bus - fixed) / of_row), 2), 4096)
+            assert abs(policy.rates()[1] - want) <= 1
+
+
+def test_without_the_work_of_a_prompt_the_guess_stays_and_with_nothing_else_the_line_is_from_nothing():
+    with Policy(1, 2) as policy:
+        policy.saw(MIB, 5e5)
+        cpu(policy, 1, 1e4, 1e4)
+        cpu(policy, 2.5, 1e4, 1e4)  # neither one row nor many
+        assert policy.rates()[1] == 32
+    with Policy(1, 2) as policy:
+        policy.saw(MIB, 5e5)
+        cpu(policy, 10, 0, 1e4)
+        assert policy.rates()[1] == 50
+        cpu(policy, 1, 2e5, 0)  # one row took longer than ten: no line to go by
+        assert policy.rates()[1] == 50
+
+
+def test_rates_by_hand_stand_until_they_are_taken_back():
+    with Policy(1, 2) as policy:
+        policy.saw(MIB, 1e6)
+        policy.fix(5e9, 7)
+        assert policy.rates() == (5e9, 7)
+        policy.fix(0)
+        assert policy.rates() == (pytest.approx(MIB / 1e-3), 32)
+
+
+def test_what_may_be_brought_is_what_the_bus_carries_while_the_cpu_rests():
+    with Policy(1, 2) as policy:
+        assert policy.allow(1e9, 0, 0, 10) == 10 and policy.allow(1e9, 0, 1, 10) == 0  # the first one measures it
+        policy.fix(1e9)  # a byte a ns
+        assert policy.allow(1000, 700, 0, 10) == 300
+        policy.spend(300)
+        assert policy.allow(1000, 700, 120, 10) == 180  # what was asked for before is late
+        policy.spend(180)
+        assert policy.allow(500, 700, 0, 10) == 20  # saved up, to two of the largest
+        policy.spend(1000)
+        assert policy.allow(500, 700, 0, 10) == 0
+
+
+def test_a_budget_below_one_expert_is_saved_up():
+    with Policy(1, 2) as policy:
+        policy.fix(1e9)
+        moved = 0
+        for _ in range(100):
+            if policy.allow(30, 0, 0, 100) >= 100:
+                policy.spend(100)
+                moved += 1
+        assert moved == 30
+        for _ in range(100):
+            allowed = policy.allow(30, 0, 0, 100)
+        assert allowed == 200
+
+
 def test_packed_counts_come_back_and_go_on_fading():
     with Policy(N_LAYER, N_EXPERT) as policy, Policy(N_LAYER, N_EXPERT) as other:
         use(policy, 3, 4, times=5)
