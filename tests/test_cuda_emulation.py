@@ -230,6 +230,47 @@ def test_captured_graphs_keep_their_order():
     assert printed(GRAPH.format(join="")) == "904"
 
 
+CHAIN = """
+class Node(ctypes.Structure):
+    _fields_ = [("f", c_void_p), ("shape", ctypes.c_uint * 7), ("parameters", c_void_p), ("rest", c_void_p * 3)]
+
+def node(x, y):
+    global args, pointers
+    args = Args(x, y, 256, 0)
+    pointers = (c_void_p * 1)(ctypes.addressof(args))
+    return byref(Node(kernel(b"add_one"), (1, 1, 1, 32, 1, 1, 0), ctypes.addressof(pointers)))
+
+d, e, y, p, s = device(256), device(256), host(256), host(256), stream()
+p[:] = x
+graph = made("cuGraphCreate", 0)
+first = made("cuGraphAddKernelNode_v2", graph, None, c_size_t(0), node(d, e))
+last = made("cuGraphAddKernelNode_v2", graph, {before}, node(e, d))
+ready = made("cuGraphInstantiateWithFlags", graph, c_uint64(0))
+out = []
+for k in range(3):
+    up(d, p, s)
+    call("cuGraphLaunch", ready, s)
+    down(y, d, s)
+    sync(s)
+    out.append(y[3])
+    if k == 1:
+        call("cuGraphExecKernelNodeSetParams_v2", ready, last, node(d, d))
+{end}
+print(out)
+"""
+
+
+def test_graphs_that_are_built_keep_their_order_and_take_other_arguments():
+    assert over_seeds(CHAIN.format(before="byref(first), c_size_t(1)", end="")) == {"[5.0, 5.0, 4.0]"}
+    assert len(over_seeds(CHAIN.format(before="None, c_size_t(0)", end=""))) > 1
+
+
+def test_a_graph_is_not_destroyed_before_it_is_done():
+    early = "f = host(1); f[0] = 0; call('cuStreamWaitValue32_v2', s, c_uint64(ctypes.addressof(f)), 7, 1)\n"
+    early += "call('cuGraphLaunch', ready, s); call('cuGraphExecDestroy', ready)"
+    dies(CHAIN.format(before="byref(first), c_size_t(1)", end=early), "a graph is destroyed that is not done")
+
+
 # --- failures
 
 

@@ -218,6 +218,40 @@ EXPORT int cuStreamIsCapturing(void *handle, int *status) {
     *status = s->capture != nullptr;
     return OK;
 }
+EXPORT int cuGraphCreate(void **out, unsigned flags) {
+    entry e("cuGraphCreate", true, true);
+    if (e.error || flags) return e.error ? e.error : INVALID_VALUE;
+    *out = new graph();
+    return OK;
+}
+struct kernel_node_parameters {         /* CUDA_KERNEL_NODE_PARAMS_v2 */
+    void *function;
+    unsigned grid_x, grid_y, grid_z, size_x, size_y, size_z, shared;
+    void **parameters, **extra;
+    void *kernel, *context;
+};
+static int node_op(const kernel_node_parameters *p, op *what) {
+    return launch_op(p->function, dim3(p->grid_x, p->grid_y, p->grid_z), dim3(p->size_x, p->size_y, p->size_z),
+                     p->shared, p->parameters, what);
+}
+EXPORT int cuGraphAddKernelNode_v2(void **out, void *handle, void *const *before, size_t n,
+                                   const kernel_node_parameters *p) {
+    entry e("cuGraphAddKernelNode_v2", true, true);
+    if (e.error || !handle) return e.error ? e.error : INVALID_VALUE;
+    graph &g = *(graph *)handle;
+    std::unique_ptr<node> made(new node());
+    int error = node_op(p, &made->what);
+    for (size_t i = 0; i < n && !error; i++) {
+        size_t at = 0;
+        while (at < g.nodes.size() && g.nodes[at].get() != before[i]) at++;
+        if (at == g.nodes.size()) error = INVALID_VALUE;
+        made->after.push_back(at);
+    }
+    if (error) return error;
+    *out = made.get();
+    g.nodes.push_back(std::move(made));
+    return OK;
+}
 EXPORT int cuGraphGetNodes(void *handle, void **nodes, size_t *n) {
     entry e("cuGraphGetNodes");
     if (e.error) return e.error;
@@ -232,7 +266,12 @@ EXPORT int cuGraphDestroy(void *handle) {
     return e.error;
 }
 /* A graph that can be launched: copies of its nodes, known by them, whose parameters may be set anew. */
-struct launchable { std::vector<op> ops; std::vector<std::vector<size_t>> after; std::vector<const node *> of; };
+struct launchable {
+    std::vector<op> ops;
+    std::vector<std::vector<size_t>> after;
+    std::vector<const node *> of;
+    std::weak_ptr<graph_run> last;      /* the run that was launched last */
+};
 EXPORT int cuGraphInstantiateWithFlags(void **out, void *handle, unsigned long long) {
     entry e("cuGraphInstantiateWithFlags", true, true);
     if (e.error || !handle) return e.error ? e.error : INVALID_VALUE;
@@ -247,8 +286,14 @@ EXPORT int cuGraphInstantiateWithFlags(void **out, void *handle, unsigned long l
 }
 EXPORT int cuGraphExecDestroy(void *handle) {
     entry e("cuGraphExecDestroy");
-    if (!e.error) delete (launchable *)handle;
-    return e.error;
+    if (e.error) return e.error;
+    auto last = ((launchable *)handle)->last.lock();
+    if (last && last->n_done < last->ops.size() && !state().lost) {
+        fprintf(stderr, "cuda emulation: a graph is destroyed that is not done\n");
+        abort();
+    }
+    delete (launchable *)handle;
+    return OK;
 }
 EXPORT int cuGraphLaunch(void *handle, void *of) {
     entry e("cuGraphLaunch", true, true);
@@ -261,20 +306,14 @@ EXPORT int cuGraphLaunch(void *handle, void *of) {
     what.run->ops = l->ops;
     what.run->after = l->after;
     what.run->done.assign(l->ops.size(), 0);
+    l->last = what.run;
     return submit(s, std::move(what));
 }
-struct kernel_node_parameters {         /* CUDA_KERNEL_NODE_PARAMS_v2 */
-    void *function;
-    unsigned grid_x, grid_y, grid_z, size_x, size_y, size_z, shared;
-    void **parameters, **extra;
-    void *kernel, *context;
-};
 EXPORT int cuGraphExecKernelNodeSetParams_v2(void *handle, void *of, const kernel_node_parameters *p) {
     entry e("cuGraphExecKernelNodeSetParams_v2");
     if (e.error) return e.error;
     launchable *l = (launchable *)handle;
     size_t i = (size_t)(std::find(l->of.begin(), l->of.end(), (const node *)of) - l->of.begin());
     if (i == l->of.size() || l->ops[i].kind != op::KERNEL) return INVALID_VALUE;
-    return launch_op(p->function, dim3(p->grid_x, p->grid_y, p->grid_z), dim3(p->size_x, p->size_y, p->size_z),
-                     p->shared, p->parameters, &l->ops[i]);
+    return node_op(p, &l->ops[i]);
 }

@@ -292,6 +292,11 @@ void die(const char *why) {
     signal(SIGABRT, SIG_DFL);
     abort();
 }
+void (*released)(const void *p);
+void store_release(void *p, uint32_t value) {
+    __atomic_store_n((uint32_t *)p, value, __ATOMIC_RELEASE);
+    if (released) released(p);
+}
 void wait_block() {
     machine *m = here();
     fibre &f = m->fibres[m->linear];

@@ -61,6 +61,8 @@ extern void (*touched)(const void *p, size_t n, bool writes);   /* race.cpp: the
 [[noreturn]] void die(const char *why);
 void wait_block();                  /* until all threads of the block that have not exited wait here */
 void wait_warp(uint32_t mask);      /* until all lanes in mask that have not exited wait here, with the same mask */
+void store_release(void *p, uint32_t value);
+extern void (*released)(const void *p);                         /* a check that looks what is there by then; or NULL */
 void copy_begin(void *to, const void *from, int n, int of);     /* n bytes of `of`, then zeros */
 void copy_close();
 void copy_finish(int but_last);
@@ -240,6 +242,8 @@ static inline int dp4a_us(unsigned a, int b, int c) {
     for (int i = 0; i < 32; i += 8) c = (int)((unsigned)c + (unsigned)((uint8_t)(a >> i) * (int8_t)(b >> i)));
     return c;
 }
+
+static inline void raise_flag(int32_t *flag) { emu::store_release(flag, 1); }
 
 /* --- tensor cores ----------------------------------------------------------------------------------------------- */
 /* PTX ISA, fragments of mma.m16n8k32 and k16: lane l holds rows l / 4 and l / 4 + 8 of A and column l / 4 of B, bytes

@@ -153,6 +153,11 @@ class Function:
             )
         space = "shared" if any(p.split("::")[0] == "shared" for p in op) else "global"
         base = self.pointer(place, space == "global")
+        if "release" in op:
+            if loads or count > 1 or size != 4 or space != "global" or "sys" not in op:
+                raise UnknownError(".".join(op))
+            value = self.read("u32", values)
+            return f"{{ u64 p = {base}; check_global<{t}>(p); emu::store_release((void *)p, {value}); }}"
         lines = [f"{{ {'u64' if space == 'global' else 'u32'} p = {base};"]
         if count > 1:
             lines.append(f'if (p % {size * count}) emu::die("an address is not aligned");')

@@ -30,7 +30,7 @@ void work_add(stream *s, op &&what) {
         std::thread(work_loop).detach();
     }
     if (d.set.seed && d.random() % 8 == 0) s->held_until = steady_clock::now() + HOLD * (1 + d.random() % 4) / 4;
-    s->runs_kernels |= what.kind == op::KERNEL;
+    s->runs_kernels |= what.kind == op::KERNEL || what.kind == op::GRAPH;
     if (d.set.late && what.kind == op::COPY && !s->runs_kernels && d.n_kernels)
         what.not_before = steady_clock::now() + std::chrono::milliseconds(d.set.late);
     s->queue.emplace_back(s->last = ++d.numbers, std::move(what));
