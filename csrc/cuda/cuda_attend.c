@@ -184,7 +184,7 @@ int cuda_attend(device *base, const step *st, int32_t layer, const matrix *k_b, 
     const by_head absorb = { cuda_row(d, BUF_Q, 0), heads * d_head, d_head, latent, heads * rank, rank };
     const by_head collect = { latent, heads * rank, rank, cuda_row(d, BUF_O, 0), heads * d_value, d_value };
     const query_16_args args = { latent, cuda_row(d, BUF_Q, 0), d->queries.at, d->queries_d.at, d->rows[BUF_Q].width,
-                                 st->n, s->n_head, s->kv_rank, s->d_nope, s->d_rope };
+                                 st->n, s->n_head, s->kv_rank, s->d_nope, s->d_rope, 0 };
     TRY(mul_heads(d, k_b, s->n_head, &absorb, st->n));
     TRY(gpu_launch(d->g, KERNEL_query_16_rows, &args, (gpu_grid){ s->n_head, st->n, 1 }, 0));
     for (int32_t i = 0; i < d->n_shorts; i++) TRY(attend_short(d, st, layer, &d->shorts[i], latent));

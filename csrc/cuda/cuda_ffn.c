@@ -50,7 +50,7 @@ int cuda_route(device *base, const ms4_shape *s, picks *p) {
     TRY(room_chosen(d, n));
     int32_t *ids = d->sees_pairs ? d->ids : d->routing.at;
     const choose_args args = { cuda_row(d, BUF_ROUTER, 0), ids, (float *)(ids + n), d->rows[BUF_ROUTER].width,
-                               p->n, s->n_expert, p->k, s->router_norm, s->router_scale };
+                               p->n, s->n_expert, p->k, s->router_norm, s->router_scale, 0 };
     TRY(gpu_launch(d->g, KERNEL_choose_experts, &args, (gpu_grid){ p->n, 1, 1 }, 0));
     if (!d->sees_pairs) TRY(gpu_fetch(d->g, d->ids, ids, 2 * n * sizeof *ids));
     TRY(bring_x(d, p->n));
@@ -123,7 +123,7 @@ static int activate(cuda_device *d, const ffn_job *jobs, int32_t n_jobs) {
         for (end = i; end < n_jobs && alike(j, &jobs[end]); end++) n += jobs[end].n;
         const act_args args = { j->gate, j->up, takes_blocks(j) ? NULL : (float *)(void *)j->hidden,
                                 takes_blocks(j) ? (block_q8 *)(void *)j->hidden : NULL, blocks_of(width_of(j)), n,
-                                (int32_t)width_of(j), j->w->gelu };
+                                (int32_t)width_of(j), j->w->gelu, 0 };
         TRY(gpu_launch(d->g, KERNEL_act_rows, &args, (gpu_grid){ n, 1, 1 }, 0));
     }
     return MS4_OK;
@@ -138,7 +138,7 @@ static int down(cuda_device *d, const ffn_job *jobs, int32_t n_jobs) {
 }
 static int add_pairs(cuda_device *d, const picks *p, const float *pairs) {
     const sum_args args = { cuda_row(d, BUF_H, 0), pairs, d->pairs_seen.weight, d->pairs_seen.row, d->rows[BUF_H].width,
-                            p->n, p->k, (int32_t)d->rows[BUF_H].width };
+                            p->n, p->k, (int32_t)d->rows[BUF_H].width, 0 };
     return gpu_launch(d->g, KERNEL_sum_pairs, &args, (gpu_grid){ p->n, 1, 1 }, 0);
 }
 static int run_jobs(cuda_device *d, ffn_job *jobs, int32_t n_jobs) {

@@ -19,9 +19,9 @@ int cuda_attend_patches(device *base, const patch_grid *g) {
     if (cuda_stopped(d)) return MS4_OK;
     TRY(rope(d, g, d_head));
     const rotate_args rotate = { cuda_row(d, BUF_Q, 0), cuda_row(d, BUF_K, 0), d->rope.at, width, n, g->columns,
-                                 g->n_head, (int32_t)d_head, 1 / sqrtf((float)d_head) };
+                                 g->n_head, (int32_t)d_head, 1 / sqrtf((float)d_head), 0 };
     const attend_patches_args args = { cuda_row(d, BUF_Q, 0), cuda_row(d, BUF_K, 0), cuda_row(d, BUF_V, 0),
-                                       cuda_row(d, BUF_X, 0), width, n, g->n_head, (int32_t)d_head };
+                                       cuda_row(d, BUF_X, 0), width, n, g->n_head, (int32_t)d_head, 0 };
     TRY(gpu_launch(d->g, KERNEL_rotate_patches, &rotate, (gpu_grid){ n, 1, 1 }, 0));
     TRY(gpu_launch(d->g, KERNEL_attend_patches, &args,
                    (gpu_grid){ (n + ATTEND_PATCHES - 1) / ATTEND_PATCHES, g->n_head, 1 }, 0));
@@ -31,12 +31,12 @@ int cuda_merge_patches(device *base, const patch_grid *g, buffer from, int32_t f
     cuda_device *d = (cuda_device *)base;
     const cuda_rows *f = &d->rows[from], *to = &d->rows[BUF_MERGED];
     const merge_args args = { f->f, to->f, to->q, f->width, to->width, to->blocks, first, n, g->columns, g->merge,
-                              (int32_t)f->width };
+                              (int32_t)f->width, 0 };
     return gpu_launch(d->g, KERNEL_merge_patches, &args, (gpu_grid){ n, 1, 1 }, 0);
 }
 int cuda_bias(device *base, buffer b, const vector *bias, int32_t gelu, int32_t n) {
     cuda_device *d = (cuda_device *)base;
     const cuda_rows *r = &d->rows[b];
-    const bias_args args = { r->f, bias->data, r->q, r->width, r->blocks, n, (int32_t)r->width, gelu };
+    const bias_args args = { r->f, bias->data, r->q, r->width, r->blocks, n, (int32_t)r->width, gelu, 0 };
     return gpu_launch(d->g, KERNEL_bias_rows, &args, (gpu_grid){ n, 1, 1 }, 0);
 }

@@ -72,7 +72,7 @@ int cuda_keep(device *base, const int32_t *rows, int32_t n) {
 int cuda_norm(device *base, buffer x, const vector *w, float eps, buffer y, int32_t n) {
     cuda_device *d = (cuda_device *)base;
     const norm_args args = { cuda_row(d, x, 0), w->data, cuda_row(d, y, 0), cuda_blocks(d, y, 0), d->rows[x].width,
-                             d->rows[y].width, d->rows[y].blocks, n, w->n, eps };
+                             d->rows[y].width, d->rows[y].blocks, n, w->n, eps, 0 };
     return gpu_launch(d->g, KERNEL_norm_rows, &args, (gpu_grid){ n, 1, 1 }, norm_shared(w->n));
 }
 /* --- products --------------------------------------------------------------------------------------------------- */

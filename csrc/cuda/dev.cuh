@@ -130,6 +130,11 @@ DEV void copy4_async(void *to, const void *from) {
 }
 DEV void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DEV void copy_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
+/* 1, for the host to see, and before it all that this thread has written or seen written: after a barrier that is what
+ * the block has. */
+DEV void raise_flag(int32_t *flag) {
+    asm volatile("st.release.sys.global.u32 [%0], 1;" :: "l"(flag) : "memory");
+}
 #else
 #include "emulate.h"
 #endif

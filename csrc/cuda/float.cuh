@@ -16,6 +16,7 @@ DEV float tree_of_16(float part) {
 /* Half a warp: one row, two tokens. */
 template <class T> DEV void mul_floats(const mul_args &a) {
     const tile &at = tile_of_block<MUL_FLOAT_ROWS, MUL_TOKENS>(a);
+    if (!at.job.w) return;
     const mul_job &j = at.job;
     constexpr int TOKENS_APART = MUL_THREADS / 16 / MUL_FLOAT_ROWS;
     static_assert(MUL_TOKENS == 2 * TOKENS_APART, "two tokens for half a warp");

@@ -376,7 +376,7 @@ static int launch_products(gpu *g, const gpu_product *products, int32_t n, int32
         job++;
     }
     TRY(gpu_show(g, card, jobs, (size_t)n_jobs * sizeof *jobs));
-    const mul_args args = { card, n_jobs };
+    const mul_args args = { .jobs = card, .n_jobs = n_jobs };
     return gpu_launch(g, (many ? KERNEL_gemm : KERNEL_mul) + type, &args, (gpu_grid){ blocks, 1, 1 },
                       many ? gemm_shared(type) : mul_shared(type, n_tokens));
 }

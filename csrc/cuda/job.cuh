@@ -6,7 +6,7 @@
 /* A block's share of a job: rows from `row`, tokens from `token` on. */
 struct tile { mul_job job; int row, token; };
 
-/* It lies in shared memory, where it takes no registers. */
+/* It lies in shared memory, where it takes no registers.  w NULL: an expert that is not here: nothing to do. */
 template <int ROWS, int TOKENS> DEV const tile &tile_of_block(const mul_args &a) {
     SHARED(tile, t, 1);
     const int block = (int)blockIdx.x, tid = (int)threadIdx.x;
@@ -19,6 +19,10 @@ template <int ROWS, int TOKENS> DEV const tile &tile_of_block(const mul_args &a)
         const int in = block - t->job.first_block, row_tiles = (t->job.n_rows + ROWS - 1) / ROWS;
         t->row = in % row_tiles * ROWS;
         t->token = in / row_tiles * TOKENS;
+        if (t->job.slots) {
+            const uint8_t *slot = t->job.slots[*t->job.expert];
+            t->job.w = slot ? slot + t->job.in_slot : nullptr;
+        }
     }
     __syncthreads();
     return *t;

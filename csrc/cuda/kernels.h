@@ -4,6 +4,7 @@
  * the tests.  Every kernel takes one struct by value.  Pointers are addresses of the device, or of pinned memory that
  * the device sees at the same address (job lists, what the router chose).  The arithmetic is that of ops.h; shapes are
  * those of device.h: rows of floats, and of block_q8 (64-byte aligned) where a buffer has blocks (q NULL: it has none).
+ * No struct has bytes between or behind its members, so that they can be compared: hence `pad`, which is 0.
  */
 #ifndef MS4_CUDA_KERNELS_H
 #define MS4_CUDA_KERNELS_H
@@ -14,7 +15,9 @@
  * w: the file's bytes, at an address aligned as in the file (32 bytes a tensor; rows follow without gaps), so a row of
  * a 2-byte or 1-byte aligned type begins anywhere; memory behind the last row may be read up to the next multiple of 16
  * bytes.  x: block_q8 for quantized types, floats for f32, f16, bf16; x_stride in bytes.  n_cols: as the file has it,
- * a multiple of 32 or 256 for quantized types, any number for the others. */
+ * a multiple of 32 or 256 for quantized types, any number for the others.
+ * slots, expert (mul alone): NULL, or the device chose the expert whose matrix it is, `*expert`; that begins in_slot
+ * bytes behind slots[*expert], and where this is NULL, the job is left out. */
 typedef struct {
     const uint8_t *w;
     size_t row_bytes;
@@ -23,11 +26,15 @@ typedef struct {
     const int32_t *x_rows;
     float *y;
     size_t y_stride;
+    const uint8_t *const *slots;
+    const int32_t *expert;
+    size_t in_slot;
     float scale;
     int32_t scaled, add, n_rows, n_cols, n_tokens;
     int32_t first_block;                                      /* of the grid; ascending by job */
+    int32_t pad;
 } mul_job;
-typedef struct { const mul_job *jobs; int32_t n_jobs; } mul_args;
+typedef struct { const mul_job *jobs; int32_t n_jobs, pad; } mul_args;
 /* A block's share of a job: rows times tokens; rows that do not fill it, and tokens, are left out.  Types of floats
  * take fewer rows, because their sums are chains that only more blocks make faster. */
 #define MUL_THREADS 256        /* mul: few tokens */
@@ -65,6 +72,7 @@ typedef struct {               /* y = rms_norm(x) * weight, and its blocks; x an
     size_t x_stride, y_stride, blocks;                        /* floats, floats, blocks of a row */
     int32_t n, width;
     float eps;
+    int32_t pad;
 } norm_args;
 typedef struct { const float *x; block_q8 *q; size_t x_stride, blocks; int32_t n, width; } quantize_args;
 typedef struct {               /* hidden = act(gate) * up, as floats (f), as blocks (q), or both; act: SiLU or GELU */
@@ -72,14 +80,14 @@ typedef struct {               /* hidden = act(gate) * up, as floats (f), as blo
     float *f;                                                 /* likewise, or NULL */
     block_q8 *q;                                              /* rows of `blocks`, or NULL */
     size_t blocks;
-    int32_t n, width, gelu;
+    int32_t n, width, gelu, pad;
 } act_args;
 typedef struct {               /* b += bias (or NULL), then GELU if asked for, then its blocks */
     float *b;
     const float *bias;
     block_q8 *q;
     size_t stride, blocks;
-    int32_t n, width, gelu;
+    int32_t n, width, gelu, pad;
 } bias_args;
 typedef struct {               /* rows[i] >= i, ascending: to row i of `to`, another place than `from` */
     const float *from;
@@ -88,13 +96,14 @@ typedef struct {               /* rows[i] >= i, ascending: to row i of `to`, ano
     size_t stride;                                            /* of both, in floats (a block_q8 is 80) */
     int32_t n, width;                                         /* width in floats, too */
 } gather_args;
-/* h[t] = fma(weight, pairs[row], h[t]) for the k pairs of token t, ascending; row, weight: n x k. */
+/* h[t] = fma(weight, pairs[row], h[t]) for the k pairs of token t, ascending; row, weight: n x k.  row NULL: pairs lie
+ * in that order. */
 typedef struct {
     float *h;
     const float *pairs, *weight;
     const int32_t *row;
     size_t stride;                                            /* of h and pairs */
-    int32_t n, k, width;
+    int32_t n, k, width, pad;
 } sum_args;
 typedef struct {               /* ops.h, choose: ids, weights: n x k, ascending by id */
     const float *logits;
@@ -103,7 +112,19 @@ typedef struct {               /* ops.h, choose: ids, weights: n x k, ascending 
     size_t stride;
     int32_t n, n_expert, k, norm;
     float scale;
+    int32_t pad;
 } choose_args;
+/* The choice for a single row to the host, which sees it at told_*: ids and weights, words x 16 bytes of x, and when
+ * that is all there, 1 in flag.  Grid (1). */
+typedef struct {
+    const int32_t *ids;
+    const float *weights;
+    const block_q8 *x;
+    int32_t *told_ids;
+    float *told_weights;
+    block_q8 *told_x;
+    int32_t *flag, k, words;
+} tell_args;
 
 /* --- attention -------------------------------------------------------------------------------------------------- */
 /* Where a row of the step lies in the kv cache: its block (all layers; kv_cache.c has the picture) and its number in
@@ -133,7 +154,7 @@ typedef struct {
     int16_t *out;
     float *out_d;
     size_t q_stride;
-    int32_t n, n_head, rank, d_nope, d_rope;
+    int32_t n, n_head, rank, d_nope, d_rope, pad;
 } query_16_args;
 typedef struct { const uint8_t *const *blocks; int32_t first, n, pos, pad; } kv_span;      /* as span, step.h */
 /* Every row of the step to one segment: partial[((t * most) + segment) * n_head + h] = { m, l, o[rank] }; segments that
@@ -156,7 +177,7 @@ typedef struct {
     float *x;
     const kv_span *spans;
     const int32_t *row_span;
-    int32_t first, n, n_head, rank, most;
+    int32_t first, n, n_head, rank, most, pad;
 } fold_args;
 /* Both at once, for many rows: n rows of a span from `first` (a row of the step) on, at most ATTEND_TILE, through all
  * their segments, folded on the way; the result as of fold.  Grid (n_tiles, heads / ATTEND_HEADS rounded up). */
@@ -180,26 +201,27 @@ typedef struct {
     size_t stride;
     int32_t n, columns, n_head, d_head;
     float scale;
+    int32_t pad;
 } rotate_args;
 /* x = softmax(q k) v, every patch to all (ops.h, attend).  Grid (n / ATTEND_PATCHES rounded up, n_head). */
 #define ATTEND_PATCHES 64
-typedef struct { const float *q, *k, *v; float *x; size_t stride; int32_t n, n_head, d_head; } attend_patches_args;
+typedef struct { const float *q, *k, *v; float *x; size_t stride; int32_t n, n_head, d_head, pad; } attend_patches_args;
 /* Group first + i of merge x merge patches, channel-major, to row i of `to`, and its blocks. */
 typedef struct {
     const float *from;
     float *to;
     block_q8 *q;
     size_t from_stride, to_stride, blocks;
-    int32_t first, n, columns, merge, width;                  /* width: channels of a patch */
+    int32_t first, n, columns, merge, width, pad;             /* width: channels of a patch */
 } merge_args;
 
 /* X(name, type of its argument, threads of a block) */
 #define CUDA_ROW_KERNELS(X) \
     X(norm_rows, norm_args, 256) X(quantize_rows, quantize_args, 256) X(act_rows, act_args, 256) \
     X(bias_rows, bias_args, 256) X(gather_rows, gather_args, 256) X(sum_pairs, sum_args, 256) \
-    X(choose_experts, choose_args, 32) X(latents_rows, latents_args, 64) X(queries_rows, queries_args, 128) \
-    X(query_16_rows, query_16_args, 32) X(attend_segments, segments_args, 256) X(fold_segments, fold_args, 128) \
-    X(attend_rows, attend_rows_args, 256) X(rotate_patches, rotate_args, 128) \
+    X(choose_experts, choose_args, 32) X(tell_choice, tell_args, 256) X(latents_rows, latents_args, 64) \
+    X(queries_rows, queries_args, 128) X(query_16_rows, query_16_args, 32) X(attend_segments, segments_args, 256) \
+    X(fold_segments, fold_args, 128) X(attend_rows, attend_rows_args, 256) X(rotate_patches, rotate_args, 128) \
     X(attend_patches, attend_patches_args, 128) X(merge_patches, merge_args, 128)
 
 /* Dynamic shared memory of a launch, in bytes; a kernel that is not named takes none.  Whoever writes a kernel keeps
@@ -228,12 +250,12 @@ SIZE_FUNCTION size_t mul_grid_bytes(int type) {
 }
 /* n_tokens: the most of any job. */
 SIZE_FUNCTION size_t mul_shared(int type, int32_t n_tokens) {
-    const struct { size_t bytes; int family; } of[] = {
+    const struct { int bytes, family; } of[] = {
 #define X(name, id, weights, bytes, family, ...) { bytes * SUPERBLOCK / weights, FAMILY_##family },
         MS4_TYPES(X)
 #undef X
     };
-    const size_t bytes = of[type].bytes, tokens = (size_t)(n_tokens < MUL_TOKENS ? n_tokens : MUL_TOKENS);
+    const size_t bytes = (size_t)of[type].bytes, tokens = (size_t)(n_tokens < MUL_TOKENS ? n_tokens : MUL_TOKENS);
     const size_t chunk = mul_chunk(bytes, of[type].family);
     const size_t sums = (2 + tokens) * mul_block_sums(chunk, of[type].family);
     const size_t warp = mul_stages(chunk * bytes) * (chunk * bytes + 16) + sums;      /* a row is read a word too far */

@@ -77,6 +77,7 @@ template <class T> DEV void mul_any(const tile &at) {
 template <class T> DEV void mul_quantized(const mul_args &a) {
     SMEM(shared);
     const tile &at = tile_of_block<MUL_ROWS, MUL_TOKENS>(a);
+    if (!at.job.w) return;
     if (can_stage<T>(at.job)) mul_staged<T>(shared, at);
     else mul_any<T>(at);
 }

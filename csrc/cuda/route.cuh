@@ -2,7 +2,7 @@
  *
  * A warp has a token; lane l has the logits l, l + 32, ...  First comes the key of the last one that is chosen, and how
  * many of those with the same key are: by taking the largest k times where few of few logits are wanted, else bit by
- * bit.  Then the chosen come out in ascending order.
+ * bit.  Then the chosen come out in ascending order.  tell_choice brings them to the host, which waits for them.
  */
 #ifndef MS4_ROUTE_CUH
 #define MS4_ROUTE_CUH
@@ -109,5 +109,15 @@ KERNEL(choose_experts, choose_args, 32) {
         }
         at += __popc(lanes);
     });
+}
+KERNEL(tell_choice, tell_args, 256) {
+    const int tid = (int)threadIdx.x, threads = (int)blockDim.x;
+    for (int i = tid; i < a.k; i += threads) {
+        a.told_ids[i] = a.ids[i];
+        a.told_weights[i] = a.weights[i];
+    }
+    for (int i = tid; i < a.words; i += threads) ((uint4 *)a.told_x)[i] = ((const uint4 *)a.x)[i];
+    __syncthreads();
+    if (!tid) raise_flag(a.flag);
 }
 #endif

@@ -118,7 +118,8 @@ KERNEL(sum_pairs, sum_args, 256) {
 #pragma unroll 4
             for (int j = 0; j < a.k; j++) {
                 const float weight = a.weight[first + (size_t)j];
-                const float_4 y = load_4(a.pairs + (size_t)a.row[first + (size_t)j] * a.stride, k, a.width);
+                const size_t row = a.row ? (size_t)a.row[first + (size_t)j] : first + (size_t)j;
+                const float_4 y = load_4(a.pairs + row * a.stride, k, a.width);
                 for (int i = 0; i < 4; i++) v.v[i] = __fmaf_rn(weight, y.v[i], v.v[i]);
             }
             return v;

@@ -108,7 +108,7 @@ static void check_query_16() {
             want_d[2 * i] = cpu->quantize_16(to, absorbed + i * (size_t)s.rank, (size_t)s.rank, nullptr);
             want_d[2 * i + 1] = cpu->quantize_16(to + s.rank, of_rope, (size_t)s.d_rope, nullptr);
         }
-        query_16_args a = { absorbed, q, out, d, stride, n, s.n_head, s.rank, s.d_nope, s.d_rope };
+        query_16_args a = { absorbed, q, out, d, stride, n, s.n_head, s.rank, s.d_nope, s.d_rope, 0 };
         launch("query_16_rows", a, dim3((unsigned)s.n_head, (unsigned)n));
         same_ints("integer", out.p, want.p, out.count);
         same("scale", d, want_d, d.count);
@@ -233,7 +233,7 @@ static void try_segments(step_case &c, size_t first_span, size_t end) {
     const unsigned head_groups = ((unsigned)heads + ATTEND_HEADS - 1) / ATTEND_HEADS;
     launch("attend_segments", a, dim3((unsigned)c.most, (unsigned)n, head_groups),
            segments_shared(c.s.rank, c.s.d_rope));
-    fold_args f = { partial, x, c.spans.data(), c.row_span.data() + first, first, n, c.s.n_head, c.s.rank, c.most };
+    fold_args f = { partial, x, c.spans.data(), c.row_span.data() + first, first, n, c.s.n_head, c.s.rank, c.most, 0 };
     launch("fold_segments", f, dim3((unsigned)heads, (unsigned)n));
     for (int t = 0; t < n; t++) {
         const kv_span &span = c.spans[(size_t)c.row_span[(size_t)(first + t)]];

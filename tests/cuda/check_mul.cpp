@@ -110,6 +110,19 @@ static std::vector<float> wanted(product &p, void (*mul)(const struct ms4_mul *)
         }
     return y;
 }
+/* The job's matrix as that of an expert which the device has chosen; or the expert is not there. */
+struct chosen { const uint8_t *slots[4]; int32_t expert; bool left_out; };
+static void choose(mul_job &j, chosen &c) {
+    static const uint8_t wrong_place[1] = {};
+    for (const uint8_t *&slot : c.slots) slot = wrong_place;
+    c.expert = between(0, 3);
+    c.left_out = rnd() % 3 == 0;
+    j.in_slot = 32 * (size_t)between(0, 9);
+    c.slots[c.expert] = c.left_out ? nullptr : j.w - j.in_slot;
+    j.slots = c.slots;
+    j.expert = &c.expert;
+    j.w = nullptr;
+}
 static void check_products() {
     const std::string kernel = std::string(is_gemm ? "gemm_" : "mul_") + type_names[type];
     for (int round = 0; round < 12 * repeat; round++) {
@@ -117,20 +130,25 @@ static void check_products() {
         std::vector<mul_job> jobs;
         int32_t blocks = 0, most = 0;
         const int n_jobs = round % 12 == 7 ? 40 : between(1, 3);
+        std::vector<chosen> of_jobs((size_t)n_jobs);
         for (int i = 0; i < n_jobs; i++) {
             products.push_back(random_product());
             jobs.push_back(job_of(products.back()));
             jobs.back().first_block = blocks;
+            if (!is_gemm && rnd() % 4 == 0) choose(jobs.back(), of_jobs[(size_t)i]);
             most = std::max(most, jobs.back().n_tokens);
             blocks += is_gemm ? gemm_blocks(type, &jobs.back()) : mul_blocks(type, &jobs.back());
         }
-        mul_args a = { jobs.data(), n_jobs };
+        mul_args a = { jobs.data(), n_jobs, 0 };
         launch(kernel.c_str(), a, dim3((unsigned)blocks), is_gemm ? gemm_shared(type) : mul_shared(type, most));
-        for (product &p : products) {
-            now_trying("%s, %d rows from %d on, %d columns, %d tokens of %d, kind %d%s%s%s", kernel.c_str(), p.n_rows,
+        for (size_t i = 0; i < products.size(); i++) {
+            product &p = products[i];
+            now_trying("%s, %d rows from %d on, %d columns, %d tokens of %d, kind %d%s%s%s%s", kernel.c_str(), p.n_rows,
                        p.skip, p.n_cols, p.n_tokens, p.n_x, p.kind, p.gathers ? ", gathers" : "",
-                       p.scaled ? ", scaled" : "", p.add ? ", adds" : "");
-            const std::vector<float> of_cpu = wanted(p, cpu->mul[type]), of_witness = wanted(p, witness);
+                       p.scaled ? ", scaled" : "", p.add ? ", adds" : "", jobs[i].slots ? ", chosen" : "");
+            const bool left_out = of_jobs[i].left_out;
+            const std::vector<float> of_cpu = left_out ? p.before : wanted(p, cpu->mul[type]);
+            const std::vector<float> of_witness = left_out ? p.before : wanted(p, witness);
             same("y", p.y, of_cpu.data(), of_cpu.size());
             same("y, against the witness", p.y, of_witness.data(), of_witness.size());
             expect(p.y.intact() && p.w.intact(), "writes only y");

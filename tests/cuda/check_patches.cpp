@@ -40,7 +40,7 @@ static void check_rotate() {
                 to_k[0] = k0 * turn[0] - k1 * turn[1];
                 to_k[1] = k0 * turn[1] + k1 * turn[0];
             }
-        rotate_args a = { q, k, rope, stride, n, g.columns, g.n_head, d, scale };
+        rotate_args a = { q, k, rope, stride, n, g.columns, g.n_head, d, scale, 0 };
         launch("rotate_patches", a, dim3((unsigned)n, round % 3 ? 1 + rnd() % 5 : 1));
         same("q", q, want_q, q.count);
         same("k", k, want_k, k.count);
@@ -86,7 +86,7 @@ static void check_attend() {
         random_patches(k, k.count, round % 2 ? 0 : kind);
         random_patches(v, v.count, round % 5 == 4 ? kind : 0);
         for (size_t i = 0; i < v.count; i += 3) v[i] = -0.0f;
-        attend_patches_args a = { q, k, v, x, stride, n, g.n_head, g.d_head };
+        attend_patches_args a = { q, k, v, x, stride, n, g.n_head, g.d_head, 0 };
         launch("attend_patches", a, dim3((unsigned)(n + ATTEND_PATCHES - 1) / ATTEND_PATCHES, (unsigned)g.n_head));
         for (int h = 0; h < g.n_head; h++) {
             cpu_attend(a, h, want);
@@ -109,7 +109,7 @@ static void check_merge() {
         now_trying("%d x %d of %d, from %d on %d; width %d", across, down, merge, first, n, width);
         random_patches(from, from.count, round % PATCH_KINDS);
         merge_args a = { from, to, has_blocks ? q.p : nullptr, stride, to_stride, blocks, first, n, columns, merge,
-                         width };
+                         width, 0 };
         launch("merge_patches", a, dim3((unsigned)n, round % 3 ? 1 + rnd() % 9 : 1));
         for (int i = 0; i < n; i++) {
             const int y = (first + i) / across * merge, x = (first + i) % across * merge;

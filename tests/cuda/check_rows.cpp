@@ -40,7 +40,7 @@ static void check_norm() {
         memcpy(before.p, x.p, x.bytes);
         const float eps = round % 7 == 3 ? 0 : 1e-6f;
         block_q8 *to = has_blocks ? q.p : nullptr;
-        norm_args a = { x, weight, in_place ? x : y, to, stride, stride, blocks, n, width, eps };
+        norm_args a = { x, weight, in_place ? x : y, to, stride, stride, blocks, n, width, eps, 0 };
         launch("norm_rows", a, dim3((unsigned)n), norm_shared(width));
         for (int t = 0; t < n; t++) {
             cpu->rms_norm(want, before + (size_t)t * stride, weight, (size_t)width, eps);
@@ -61,7 +61,7 @@ static void check_act() {
         random_rows(gate, n, (size_t)width, kind);
         random_rows(up, n, (size_t)width, round % 5 ? 0 : between(0, FLOAT_KINDS - 1));
         for (size_t i = 0; i < count; i += 3) gate[i] *= 30;
-        act_args a = { gate, up, which ? f.p : nullptr, which < 2 ? q.p : nullptr, blocks, n, width, gelu };
+        act_args a = { gate, up, which ? f.p : nullptr, which < 2 ? q.p : nullptr, blocks, n, width, gelu, 0 };
         launch("act_rows", a, rows_and_parts(n, round));
         (gelu ? cpu->gelu_mul : cpu->silu_mul)(want, gate, up, count);
         if (which) same("act", f, want, count);
@@ -81,7 +81,7 @@ static void check_bias() {
         random_rows(b, n, stride, kind);
         random_floats(bias, (size_t)width, 0);
         memcpy(want.p, b.p, b.bytes);
-        bias_args a = { b, has_bias ? bias.p : nullptr, has_blocks ? q.p : nullptr, stride, blocks, n, width, gelu };
+        bias_args a = { b, has_bias ? bias.p : nullptr, has_blocks ? q.p : nullptr, stride, blocks, n, width, gelu, 0 };
         launch("bias_rows", a, rows_and_parts(n, round));
         for (int t = 0; t < n; t++) {
             float *row = want + (size_t)t * stride;
@@ -124,7 +124,9 @@ static void check_sum_pairs() {
         random_rows(pairs, (int)n_pairs, stride, kind);
         random_floats(weight, n_pairs, 0);
         memcpy(want.p, h.p, h.bytes);
-        sum_args a = { h, pairs, weight, row.data(), stride, n, k, width };
+        const bool in_order = round % 5 == 3;
+        if (in_order) std::sort(row.begin(), row.end());
+        sum_args a = { h, pairs, weight, in_order ? nullptr : row.data(), stride, n, k, width, 0 };
         launch("sum_pairs", a, rows_and_parts(n, round));
         for (int t = 0; t < n; t++) {
             for (int i = t * k; i < (t + 1) * k; i++)
@@ -160,7 +162,7 @@ static void check_choose() {
         now_trying("n %d of %d experts k %d kind %d norm %d", n, n_expert, k, kind, norm);
         for (size_t i = 0; i < logits.count; i++) logits[i] = a_logit(kind);
         const float scale = round & 1 ? 1 : 2.5f;
-        choose_args a = { logits, ids, weights, stride, n, n_expert, k, norm, scale };
+        choose_args a = { logits, ids, weights, stride, n, n_expert, k, norm, scale, 0 };
         launch("choose_experts", a, dim3((unsigned)n));
         for (int t = 0; t < n; t++)
             cpu->choose(logits + (size_t)t * stride, n_expert, k, scale, norm, want_ids + t * k, want + t * k);
@@ -169,8 +171,40 @@ static void check_choose() {
         expect(ids.intact() && weights.intact(), "writes only its choice");
     }
 }
+/* When the flag is raised, all that was to be told is there. */
+static tell_args told;
+static int n_told;
+static void look(const void *flag) {
+    same_ints("told id", told.told_ids, told.ids, (size_t)told.k);
+    same_ints("told weight", (const int32_t *)told.told_weights, (const int32_t *)told.weights, (size_t)told.k);
+    same_ints("told x", (const int32_t *)told.told_x, (const int32_t *)told.x, 4 * (size_t)told.words);
+    expect(flag == told.flag && *told.flag == 1, "the flag is raised");
+    n_told++;
+}
+static void check_tell() {
+    emu::released = look;
+    for (int round = 0; round < 30 * repeat; round++) {
+        const int k = round % 3 ? between(1, 9) : between(1, 600), blocks = round % 4 ? between(0, 30) : 0;
+        const size_t n = (size_t)k, n_blocks = (size_t)blocks;
+        buffer<int32_t> ids(n), told_ids(n), flag(1);
+        buffer<float> weights(n), told_weights(n);
+        buffer<block_q8> x(n_blocks + 1), told_x(n_blocks + 1);
+        now_trying("k %d, %d blocks", k, blocks);
+        for (int i = 0; i < k; i++) ids[i] = between(0, 1000);
+        random_floats(weights, n, 1);
+        for (size_t i = 0; i < n_blocks * sizeof(block_q8) / 4; i++) ((uint32_t *)x.p)[i] = rnd();
+        *flag.p = 0;
+        n_told = 0;
+        told = { ids, weights, x, told_ids, told_weights, told_x, flag, k, blocks * (int)(sizeof(block_q8) / 16) };
+        launch("tell_choice", told, dim3(1));
+        expect(n_told == 1, "once");
+        expect(told_ids.intact() && told_weights.intact() && flag.intact(), "writes only what it tells");
+        expect(((uint8_t *)(told_x + n_blocks))[0] == 0xaa, "as many words as it was told");
+    }
+    emu::released = nullptr;
+}
 int main(int argc, char **argv) {
     return run_checks(argc, argv, { { "norm_rows", check_norm }, { "act_rows", check_act }, { "bias_rows", check_bias },
                                     { "gather_rows", check_gather }, { "sum_pairs", check_sum_pairs },
-                                    { "choose_experts", check_choose } });
+                                    { "choose_experts", check_choose }, { "tell_choice", check_tell } });
 }

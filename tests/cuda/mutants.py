@@ -36,7 +36,7 @@ BLOCKS = ("q4_k", "q6_k", "q5_1", "nvfp4")  # a type of each family but two
 SEEN_BY = {
     "rows.cuh": [(ROWS, "")],
     "floats.cuh": [(ROWS, "norm"), ("quantize", ""), (ATTEND, "latents"), (ATTEND, "query")],
-    "route.cuh": [(ROWS, "choose")],
+    "route.cuh": [(ROWS, "choose"), (ROWS, "tell")],
     "latents.cuh": [(ATTEND, "latents"), (ATTEND, "quer")],
     "segment.cuh": [(ATTEND, "attend")],
     "attend.cuh": [(ATTEND, "attend")],
@@ -95,6 +95,16 @@ BY_HAND = [
     ("dev.cuh", "__fmul_rn(__fmul_rn(p, first), second)", "__fmul_rn(p, __fmul_rn(first, second))", "exp: 2^k at once"),
     ("route.cuh", "c.equal -= __popc(equal);", "", "choose: ties beyond 32"),
     ("route.cuh", "x != x ? MINUS_INFINITY : x == 0 ? 0.0f : x", "x", "choose: NaN and zeros"),
+    ("route.cuh", "for (int i = tid; i < a.words;", "for (int i = tid; i < a.words - 1;", "tell: a word too few"),
+    (
+        "route.cuh",
+        "    __syncthreads();\n    if (!tid) raise_flag(a.flag);",
+        "    if (tid == (int)blockDim.x - 1) raise_flag(a.flag);",
+        "tell: the flag before the rest",
+    ),
+    ("job.cuh", "slot ? slot + t->job.in_slot : nullptr", "slot + t->job.in_slot", "job: an expert that is elsewhere"),
+    ("job.cuh", "slot + t->job.in_slot : nullptr", "slot : nullptr", "job: always the first matrix of a slot"),
+    ("rows.cuh", "a.row ? (size_t)a.row[first + (size_t)j] : first + (size_t)j", "first + (size_t)j", "pairs: no rows"),
     ("segment.cuh", "by_sum < by_most ? by_most : by_sum", "by_most", "weights may overflow"),
     (
         "attend.cuh",
