@@ -190,7 +190,7 @@ class Talk:
         self.last_disk = ""
         self.think_budget: int | None = settings.sampling.think_budget
         self.sampler: Sampler = settings.sampling.sampler()
-        self.commands: dict[str, Callable[[str], None]] = {
+        self.commands: dict[str, Callable[[str], object]] = {
             "/effort": self.set_effort,
             "/think": self.set_think,
             "/system": self.set_system,
