@@ -124,13 +124,13 @@ def run(request: Request, sampling: Sampling, engine: EngineOptions) -> int:
     name = os.path.basename(engine.require())
     about = writers.About(name, ms4.__version__, sampling.effort, sampler.seed, request.prefill, None, announced)
     try:
-        check_length(asked, request.n_ctx, request.max_tokens, engine, images)
+        n_tokens = check_length(asked, request.n_ctx, request.max_tokens, engine, images)
     except BaseException as error:
         new_writer(request, output, about).failed(*errors.describe(error))
         output.close()
         raise
     loading_begun = time.monotonic()
-    with loading.open_model(engine, status, n_tokens=request.n_ctx) as model:
+    with loading.open_model(engine, status, n_tokens=n_tokens) as model:
         load_ms = round(1000 * (time.monotonic() - loading_begun))
         writer = new_writer(request, output, replace(about, load_ms=load_ms))
         end = None if request.timeout is None else begun + request.timeout
@@ -186,8 +186,10 @@ def grammar_of(request: Request) -> "Grammar | None":
     return Grammar(read_schema(text))
 
 
-def check_length(asked: Asked, n_ctx: int, max_tokens: int | None, engine: EngineOptions, images: "ImageInput") -> None:
+def check_length(asked: Asked, n_ctx: int, max_tokens: int | None, engine: EngineOptions, images: "ImageInput") -> int:
     """An error for a prompt that is too long, before the weights are loaded: the tokenizer is enough.
+
+    Returns how many tokens will be held at the most, the answer among them: an answer without an end may fill n_ctx.
 
     A short text, which has no more tokens than bytes, is not worth a second look at the header of the file.
     """
@@ -195,8 +197,9 @@ def check_length(asked: Asked, n_ctx: int, max_tokens: int | None, engine: Engin
     texts = [content for content in contents if isinstance(content, str)]
     if not asked.tools and asked.session is None and len(texts) == len(contents):
         n_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
-        if n_bytes + (max_tokens or 1) + OVERHEAD <= min(n_ctx, SHORT):
-            return
+        most = n_bytes + (max_tokens or 1) + OVERHEAD
+        if most <= min(n_ctx, SHORT):
+            return most if max_tokens else n_ctx
     from ms4.models import mistral4
     from ms4.models.answer import ContextError
     from ms4.models.vocabulary import Vocabulary
@@ -209,6 +212,7 @@ def check_length(asked: Asked, n_ctx: int, max_tokens: int | None, engine: Engin
     n_prompt = len(asked.prompt(tokenizer, images.measure).ids)
     if n_prompt + (max_tokens or 1) > n_ctx:
         raise no_room(ContextError(n_prompt, n_ctx, max_tokens), most)
+    return n_prompt + max_tokens if max_tokens else n_ctx
 
 
 def show_prompt(request: Request, asked: Asked, engine: EngineOptions, images: "ImageInput") -> int:

@@ -280,13 +280,22 @@ def test_a_run_that_cannot_have_room_is_refused_before_a_weight_is_read(ms4, kno
     assert ms4("run", "-q", "-m", bravo(), "--ram", "1G", "-n", "2", "Hi")[0] == 0
 
 
-@pytest.mark.parametrize("ctx, load", [(512, "memory"), (1024, "stream")])
-def test_a_run_loads_what_the_plan_says(known, ctx, load):
+@pytest.mark.parametrize(
+    "ctx, n, load",
+    [
+        (512, [], "memory"),
+        (1024, [], "stream"),
+        pytest.param(1024, [300], "memory", marks=pytest.mark.slow),
+        pytest.param(1024, [800], "stream", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_loads_what_the_plan_says_and_counts_what_it_may_hold(known, ctx, n, load):
     about = forecast.Model.of(GgufFile.open(DEMO))
     ram = int(about.bytes_weights + kv_bytes(about.shape, 512) + about.buffers(512) + forecast.PROCESS + (4 << 20))
     found = forecast.fit(about, forecast.Room(ram, limited=True), ctx)
-    assert found.fits and found.load == load
-    arguments = ["run", "-v", "-m", DEMO, "--ram", str(ram), "--ctx", str(ctx), "-n", "2", "Hi"]
+    assert found.fits and found.load == ("stream" if ctx > 512 else "memory")
+    limit = ["-n", str(*n)] if n else []
+    arguments = ["run", "-v", "-m", DEMO, "--ram", str(ram), "--ctx", str(ctx), "--greedy", *limit, "Hi"]
     done = subprocess.run([Path(sys.executable).with_name("ms4"), *arguments], capture_output=True, text=True)
     assert done.returncode in (0, 3) and ("weights experts on the disk" in done.stderr) == (load == "stream")
 
