@@ -178,6 +178,8 @@ def values_of(command: str, param: Any, values: Sequence[str]) -> tuple[bool, Fo
         return False, [(word, "") for word in kind.split("|")]
     if "ID" in kind:
         return False, [] if command == "sessions" and values[:1] == ["search"] else [*sessions()]
+    if kind in ("CARD", "MEMORY"):
+        return False, in_table(kind)
     if kind == "NAME" and command == "pull":
         return False, known()
     if kind.startswith("PATH|NAME") or (kind == "NAME" and command in ("rm", "verify")):
@@ -191,6 +193,15 @@ def models() -> Found:
     from ms4.models import stored
 
     return [(model.name, gigabytes(model.bytes)) for model in stored.everything()]
+
+
+def in_table(kind: str) -> Found:
+    """The cards or memories that `ms4 plan` knows."""
+    from ms4.models import cards
+
+    if kind == "CARD":
+        return [(name, f"{card.vram / cards.GIB:.0f} GiB") for name, card in cards.cards().items()]
+    return [(name, f"{memory.rate / 1e9:.0f} GB/s") for name, memory in cards.memories().items()]
 
 
 def known() -> Found:

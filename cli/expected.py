@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import ms4
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 SHORT = 512  # tokens of context, at which a run begins
 N_OTHERS = 2
 SLOW = 3.0  # tokens per second, below which one should know before waiting
+LEAST_CAPABILITY = 8.0  # of a GPU
 
 
 class NoRoomError(CliError):
@@ -57,18 +59,55 @@ def most_of(free: int) -> int:
     return free + host.own_memory() - int(reserve_of(free))
 
 
+@dataclass(frozen=True)
+class HostCard:
+    """The GPU of this machine.  vram: bytes of it that may be taken; total: that it has."""
+
+    name: str
+    vram: int
+    total: int
+
+
+def card_here(device: str, vram: int = 0) -> HostCard | None:
+    """The GPU that would compute, as its driver describes it; None: the CPU would.  vram: what the user allows."""
+    if device == "cpu":
+        return None
+    try:
+        gpu = ms4.gpu()
+    except (ms4.EngineError, MemoryError):
+        return None
+    if float(gpu.capability) < LEAST_CAPABILITY or not has_kernels():
+        return None
+    return HostCard(gpu.name, min(gpu.free, vram or gpu.free), gpu.total)
+
+
+def has_kernels() -> bool:
+    """Whether there is code for a GPU, or what compiles it."""
+    from ms4.models import gpu_code
+
+    if ms4.has_gpu_code():
+        return True
+    try:
+        gpu_code.Nvrtc()
+    except gpu_code.CompilerError:
+        return False
+    return True
+
+
 def chosen(gguf: GgufFile, engine: EngineOptions, n_tokens: int) -> str:
     """How the weights are to be loaded for a context of n_tokens: as `ms4 plan` says, or as the user does.
 
     NoRoomError, before a byte of weights, if that cannot fit.  --load map and copy are the user's word.
     """
-    from ms4.models import forecast
+    from ms4.models import clock, forecast
 
     if engine.load in ("map", "copy"):
         return engine.load
     model = forecast.Model.of(gguf)
     room = room_here(gguf, engine.ram or 0)
-    found = forecast.fit(model, room, min(n_tokens, model.shape.n_ctx_train))
+    n_ctx = min(n_tokens, model.shape.n_ctx_train)
+    card = card_here(engine.device, engine.vram or 0)
+    found = forecast.fit(model, room, n_ctx, clock.slots(model.sizes, card.vram, n_ctx) if card else 0)
     if not found.fits:
         raise refusal(found, nearest(model, room, found, gguf.path))
     return "stream" if engine.load == "stream" else found.how
@@ -121,7 +160,8 @@ def known(model: Model) -> tuple[forecast.Model, Machine] | None:
     if rates is None or (disk is None and stats.load == "stream"):
         return None
     about = forecast.Model.made_of(model.shape, tensors, sum(model.gguf.sizes))
-    return about, clock.Machine(None, rates.ram, rates.flops, disk.bytes_per_s if disk else clock.GB)
+    found = (disk.bytes_per_s, 0.0, disk.fresh) if disk else (clock.DISK_ASSUMED, 0.0, 0.0)
+    return about, clock.Machine(None, rates.ram, rates.flops, *found)
 
 
 def plan_of(model: Model) -> Plan | None:
@@ -143,44 +183,85 @@ def note_before(model: Model) -> None:
         if stats.load == "stream":
             errors.note(f"how fast that will be:  ms4 plan {shlex.quote(model.gguf.path[-80:])}")
         return
-    plan = plan.corrected(*measured.ratios(measured.run_key(model.gguf.path, stats.load)))
+    learnt = measured.ratios(measured.run_key(model.gguf.path, stats.load))
+    plan = plan.corrected(learnt.decode.usual, learnt.prefill.usual)
     if plan.warm.tokens_per_s < SLOW:
         errors.note(
-            f"expect about {plan.warm.tokens_per_s:.1f} tok/s of writing, {plan.prompt.tokens_per_s:.0f} of reading; "
-            f"the limit is {plan.warm.terms.limit}"
+            f"expect about {plan.warm.tokens_per_s:.1f} tok/s of writing, {plan.prompt_cold.tokens_per_s:.0f} of "
+            f"reading; the limit is {plan.warm.terms.limit}"
         )
 
 
-def note_after(model: Model, s: Statistics, read: Stats | None) -> str:
-    """Compares a run with what was expected of it, and keeps the ratio for the next plan; what to add to --stats.
+@dataclass(frozen=True)
+class Compared:
+    """A phase of a run beside its prediction, in tokens per second.  why: what was other than expected."""
+
+    what: str
+    predicted: float
+    measured: float
+    why: str = ""
+
+    @property
+    def text(self) -> str:
+        off = self.measured / self.predicted - 1
+        far = f", off by {100 * abs(off):.0f} %{self.why}: the next plan knows" if abs(off) > measured.FAR else ""
+        return f" · {self.what} predicted {self.predicted:.1f} tok/s{far}"
+
+
+def learn(model: Model, s: Statistics, read: Stats | None) -> list[Compared]:
+    """Compares a run with what was expected of it, and keeps what it says about disk and machine for the next plan.
 
     read: the engine's counters when the prompt had been read.  Of experts on the disk as many are expected to be found
-    in memory as were: the first prompt after opening finds none, and that is no fault of the prediction.
+    in memory as were: the first prompt after opening finds none, and that is no fault of the prediction.  What a run
+    got of the disk is kept by itself; the ratio that is kept is what is left when the model of time is given that.
     """
     from ms4.models import forecast
 
-    if (found := known(model)) is None:
-        return ""
-    now = model.engine.stats()
+    try:
+        now, found, disk = model.engine.stats(), known(model), measured.disk_key(model.gguf.path)
+    except OSError:  # the file is gone
+        return []
+    wrote, came = disks_of(now, read)
+    if now.load == "stream" and now.device == "cpu":
+        measured.learn_disk(disk, wrote, came)
+    if found is None:
+        return []
+    about, machine = found
     key = measured.run_key(model.gguf.path, now.load)
-    n_read = s.n_prompt - s.n_cached
-    in_prompt = share_found(read)
-    after = share_found(now, read)
-    written, prompt = forecast.of_run(*found, n_read, s.n_context, in_prompt=in_prompt, found=after)
-    decode = s.decode_per_second / written if s.n_decode >= measured.LEAST_TOKENS else None
-    prefill = s.prefill_per_second / prompt if n_read >= measured.LEAST_PROMPT else None
-    before = measured.ratios(key)
-    measured.learn(key, decode, prefill)
-    said = []
-    for what, ratio, learnt, speed in (
-        ("writing", decode, before[0], written),
-        ("reading", prefill, before[1], prompt),
+    n_read, learnt = s.n_prompt - s.n_cached, measured.ratios(key)
+    shares = {"in_prompt": share_found(read), "found": share_found(now, read)}
+    filled = replace(machine, disk=machine.filling(came.bytes, came.fresh))
+    made = []
+    for what, enough, speed, here, part, ratio in (
+        ("decode", s.n_decode >= measured.LEAST_TOKENS, s.decode_per_second, machine, wrote, learnt.decode),
+        ("prefill", n_read >= measured.LEAST_PROMPT, s.prefill_per_second, filled, came, learnt.prefill),
     ):
-        if ratio is not None:
-            off = ratio / learnt - 1
-            far = f", off by {100 * abs(off):.0f} %: the next plan knows" if abs(off) > measured.FAR else ""
-            said.append(f"{what} predicted {speed * learnt:.1f} tok/s{far}")
-    return "".join(f" · {text}" for text in said)
+        if not enough or speed <= 0:
+            continue
+        one = 0 if what == "decode" else 1
+        plain = forecast.of_run(about, here, n_read, s.n_context, **shares)[one]
+        own = replace(here, disk=part.rate or here.disk)
+        measured.learn(key, what, speed / forecast.of_run(about, own, n_read, s.n_context, **shares)[one])
+        why = f" as the disk gave {gigabytes(int(part.rate))}/s" if part.rate and is_far(part.rate, here.disk) else ""
+        made.append(Compared("writing" if what == "decode" else "reading", plain * ratio.usual, speed, why))
+    return made
+
+
+def is_far(one: float, other: float) -> bool:
+    return abs(one / other - 1) > measured.FAR
+
+
+def disks_of(now: Stats, read: Stats | None) -> tuple[measured.DiskUse, measured.DiskUse]:
+    """What of the disk was used to write, and before, to read the prompt and to fill places for the first time."""
+    if read is None:
+        return measured.DiskUse(), measured.DiskUse(now.bytes_disk, now.ns_disk, now.slot_bytes)
+    wrote = measured.DiskUse(now.bytes_disk - read.bytes_disk, now.ns_disk - read.ns_disk)
+    return wrote, measured.DiskUse(read.bytes_disk, read.ns_disk, min(read.slot_bytes, read.bytes_disk))
+
+
+def note_after(compared: Sequence[Compared]) -> str:
+    """What to add to --stats."""
+    return "".join(one.text for one in compared)
 
 
 def share_found(now: Stats | None, before: Stats | None = None) -> float:

@@ -538,10 +538,8 @@ def plan(
     ram: opt.Ram = None,
     vram: Vram = None,
     ctx: opt.Context = opt.N_CTX_DEFAULT,
-    gpu: Annotated[str, opt.choice(opt.CARDS, "What if there were this card.", "--gpu")] = "none",
-    memory: Annotated[
-        str, opt.choice(("measured", *opt.MEMORIES), "What if there were this memory.", "--memory")
-    ] = "measured",
+    gpu: Annotated[str, opt.card("What if there were this card", "here", "none")] = "here",
+    memory: Annotated[str, opt.memory("What if there were this memory", "measured")] = "measured",
     recalibrate: Annotated[bool, typer.Option("--recalibrate", help="Measure this machine again.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     threads: opt.Threads = None,
@@ -558,10 +556,8 @@ def plan(
 def simulate(
     path: Annotated[str, typer.Argument(metavar="TRACE", help="What ms4 trace has recorded.")],
     model: opt.Model = None,
-    gpu: Annotated[str, opt.choice(opt.CARDS, "The card.", "--gpu")] = "3090",
-    memory: Annotated[
-        str, opt.choice(opt.MEMORIES, "The host's memory; x8: of eight channels.", "--memory")
-    ] = "DDR5-5600",
+    gpu: Annotated[str, opt.card("The card", "none")] = "3090",
+    memory: Annotated[str, opt.memory("The host's memory")] = "DDR5-5600",
     vram: Vram = None,
     ram: Annotated[
         int | None,

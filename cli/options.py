@@ -19,9 +19,7 @@ N_CTX_DEFAULT = 32768
 MOST_CTX = 1 << 20
 MOST_THREADS = 1024
 MOST_BYTES = 1 << 50
-# What ms4.models.clock knows, and no card: its tables cost the import of NumPy.  A test compares them.
-CARDS = ("none", "3060", "3090", "4090", "5070 Ti", "5090")
-MEMORIES = ("DDR4-3200", "DDR5-5600", "DDR5-6000", "DDR5-6400", "DDR4-3200 x8")
+LIST = "list"  # in place of a card or a memory: what the table knows
 # The checkpoint that comes with ms4, for those who have no other yet.
 DEMO = os.path.join(os.path.dirname(os.path.dirname(__file__)), "models", "demo", "ms4-demo.gguf")
 UNITS = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2, "g": 1000**3, "G": 1024**3}
@@ -108,6 +106,35 @@ def rate(text: str) -> int:
     if not match or float(match[1]) == 0:
         raise typer.BadParameter(f"{text} is no rate such as 20MB/s")
     return int(float(match[1]) * RATE_UNITS[match[2].lower()])
+
+
+def in_table(find: str, *others: str) -> Callable[[str], str]:
+    """A parser of names in models/cards.toml, however they are written, and of others.  find: of ms4.models.cards."""
+
+    def parse(text: str) -> str:
+        if text in (*others, LIST):
+            return text
+        from ms4.models import cards
+
+        try:
+            return str(getattr(cards, find)(text)[0])
+        except cards.UnknownError as error:
+            near = f"; near it: {', '.join(error.near)}" if error.near else ""
+            raise typer.BadParameter(f"{error}{near}; {LIST} shows all") from None
+
+    return parse
+
+
+def card(help: str, *others: str) -> Any:
+    """An option that names a card of the table."""
+    parser = in_table("find", *others)
+    return typer.Option("--gpu", metavar="CARD", parser=parser, help=f"{help} (4090; {LIST} shows all).")
+
+
+def memory(help: str, *others: str) -> Any:
+    """An option that names a kind of memory."""
+    parser = in_table("find_memory", *others)
+    return typer.Option("--memory", metavar="MEMORY", parser=parser, help=f"{help} (DDR5-5600; {LIST} shows all).")
 
 
 def encoding(name: str) -> str:

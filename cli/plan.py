@@ -8,23 +8,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ms4
-from ms4.cli import errors, expected, measured, render, streams
+from ms4.cli import errors, expected, measured, plan_shown, streams
 from ms4.cli.errors import MissingError
 from ms4.cli.options import EngineOptions
 from ms4.cli.render import StatusLine, gigabytes
 
 if TYPE_CHECKING:
-    from ms4.models.calibration import DiskRate, Rates
-    from ms4.models.clock import Terms
-    from ms4.models.forecast import Model, Other, Plan, Resources, Speed
+    from ms4.models.calibration import Rates
+    from ms4.models.cards import Card
+    from ms4.models.disk_rate import DiskRate
+    from ms4.models.forecast import Model, Resources, Room
     from ms4.quant.gguf_file import GgufFile
 
-NO_CARD = "none"
+HERE, NO_CARD = "here", "none"  # --gpu: what this machine has, or what if it had none
 MEASURED = "measured"  # --memory: that of this machine
 
 
@@ -36,7 +37,7 @@ class Question:
     ram: int | None
     vram: int | None
     n_ctx: int
-    card: str = NO_CARD
+    card: str = HERE
     memory: str = MEASURED
     recalibrate: bool = False
     as_json: bool = False
@@ -44,29 +45,41 @@ class Question:
 
 def plan(question: Question) -> int:
     """Prints the plan; exit code 6, with the nearest that fit, if there is none."""
+    from ms4.cli import card_list
     from ms4.models import mistral4
     from ms4.models.forecast import Model, make
 
+    if card_list.shown(question.card, question.memory):
+        return errors.OK
     status = StatusLine(question.engine.quiet)
     path, gguf = header(question, status)
     shape = mistral4.shape_of(gguf)
     tensors = mistral4.tensors_of(gguf, shape, is_here=False)
     model = Model.made_of(shape, tensors, sum(gguf.sizes))
-    there, notes = resources(question, gguf, shape, tensors, status)
     n_ctx = min(question.n_ctx, shape.n_ctx_train)
+    there, disk, notes = resources(question, gguf, model, tensors, n_ctx, status)
     if n_ctx < question.n_ctx:
         notes.append(f"the model holds at most {n_ctx} tokens")
     made = make(model, there, n_ctx)
-    ratios = measured.ratios(measured.run_key(path, made.load)) if is_here(question) else (1.0, 1.0)
-    if ratios != (1.0, 1.0):
+    learnt = measured.Ratios()
+    if is_here(question) and not made.n_vram:
+        learnt = measured.ratios(measured.run_key(path, made.load))
+    if learnt.known:
+        ratios = (learnt.decode.usual, learnt.prefill.usual)
         notes.append("corrected by earlier runs: writing x {:.2f}, reading x {:.2f}".format(*ratios))
-    made = made.corrected(*ratios)
+    between = plan_shown.Between(
+        *(
+            make(model, replace(there, machine=replace(there.machine, disk=rate)), n_ctx).corrected(*ratios)
+            for rate, ratios in (
+                (disk.low if disk and disk.low else there.machine.disk, (learnt.decode.low, learnt.prefill.low)),
+                (disk.high if disk and disk.high else there.machine.disk, (learnt.decode.high, learnt.prefill.high)),
+            )
+        )
+    )
+    made = made.corrected(learnt.decode.usual, learnt.prefill.usual)
     others = [] if made.fits else expected.nearest(model, there.room, made, path)
-    output = streams.Output()
-    if question.as_json:
-        output.write(json.dumps(as_json(path, model, there, made, ratios, others, notes)) + "\n")
-    else:
-        output.write(shown(path, there, made, notes))
+    said = plan_shown.Said(path, model, there, made, between, learnt, others, notes)
+    streams.Output().write(json.dumps(said.as_json()) + "\n" if question.as_json else said.text())
     if not made.fits:
         raise expected.refusal(made, others)
     return errors.OK
@@ -74,7 +87,7 @@ def plan(question: Question) -> int:
 
 def is_here(question: Question) -> bool:
     """Whether it is this machine that is asked about, and not one of the tables."""
-    return question.card == NO_CARD and question.memory == MEASURED
+    return question.card in (HERE, NO_CARD) and question.memory == MEASURED
 
 
 # --- the model
@@ -115,16 +128,21 @@ def is_stored(name: str) -> bool:
 
 # --- the machine
 def resources(
-    question: Question, gguf: GgufFile, shape: ms4.Shape, tensors: Sequence[ms4.Tensor], status: StatusLine
-) -> tuple[Resources, list[str]]:
-    """The machine, measured or remembered or from the tables, and what is to be said about that."""
-    from ms4.models import clock
-    from ms4.models.forecast import Resources
+    question: Question,
+    gguf: GgufFile,
+    model: Model,
+    tensors: Sequence[ms4.Tensor],
+    n_ctx: int,
+    status: StatusLine,
+) -> tuple[Resources, DiskRate | None, list[str]]:
+    """The machine, measured or remembered or from the tables, its disk, and what is to be said about that."""
+    from ms4.models import cards, clock
+    from ms4.models.forecast import Resources, fit
 
     room = expected.room_here(gguf, question.ram or 0, what_if=True)
-    notes = []
-    rates = known_rates(question, shape, tensors, room.ram, status)
-    disk = known_disk(question, gguf, status)
+    card, vram, notes = card_for(question)
+    streamed = fit(model, room, n_ctx, clock.slots(model.sizes, vram, n_ctx)).load == "stream"
+    rates, disk = measure(question, gguf, model.shape, tensors, room, status, streamed)
     if disk is None:
         notes.append(
             f"the disk is assumed to give {gigabytes(int(clock.DISK_ASSUMED))}/s: there is no file that is large "
@@ -132,15 +150,83 @@ def resources(
         )
     elif not disk.direct:
         notes.append("the disk was measured through the page cache, as its file system reads no other way")
-    card = None if question.card == NO_CARD else clock.CARDS[question.card]
-    vram = 0.0 if card is None else card.vram if question.vram is None else question.vram
-    here = clock.Machine(card, rates.ram, rates.flops, disk.bytes_per_s if disk else clock.DISK_ASSUMED)
+    if disk and streamed:
+        notes.append(disk_note(disk))
+    fresh = disk.fresh if disk else 0.0
+    here = clock.Machine(card, rates.ram, rates.flops, disk.bytes_per_s if disk else clock.DISK_ASSUMED, fresh=fresh)
     if question.memory != MEASURED:
-        here = replace(here, ram=clock.MEMORIES[question.memory])
-        notes.append(f"{question.memory}: what others have measured with such memory, not this machine")
-    if card is not None:
-        notes.append(f"a {question.card} by its data sheet: nothing was measured on one")
-    return Resources(here, room.ram, room.limited, vram, room.available, room.cached), notes
+        memory = cards.find_memory(question.memory)[1]
+        here = replace(here, ram=memory.rate)
+        notes.append(f"{question.memory}: not this machine's memory, but by {memory.source}, {memory.date}")
+    return Resources(here, room.ram, room.limited, vram, room.available, room.cached), disk, notes
+
+
+def disk_note(disk: DiskRate) -> str:
+    """Where the rate of the disk comes from."""
+    if not disk.n_runs:
+        return "the disk's rate is that of a measurement; what runs get of it is kept and corrects it"
+    runs = "the last run" if disk.n_runs == 1 else f"the last {disk.n_runs} runs"
+    return f"the disk's rate is the median of what {runs} got of it"
+
+
+def card_for(question: Question) -> tuple[Card | None, float, list[str]]:
+    """The card whose speed is known, the bytes of VRAM that may be taken, and what is to be said about that."""
+    from ms4.models import cards
+
+    if question.card == NO_CARD:
+        return None, 0.0, []
+    if question.card != HERE:
+        name, card = cards.find(question.card)
+        note = f"a {name} by {card.source}, {card.date}: nothing was measured on one"
+        return card, card.vram if question.vram is None else question.vram, [note]
+    there = expected.card_here("auto", question.vram or 0)
+    if there is None:
+        return None, 0.0, []
+    row = cards.of_driver(there.name, there.total)
+    if row is None:
+        return None, there.vram, [f"{there.name} is not in the table of cards: speeds are those of the CPU alone"]
+    note = f"{there.name}: its memory as the driver says, its speed by {row[1].source}, {row[1].date}"
+    return replace(row[1], vram=there.total), there.vram, [note]
+
+
+def measure(
+    question: Question,
+    gguf: GgufFile,
+    shape: ms4.Shape,
+    tensors: Sequence[ms4.Tensor],
+    room: Room,
+    status: StatusLine,
+    streamed: bool,
+) -> tuple[Rates, DiskRate | None]:
+    """Rates of CPU and disk, from earlier or measured now: of the disk, whose rate changes by the second, a part before
+    the CPU's and a part after.  streamed: experts will be read from the disk, so that its rate matters.
+    """
+    from ms4.models import hf_cache
+    from ms4.models.disk_rate import N_SLICES, Probe
+
+    here = os.path.exists(gguf.path)
+    key = measured.disk_key(gguf.path if here else existing(hf_cache.root()))
+    n = N_SLICES if streamed else 2
+    probe = None
+    if here and (question.recalibrate or not measured.samples(key).enough(n, sum(gguf.sizes))):
+        probe = Probe(gguf.paths, tensors, shape.n_expert_used)
+    try:
+        if probe:
+            status.show("measuring the disk")
+            probe.slices(n // 2)
+        rates = known_rates(question, shape, tensors, room.ram, status)
+        if probe:
+            status.show("measuring the disk")
+            probe.slices(n - n // 2)
+            if streamed:
+                probe.fresh(int(room.ram or 4 << 30) // 4)
+            if found := probe.samples:
+                measured.keep_disk(key, found)
+    finally:
+        status.clear()
+        if probe:
+            probe.close()
+    return rates, measured.disk(key)
 
 
 def known_rates(
@@ -160,131 +246,8 @@ def known_rates(
     return found
 
 
-def known_disk(question: Question, gguf: GgufFile, status: StatusLine) -> DiskRate | None:
-    """The rate of the disk that the file is on, or would be; None: it cannot be measured with it."""
-    from ms4.models import hf_cache
-    from ms4.models.calibration import disk_rate
-
-    here = os.path.exists(gguf.path)
-    key = measured.disk_key(gguf.path if here else existing(hf_cache.root()))
-    found = None if question.recalibrate and here else measured.disk(key)
-    if found is None and here:
-        status.show("measuring the disk")
-        found = disk_rate(gguf.paths)
-        status.clear()
-        if found is not None:
-            measured.keep_rates(key, found)
-    return found
-
-
 def existing(folder: Path) -> Path:
     """The folder, or where it would be made."""
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     return folder
-
-
-# --- what is printed
-def speed_json(speed: Speed) -> dict[str, Any]:
-    return {
-        "tokens_per_s": speed.tokens_per_s,
-        "limit": speed.terms.limit,
-        "ms": speed.terms.milliseconds(),
-        "share_found": speed.found,
-        "share_in_vram": speed.in_vram,
-    }
-
-
-def terms_json(terms: Terms) -> dict[str, Any]:
-    return {"tokens_per_s": terms.tokens_per_s, "limit": terms.limit, "ms": terms.milliseconds()}
-
-
-def as_json(
-    path: str,
-    model: Model,
-    there: Resources,
-    made: Plan,
-    ratios: tuple[float, float],
-    others: list[Other],
-    notes: list[str],
-) -> dict[str, Any]:
-    """One object; bytes, tokens per second, and the milliseconds of a token by what they are spent on."""
-    from ms4.models.forecast import N_PROMPT
-
-    machine = there.machine
-    memory = ("dense", "kv", "buffers", "process", "reserve", "needed")
-    return {
-        "model": os.path.basename(path),
-        "bytes": model.bytes_file,
-        "fits": made.fits,
-        "load": made.load,
-        "ctx": made.n_ctx,
-        "prompt": min(N_PROMPT, made.n_ctx),
-        "machine": {
-            "ram_bytes": made.ram,
-            "vram_bytes": there.vram,
-            "memory_bytes_per_s": machine.ram,
-            "cpu_flops": machine.cpu_flops,
-            "disk_bytes_per_s": machine.disk,
-            "card": machine.card and asdict(machine.card),
-        },
-        "memory": {name: int(getattr(made, name)) for name in memory},
-        "experts": {
-            "all": made.n_experts,
-            "in_vram": made.n_vram,
-            "in_ram": made.n_ram,
-            "in_ram_when_full": made.n_ram_full,
-            "on_disk": made.n_disk,
-            "bytes_of_one": int(made.expert),
-        },
-        "seconds_to_open": made.seconds_to_open,
-        "decode": {name: speed_json(getattr(made, name)) for name in ("cold", "warm", "usual", "full")},
-        "prefill": {"warm": terms_json(made.prompt), "cold": terms_json(made.prompt_cold)},
-        "corrected_by": {"decode": ratios[0], "prefill": ratios[1]},
-        "nearest": [{"type": other.how, "ctx": other.n_ctx, "needed": int(other.needed)} for other in others],
-        "notes": notes,
-    }
-
-
-def shown(path: str, there: Resources, made: Plan, notes: list[str]) -> str:
-    """For people: where what lies, how fast it will be, and why."""
-    name = errors.escape(os.path.basename(path), 80)
-    verdict = (
-        "does not fit" if not made.fits else "fits into memory" if made.load == "memory" else "experts on the disk"
-    )
-    room = "unknown" if made.ram is None else gigabytes(int(made.ram))
-    machine = there.machine
-    lines = [
-        f"{name}: {verdict}, {render.short(made.n_ctx)} tokens of context",
-        f"machine   memory {room}, weights read at {gigabytes(int(machine.ram))}/s, prompts at "
-        f"{machine.cpu_flops / 1e9:.0f} Gflop/s, disk {gigabytes(int(machine.disk))}/s",
-        f"memory    all but experts {gigabytes(int(made.dense))} · kv cache {gigabytes(int(made.kv))} · buffers "
-        f"{gigabytes(int(made.buffers))} · process {gigabytes(int(made.process))} · left to others "
-        f"{gigabytes(int(made.reserve))}",
-    ]
-    if made.n_experts:
-        places = f"{made.n_ram} in memory · " + (f"{made.n_vram} in VRAM · " if there.machine.card else "")
-        size = gigabytes(int(made.expert))
-        lines.append(f"experts   {places}{made.n_disk} on the disk, of {made.n_experts} with {size} each")
-    if made.fits:
-        lines += speeds(made)
-    lines += [f"note      {note}" for note in notes]
-    return "\n".join([*lines, "Predicted, not measured.", ""])
-
-
-def speeds(made: Plan) -> list[str]:
-    """The predicted speeds, one a line, with the terms that they are made of."""
-    lines = [f"opening   {made.seconds_to_open:.0f} s from the disk"]
-    if made.warm.found == 1 and not made.warm.in_vram:
-        rows = [("writing", made.warm.terms, "")]
-    else:
-        rows = [
-            ("writing", made.warm.terms, "  if choices are uniform, the slowest case"),
-            ("", made.usual.terms, f"  in coherent text, {100 * made.usual.found:.0f} % found in memory"),
-            ("", made.cold.terms, "  at first, when nothing is in memory yet"),
-        ]
-    rows.append(("", made.full.terms, "  when the context is full"))
-    for name, terms, why in [*rows, ("reading", made.prompt, "")]:
-        spent = " · ".join(f"{what} {ms:.1f}" for what, ms in terms.milliseconds().items() if ms >= 0.05)
-        lines.append(f"{name:<9} {terms.tokens_per_s:.2f} tok/s, limit: {terms.limit} (ms: {spent}){why}")
-    return lines

@@ -293,10 +293,11 @@ class Job:
         self.writer.done(done, code)
         if message:
             errors.note(f"error: {message}")
+        compared = expected.learn(self.model, done.statistics, *self.read)
         if request.stats:
             stats = self.model.engine.stats()
-            compared = expected.note_after(self.model, done.statistics, *self.read)
-            errors.note(render.statistics(done.statistics, self.images.seconds) + render.from_disk(stats) + compared)
+            disk = render.from_disk(stats) + expected.note_after(compared)
+            errors.note(render.statistics(done.statistics, self.images.seconds) + disk)
             if stats.device != "cpu":
                 errors.note(render.gpu(stats))
         return code

@@ -67,9 +67,12 @@ class About:
 
 
 def simulate(question: Question, format: str) -> int:
+    from ms4.cli import card_list
     from ms4.models.clock import MS4
     from ms4.models.replay import NAMES, predict, replay
 
+    if card_list.shown(question.card, question.memory):
+        return errors.OK
     trace = open_trace(question.trace)
     name, sizes = sizes_for(question.model)
     here = machine_for(question)

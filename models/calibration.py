@@ -6,22 +6,15 @@ No weight of the file is read.  A few layers of its shape and its block types, w
 a file that is nearly all hole (zeros); only the norms and the router hold numbers, so that each row chooses other
 experts.  Kernels take as long for zeros as for anything else.  What comes out is the speed of the engine itself, with
 all that it spends between kernels, and so nearer to what a user will see than the peaks of the machine.
-
-The disk is measured on the model's own file: pieces at random places, past the page cache where the system lets us, as
-many at a time as the engine asks for.
 """
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import os
-import random
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,10 +28,8 @@ ALIGN = 4096
 MOST_WORDS = 1024  # of the vocabulary: a prompt's rows are all multiplied with the output, so that no layer is skipped
 MOST_LAYERS = 2
 ROWS_OF_AN_EXPERT = 16  # that a prompt of 512 tokens brings to each of 128 experts
-S_DECODE, S_PREFILL, S_DISK = 2.0, 3.0, 1.5  # seconds for each
+S_DECODE, S_PREFILL = 2.0, 3.0  # seconds for each
 GROUPS = 20  # the best of so many counts, as others who use the machine can only make them slower
-READERS, PIECE = 8, 4 << 20  # threads; bytes of a read: about a third of an expert
-SMALLEST_DISK_FILE = 64 << 20  # bytes: a smaller file says nothing about a disk, and is read in no time
 
 Feed = Callable[[ms4.Session, int, int], None]  # so many rows into the session, and so many logits
 
@@ -49,14 +40,6 @@ class Rates:
 
     ram: float
     flops: float
-
-
-@dataclass(frozen=True)
-class DiskRate:
-    """Bytes per second of pieces at random places.  direct: past the page cache."""
-
-    bytes_per_s: float
-    direct: bool
 
 
 def excerpt(shape: ms4.Shape, tensors: Sequence[ms4.Tensor], most_bytes: int) -> tuple[ms4.Shape, list[ms4.Tensor]]:
@@ -178,45 +161,3 @@ def _prefill(engine: ms4.Engine, session: ms4.Session, feed: Feed, n: int, sizes
         feed(session, n, n)
         rates.append(flops / (1e-9 * (engine.stats().ns_prefill - before.ns_prefill)))
     return max(rates)
-
-
-# --- the disk
-def disk_rate(paths: Sequence[str | os.PathLike[str]], seconds: float = S_DISK) -> DiskRate | None:
-    """How fast experts come from these files; None: they are too small to say, or cannot be read."""
-    path = max(paths, key=lambda p: os.path.getsize(p))
-    size = os.path.getsize(path)
-    if size < SMALLEST_DISK_FILE:
-        return None
-    for flags, direct in ((getattr(os, "O_DIRECT", 0), True), (0, False)):
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
-        except OSError:
-            continue
-        try:
-            return DiskRate(_read_for(fd, size, seconds), direct and bool(flags))
-        except OSError:  # a file system that opens so, and then does not read
-            continue
-        finally:
-            os.close(fd)
-    return None
-
-
-def _read_for(fd: int, size: int, seconds: float) -> float:
-    """Bytes per second of READERS threads that read pieces at random places."""
-    begun = time.monotonic()
-    end, n_places = begun + seconds, size // PIECE
-
-    def reader(number: int) -> int:
-        drawn, read = random.Random(number), 0
-        # Pages are aligned as O_DIRECT wants it, and huge ones make fewer requests, as in the engine's slots.
-        with mmap.mmap(-1, PIECE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as room:
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                with contextlib.suppress(OSError):
-                    room.madvise(mmap.MADV_HUGEPAGE)
-            while time.monotonic() < end:
-                read += os.preadv(fd, [room], drawn.randrange(n_places) * PIECE)
-        return read
-
-    with ThreadPoolExecutor(READERS) as pool:
-        n_bytes = sum(pool.map(reader, range(READERS)))
-    return n_bytes / (time.monotonic() - begun)

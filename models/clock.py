@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ms4.models import cards
+from ms4.models.cards import Card
+
 if TYPE_CHECKING:
     import ms4
 
@@ -113,52 +116,32 @@ SMALL_4 = small_4()
 
 
 # --- how fast it can be read
-@dataclass(frozen=True)
-class Card:
-    """A GPU by its data sheet, and prompts' products per second (assumed: 35 per cent of the int8 tensor peak)."""
-
-    vram: float
-    peak: float  # of VRAM
-    flops: float
-    bus: float  # what pinned copies reach at its usual link
-
-    @property
-    def reads(self) -> float:
-        """Of decode kernels.  0.65 of the peak: published ones reach 0.60 to 0.68 on a 3090 at this shape."""
-        return 0.65 * self.peak
-
-
-GIB = 1 << 30
-PCIE = {"3 x16": 12.3 * GB, "4 x4": 6.1 * GB, "4 x16": 24.5 * GB, "5 x16": 50 * GB}  # measured by several, pinned
-CARDS = {
-    "3060": Card(12 * GIB, 360 * GB, 36e12, PCIE["4 x16"]),
-    "3090": Card(24 * GIB, 936 * GB, 100e12, PCIE["4 x16"]),
-    "4090": Card(24 * GIB, 1008 * GB, 230e12, PCIE["4 x16"]),
-    "5070 Ti": Card(16 * GIB, 896 * GB, 150e12, PCIE["5 x16"]),
-    "5090": Card(32 * GIB, 1792 * GB, 290e12, PCIE["5 x16"]),
-}
-# What expert kernels on all cores read from memory with two channels (the last: eight), as measured by several.
-MEMORIES = {
-    "DDR4-3200": 38 * GB,
-    "DDR5-5600": 55 * GB,
-    "DDR5-6000": 62 * GB,
-    "DDR5-6400": 68 * GB,
-    "DDR4-3200 x8": 110 * GB,
-}
-
-
+PCIE = cards.buses()
+CARDS = cards.cards()
+MEMORIES = {name: memory.rate for name, memory in cards.memories().items()}
 DISK_ASSUMED = 2 * GB  # bytes per second, of a disk that nobody has measured: a slow NVMe, or a good SATA array
 
 
 @dataclass(frozen=True)
 class Machine:
-    """card None: there is none.  ram: bytes read per second; disk: of large reads with several under way."""
+    """card None: there is none.  ram: bytes read per second; disk: of large reads with several under way.
+
+    fresh: of such reads into memory that was never used; 0: as fast as others.
+    """
 
     card: Card | None
     ram: float
     cpu_flops: float = 1.5e12  # of prompts' products: AVX2, eight to twelve cores
     disk: float = 6 * GB
     bus: float = 0.0  # if it is not the card's usual link
+    fresh: float = 0.0
+
+    def filling(self, n_bytes: float, n_fresh: float) -> float:
+        """Bytes per second of reading n_bytes, the first n_fresh of them into memory that was never used."""
+        n_fresh = min(n_fresh, n_bytes)
+        if not 0 < self.fresh < self.disk or n_fresh <= 0:
+            return self.disk
+        return n_bytes / (n_fresh / self.fresh + (n_bytes - n_fresh) / self.disk)
 
     @property
     def link(self) -> float:

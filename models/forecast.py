@@ -28,6 +28,7 @@ N_BATCH = 2048  # tokens of a prompt that are computed together, as the engine c
 N_PROMPT = 512  # of the prompt whose speed is predicted, and before the tokens that are written
 BLOCK = 4096  # bytes of the disk that are read together
 PROCESS = 160 << 20  # bytes: Python, the libraries, the tokenizer (96 MB were measured where no picture is read)
+DRIVER = 256 << 20  # bytes of host memory that a card's driver and pinned copies take: assumed
 # Which share of the choices a recency cache finds if it holds this share of the experts: published curves of real
 # models that nearly coincide (docs/placement.md names the traces that were made like them).
 COHERENT = ((0.0, 0.06, 0.12, 0.18, 0.25, 0.33, 0.39, 1.0), (0.0, 0.40, 0.64, 0.73, 0.79, 0.85, 0.90, 1.0))
@@ -179,6 +180,7 @@ class Plan(Fit):
     """And how fast that is.  Prompts are of N_PROMPT tokens."""
 
     seconds_to_open: float
+    disk: float  # bytes per second that it is predicted for
     cold: Speed
     warm: Speed
     usual: Speed
@@ -209,26 +211,36 @@ def reserve_of(free: float) -> float:
 
 
 def fit(model: Model, room: Room, n_ctx: int, n_vram: int = 0) -> Fit:
-    """What lies where for a context of n_ctx tokens; n_vram: experts that a card holds."""
+    """What lies where for a context of n_ctx tokens.
+
+    n_vram: experts that a card holds, and with them all but experts, the kv cache and the rows of a step.  The host has
+    to hold the others then; what the card has is read once, through pages that may go again.
+    """
     sizes = model.sizes
     n_all = sizes.n_layer * sizes.n_expert if sizes.expert else 0
     kv, buffers = float(mistral4.kv_bytes(model.shape, n_ctx)), model.buffers(n_ctx)
-    besides = model.dense + kv + buffers + PROCESS
-    needed = besides + ((model.least or sizes.expert) if n_all else 0)
+    begun = min(N_PROMPT, n_ctx)  # the places shrink from then on, as cache and buffers grow
+    first = mistral4.kv_bytes(model.shape, begun) + model.buffers(begun)
+    process, grown = (float(PROCESS + DRIVER), (0.0, 0.0)) if n_vram else (float(PROCESS), (first, kv + buffers))
+    besides = grown[1] + process
+    needed = model.dense + besides + ((model.least or sizes.expert) if n_all else 0)
     how = ms4.choose_load(
         model.bytes_weights,
         sizes.experts if n_all else 0,
-        besides - model.dense,
+        besides,
         room.ram,
         reserve=room.reserve,
         available=room.available,
         cached=room.cached,
         limited=room.limited,
     )
-    whole = how != "stream" and (n_all > 0 or besides <= room.most)
-    begun = min(N_PROMPT, n_ctx)  # the places shrink from then on, as cache and buffers grow
-    short = besides - kv - buffers + mistral4.kv_bytes(model.shape, begun) + model.buffers(begun)
-    n_ram, n_ram_full = (n_all if whole else places(sizes, room.most - taken) for taken in (short, besides))
+    n_ram = n_all
+    if how == "stream" and n_vram and not room.limited:  # pages of the file are beyond any --ram
+        left = 0.0 if n_vram >= n_all else model.dense + (n_all - n_vram) * sizes.expert
+        if left + besides <= room.most:
+            how, n_ram, needed = "map", n_all - n_vram, left + besides
+    whole = how != "stream" and (n_all > 0 or model.dense + besides <= room.most)
+    n_ram, n_ram_full = (n_ram if whole else places(sizes, room.most - model.dense - process - n) for n in grown)
     return Fit(
         fits=whole or (n_all > 0 and needed <= room.most),
         how=how,
@@ -238,7 +250,7 @@ def fit(model: Model, room: Room, n_ctx: int, n_vram: int = 0) -> Fit:
         dense=model.dense,
         kv=kv,
         buffers=buffers,
-        process=PROCESS,
+        process=process,
         reserve=room.reserve,
         n_experts=n_all,
         n_ram=n_ram,
@@ -251,22 +263,28 @@ def fit(model: Model, room: Room, n_ctx: int, n_vram: int = 0) -> Fit:
 def make(model: Model, there: Resources, n_ctx: int) -> Plan:
     """The plan for a context of n_ctx tokens."""
     sizes = model.sizes
-    found = fit(model, there.room, n_ctx, clock.slots(sizes, there.vram, n_ctx) if there.machine.card else 0)
+    found = fit(model, there.room, n_ctx, clock.slots(sizes, there.vram, n_ctx))
     n_all, whole = found.n_experts, found.load == "memory"
     share, share_full = (
         min(1.0, (n + found.n_vram) / n_all) if n_all else 1.0 for n in (found.n_ram, found.n_ram_full)
     )
     in_vram = found.n_vram / n_all if n_all else 0.0
-    speed = _Speeds(sizes, there.machine, min(N_PROMPT, n_ctx))
+    opened = model.dense + (sizes.experts if whole else 0)
+    # Places are filled for the first time: by the first tokens, and by the first prompt, which wants all experts once.
+    first = replace(there.machine, disk=there.machine.filling(1.0, 1.0))
+    filled = replace(there.machine, disk=there.machine.filling(sizes.experts, found.n_ram * sizes.expert))
+    n = min(N_PROMPT, n_ctx)
+    speed = _Speeds(sizes, there.machine, n)
     return Plan(
         **vars(found),
-        seconds_to_open=(model.dense + (sizes.experts if whole else 0)) / there.machine.disk,
-        cold=speed.decode(1.0 if whole else 0.0, 0.0),
+        seconds_to_open=opened / there.machine.filling(opened, opened),
+        disk=there.machine.disk,
+        cold=_Speeds(sizes, first, n).decode(1.0 if whole else 0.0, 0.0),
         warm=speed.decode(share, in_vram),
         usual=speed.decode(coherent(share), coherent(in_vram)),
         full=replace(speed, n_context=n_ctx).decode(share_full, in_vram),
         prompt=speed.prompt(model, in_vram, 1 - share),
-        prompt_cold=speed.prompt(model, 0.0, 0.0 if whole else 1.0),
+        prompt_cold=_Speeds(sizes, filled, n).prompt(model, 0.0, 0.0 if whole else 1.0),
     )
 
 

@@ -10,7 +10,8 @@ prompt of a second session.  The tokens are random, so choices are uniform: `war
 
 ratio: measured / predicted.  known: the ratio that is left when the model of time is given the rate that the disk had
 in that very phase, and the share of experts that was found: what is wrong with the model, and not with the disk.  The
-files under XDG_CACHE_HOME and XDG_STATE_HOME are the user's, so that a plan knows what earlier calls have measured.
+files under XDG_CACHE_HOME and XDG_STATE_HOME are the user's: a plan knows what earlier calls have measured, and with
+--learn what the runs before it got, as it does of every `ms4 run`.
 Not a test: it takes minutes and wants a quiet machine.
 """
 
@@ -21,12 +22,15 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import bench_stream
 import numpy as np
 from bench_stream import forget, paths_of, size, status_bytes
 
+from ms4.cli import measured as kept
+from ms4.cli.measured import DiskUse
 from ms4.models import forecast
 from ms4.models.clock import Machine
 from ms4.models.model import Model
@@ -84,6 +88,7 @@ def child(a: argparse.Namespace) -> None:
             seconds, after = time.perf_counter() - begun, model.engine.stats()
             rows[name] = {k: getattr(after, k) - getattr(before, k) for k in COUNTS}
             rows[name] |= {"tokens_per_s": n / seconds, "seconds": seconds, "rss": status_bytes("VmRSS")}
+            rows[name]["slot_bytes"] = after.slot_bytes
 
         with model.session(n_ctx(a)) as session:
             phase("prefill cold", a.pp, lambda: session.feed(ids(a.pp)))
@@ -138,12 +143,25 @@ def rows_of(a: argparse.Namespace, ram: str, about: forecast.Model, plan: dict, 
     return made
 
 
+def learn(a: argparse.Namespace, plan: dict, got: dict, rows: list[dict]) -> None:
+    """What `ms4 run` keeps of itself: the disk's rate, and what the model of time was wrong by, given that."""
+    if got["load"] == "stream":
+        wrote, came = (DiskUse(got[name]["bytes_disk"], got[name]["ns_disk"]) for name in ("decode", "prefill cold"))
+        came = replace(came, fresh=min(got["prefill cold"]["slot_bytes"], came.bytes))
+        kept.learn_disk(kept.disk_key(a.file), wrote, came)
+    key = kept.run_key(a.file, plan["load"])
+    ratios = {row["phase"]: row["known"] for row in rows}
+    kept.learn(key, "decode", ratios["decode"])
+    kept.learn(key, "prefill", ratios.get("prefill cold", ratios["prefill"]))
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("file")
     p.add_argument("--ram", default="free", help="budgets, such as 8G,12G,18G,free")
     p.add_argument("--limit", help="bytes of a cgroup that plan and run are in")
     p.add_argument("--recalibrate", action="store_true", help="measure the machine again before every plan")
+    p.add_argument("--learn", action="store_true", help="keep what each run says for the next plan")
     for name, value in (("--pp", 512), ("--tg", 32), ("--warm", 16), ("--rounds", 1), ("--threads", 0), ("--seed", 1)):
         p.add_argument(name, type=int, default=value)
     p.add_argument("--load", default="auto", help=argparse.SUPPRESS)
@@ -162,7 +180,10 @@ def main() -> None:
                 plan = planned(a, ram, groups)
                 forget(paths_of(a.file))
                 got = measured(a, ram, "stream" if plan["load"] == "stream" else "auto", seed, groups)
-                for row in rows_of(a, ram, about, plan, got):
+                rows = rows_of(a, ram, about, plan, got)
+                if a.learn:
+                    learn(a, plan, got, rows)
+                for row in rows:
                     out.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
                 sys.stdout.flush()
     finally:

@@ -79,7 +79,8 @@ def test_an_option_is_offered_once_unless_it_may_be_repeated(asked):
         ("ms4 run -r ", ["none", "low", "medium", "high"]),
         ("ms4 run --format js", ["json", "jsonl"]),
         ("ms4 run --format=js", ["--format=json", "--format=jsonl"]),
-        ("ms4 simulate --gpu 5", ["5070 Ti", "5090"]),
+        ("ms4 simulate --gpu 507", ["5070", "5070 Ti"]),
+        ("ms4 plan --memory DDR5-6", ["DDR5-6000", "DDR5-6400"]),
         ("ms4 run 'an open quote", []),
         ("ms4 run -- --", []),
         ("FOO=1 /usr/bin/ms4 sessions ex", ["export"]),
@@ -116,7 +117,7 @@ def test_bash_gets_what_stands_behind_the_last_break_and_zsh_no_bare_colon(asked
     line = f"ms4 run -m {REPO}:Q"
     assert asked(line, "bash", ":=")[1] == [QUANT]
     assert asked(line, "bash", "=")[1] == [f"{REPO}:{QUANT}"]
-    assert asked("ms4 simulate --gpu 507", "bash", ":=")[1] == ["'5070 Ti'"]
+    assert asked("ms4 simulate --gpu 507", "bash", ":=")[1] == ["5070", "'5070 Ti'"]
     assert asked(line, "zsh")[1][0].startswith(f"{REPO}\\:{QUANT}:")
 
 

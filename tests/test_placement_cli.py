@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from fixtures import bravo
 
-from ms4.cli import options
 from ms4.cli.options import DEMO
 from ms4.models import clock, replay, routing
 
@@ -66,7 +65,11 @@ def test_trace_makes_one_of_stated_skew_without_a_model(ms4, tmp_path):
         (("trace", "--synthetic", "wild", "-o", "x"), 2, "wild is not one of"),
         (("simulate", "nowhere.trace"), 7, "nowhere.trace: No such file"),
         (("simulate", __file__), 7, "is no trace of ms4"),
-        (("simulate", "x", "--gpu", "9090"), 2, "9090 is not one of none, 3060"),
+        (
+            ("simulate", "x", "--gpu", "9090"),
+            2,
+            "9090 is not in the table; near it: 5090, 4090, 3090, 3090 Ti; list shows all",
+        ),
         (("simulate", "x", "--vram", "lots"), 2, "lots"),
     ],
 )
@@ -141,8 +144,17 @@ def test_simulate_without_a_card_and_with_little_memory_reads_the_disk(ms4, tmp_
     assert code == 2 and "are left for experts, less than one token uses" in err
 
 
-def test_names_of_cards_and_memories_are_those_of_the_model_of_time():
-    assert options.CARDS == ("none", *clock.CARDS) and options.MEMORIES == tuple(clock.MEMORIES)
+def test_names_of_cards_are_taken_however_they_are_written_and_strange_ones_are_told_what_is_near(ms4, recorded):
+    assert predicted(ms4, recorded, "--gpu", "rtx4070tisuper", "--memory", "ddr5 5600")["card"] == "4070 Ti SUPER"
+    code, out, err = ms4("simulate", recorded, "--gpu", "4091")
+    assert (code, out) == (2, "") and "4091 is not in the table; near it: 4090" in err and "list shows all" in err
+    code, out, err = ms4("simulate", recorded, "--memory", "DDR9")
+    assert (code, out) == (2, "") and "DDR9 is not in the table" in err
+    code, out, err = ms4("plan", "--gpu", "list")
+    assert (code, err) == (0, "") and len(out.splitlines()) == 1 + len(clock.CARDS)
+    assert out.splitlines()[0].split() == ["card", "VRAM", "reads", "at", "most", "int8", "bus", "source"]
+    code, out, err = ms4("simulate", recorded, "--memory", "list")
+    assert (code, err) == (0, "") and [line.split("  ")[0] for line in out.splitlines()[1:]] == [*clock.MEMORIES]
 
 
 def test_names_of_skews_and_policies_are_those_of_the_options(ms4):

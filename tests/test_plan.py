@@ -6,23 +6,26 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from fixtures import bravo
 
 import ms4 as engine
-from ms4.cli import measured
+from ms4.cli import expected, measured
 from ms4.cli.options import DEMO
-from ms4.models import calibration, forecast, mistral4
-from ms4.models.calibration import DiskRate, Rates
+from ms4.models import calibration, cards, clock, forecast, mistral4
+from ms4.models.answer import Statistics
+from ms4.models.calibration import Rates
 from ms4.models.clock import CARDS, GB, SMALL_4, Machine
+from ms4.models.disk_rate import N_SLICES, Samples
 from ms4.models.mistral4 import kv_bytes
 from ms4.quant.gguf_file import GgufFile
 
 HOST = Machine(None, 20 * GB, 0.5e12, 2 * GB)
 SHAPE = engine.Shape(
-    36, 0, 131072, 262144, 4096, 12288, 2048, 2048, 32, 64, 64, 128, 1024, 256, 128, 4, 1e-6, 1.0, True, 0.1, 0.1,
+    36, 0, 131072, 1048576, 4096, 12288, 2048, 2048, 32, 64, 64, 128, 1024, 256, 128, 4, 1e-6, 1.0, True, 0.1, 0.1,
     8192, (1.0,) * 32,
 )  # fmt: skip
 DENSE = SMALL_4.every + SMALL_4.output + 0.3 * GB
@@ -67,6 +70,18 @@ def test_the_reserve_is_that_of_the_engine_and_counts_only_for_what_is_free():
     assert forecast.reserve_of(1 << 20) == 1 << 18
 
 
+def test_memory_that_is_used_for_the_first_time_slows_what_fills_it():
+    slow = of(32 * GB, machine=replace(HOST, fresh=0.5 * GB))
+    plain = of(32 * GB)
+    assert slow.warm == plain.warm and slow.prompt == plain.prompt
+    assert slow.seconds_to_open == pytest.approx(plain.dense / (0.5 * GB)) == 4 * plain.seconds_to_open
+    filled, rest = plain.n_ram * SMALL_4.expert, SMALL_4.experts - plain.n_ram * SMALL_4.expert
+    more = 512 * (slow.prompt_cold.seconds - plain.prompt_cold.seconds)
+    assert more == pytest.approx(filled / (0.5 * GB) + rest / HOST.disk - SMALL_4.experts / HOST.disk, rel=0.1)
+    assert slow.cold.tokens_per_s < plain.cold.tokens_per_s
+    assert of(32 * GB, machine=replace(HOST, fresh=9 * GB)).prompt_cold == plain.prompt_cold
+
+
 def test_a_card_takes_its_part_and_the_rest_need_not_lie_in_memory_twice():
     made = of(56 * GB, machine=replace(HOST, card=CARDS["4090"]), vram=CARDS["4090"].vram)
     assert 0.2 < made.n_vram / N_ALL < 0.35 and made.n_disk == max(0, N_ALL - made.n_vram - made.n_ram)
@@ -80,6 +95,24 @@ def test_a_correction_scales_every_time():
     assert twice.warm.tokens_per_s == pytest.approx(2 * made.warm.tokens_per_s)
     assert twice.prompt.tokens_per_s == pytest.approx(made.prompt.tokens_per_s / 2)
     assert twice.warm.terms.limit == made.warm.terms.limit
+
+
+def test_what_a_card_holds_the_host_need_not():
+    """Unless the user has limited it: pages of the file are beyond any --ram."""
+    vram = CARDS["PRO 6000"].vram
+    n_vram = clock.slots(SMALL_4, vram, 32768)
+    short = forecast.Room(4 * GB)
+    assert not forecast.fit(MODEL, short, 131072).fits
+    whole = forecast.fit(MODEL, short, 131072, n_vram)
+    assert n_vram == N_ALL and whole.fits and whole.how == "map" and (whole.n_ram, whole.n_disk) == (0, 0)
+    assert whole.needed == forecast.PROCESS + forecast.DRIVER
+    part = forecast.fit(MODEL, forecast.Room(60 * GB), 32768, 1500)
+    assert forecast.fit(MODEL, forecast.Room(60 * GB), 32768).how == "stream"
+    assert part.how == "map" and part.n_ram == N_ALL - 1500 and part.n_disk == 0 and part.needed < 60 * GB
+    less = forecast.fit(MODEL, forecast.Room(30 * GB), 32768, 1500)
+    assert less.how == "stream" and less.fits and less.n_ram == less.n_ram_full
+    limited = forecast.fit(MODEL, replace(short, limited=True), 131072, n_vram)
+    assert limited.how == "stream" and limited.needed < forecast.fit(MODEL, short, 131072).needed
 
 
 # --- laws
@@ -178,16 +211,6 @@ def test_a_calibration_runs_on_an_excerpt_whose_rows_choose_different_experts(sm
     assert seen == set(range(cut.n_expert))
 
 
-def test_a_disk_is_measured_with_files_that_are_large_enough(tmp_path):
-    path = tmp_path / "large"
-    with open(path, "wb") as file:
-        file.truncate(calibration.SMALLEST_DISK_FILE - 1)
-        assert calibration.disk_rate([path]) is None
-        file.truncate(calibration.SMALLEST_DISK_FILE)
-    found = calibration.disk_rate([path], seconds=0.05)
-    assert found is not None and found.bytes_per_s > 0
-
-
 # --- what is remembered
 def test_rates_are_remembered_and_what_is_damaged_counts_as_not_there(monkeypatch, tmp_path, small):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -195,9 +218,8 @@ def test_rates_are_remembered_and_what_is_damaged_counts_as_not_there(monkeypatc
     key = measured.rates_key(shape, tensors, 0)
     assert key != measured.rates_key(shape, tensors, 3) and measured.rates(key) is None
     measured.keep_rates(key, Rates(2e9, 3e9))
-    measured.keep_rates("disk 1", DiskRate(4e9, True))
-    assert measured.rates(key) == Rates(2e9, 3e9) and measured.disk("disk 1") == DiskRate(4e9, True)
-    rows = [json.dumps({key: {"ram": ram, "flops": 1.0}}) for ram in ("x", float("nan"), -1, None)]
+    assert measured.rates(key) == Rates(2e9, 3e9)
+    rows = [json.dumps({key: {"ram": ram, "flops": 1.0}}) for ram in ("x", float("nan"), -1, None, [1.0], ["x"])]
     for text in ("", "[]", "{", '{"a": 1}', "[" * 10**5, *rows):
         measured.machine_path().write_text(text)
         assert measured.rates(key) is None
@@ -205,16 +227,59 @@ def test_rates_are_remembered_and_what_is_damaged_counts_as_not_there(monkeypatc
         assert measured.rates(key) == Rates(5.0, 6.0)
 
 
-def test_runs_correct_predictions_half_by_half():
+def test_the_median_of_the_last_runs_corrects_predictions():
     key = measured.run_key("some.gguf", "stream")
     assert key != measured.run_key("some.gguf", "map") == measured.run_key("some.gguf", "copy")
-    assert measured.ratios(key) == (1.0, 1.0)
-    measured.learn(key, 4.0, None)
-    assert measured.ratios(key) == (4.0, 1.0)
-    measured.learn(key, 1.0, 0.25)
-    assert measured.ratios(key) == pytest.approx((2.0, 0.25))
-    measured.learn(key, 1000.0, 0.0)
-    assert measured.ratios(key) == pytest.approx((2.0, 0.25))
+    assert measured.ratios(key) == measured.Ratios() and not measured.ratios(key).known
+    for ratio in (4.0, 1000.0, 0.0, 1.0, 1.1):
+        measured.learn(key, "decode", ratio)
+    assert measured.ratios(key) == measured.Ratios(measured.Ratio(1.1, 1.0, 4.0))
+    for ratio in (0.25, *[0.5] * measured.MOST_RATIOS):
+        measured.learn(key, "prefill", ratio)
+    assert measured.ratios(key).prefill == measured.Ratio(0.5, 0.5, 0.5)
+    measured.predictions_path().write_text(json.dumps({key: {"decode": 2.0, "prefill": ["x"]}}))
+    assert measured.ratios(key) == measured.Ratios()
+
+
+@pytest.fixture
+def disk_at(monkeypatch, tmp_path):
+    """The key of a file on a disk; nothing is known of it yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "file").touch()
+    return measured.disk_key(tmp_path / "file")
+
+
+def used(rate, n_bytes=1 << 30, fresh=0):
+    return measured.DiskUse(n_bytes, int(1e9 * n_bytes / rate), fresh)
+
+
+def test_what_runs_get_of_a_disk_corrects_what_was_measured(disk_at, tmp_path):
+    assert measured.disk(disk_at) is None
+    measured.keep_disk(disk_at, Samples((2.0e9, 2.4e9, 2.2e9)))
+    first = measured.disk(disk_at)
+    assert (first.bytes_per_s, first.low, first.high, first.n_runs) == (2.2e9, 2.0e9, 2.4e9, 0)
+    nothing = measured.DiskUse()
+    for rate, wanted in ((1.0e9, 1.6e9), (0.8e9, 1.0e9), (1.2e9, 1.0e9)):  # the third run: no calibration any more
+        measured.learn_disk(disk_at, used(rate), nothing)
+        assert measured.disk(disk_at).bytes_per_s == pytest.approx(wanted)
+    known = measured.disk(disk_at)
+    assert (known.low, known.high, known.n_runs) == pytest.approx((0.8e9, 1.2e9, 3))
+    measured.learn_disk(disk_at, used(9e9, n_bytes=measured.LEAST_READ - 1), nothing)  # says nothing
+    assert measured.disk(disk_at) == known
+    measured.keep_disk(disk_at, Samples((5e9,)))  # runs outlive a new calibration
+    assert measured.disk(disk_at) == known
+    (tmp_path / "other").touch()  # a file on the same disk that nothing is known of
+    assert measured.disk(measured.disk_key(tmp_path / "other")) == known
+
+
+def test_a_run_tells_how_long_memory_takes_that_was_never_used(disk_at):
+    came = measured.DiskUse(3 << 30, int(1e9 * ((2 << 30) / 1e9 + (1 << 30) / 2e9)), 2 << 30)
+    measured.learn_disk(disk_at, measured.DiskUse(), came)  # nothing is known of the disk itself
+    assert measured.disk(disk_at) is None
+    measured.learn_disk(disk_at, used(2e9), came)
+    assert measured.disk(disk_at).fresh == pytest.approx(1e9)
+    measured.learn_disk(disk_at, used(2e9), measured.DiskUse(2 << 30, 1, 2 << 30))  # no slower than the disk
+    assert measured.samples(disk_at).fresh[-1] == pytest.approx(2e9)
 
 
 # --- the command
@@ -225,7 +290,7 @@ def known(monkeypatch, tmp_path, small):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     shape, tensors, gguf = small
     measured.keep_rates(measured.rates_key(shape, tensors, 0), Rates(1e9, 1e10))
-    measured.keep_rates(measured.disk_key(gguf.path), DiskRate(1e8, True))
+    measured.keep_disk(measured.disk_key(gguf.path), Samples(N_SLICES * (1e8,)))
 
 
 def planned(ms4, *arguments):
@@ -263,9 +328,54 @@ def test_a_card_and_a_memory_of_the_tables_are_said_to_be_that(ms4, known):
     assert any("4090" in note for note in got["notes"]) and any("DDR5-6000" in note for note in got["notes"])
 
 
+def test_every_card_and_memory_has_a_source_and_a_date_and_sane_figures():
+    for name, card in cards.cards().items():
+        assert card.source and re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])", card.date), name
+        assert 8 * cards.GIB <= card.vram <= 192 * cards.GIB and 2e11 < card.peak < 1e13, name
+        assert 0.35 * 1e14 < card.flops < 0.35 * 3e15 and 1e10 < card.bus < 1e11, name
+        assert cards.find(name) == (name, card) == cards.find(f"NVIDIA GeForce RTX {name.lower()}".replace(" ", ""))
+    for name, memory in cards.memories().items():
+        assert 2e10 < memory.rate < 3e11 and memory.source and memory.date, name
+    assert len({cards.plain(name) for name in cards.cards()}) == len(cards.cards())
+
+
+@pytest.mark.parametrize(
+    "name, gib, row",
+    [
+        ("NVIDIA GeForce RTX 4090", 23.6, "4090"),
+        ("NVIDIA GeForce RTX 3080", 9.8, "3080"),
+        ("NVIDIA GeForce RTX 3080", 11.8, "3080 12GB"),
+        ("NVIDIA GeForce RTX 5060 Ti", 15.5, "5060 Ti 16GB"),
+        ("NVIDIA RTX 6000 Ada Generation", 47.4, "6000 Ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 95, "PRO 6000"),
+        ("NVIDIA A100-SXM4-80GB", 79, "A100 80GB"),
+        ("NVIDIA H100 80GB HBM3", 79, "H100 SXM"),
+        ("NVIDIA H200", 140, "H200"),
+        ("NVIDIA A10", 22, "A10"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 16, None),
+        ("NVIDIA Graphics Device", 24, None),
+    ],
+)
+def test_the_names_of_drivers_are_found(name, gib, row):
+    found = cards.of_driver(name, gib * cards.GIB)
+    assert found == (row and (row, cards.cards()[row]))
+
+
+def test_names_that_are_near():
+    for name, wanted in (("4091", "4090"), ("4060ti", "4060 Ti 8GB"), ("rtx 5090 ti", "5090"), ("a600", "A6000")):
+        with pytest.raises(cards.UnknownError) as caught:
+            cards.find(name)
+        assert wanted in caught.value.near and len(caught.value.near) <= cards.N_NEAR
+    with pytest.raises(cards.UnknownError) as caught:
+        cards.find("")
+    assert caught.value.near == []
+
+
 def test_earlier_runs_correct_the_plan_and_are_named(ms4, known):
     before = planned(ms4)[1]
-    measured.learn(measured.run_key(str(bravo()), "map"), 3.0, 0.5)
+    key = measured.run_key(str(bravo()), "map")
+    measured.learn(key, "decode", 3.0)
+    measured.learn(key, "prefill", 0.5)
     _, after, _ = planned(ms4)
     assert after["decode"]["warm"]["tokens_per_s"] == pytest.approx(3 * before["decode"]["warm"]["tokens_per_s"])
     assert after["prefill"]["warm"]["tokens_per_s"] == pytest.approx(before["prefill"]["warm"]["tokens_per_s"] / 2)
@@ -307,7 +417,7 @@ def test_a_slow_model_is_announced_by_what_was_measured_and_by_earlier_runs(ms4,
     code, _, err = ms4("run", "-m", bravo(), "-n", "2", "Hi")
     assert code == 0 and "expect about " in err and "tok/s of writing" in err
     assert "expect" not in ms4("run", "-q", "-m", bravo(), "-n", "2", "Hi")[2]
-    measured.learn(measured.run_key(str(bravo()), "map"), 19.0, None)
+    measured.learn(measured.run_key(str(bravo()), "map"), "decode", 19.0)
     assert "expect about" not in ms4("run", "-m", bravo(), "-n", "2", "Hi")[2]
 
 
@@ -317,7 +427,7 @@ def test_statistics_compare_a_run_with_its_prediction_and_the_next_plan_knows(ms
     arguments = ("run", "-m", bravo(), "--greedy", "-n", "40", "--stats", "One two three.")
     code, _, err = ms4(*arguments)
     assert code == 0 and "writing predicted" in err
-    ratio = measured.ratios(key)[0]
+    ratio = measured.ratios(key).decode.usual
     assert ratio != 1.0
     said = "off by" in err
     assert said == (abs(ratio - 1) > measured.FAR)
@@ -341,9 +451,56 @@ def test_statistics_of_experts_on_the_disk_expect_what_was_found_in_memory(ms4, 
     assert code in (0, 3) and 64 <= n_prompt < n_context
     assert in_prompt < found > 0.9  # all have a place, and the prompt has brought most of them
     assert f"writing predicted {written:.1f} tok/s" in err and f"reading predicted {read:.1f} tok/s" in err
-    for name, ratio in zip(("writing", "reading"), measured.ratios(measured.run_key(bravo(), "stream")), strict=True):
+    learnt = measured.ratios(measured.run_key(bravo(), "stream"))
+    for name, ratio in (("writing", learnt.decode.usual), ("reading", learnt.prefill.usual)):
         said = re.search(rf"{name} predicted [\d.]+ tok/s(, off by)?", err)
         assert bool(said[1]) == (abs(ratio - 1) > measured.FAR)
+
+
+@pytest.mark.parametrize("rate, slower", [(1e9, 1.0), (2e9, 0.5)])
+def test_a_slow_disk_is_told_from_a_slow_machine(disk_at, monkeypatch, tmp_path, rate, slower):
+    """The run has a disk of half the rate, or takes twice as long as predicted for another reason."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    path = str(tmp_path / "file")
+    measured.keep_disk(disk_at, Samples((HOST.disk,)))
+    monkeypatch.setattr(
+        expected, "known", lambda model: (MODEL, replace(HOST, disk=measured.disk(disk_at).bytes_per_s))
+    )
+    written, read = forecast.of_run(MODEL, replace(HOST, disk=rate), 512, 600, in_prompt=0.0, found=0.5)
+    counts = {"experts_wanted": 1000, "experts_there": 0, "bytes_disk": 64 << 30, "slot_bytes": 0}
+    before = SimpleNamespace(**counts, ns_disk=int(1e9 * (64 << 30) / rate))
+    now = SimpleNamespace(load="stream", device="cpu", experts_wanted=2000, experts_there=500, bytes_disk=128 << 30,
+                          ns_disk=2 * before.ns_disk, slot_bytes=0)  # fmt: skip
+    model = SimpleNamespace(engine=SimpleNamespace(stats=lambda: now), gguf=SimpleNamespace(path=path))
+    run = Statistics(512, 0, 89, 0, 512 / (slower * read), 88 / (slower * written), 88, 600, 32768)
+    said = expected.note_after(expected.learn(model, run, before))
+    learnt = measured.ratios(measured.run_key(path, "stream"))
+    assert (learnt.decode.usual, learnt.prefill.usual) == pytest.approx((slower, slower))
+    assert measured.disk(disk_at).bytes_per_s == pytest.approx((HOST.disk + rate) / 2)
+    assert said.count("off by") == 2 and said.count("as the disk gave 1000.0 MB/s") == (2 if rate < HOST.disk else 0)
+    model.gguf.path += ".gone"  # a file that was deleted while it was in use
+    assert expected.learn(model, run, before) == []
+    model.gguf.path = path
+    for _ in range(3):  # the next runs are what was expected
+        expected.learn(model, run, before)
+    assert "off by" not in expected.note_after(expected.learn(model, run, before))
+
+
+def test_the_plan_gives_a_range_where_runs_disagree(ms4, known, small):
+    key = measured.disk_key(small[2].path)
+    assert planned(ms4)[1]["machine"]["disk_range"] == [1e8, 1e8]
+    for rate in (0.5e8, 1e8, 2e8):
+        measured.learn_disk(key, used(rate), measured.DiskUse())
+    about = forecast.fit(forecast.Model.of(small[2]), forecast.Room(1 << 40, limited=True), 512)
+    between = about.needed_whole - about.n_experts * about.expert / 2  # room for half of the experts
+    arguments = ("--ram", str(int(between)), "--ctx", "512")
+    got = planned(ms4, *arguments)[1]
+    assert got["load"] == "stream" and got["machine"]["disk_range"] == pytest.approx([0.5e8, 2e8])
+    low, high = got["decode"]["warm"]["range"]
+    assert low < got["decode"]["warm"]["tokens_per_s"] < high
+    assert any("median of what the last 3 runs got" in note for note in got["notes"])
+    out = ms4("plan", bravo(), *arguments)[1]
+    assert f"({low:.2f} to {high:.2f})" in out and "disk 100.0 MB/s (50.0 MB/s to 200.0 MB/s)" in out
 
 
 def test_nothing_is_expected_of_a_machine_that_was_not_measured(ms4, monkeypatch, tmp_path):

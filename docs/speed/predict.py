@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ms4.models import clock, routing
-from ms4.models.clock import GB, GIB, LLAMA_CPP, MS4, SMALL_4, US, Card, Machine, Sizes, Terms
+from ms4.models.cards import GIB, Card
+from ms4.models.clock import GB, LLAMA_CPP, MS4, SMALL_4, US, Machine, Sizes, Terms
 from ms4.models.replay import NAMES, Outcome, Room, predict, replay
 from ms4.models.routing import SKEWS, Trace, synthetic
 
