@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict, dataclass
 
 import ms4
-from ms4.cli import errors, host, streams
+from ms4.cli import card, errors, host, streams
 
 MARKS = {"ok": "ok", "warning": "! ", "bad": "x "}
 GIB = 1 << 30
@@ -82,6 +82,7 @@ def check_gpu() -> Check:
     text += gib(gpu.total)
     link = host.link(gpu.bus)
     text += f"; PCIe: {link.speed} x{link.width}" if link else ""
+    text += card.remembered(gpu)
     if not ms4.has_gpu_code():
         from ms4.models import gpu_code
 

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 import ms4
-from ms4.cli import errors, expected, options, render, state
+from ms4.cli import card, errors, expected, options, render, state
 from ms4.cli.errors import INTERRUPTED, UsageError
 from ms4.cli.options import N_CTX_DEFAULT, EngineOptions
 from ms4.cli.render import StatusLine
@@ -72,6 +72,7 @@ def warm(model: "Model") -> None:
     def keep() -> None:
         if uses := model.engine.uses():  # none, if the GPU has been left
             state.keep(path, uses)
+            card.keep(model.engine.stats())
 
     model.at_close = keep
 
@@ -84,7 +85,7 @@ def name_notes(model: "Model") -> None:
     kernels = f"{stats.isa} kernels, {stats.n_threads} threads"
     errors.note(f"{model.gguf.path[-80:]}: weights {LOADED[stats.load]}; {kernels}")
     if stats.device != "cpu":
-        errors.note(render.gpu(stats))
+        errors.note(card.line(stats))
 
 
 def open_model(engine: EngineOptions, status: StatusLine, n_batch: int = 0, n_tokens: int = expected.SHORT) -> "Model":

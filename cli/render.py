@@ -155,17 +155,6 @@ def from_disk(now: "ms4.Stats", before: "ms4.Stats | None" = None) -> str:
     return f" · experts {share} in memory, {gigabytes(n_bytes)} from the disk, waited {ns / 1e9:.1f} s"
 
 
-def gpu(s: "ms4.Stats") -> str:
-    """What lies on the GPU, how much of the experts' work it did, and what was brought to it meanwhile."""
-    text = f"GPU {gigabytes(s.vram_bytes)}, {s.vram_experts} of {s.experts} experts"
-    if s.experts_used:
-        text += f" with {100 * s.pairs_on_gpu / s.experts_used:.0f} % of their work"
-    if s.vram_slots < s.experts:
-        text += f" · {s.uploads} brought ({gigabytes(s.bytes_uploaded)})"
-    text += f" · {gigabytes(s.pinned_bytes)} pinned"
-    return f"{text}, {gigabytes(s.unpinned_bytes)} refused" if s.unpinned_bytes else text
-
-
 class Screen:
     """Text for a person: thoughts dimmed, newlines at the end held back until more text follows.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import ms4
-from ms4.cli import errors, expected, image_notes, loading, remembered, render, streams, writers
+from ms4.cli import card, errors, expected, image_notes, loading, remembered, render, streams, writers
 from ms4.cli.asked import Asked, ask
 from ms4.cli.attachments import Sources
 from ms4.cli.errors import IncompleteError, UsageError
@@ -299,7 +299,7 @@ class Job:
             disk = render.from_disk(stats) + expected.note_after(compared)
             errors.note(render.statistics(done.statistics, self.images.seconds) + disk)
             if stats.device != "cpu":
-                errors.note(render.gpu(stats))
+                errors.note(card.line(stats))
         return code
 
     def record(self, asked: Asked, tokenizer: "Tokenizer", answer: "Answer", pieces: remembered.Pieces) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import accumulate
 from types import TracebackType
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._core import ffi, lib
 from .facts import Allowance, Gpu, Limits, Machine, Stats
+from .shapes import Shape, Tensor, VisionShape
 
 if TYPE_CHECKING:  # at run time only where arrays are made: `ms4 --version` starts without it
     import numpy as np
@@ -71,65 +72,6 @@ class NotFinite(EngineError):
 
 class DeviceError(EngineError):
     """There is no GPU that can be used, or it failed."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Hyperparameters as the engine takes them; SPEC 1.2 and 1.3 give their meaning."""
-
-    n_layer: int
-    n_dense_layer: int
-    n_vocab: int
-    n_ctx_train: int
-    d_model: int
-    d_dense: int
-    d_expert: int
-    d_shared: int
-    n_head: int
-    d_nope: int
-    d_rope: int
-    d_value: int
-    q_rank: int
-    kv_rank: int
-    n_expert: int
-    n_expert_used: int
-    norm_eps: float
-    router_scale: float
-    router_norm: bool
-    attn_scale: float
-    temp_beta: float
-    temp_length: int
-    rope_freq: tuple[float, ...]  # d_rope / 2 inverse frequencies, YaRN applied
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor: `role` is a key of ROLES, `dims` are (columns, rows, experts or heads)."""
-
-    role: str
-    layer: int
-    type: int
-    file: int
-    offset: int
-    bytes: int
-    dims: tuple[int, int, int]
-    scales: np.ndarray | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True)
-class VisionShape:
-    """A vision tower with its projector; SPEC 3.1.  gelu: the tower's activation is GELU, not SiLU."""
-
-    n_layer: int
-    d_model: int
-    d_ffn: int
-    n_head: int
-    patch_size: int
-    merge: int
-    d_out: int
-    gelu: bool
-    eps: float
-    rope_theta: float
 
 
 def check(status: int) -> None:
@@ -408,6 +350,10 @@ class Engine:
         """For the tests: bytes of memory for experts that stay on the disk, at least one expert; 0: what fits."""
         check(lib.ms4_engine_slots(self._live(), n_bytes))
 
+    def fix_rates(self, bus: float = 0, stream_from: int = 0) -> None:
+        """For the tests: these rates of a GPU instead of what is measured; 0: as measured."""
+        check(lib.ms4_engine_rates(self._live(), bus, stream_from))
+
     def session(self, n_ctx: int) -> Session:
         """A new, empty line of at most n_ctx tokens."""
         out = ffi.new("ms4_session **")
@@ -437,6 +383,13 @@ class Engine:
     @property
     def on_gpu(self) -> bool:
         return self.stats().device != "cpu"
+
+    @property
+    def note(self) -> str:
+        """That of `stats`, for who looks at it after each step."""
+        s = ffi.new("ms4_stats *")
+        lib.ms4_engine_stats(self._live(), s)
+        return ffi.string(s.note).decode("utf-8", "replace")
 
     def leave_gpu(self, why: str) -> None:
         """After a failure of the GPU: the CPU computes everything from now on; the note of `stats` says so, and why.

@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define N_BATCH 2048                                          /* tokens of a step, unless somebody says it */
+
 /* What kernels and buffers take for granted. */
 static int check_shape(const ms4_shape *s) {
     const int32_t positive[] = { s->n_layer, s->n_vocab, s->n_ctx_train, s->d_model, s->n_head, s->d_nope, s->d_rope,
@@ -56,6 +58,23 @@ static int open_slots(ms4_engine *e, slots **out) {
             1e-9 * (double)e->budget.most, 1e-9 * (double)used, 1e-9 * (double)least);
     return slots_open(&e->shape, e->weights.layers, e->files, budget_room(&e->budget), out);
 }
+static const char UNPINNED[] = "%.1f MB of memory could not be pinned for the GPU, so copies are slower; ulimit -l "
+                               "raises the limit";
+/* What of the card is not as it might be. */
+static void note_card(ms4_engine *e, const ms4_options *o) {
+    char part[3][192] = { "" };
+    if (e->stats.vram_slots < e->stats.experts)
+        snprintf(part[0], sizeof part[0], "%llu of %llu experts fit on the GPU; the CPU computes the others",
+                 (unsigned long long)e->stats.vram_slots, (unsigned long long)e->stats.experts);
+    if (!o->n_batch && e->n_batch < N_BATCH)
+        snprintf(part[1], sizeof part[1], "prompts are read %d tokens at a time, for want of its memory", e->n_batch);
+    e->said_unpinned = e->stats.unpinned_bytes > 0;
+    if (e->said_unpinned) snprintf(part[2], sizeof part[2], UNPINNED, 1e-6 * (double)e->stats.unpinned_bytes);
+    for (int i = 0; i < 3; i++) {
+        const size_t said = strlen(e->note);
+        if (part[i][0]) snprintf(e->note + said, sizeof e->note - said, "%s%s", said ? "; " : "", part[i]);
+    }
+}
 /* A card, if one was asked for; with AUTO the CPU where there is none, and with a reason where it cannot do it. */
 static int open_home(ms4_engine *e, const ms4_options *o, slots *from_disk) {
     ms4_gpu found;
@@ -71,14 +90,7 @@ static int open_home(ms4_engine *e, const ms4_options *o, slots *from_disk) {
     e->home = e->card->device;
     e->at_home = &e->card->weights.text;
     card_count(e->card, &e->stats);
-    if (e->stats.vram_experts < e->stats.experts)
-        snprintf(e->note, sizeof e->note, "%llu of %llu experts fit on the GPU; the CPU computes the others",
-                 (unsigned long long)e->stats.vram_slots, (unsigned long long)e->stats.experts);
-    const size_t said = strlen(e->note);
-    if (e->stats.unpinned_bytes)
-        snprintf(e->note + said, sizeof e->note - said, "%s%.1f MB of memory could not be pinned for the GPU, so "
-                 "copies are slower; ulimit -l raises the limit", said ? "; " : "",
-                 1e-6 * (double)e->stats.unpinned_bytes);
+    note_card(e, o);
     return MS4_OK;
 }
 static int open_parts(ms4_engine *e, const ms4_tensor *tensors, size_t n_tensors, const char *const *paths,
@@ -91,7 +103,7 @@ static int open_parts(ms4_engine *e, const ms4_tensor *tensors, size_t n_tensors
     FAIL_IF(o->device < MS4_DEVICE_CPU || o->device > MS4_DEVICE_CUDA_SAFE, MS4_EARG, "device %d", o->device);
     FAIL_IF(o->n_batch < 0 || o->n_batch > 1 << 16, MS4_EARG, "batch of %d tokens: 1 to 65536", o->n_batch);
     TRY(cpu_ops_here(&e->ops));
-    e->n_batch = o->n_batch ? o->n_batch : 2048;
+    e->n_batch = o->n_batch ? o->n_batch : N_BATCH;
     TRY(pool_open(o->n_threads ? o->n_threads : allowance_threads(), &e->pool));
     TRY(open_files(e, tensors, n_tensors, paths, n_paths, o));
     TRY(text_weights_open(&e->weights, &e->shape, tensors, n_tensors, e->files, e->ops));
@@ -176,6 +188,14 @@ void engine_say(ms4_engine *e, const char *why, const char *then) {
     snprintf(e->later, sizeof e->later, "%.*s; %s", (int)strcspn(why, ";"), why, then);       /* not what to type */
     pthread_mutex_unlock(&e->counting);
 }
+void engine_say_unpinned(ms4_engine *e) {
+    pthread_mutex_lock(&e->counting);
+    if (e->stats.unpinned_bytes && !e->said_unpinned) {
+        snprintf(e->later, sizeof e->later, UNPINNED, 1e-6 * (double)e->stats.unpinned_bytes);
+        e->said_unpinned = 1;
+    }
+    pthread_mutex_unlock(&e->counting);
+}
 static int leave_gpu(ms4_engine *e, const char *why) {
     device *cpu = e->other;
     FAIL_IF(!e->card, MS4_EARG, "there is no GPU in use");
@@ -222,6 +242,16 @@ int ms4_engine_slots(ms4_engine *e, uint64_t bytes) {
     }
     turn_give(&e->turn);
     FAIL_IF(!s, MS4_EARG, "no expert stays on the disk");
+    return MS4_OK;
+}
+int ms4_engine_rates(ms4_engine *e, double bus, int32_t stream_from) {
+    FAIL_IF(!(bus >= 0) || stream_from < 0, MS4_EARG, "a bus of %g bytes per second, experts from %d rows on", bus,
+            stream_from);
+    turn_take(&e->turn);
+    const int on_card = e->card && e->card->slots;
+    if (on_card) policy_fix(vram_policy(e->card->slots), bus, stream_from);
+    turn_give(&e->turn);
+    FAIL_IF(!on_card, MS4_EARG, "no GPU computes experts");
     return MS4_OK;
 }
 size_t ms4_engine_uses(ms4_engine *e, uint8_t *out, size_t room) {

@@ -26,6 +26,7 @@ struct ms4_engine {
     const text_weights *at_home;                              /* the weights where the home device has them */
     device *home, *other;                                     /* other: the CPU beside a card, or a second one */
     char note[512], later[512];                               /* for people, ms4_stats: at opening; since then */
+    int32_t said_unpinned;                                    /* in one of them */
     experts *experts;
     kv_store *kv;
     budget budget;                                            /* of memory, where experts stay on the disk */
@@ -45,5 +46,6 @@ struct ms4_session {
 };
 void step_room_close(step_room *room);                        /* step.c */
 void engine_say(ms4_engine *e, const char *why, const char *then);            /* engine.c: the note of ms4_stats now */
+void engine_say_unpinned(ms4_engine *e);                      /* the same, if there is such memory and nobody said so */
 void engine_count_slots(ms4_engine *e, ms4_stats *c);         /* engine.c: with `counting` locked */
 #endif

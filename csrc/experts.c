@@ -7,9 +7,6 @@
 /* From this share of a layer's experts on the step is one of many tokens, and the next layer will want nearly all of
  * its own: they are read while this layer is computed. */
 #define AHEAD_FROM 0.75
-/* Rows from which an expert that is not on the card is brought there for this layer alone, and computed there: the CPU
- * takes longer for so many than the bus does for its weights. */
-#define STREAM_FROM 32
 
 struct experts {
     const layer_weights *layers;
@@ -25,7 +22,9 @@ struct experts {
     const picks *picks;                                        /* of the layer that is computed */
     const atomic_int *stop;
     experts_counts counts;
+    double ns_step, ns_cpu;                                    /* of the last step; of the CPU for experts in it */
     int32_t n_layer, n_expert, n_devices, layer;
+    int32_t stream_from;                                       /* rows: policy_stream_from for this layer */
 };
 
 /* Of a slot: none, if the expert lies on the card. */
@@ -100,7 +99,7 @@ static int32_t locate(const experts *store, int32_t expert, ffn_group *g) {
         store->place ? store->place[(size_t)store->layer * (size_t)store->n_expert + (size_t)expert] : 0;
     if (!store->on_card) return at;
     if (!at && vram_find(store->on_card, store->layer, expert, &g->w)) return 0;
-    g->away = !store->place && !store->slots && g->n >= STREAM_FROM;
+    g->away = !store->place && !store->slots && g->n >= store->stream_from;
     return !g->away;
 }
 /* Puts an expert into the share of who computes it, and among those that the disk has to bring. */
@@ -142,6 +141,7 @@ int experts_take(experts *store, int32_t layer, const picks *p, ffn_share shares
     int32_t n_wanted = 0;
     store->layer = layer;
     store->picks = p;
+    if (store->on_card) store->stream_from = vram_stream_from(store->on_card);
     for (int32_t i = 0; i < store->n_devices; i++)
         all[i] = (ffn_share){ .on = store->devices[i], .groups = store->groups[i], .n = p->n };
     for (int32_t i = 0; i < p->n_used; i++) share_out(store, p, p->used[i], all, &n_wanted);
@@ -214,7 +214,21 @@ void experts_off_card(experts *store, device *home) {
     memory_give(store->place);
     store->place = NULL;
 }
-int experts_turn(experts *store) { return store->on_card ? vram_turn(store->on_card) : MS4_OK; }
+int experts_turn(experts *store) {
+    const double ns_step = store->ns_step, ns_cpu = store->ns_cpu;
+    store->ns_step = store->ns_cpu = 0;
+    return store->on_card ? vram_turn(store->on_card, ns_step, ns_cpu) : MS4_OK;
+}
+/* The time of a device that works on after it has answered says nothing. */
+void experts_took(experts *store, const ffn_share *part, int64_t ns) {
+    const double of_one = (double)store->layers[store->layer].bytes_per_expert;
+    double rows = 0;
+    if (!store->on_card || part->on == store->devices[0] || !part->n_groups) return;
+    for (const ffn_group *g = part->groups; g < part->groups + part->n_groups; g++) rows += g->n;
+    policy_saw_cpu(vram_policy(store->on_card), of_one * part->n_groups, of_one * rows, (double)ns);
+    store->ns_cpu += (double)ns;
+}
+void experts_end(experts *store, int64_t ns) { store->ns_step = (double)ns; }
 int experts_in_parts(const experts *store) { return store->n_devices > 1 || store->slots; }
 experts_counts experts_count(experts *store) {
     const experts_counts counts = store->counts;

@@ -43,6 +43,9 @@ policy *experts_policy(experts *store);                                /* what w
 int experts_on_card(experts *store, vram *on_card, device *other);
 void experts_off_card(experts *store, device *home);                   /* there is no card any more */
 int experts_turn(experts *store);                                      /* between two steps: experts may move now */
+/* For the policy: how long a device took for a part, and, once it has ended well, a step. */
+void experts_took(experts *store, const ffn_share *part, int64_t ns);
+void experts_end(experts *store, int64_t ns);
 /* Since the last call: (token, expert) pairs computed, and those of them on the card; bytes of the experts that were
  * needed, each once a step, those of them that lay on the card, and those brought there for one layer. */
 typedef struct { uint64_t pairs, on_card, bytes, bytes_on_card, bytes_streamed; } experts_counts;

@@ -82,6 +82,12 @@ class Stats:
     pinned_bytes: int  # of host memory for copies to the GPU
     unpinned_bytes: int  # of it that the system would not pin
     bytes_on_gpu: int  # of bytes_prefill and bytes_decode, what the GPU read in its own memory
+    evictions: int  # experts that lost their place there to another
+    uploads_failed: int  # experts that could not be brought
+    slots_given_up: int  # places for experts there, for want of memory
+    bytes_allowed: int  # of uploads beside the last step
+    bus_bytes_per_s: float  # as uploads have gone so far; 0: none has
+    stream_from: int  # rows of a step from which an expert without a place is brought for its layer
 
 
 @dataclass(frozen=True)

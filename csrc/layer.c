@@ -3,6 +3,7 @@
  * What is computed stands here, for one token and for many, for every device; how, is theirs.
  */
 #include "layer.h"
+#include "clock.h"
 #include "error.h"
 #include <string.h>
 
@@ -50,7 +51,9 @@ static int run_share(device *d, experts *store, const picks *p, ffn_share *share
         ffn_share part;
         TRY(experts_ready(store, share, &part));
         if (!ffn_share_has(&part)) return MS4_OK;
+        const int64_t start = now_ns();
         TRY(DO(part.on, ffn, &part, p));
+        experts_took(store, &part, now_ns() - start);
         if (part.on != d) TRY(DO(d, fetch, part.on, &part));
     }
 }

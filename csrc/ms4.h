@@ -169,6 +169,11 @@ typedef struct {
     uint64_t bytes_streamed;     /* of experts brought for one layer of a prompt */
     uint64_t pinned_bytes, unpinned_bytes;  /* of host memory for copies to it; that the system would not pin */
     uint64_t bytes_on_gpu;       /* of bytes_prefill and bytes_decode, what the GPU read in its own memory */
+    uint64_t evictions;          /* experts that lost their place there to another */
+    uint64_t uploads_failed, slots_given_up;     /* not brought for want of something; places, for want of memory */
+    uint64_t bytes_allowed;      /* that might be brought beside the running step, or the last one */
+    double bus_bytes_per_s;      /* as uploads have gone so far; 0: none has */
+    int32_t stream_from;         /* rows of a step from which an expert without a place is brought for its layer */
 } ms4_stats;
 void ms4_engine_stats(ms4_engine *engine, ms4_stats *out);
 
@@ -281,6 +286,9 @@ int ms4_sample(const float *logits, size_t n_rows, int32_t n_vocab, const ms4_sa
 int ms4_engine_place(ms4_engine *engine, const uint8_t *place);
 /* Bytes of memory for experts that stay on the disk, whatever else is used; 0: as many as fit, as before. */
 int ms4_engine_slots(ms4_engine *engine, uint64_t bytes);
+/* Bytes per second of the bus to the GPU, and rows from which experts are brought for a layer, in place of what is
+ * measured; 0: as measured. */
+int ms4_engine_rates(ms4_engine *engine, double bus, int32_t stream_from);
 struct ms4_ops;
 const struct ms4_ops *ms4_ops_for(const char *isa);              /* NULL: this machine cannot run it */
 /* cffi:end */

@@ -298,6 +298,7 @@ static int compute(run *r) {
     r->st.n_spans = r->st.n = r->st.n_out = 0;
     experts_count(r->e->experts);
     TRY(experts_on_card(r->e->experts, r->e->card->slots, r->e->other));
+    engine_say(r->e, "the GPU has no memory left", "experts gave up places there, and the CPU computes more of them");
     return compute_once(r);
 }
 /* All spans in one turn.  What a span that failed has left behind in its cache is cut off. */
@@ -312,7 +313,10 @@ static int take_turn(ms4_engine *e, run *r) {
     }
     for (int32_t i = 0; i < r->st.n_spans; i++) canceled &= r->part[i]->status == MS4_ECANCELED;
     if (!status && r->st.n_spans && !canceled) {
-        count(r, now_ns() - start, r->st.n_out);
+        const int64_t ns = now_ns() - start;
+        count(r, ns, r->st.n_out);
+        experts_end(e->experts, ns);
+        if (e->card) engine_say_unpinned(e);
         if (e->watch.call) e->watch.call(-1, 0, NULL, e->watch.user);
     } else experts_count(e->experts);                         /* of no use to anybody */
     return status;

@@ -200,10 +200,12 @@ class Scheduler:
             if self._closed:
                 return False
             plan = self._plan()
-        begun = time.perf_counter()
+        note, begun = self.engine.note, time.perf_counter()
         results = self._step([span for _, span in plan])
         seconds = time.perf_counter() - begun
-        if self._gpu_failed(results):
+        failed = self._gpu_failed(results)
+        self._tell(note)
+        if failed:
             return True
         for (running, span), result in zip(plan, results, strict=True):
             self._settle(running, span, result, seconds)
@@ -233,10 +235,15 @@ class Scheduler:
                 self.engine.leave_gpu(str(errors[0]))
             except Exception:  # no memory for it, or somebody else's sessions: the GPU's failure is the better reason
                 return False
-            note = Note(self.engine.stats().note)
-            for running in self._running:
-                running.send(note)
         return True
+
+    def _tell(self, before: str) -> None:
+        """Tells whoever is under way what the engine has had to do without in this step."""
+        note = self.engine.note
+        if note != before:
+            with self._lock:
+                for running in self._running:
+                    running.send(Note(note))
 
     def _plan(self) -> list[tuple[Running, Span]]:
         """Who takes part in the next step, with what."""

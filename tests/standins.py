@@ -157,8 +157,12 @@ class ScriptedEngine:
         self.on_gpu = False
         self.left.append(why)
 
+    @property
+    def note(self):
+        return "; ".join(self.left)
+
     def stats(self):
-        return SimpleNamespace(note="; ".join(self.left))
+        return SimpleNamespace(note=self.note)
 
     def step(self, spans):
         self.steps.append(list(spans))

@@ -37,6 +37,7 @@ static void close_device(device *base) {
     gpu_settle(d->g);                                         /* not gpu_wait: who closes need not hold the turn */
     for (size_t i = 0; i < sizeof rooms / sizeof *rooms; i++) gpu_drop(d->g, rooms[i]);
     for (int i = 0; i < 2; i++) {
+        gpu_event_close(d->g, d->begun[i]);
         gpu_event_close(d->g, d->arrived[i]);
         gpu_event_close(d->g, d->used[i]);
     }

@@ -44,7 +44,8 @@ typedef struct {
     gpu_buffer gate, up, hidden, pairs;                       /* feed-forward: by job; results by pair */
     gpu_buffer logits, kept, rope;                            /* rope: the tower's */
     gpu_buffer streamed;                                      /* two experts that do not stay */
-    CUevent arrived[2], used[2];                              /* of each: it is there; it may be overwritten */
+    CUevent begun[2], arrived[2], used[2];                    /* of each: on its way; there; it may be overwritten */
+    size_t streamed_bytes[2];                                 /* of each, whose time has not been taken yet; 0: none */
     const float *rope_of;                                     /* the host's table that `rope` is a copy of */
     gpu_buffer routing;                                       /* a copy of pairs_here, for many pairs */
     gpu_pinned_room chosen;                                   /* the ids that the router chose, then pairs_here */

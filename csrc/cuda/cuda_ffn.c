@@ -160,15 +160,27 @@ static int stream_one(cuda_device *d, const ffn_group *g, float *pairs, uint8_t 
     ffn_weights w = g->w;
     matrix *parts[] = { &w.gate, &w.up, &w.down };
     if (again) TRY(gpu_hold(d->g, d->used[at]));
+    TRY(gpu_brought(d->g, d->begun[at]));
     for (int i = 0; i < 3; to += aligned(parts[i]), i++) {
         TRY(gpu_bring(d->g, to, parts[i]->data, (size_t)matrix_bytes(parts[i])));
         parts[i]->data = to;
     }
     TRY(gpu_brought(d->g, d->arrived[at]));
+    d->streamed_bytes[at] = group_bytes(g);
     TRY(gpu_await(d->g, d->arrived[at]));
     ffn_job job = job_of(d, g, &w, pairs);
     TRY(run_jobs(d, &job, 1));
     return gpu_worked(d->g, d->used[at]);
+}
+/* How long the last ones took, once they are there: all work of the layer before has been waited for. */
+static int time_streamed(cuda_device *d) {
+    for (int i = 0; i < 2; i++) {
+        int over = 0;
+        if (d->streamed_bytes[i]) TRY(gpu_is_over(d->g, d->arrived[i], &over));
+        if (over) TRY(gpu_time(d->g, d->begun[i], d->arrived[i], d->streamed_bytes[i]));
+        if (over) d->streamed_bytes[i] = 0;
+    }
+    return MS4_OK;
 }
 static int stream(cuda_device *d, const ffn_share *share, float *pairs) {
     size_t bytes = 0;
@@ -176,10 +188,12 @@ static int stream(cuda_device *d, const ffn_share *share, float *pairs) {
     for (const ffn_group *g = share->groups; g < share->groups + share->n_groups; g++)
         if (g->away && group_bytes(g) > bytes) bytes = group_bytes(g);
     if (!bytes) return MS4_OK;
-    for (int i = 0; i < 2 && !d->arrived[i]; i++) {
-        TRY(gpu_event(d->g, &d->arrived[i]));
+    for (int i = 0; i < 2 && !d->used[i]; i++) {
+        TRY(gpu_clock(d->g, &d->begun[i]));
+        TRY(gpu_clock(d->g, &d->arrived[i]));
         TRY(gpu_event(d->g, &d->used[i]));
     }
+    TRY(time_streamed(d));
     TRY(gpu_need(d->g, &d->streamed, 2 * bytes));
     TRY(gpu_worked(d->g, d->used[0]));                        /* and the second place, as all work is in one order */
     TRY(gpu_hold(d->g, d->used[0]));

@@ -19,7 +19,7 @@ typedef struct CUevent_st *CUevent;
 
 enum { CUDA_SUCCESS = 0, CUDA_ERROR_OUT_OF_MEMORY = 2, CUDA_ERROR_NO_DEVICE = 100, CUDA_ERROR_NOT_READY = 600 };
 enum { CU_MEMHOSTALLOC_PORTABLE = 1, CU_MEMHOSTALLOC_DEVICEMAP = 2, CU_STREAM_NON_BLOCKING = 1,
-       CU_EVENT_DISABLE_TIMING = 2, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
+       CU_EVENT_DISABLE_TIMING = 2, CU_EVENT_DEFAULT = 0, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
        CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16, CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING = 41,
        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76 };
 
@@ -57,6 +57,7 @@ enum { CU_MEMHOSTALLOC_PORTABLE = 1, CU_MEMHOSTALLOC_DEVICEMAP = 2, CU_STREAM_NO
     X(cuEventDestroy, cuEventDestroy_v2, (CUevent)) \
     X(cuEventRecord, cuEventRecord, (CUevent, CUstream)) \
     X(cuEventQuery, cuEventQuery, (CUevent)) \
+    X(cuEventElapsedTime, cuEventElapsedTime, (float *, CUevent, CUevent)) \
     X(cuLaunchKernel, cuLaunchKernel, (CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, \
                                        unsigned, CUstream, void **, void **))
 

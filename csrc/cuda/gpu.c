@@ -33,9 +33,10 @@ struct gpu {
     int32_t n_chunks, safe;
     atomic_int lost;
     pthread_mutex_t bringing;                                 /* of `aside` */
-    pthread_mutex_t lock;                                     /* of the next three lines */
+    pthread_mutex_t lock;                                     /* of the next four lines */
     char why[256];                                            /* it was lost */
     uint64_t used, most, wanted, refused;                     /* wanted: that there was no room for */
+    double timed_bytes, timed_ns;
     host_piece pieces[MOST_PIECES];
     int64_t patience;                                         /* ns */
     loaded kernels[N_KERNELS];
@@ -307,6 +308,7 @@ int gpu_bring(gpu *g, void *to, const void *from, size_t bytes) {
     return status;
 }
 int gpu_event(gpu *g, CUevent *out) { return GPU(g, cuEventCreate, out, CU_EVENT_DISABLE_TIMING); }
+int gpu_clock(gpu *g, CUevent *out) { return GPU(g, cuEventCreate, out, CU_EVENT_DEFAULT); }
 void gpu_event_close(gpu *g, CUevent event) {
     if (event && !g->lost) cuda.cuEventDestroy(event);
 }
@@ -318,6 +320,22 @@ int gpu_is_over(gpu *g, CUevent event, int *over) {
     CUresult result = cuda.cuEventQuery(event);
     *over = result == CUDA_SUCCESS;
     return result == CUDA_ERROR_NOT_READY ? MS4_OK : gpu_check(g, "cuEventQuery", result);
+}
+int gpu_time(gpu *g, CUevent from, CUevent to, size_t bytes) {
+    float ms = 0;
+    TRY(GPU(g, cuEventElapsedTime, &ms, from, to));
+    pthread_mutex_lock(&g->lock);
+    g->timed_bytes += (double)bytes;
+    g->timed_ns += 1e6 * (double)ms;
+    pthread_mutex_unlock(&g->lock);
+    return MS4_OK;
+}
+void gpu_timed(gpu *g, double *bytes, double *ns) {
+    pthread_mutex_lock(&g->lock);
+    *bytes = g->timed_bytes;
+    *ns = g->timed_ns;
+    g->timed_bytes = g->timed_ns = 0;
+    pthread_mutex_unlock(&g->lock);
 }
 /* --- work ------------------------------------------------------------------------------------------------------ */
 static const struct { const char *name; int32_t threads; } rows[] = {

@@ -78,10 +78,14 @@ int gpu_products(gpu *g, const gpu_product *products, int32_t n);
 /* --- the second stream: experts on their way; gpu_bring and gpu_brought may be called beside the work */
 int gpu_bring(gpu *g, void *to, const void *from, size_t bytes);
 int gpu_event(gpu *g, CUevent *out);
+int gpu_clock(gpu *g, CUevent *out);                          /* an event that knows when it was over */
 int gpu_brought(gpu *g, CUevent event);                       /* recorded behind all that gpu_bring has begun */
 int gpu_await(gpu *g, CUevent event);                         /* work that comes after waits for it, on the card */
 int gpu_worked(gpu *g, CUevent event);                        /* recorded behind all work */
 int gpu_hold(gpu *g, CUevent event);                          /* what is brought after waits for it */
 int gpu_is_over(gpu *g, CUevent event, int *over);
+/* Between two clocks, both over, so many bytes came to the card; *bytes, *ns: of all that since the last call. */
+int gpu_time(gpu *g, CUevent from, CUevent to, size_t bytes);
+void gpu_timed(gpu *g, double *bytes, double *ns);
 void gpu_event_close(gpu *g, CUevent event);
 #endif

@@ -1,22 +1,19 @@
-/* vram.c -- pools of slots, what lies in them, and the thread that brings what is to lie there. */
+/* vram.c -- pools of slots, what lies in them, and who is sent for. */
 #include "cuda/vram.h"
+#include "cuda/errands.h"
 #include "memory.h"
 #include "policy.h"
-#include <pthread.h>
 #include <string.h>
 #include <time.h>
 
 #define ALIGNED 256
-#define ON_THE_WAY 2                                          /* experts sent for together: the bus sets the pace */
-
 #define PIECES 8                                              /* of a pool, about: what can be given up at once */
 #define MOST_PIECES (4 * PIECES * POLICY_POOLS)
 #define GIVEN_UP (-1)                                         /* as a pool: of a slot that is no more */
 
-typedef struct { uint8_t *at; int32_t id, pool; } place;      /* id: layer * n_expert + expert; -1: it holds nothing */
+/* id: layer * n_expert + expert; -1: it holds nothing; coming: somebody is on the way to it. */
+typedef struct { uint8_t *at; int32_t id, pool, coming; } place;
 typedef struct { uint8_t *memory; size_t bytes; int32_t first, n; } piece;    /* slots first .. first + n - 1 */
-typedef enum { FREE, ASKED, SENT, FAILED } stage;
-typedef struct { ffn_weights from; CUevent done; int32_t slot, id; stage at; } errand;
 
 struct vram {
     gpu *g;
@@ -32,12 +29,8 @@ struct vram {
     int32_t in_pool[POLICY_POOLS];                            /* slots */
     uint64_t of_pool[POLICY_POOLS];                           /* bytes of an expert */
     int32_t n_layer, n_expert, n_slots, n_given_up, n_pools, n_pieces, n_held, n_experts;
-    uint64_t n_brought, bytes_brought;
-    pthread_t thread;
-    pthread_mutex_t lock;                                     /* of the errands' stages, and of `ends` */
-    pthread_cond_t asked;
-    errand errands[ON_THE_WAY];
-    int32_t ends, has_thread;
+    uint64_t n_brought, bytes_brought, n_evicted, n_failed, allowed;
+    errands *errands;                                         /* NULL: nothing moves */
 };
 static size_t up_to(size_t n) { return (n + ALIGNED - 1) / ALIGNED * ALIGNED; }
 static size_t expert_bytes(const ffn_weights *f) {
@@ -90,76 +83,36 @@ void vram_count(const vram *v, ms4_stats *out) {
     out->vram_experts = (uint64_t)v->n_held;
     out->uploads = v->n_brought;
     out->bytes_uploaded = v->bytes_brought;
+    out->evictions = v->n_evicted;
+    out->uploads_failed = v->n_failed;
+    out->slots_given_up = (uint64_t)v->n_given_up;
+    out->bytes_allowed = v->allowed;
+    out->bus_bytes_per_s = policy_bus(v->counts);
+    out->stream_from = policy_stream_from(v->counts);
 }
 /* --- on their way ------------------------------------------------------------------------------------------------- */
-static int send(vram *v, errand *e) {
-    const matrix *from[] = { &e->from.gate, &e->from.up, &e->from.down };
-    ffn_weights to = e->from;
-    TRY(gpu_enter(v->g));
-    in_slot(&v->slots[e->slot], &to);
-    const matrix *into[] = { &to.gate, &to.up, &to.down };
-    for (int i = 0; i < 3; i++)
-        TRY(gpu_bring(v->g, (void *)(uintptr_t)into[i]->data, from[i]->data, (size_t)matrix_bytes(from[i])));
-    return gpu_brought(v->g, e->done);
-}
-static errand *next_asked(vram *v) {
-    for (errand *e = v->errands; e < v->errands + ON_THE_WAY; e++)
-        if (e->at == ASKED) return e;
-    return NULL;
-}
-static void *run_errands(void *context) {
-    vram *v = context;
-    pthread_mutex_lock(&v->lock);
-    while (!v->ends) {
-        errand *e = next_asked(v);
-        if (!e) {
-            pthread_cond_wait(&v->asked, &v->lock);
-            continue;
-        }
-        pthread_mutex_unlock(&v->lock);
-        stage became = send(v, e) ? FAILED : SENT;
-        pthread_mutex_lock(&v->lock);
-        e->at = became;
-    }
-    pthread_mutex_unlock(&v->lock);
-    return NULL;
-}
-static stage stage_of(vram *v, const errand *e) {
-    pthread_mutex_lock(&v->lock);
-    stage at = e->at;
-    pthread_mutex_unlock(&v->lock);
-    return at;
-}
-static void set_stage(vram *v, errand *e, stage at) {
-    pthread_mutex_lock(&v->lock);
-    e->at = at;
-    pthread_cond_signal(&v->asked);
-    pthread_mutex_unlock(&v->lock);
-}
 /* What has arrived gets its place in the table; what could not be brought leaves its slot empty. */
 static int arrive(vram *v) {
-    for (errand *e = v->errands; e < v->errands + ON_THE_WAY; e++) {
-        const stage at = stage_of(v, e);
-        int over = at == FAILED;
-        if (at == SENT) TRY(gpu_is_over(v->g, e->done, &over));
-        if (!over) continue;
-        if (at == SENT) {
-            enter(v, e->slot, e->id);
-            v->n_brought++;
-            v->bytes_brought += expert_bytes(&e->from);
-        } else v->where[e->id] = POLICY_RAM;
-        set_stage(v, e, FREE);
+    for (;;) {
+        errand e;
+        int ended, good;
+        TRY(errands_next(v->errands, &e, &ended, &good));
+        if (!ended) return MS4_OK;
+        v->slots[e.slot].coming = 0;
+        v->where[e.id] = POLICY_RAM;
+        if (!good) {
+            v->n_failed++;
+            continue;
+        }
+        enter(v, e.slot, e.id);
+        v->n_brought++;
+        v->bytes_brought += errand_bytes(&e);
     }
-    return MS4_OK;
 }
 /* An empty slot of a pool that nobody is on the way to; -1: there is none. */
-static int32_t empty_slot(vram *v, int32_t pool) {
-    for (int32_t i = 0; i < v->n_slots; i++) {
-        int taken = v->slots[i].pool != pool || v->slots[i].id >= 0;
-        for (errand *e = v->errands; e < v->errands + ON_THE_WAY && !taken; e++)
-            taken = stage_of(v, e) != FREE && e->slot == i;
-        if (!taken) return i;
-    }
+static int32_t empty_slot(const vram *v, int32_t pool) {
+    for (int32_t i = 0; i < v->n_slots; i++)
+        if (v->slots[i].pool == pool && v->slots[i].id < 0 && !v->slots[i].coming) return i;
     return -1;
 }
 /* The slot that a move brings its expert to; -1: there is none.  What leaves is gone from the table at once: the step
@@ -168,41 +121,52 @@ static int32_t clear_for(vram *v, const policy_move *m) {
     if (m->out < 0) return empty_slot(v, v->pool[m->id / v->n_expert]);
     const int32_t at = v->slot_of[m->out];
     if (at >= 0) leave(v, at);
+    v->n_evicted += at >= 0;
     return at;
 }
-/* Sends for what a move brings. */
-static void ask(vram *v, const policy_move *m, errand *e) {
-    const int32_t at = clear_for(v, m);
-    if (at < 0) return;
+/* Sends for what a move brings; 0: it has no slot. */
+static int ask(vram *v, const policy_move *m) {
+    errand e = { .from = host_expert(v, m->id), .id = m->id, .slot = clear_for(v, m) };
+    if (e.slot < 0) return 0;
+    e.to = e.from;
+    in_slot(&v->slots[e.slot], &e.to);
+    v->slots[e.slot].coming = 1;
     v->where[m->id] |= POLICY_BUSY;
-    e->from = host_expert(v, m->id);
-    e->slot = at;
-    e->id = m->id;
-    set_stage(v, e, ASKED);
+    errands_put(v->errands, &e);
+    return 1;
 }
 /* The best moves; free slots are those that hold nothing and that nobody is on the way to. */
-static int32_t find_moves(vram *v, policy_move *moves, int32_t most) {
+static int32_t find_moves(vram *v, uint64_t budget, policy_move *moves, int32_t most) {
     int32_t n_free[POLICY_POOLS] = { 0 };
-    for (int32_t i = 0; i < v->n_slots; i++)
-        if (v->slots[i].pool != GIVEN_UP) n_free[v->slots[i].pool] += v->slots[i].id < 0;
-    for (errand *e = v->errands; e < v->errands + ON_THE_WAY; e++)
-        if (stage_of(v, e) != FREE) n_free[v->slots[e->slot].pool]--;
+    for (const place *p = v->slots; p < v->slots + v->n_slots; p++)
+        if (p->pool != GIVEN_UP) n_free[p->pool] += p->id < 0 && !p->coming;
     const policy_places at = { .where = v->where, .pool = v->pool, .n_free = n_free, .bytes = v->of_pool,
                                .n_pools = v->n_pools };
-    return policy_moves(v->counts, &at, UINT64_MAX, moves, most);
+    return policy_moves(v->counts, &at, budget, moves, most);
 }
 struct policy *vram_policy(vram *v) { return v->counts; }
-int vram_turn(vram *v) {
-    policy_move moves[ON_THE_WAY];
-    int32_t idle = 0, next = 0;
-    if (!v->has_thread) return MS4_OK;
+/* What the bus was seen to do since the last look. */
+static void look_at_bus(vram *v) {
+    double bytes, ns;
+    gpu_timed(v->g, &bytes, &ns);
+    policy_saw_bus(v->counts, bytes, ns);
+}
+int32_t vram_stream_from(vram *v) {
+    look_at_bus(v);
+    return policy_stream_from(v->counts);
+}
+int vram_turn(vram *v, double ns_step, double ns_cpu) {
+    policy_move moves[MOST_ERRANDS];
+    uint64_t largest = 0;
+    if (!v->errands) return MS4_OK;
     TRY(gpu_enter(v->g));
     TRY(arrive(v));
-    for (errand *e = v->errands; e < v->errands + ON_THE_WAY; e++) idle += stage_of(v, e) == FREE;
-    if (!idle) return MS4_OK;
-    const int32_t n = find_moves(v, moves, idle);
-    for (errand *e = v->errands; e < v->errands + ON_THE_WAY && next < n; e++)
-        if (stage_of(v, e) == FREE) ask(v, &moves[next++], e);
+    look_at_bus(v);
+    for (int32_t i = 0; i < v->n_pools; i++) largest = v->of_pool[i] > largest ? v->of_pool[i] : largest;
+    v->allowed = policy_allow(v->counts, ns_step, ns_cpu, errands_bytes(v->errands), largest);
+    const int32_t n = find_moves(v, v->allowed, moves, errands_idle(v->errands));
+    for (int32_t i = 0; i < n; i++)
+        if (ask(v, &moves[i])) policy_spend(v->counts, v->of_pool[v->pool[moves[i].id / v->n_expert]] << moves[i].down);
     return MS4_OK;
 }
 /* --- opening ------------------------------------------------------------------------------------------------------ */
@@ -234,7 +198,7 @@ static int make_pool(vram *v, int32_t pool, int32_t n) {
             at_once /= 2;
             continue;
         }
-        for (int32_t i = 0; i < p.n; i++) v->slots[v->n_slots++] = (place){ p.memory + (size_t)i * bytes, -1, pool };
+        for (int32_t i = 0; i < p.n; i++) v->slots[v->n_slots++] = (place){ p.memory + (size_t)i * bytes, -1, pool, 0 };
         v->pieces[v->n_pieces++] = p;
         made += p.n;
     }
@@ -294,21 +258,21 @@ static int fill(vram *v) {
 }
 int vram_warm(vram *v) {
     policy_move moves[POLICY_MOVES];
-    if (!v->has_thread) return MS4_OK;
+    if (!v->errands) return MS4_OK;
     TRY(gpu_enter(v->g));
-    for (int32_t done = 0, n; done < v->n_slots && (n = find_moves(v, moves, POLICY_MOVES)) > 0; done += n)
+    for (int32_t done = 0, n; done < v->n_slots && (n = find_moves(v, UINT64_MAX, moves, POLICY_MOVES)) > 0; done += n)
         for (int32_t i = 0; i < n; i++) {
             const int32_t at = clear_for(v, &moves[i]);
-            if (at >= 0) TRY(fill_slot(v, at, moves[i].id));
+            if (at < 0) continue;
+            TRY(fill_slot(v, at, moves[i].id));
+            v->n_brought++;
+            v->bytes_brought += v->of_pool[v->slots[at].pool];
         }
     return gpu_wait(v->g);
 }
 static int start_thread(vram *v) {
-    if (vram_has_all(v) || v->n_given_up == v->n_slots || v->from_disk || v->has_thread) return MS4_OK;
-    for (int i = 0; i < ON_THE_WAY; i++) TRY(gpu_event(v->g, &v->errands[i].done));
-    v->has_thread = !pthread_create(&v->thread, NULL, run_errands, v);
-    FAIL_IF(!v->has_thread, MS4_ENOMEM, "no thread to bring experts to the GPU");
-    return MS4_OK;
+    if (vram_has_all(v) || v->n_given_up == v->n_slots || v->from_disk || v->errands) return MS4_OK;
+    return errands_open(v->g, &v->errands);
 }
 static int open_parts(vram *v, uint64_t bytes) {
     const size_t n = (size_t)v->n_layer * (size_t)v->n_expert;
@@ -328,13 +292,12 @@ static int open_parts(vram *v, uint64_t bytes) {
 /* --- giving up ---------------------------------------------------------------------------------------------------- */
 /* Nobody is on the way any more. */
 static int come_home(vram *v) {
-    for (int32_t under_way = 1; under_way;) {
-        under_way = 0;
+    while (v->errands && errands_bytes(v->errands)) {
         TRY(gpu_enter(v->g));
         TRY(arrive(v));
-        for (errand *e = v->errands; e < v->errands + ON_THE_WAY; e++) under_way += stage_of(v, e) != FREE;
-        if (under_way) gpu_settle(v->g);
-        if (under_way) nanosleep(&(struct timespec){ .tv_nsec = 50000 }, NULL);
+        if (!errands_bytes(v->errands)) break;
+        gpu_settle(v->g);
+        nanosleep(&(struct timespec){ .tv_nsec = 50000 }, NULL);
     }
     return MS4_OK;
 }
@@ -375,8 +338,6 @@ int vram_open(gpu *g, const ms4_shape *s, const layer_weights *layers, slots *fr
     v->from_disk = from_disk;
     v->n_layer = s->n_layer;
     v->n_expert = s->n_expert;
-    pthread_mutex_init(&v->lock, NULL);
-    pthread_cond_init(&v->asked, NULL);
     int status = open_parts(v, bytes);
     if (status) {
         vram_close(v);
@@ -387,18 +348,11 @@ int vram_open(gpu *g, const ms4_shape *s, const layer_weights *layers, slots *fr
 }
 void vram_close(vram *v) {
     if (!v) return;
-    pthread_mutex_lock(&v->lock);
-    v->ends = 1;
-    pthread_cond_signal(&v->asked);
-    pthread_mutex_unlock(&v->lock);
-    if (v->has_thread) pthread_join(v->thread, NULL);
+    errands_close(v->errands);
     if (!gpu_enter(v->g)) gpu_settle(v->g);
-    for (int i = 0; i < ON_THE_WAY; i++) gpu_event_close(v->g, v->errands[i].done);
     for (int32_t i = 0; i < v->n_pieces; i++) gpu_give(v->g, v->pieces[i].memory, v->pieces[i].bytes);
     policy_close(v->counts);
     void *all[] = { v->slots, v->slot_of, v->where, v->pool, v->pairs };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) memory_give(all[i]);
-    pthread_cond_destroy(&v->asked);
-    pthread_mutex_destroy(&v->lock);
     memory_give(v);
 }

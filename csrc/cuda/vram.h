@@ -26,11 +26,12 @@ void vram_used(vram *v, int32_t layer, const picks *p);       /* what the router
 struct policy *vram_policy(vram *v);                          /* what was used */
 int vram_warm(vram *v);                                       /* at once: those into slots that have earned one */
 /* Between two steps, while no work is under way: what has arrived can be found, and what has earned a slot by now is
- * sent for. */
-int vram_turn(vram *v);
+ * sent for, as much as policy_allow allows after a step that took ns_step, in which the CPU took ns_cpu for experts. */
+int vram_turn(vram *v, double ns_step, double ns_cpu);
+int32_t vram_stream_from(vram *v);                            /* policy_stream_from, by what was seen so far */
 /* Between two steps: gives up slots for at least so many bytes, if there are as many, those first that are worth least;
  * *given: how many bytes that were.  Then a new slot is never made. */
 int vram_shrink(vram *v, uint64_t bytes, uint64_t *given);
-/* experts to bytes_uploaded; experts brought since the slots were filled are uploads. */
+/* What ms4_stats has of slots, of what was brought and of rates; experts brought since opening are uploads. */
 void vram_count(const vram *v, ms4_stats *out);
 #endif
