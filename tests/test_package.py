@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+BUILDERS = ("build_core", "build_parts")  # of csrc, of which they are no part
 LIST = """
 import json, os, sys
 sys.path.insert(0, "csrc")
@@ -40,13 +41,14 @@ def test_the_wheel_holds_the_demonstration_and_not_its_trainer(tmp_path_factory)
     wheel, _ = listed(str(tmp_path_factory.getbasetemp()))
     assert {"ms4/__init__.py", "ms4/py.typed", "ms4/cli/start.py", "ms4/models/model.py"} <= wheel
     assert {f"ms4/models/demo/ms4-demo{name}.gguf" for name in ("", "-mmproj")} <= wheel
-    assert not [name for name in wheel if "training" in name or "build_core" in name or "tests" in name]
+    assert not [name for name in wheel if "training" in name or "build_" in name or "tests" in name]
 
 
 def test_the_wheel_holds_every_module_that_the_package_imports(tmp_path_factory):
     wheel, _ = listed(str(tmp_path_factory.getbasetemp()))
     for folder, package in (("csrc", "ms4"), ("cli", "ms4/cli"), ("models", "ms4/models"), ("quant", "ms4/quant")):
-        modules = {f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py")} - {"ms4/build_core.py"}
+        paths = [path for path in (ROOT / folder).glob("*.py") if path.stem not in BUILDERS]
+        modules = {f"{package}/{path.name}" for path in paths}
         assert modules == {name for name in wheel if Path(name).parent == Path(package) and name.endswith(".py")}
 
 
@@ -54,7 +56,8 @@ def test_the_sdist_can_be_built_from(tmp_path_factory):
     _, sdist = listed(str(tmp_path_factory.getbasetemp()))
     ends = ("c", "h", "cdef", "cu", "cuh")
     sources = {str(path.relative_to(ROOT)) for end in ends for path in (ROOT / "csrc").rglob(f"*.{end}")}
-    assert sources | {"csrc/build_core.py", "quant/grids.py", "pyproject.toml", "LICENSE", "README.md"} <= sdist
+    sources |= {f"csrc/{name}.py" for name in BUILDERS}
+    assert sources | {"quant/grids.py", "pyproject.toml", "LICENSE", "README.md"} <= sdist
     assert not [name for name in sdist if name.startswith(("tests/", "models/training/"))]
 
 
