@@ -53,7 +53,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "doctor": ("ms4 doctor", "ms4 doctor -m model.gguf"),
     "selftest": ("ms4 selftest --gpu", "ms4 selftest --gpu --safe"),
     "bench": ("ms4 bench -m model.gguf", "ms4 bench --depth 0,8k,32k --format csv", "ms4 bench --image 1540x1540"),
-    "perplexity": ("ms4 perplexity text.txt -m model.gguf", "ms4 perplexity text.txt --ctx 2048 --segments 20"),
+    "perplexity": (
+        "ms4 perplexity text.txt -m model.gguf",
+        "ms4 perplexity text.txt -m Q8_0 --segments 20 --write-ref q8.ref",
+        "ms4 perplexity text.txt -m Q4_K_M --segments 20 --ref q8.ref",
+    ),
     "tokenize": ("ms4 tokenize < text.txt", "ms4 tokenize --count < text.txt", "ms4 tokenize --chat talks.jsonl"),
     "trace": ("ms4 trace prompts.txt -o trace.bin", "ms4 trace --synthetic mid -n 4000 -o trace.bin"),
     "plan": ("ms4 plan model.gguf", "ms4 plan Q4_K_M --ctx 128k", "ms4 plan model.gguf --gpu 4090 --memory DDR5-5600"),

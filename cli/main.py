@@ -468,6 +468,10 @@ def perplexity(
         int | None,
         typer.Option("--segments", metavar="N", parser=opt.whole(1, opt.MOST_CTX), help="Only the first N."),
     ] = None,
+    ref: Annotated[str | None, typer.Option("--ref", metavar="FILE", help="How far from the model of FILE?")] = None,
+    write_ref: Annotated[
+        str | None, typer.Option("--write-ref", metavar="FILE", help="Its logits, for --ref of another model.")
+    ] = None,
     encoding: opt.Encoding = "",
     lossy: opt.Lossy = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
@@ -475,7 +479,8 @@ def perplexity(
     """Measure how well the model predicts a text: lower is better."""
     from ms4.cli import perplexity as command
 
-    return command.perplexity(file, ctx, segments, engine, Reading(encoding, lossy), as_json=json)
+    question = command.Question(file, ctx, segments, ref, write_ref, json)
+    return command.perplexity(question, engine, Reading(encoding, lossy))
 
 
 @app.command(cls=Command)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fixtures import bravo
 
 from ms4.cli import errors, start
 from ms4.cli.main import app, command
@@ -395,10 +396,11 @@ class EvenSession:
 
 
 def test_perplexity_by_hand():
-    from ms4.cli.perplexity import judge, summarize
+    from ms4.cli.perplexity import logits, summarize
+    from ms4.models.sampling import surprise
 
     session = EvenSession()
-    losses = judge(session, [1, 5, 6, 7, 5, 4], FLAG)
+    losses = surprise(logits(session, [1, 5, 6, 7, 5, 4], FLAG), [7, 5, 4])
     # Judged are the tokens 7, 5, 4; the last one is never fed, and no other logits are asked for.
     assert session.fed == [1, 5, 6, 7, 5] and session.n_logits == 3
     assert np.allclose(losses, np.log([8, 8, 8]))
@@ -415,6 +417,51 @@ def test_perplexity_of_a_file(ms4, tmp_path):
     assert value["segments"] > 1 and value["tokens"] == 32 * value["segments"] and value["perplexity"] > 1
     assert ms4(*arguments).out.startswith(f"perplexity {value['perplexity']:.4f} +- {value['error']:.4f}")
     assert refused(ms4("perplexity", tmp_path / "text", "-m", MODEL, "--ctx", "1k"), 7, "less than one segment of 1000")
+
+
+@pytest.mark.slow
+def test_another_model_is_compared_at_the_same_tokens(ms4, tmp_path):
+    other_model = bravo("Q8_0")
+    (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    ref = tmp_path / "ref"
+    common = ("perplexity", tmp_path / "text", "--ctx", "64", "--segments", "2", "--json")
+    plain = ms4(*common, "-m", MODEL, "--write-ref", ref)
+    assert plain.code == 0 and "kl_mean" not in json.loads(plain.out)
+    itself = json.loads(ms4(*common, "-m", MODEL, "--ref", ref).out)
+    assert (itself["kl_mean"], itself["kl_most"], itself["kl_same"]) == (0, 0, 1)
+    other = ms4(*common, "-m", other_model, "--ref", ref)
+    value = json.loads(other.out)
+    # By the definition, from what `ms4 logits` writes of the first segment.
+    ids = json.loads(ms4("tokenize", "-m", MODEL, stdin=(tmp_path / "text").read_bytes()).out)
+    (tmp_path / "ids").write_text(json.dumps([1, *ids[1:64]]))
+    rows = []
+    for model in (MODEL, other_model):
+        assert ms4("logits", "-m", model, "--ids", tmp_path / "ids", "-o", tmp_path / "rows.npy").code == 0
+        rows.append(np.load(tmp_path / "rows.npy")[31:63].astype(np.float64))
+    p, q = (np.exp(r - r.max(1, keepdims=True)) / np.exp(r - r.max(1, keepdims=True)).sum(1)[:, None] for r in rows)
+    kl = (p * np.log(p / q)).sum(1)
+    first = json.loads(ms4(*common[:-3], "--segments", "1", "--json", "-m", MODEL, "--write-ref", tmp_path / "r1").out)
+    again = json.loads(ms4(*common[:-3], "--segments", "1", "--json", "-m", other_model, "--ref", tmp_path / "r1").out)
+    assert first["tokens"] == 32 and again["kl_mean"] == pytest.approx(kl.mean(), rel=1e-9)
+    assert again["kl_most"] == pytest.approx(kl.max()) and 0 < value["kl_mean"] and value["kl_same"] <= 1
+    assert "KL from the reference" in ms4(*common[:-1], "-m", other_model, "--ref", ref).out
+
+
+@pytest.mark.slow
+def test_a_reference_of_something_else_is_refused(ms4, tmp_path):
+    (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    (tmp_path / "text2").write_text("The quick brown fox jumped over the lazy dog. " * 20)
+    ref, common = tmp_path / "ref", ("-m", MODEL, "--segments", "2")
+    assert ms4("perplexity", tmp_path / "text", *common, "--ctx", "64", "--write-ref", ref).code == 0
+    again = ms4("perplexity", tmp_path / "text", *common, "--ctx", "64", "--write-ref", ref)
+    assert refused(again, 2, "is there already")
+    for text, ctx, says in (("text", "60", "another --ctx"), ("text2", "64", "another text")):
+        assert refused(ms4("perplexity", tmp_path / text, *common, "--ctx", ctx, "--ref", ref), 7, says)
+    ref.write_bytes(ref.read_bytes()[:-1])
+    assert refused(ms4("perplexity", tmp_path / "text", *common, "--ctx", "64", "--ref", ref), 7, "is cut")
+    for data in (b"", b"[]\n", b"\xff" * 9000):
+        ref.write_bytes(data)
+        assert refused(ms4("perplexity", tmp_path / "text", *common, "--ctx", "64", "--ref", ref), 7, "no file of")
 
 
 def test_info(ms4):
