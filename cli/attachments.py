@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from ms4.cli import streams
+from ms4.cli import fetched, streams
 from ms4.cli.errors import MissingError, UnreadableError, UsageError, escape
 from ms4.models import document
 from ms4.models.document import MAX_PDF_BYTES, UTF_8, Attachment
@@ -123,6 +123,8 @@ def open_image(path: str, quiet: bool = False) -> Image:
         data = stdin_bytes(MAX_BYTES, quiet)
         return load_image(data, "stdin")
     path = local_file(path)
+    if fetched.is_address(path):
+        return load_image(fetched.bytes_at(path, MAX_BYTES, quiet), path)
     try:
         return load_image(path)
     except ValueError:
@@ -138,13 +140,20 @@ def open_file(spec: str, pdf: str = "auto", rule: Reading = UTF_8, quiet: bool =
         return document.load_bytes(stdin_bytes(MAX_PDF_BYTES, quiet), "stdin", pages, pdf, rule=rule)
     path = local_file(path)
     spec = f"{path}:{pages}" if pages else path
-    try:
+    data = fetched.bytes_at(path, MAX_PDF_BYTES, quiet) if fetched.is_address(path) else None
+
+    def load(rule: Reading) -> list[Attachment]:
+        if data is not None:
+            return document.load_bytes(data, path, pages, pdf, rule=rule)
         return document.load_file(spec, pdf, rule=rule)
+
+    try:
+        return load(rule)
     except document.PasswordError as error:
         if rule.password or not (streams.is_terminal(sys.stdin) and streams.is_terminal(sys.stderr)):
             raise
         password = getpass.getpass(f"{error}: ", stream=sys.stderr)
-        return document.load_file(spec, pdf, rule=replace(rule, password=password))
+        return load(replace(rule, password=password))
 
 
 def open_path(spec: str, pdf: str = "auto", rule: Reading = UTF_8) -> list[Attachment]:
@@ -266,12 +275,15 @@ def _is_document(word: str, texts: bool) -> bool:
 
 
 def local_file(path: str) -> str:
-    """The path that is meant: of a file:// address, and with a ~ that the shell has left, as in --image=~/a.png."""
-    if os.path.lexists(path):
+    """The path that is meant: of a file:// address, and with a ~ that the shell has left, as in --image=~/a.png.
+
+    An address of the web stays one; any other is an error.
+    """
+    if os.path.lexists(path) or fetched.is_address(path):
         return path
     path = os.path.expanduser(local_path(path))
     if ADDRESS.match(path):
-        raise UnreadableError(f"{shown(path)}: ms4 fetches no attachments", "curl -sL ADDRESS | ms4 run -i - ...")
+        raise UnreadableError(f"{shown(path)}: ms4 fetches from http and https alone", fetched.HINT)
     return path
 
 

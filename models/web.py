@@ -174,6 +174,23 @@ class Web:
         except ValueError:
             raise Transient(f"the hub answered {_kind(response)} instead of JSON") from None
 
+    def content(self, url: str, most: int) -> bytes:
+        """All that lies at an address, of whichever server.  Transient; DownloadError, also for more than `most`."""
+        with self._get(url, {}) as (response, _):
+            code = response.status_code
+            if code in (408, 425, 429) or code >= 500:
+                raise Transient(f"the server answers {code}", _retry_after(response))
+            if code != 200:
+                raise UnreachableError(f"the server answers {code}")
+            _refuse_encoding(response)
+            data = bytearray()
+            with _as_transient():
+                for chunk in response.iter_raw():
+                    data += chunk
+                    if len(data) > most:
+                        raise DownloadError(f"more than {most >> 20} MiB")
+        return bytes(data)
+
     def length(self, target: Target) -> int:
         """How many bytes a file has of which nobody has said that; its own count is not looked at.  Transient,
         DownloadError."""

@@ -1,6 +1,7 @@
 """Images, files and PDF pages as the commands take them: what is read, said, refused, and computed only once."""
 
 import base64
+import contextlib
 import json
 import os
 import pty
@@ -8,6 +9,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -103,8 +106,8 @@ def test_json_says_what_the_tower_saw(run):
         (("-i", "absent.png"), 7, "no such file"),
         (("-i", "."), 7, "is a directory"),
         (("-i", "/dev/zero"), 7, "larger than"),
-        (("-i", "https://host/a.png"), 7, "ms4 fetches no attachments\nhint: curl"),
-        (("-f", "file://host/etc/passwd"), 7, "ms4 fetches no attachments"),
+        (("-i", "ftp://host/a.png"), 7, "ms4 fetches from http and https alone\nhint: curl"),
+        (("-f", "file://host/etc/passwd"), 7, "ms4 fetches from http and https alone"),
         (("-i", "-"), 7, "stdin: not a PNG"),
         (("-i", "-", "-f", "-"), 2, "only once"),
         (("-i", IMAGE, "--mmproj", "absent"), 5, "absent: no such file"),
@@ -117,6 +120,74 @@ def test_json_says_what_the_tower_saw(run):
 def test_what_cannot_be_attached_is_one_line(run, arguments, code, says):
     found, out, err = run("-q", *arguments, "Hi")
     assert (found, out) == (code, "") and says in err and ONE_LINE.fullmatch(err), err
+
+
+class Site(BaseHTTPRequestHandler):
+    """A web server: each of `pages` is (status, headers, body)."""
+
+    pages: dict = {}
+    asked: list = []
+
+    def do_GET(self):
+        Site.asked.append((self.path, self.headers.get("Authorization")))
+        status, headers, body = Site.pages.get(self.path, (404, {}, b"nothing"))
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        with contextlib.suppress(OSError):  # whoever has enough leaves
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def site(monkeypatch):
+    """site(path, body, status, headers...) puts it there and gives its address; bodies come without their length."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    Site.pages, Site.asked = {}, []
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+
+    def put(path, body=b"", status=200, **headers):
+        Site.pages[path] = (status, headers, body)
+        return f"http://127.0.0.1:{server.server_port}{path}"
+
+    yield put
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_address_is_fetched_and_gives_what_the_file_gives(run, site, two_pages):
+    image, text = Path(IMAGE).read_bytes(), b"A text.\n"
+    moved = site("/moved", status=302, Location="/a.png")
+    for address in (site("/a.png", image), moved):
+        assert run("--format", "json", "--count", "-i", address, "Hi")[:2] == run("--count", "-i", IMAGE, "Hi")[:2]
+    pdf = site("/a.pdf", Path(two_pages).read_bytes())
+    shown = run("--show-prompt", "-f", f"{pdf}:2", "-f", site("/t.txt", text), "Hi")[1]
+    assert f"{pdf}" in shown and "t.txt:\nA text.\n\nHi" in shown
+    assert {token for _, token in Site.asked} == {None}  # that of the hub is the hub's
+    assert [path for path, _ in Site.asked] == ["/a.png", "/moved", "/a.png", "/a.pdf", "/t.txt"]
+
+
+def test_what_cannot_be_fetched_is_one_line(run, site, monkeypatch):
+    monkeypatch.setattr("ms4.models.web.Patience.wait", lambda *_: 0.0)
+    monkeypatch.setattr("ms4.cli.attachments.MAX_BYTES", 1 << 20)
+    for address, says in (
+        (site("/none", status=404), "the server answers 404"),
+        (site("/busy", status=503), "the server answers 503; 6 attempts failed"),
+        (site("/long.png", bytes(2 << 20)), "more than 1 MiB"),
+        (site("/page.png", b"<html>no</html>"), "page.png: not a PNG"),
+        (site("/to", status=302, Location="file:///etc/passwd"), "is no web address"),
+        ("http://127.0.0.1:1/a.png", "no connection"),
+    ):
+        code, out, err = run("-q", "-i", address, "Hi")
+        assert (code, out) == (7, "") and says in err and ONE_LINE.fullmatch(err), err
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    n_asked = len(Site.asked)
+    assert "the network is not to be used" in run("-q", "-i", site("/a"), "Hi")[2] and len(Site.asked) == n_asked
 
 
 def test_a_pdf_given_as_an_image_says_how(run, two_pages):
