@@ -1,25 +1,33 @@
 """`ms4 info`: what is in a model file, and whether ms4 runs it."""
 
 import json
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ms4.cli import errors, render, streams
+from ms4.cli.options import EngineOptions, model_path
 
 if TYPE_CHECKING:
     from ms4.models.describe import Description, TensorClass
+    from ms4.quant.gguf_file import GgufFile
 
 LONGEST_VALUE = 80  # characters of a metadata value
 FIRST_ELEMENTS = 4  # of an array
 
 
-def info(path: str, *, as_json: bool, tensors: bool, kv: bool) -> int:
-    """Prints the description of the file; with its tensors and metadata, if asked for."""
-    from ms4.quant.gguf_file import GgufFile
+def info(name: str, *, as_json: bool, tensors: bool, kv: bool) -> int:
+    """Prints the description of the file; with its tensors and metadata, if asked for.
 
-    gguf = GgufFile.open(path)
+    name: of a file or a model here, or an address or hf:USER/REPO[:QUANT], of which the header alone is fetched.
+    """
+    from ms4.cli import plan
+
+    if not name:
+        model_path(name)  # says that there is no such file
+    _, gguf = plan.header(plan.Question(EngineOptions(name), None, None, 0), render.StatusLine(as_json))
     is_tower = gguf.metadata.get("general.architecture") == "clip"
-    value, rows = described_tower(path) if is_tower else described_model(path)
+    value, rows = described_tower(gguf) if is_tower else described_model(gguf)
     output = streams.Output()
     if as_json:
         if kv:
@@ -42,20 +50,22 @@ def info(path: str, *, as_json: bool, tensors: bool, kv: bool) -> int:
     return errors.OK
 
 
-def described_model(path: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def described_model(gguf: "GgufFile") -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """A text model as JSON, and as lines of name and text."""
     from ms4.models.describe import describe
 
-    found = describe(path)
-    return to_json(found), summary(found)
+    is_here = os.path.exists(gguf.path)
+    found = describe(gguf, is_here=is_here)
+    rows = summary(found)
+    return to_json(found), rows if is_here else [row for row in rows if row[0] != "images"]
 
 
-def described_tower(path: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def described_tower(gguf: "GgufFile") -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """The same for an mmproj file."""
     from ms4.models.image import grid
     from ms4.models.pixtral import Tower
 
-    tower = Tower.read(path)
+    tower = Tower.of(gguf)
     s, rule = tower.shape, tower.rule
     n_bytes = sum(tower.gguf.sizes)
     weights: dict[str, int] = {}
@@ -76,7 +86,7 @@ def described_tower(path: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     }
     merged = f", {s.merge} x {s.merge} of them to a token" if s.merge > 1 else ""
     lines = [
-        ("file", f"{path[-160:]}, {render.gigabytes(n_bytes)}"),
+        ("file", f"{tower.path[-160:]}, {render.gigabytes(n_bytes)}"),
         ("vision tower", f"{s.n_layer} layers of {s.d_model}, {s.n_head} heads, {'GELU' if s.gelu else 'SiLU'}"),
         ("projector", f"to models with a hidden size of {s.d_out}"),
         (

@@ -389,7 +389,7 @@ def config(
 
 @app.command(cls=Command)
 def info(
-    path: Annotated[str, typer.Argument(metavar="PATH|NAME", help="The GGUF file, or a name of ms4 ls.")],
+    path: Annotated[str, typer.Argument(metavar="PATH|NAME|URL", help="A file, a name, or hf:USER/REPO[:QUANT].")],
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List the tensors.")] = False,
     kv: Annotated[bool, typer.Option("--kv", help="List the metadata.")] = False,
@@ -397,7 +397,7 @@ def info(
     """Show what is in a model file, and whether ms4 runs it."""
     from ms4.cli import info as command
 
-    return command.info(opt.model_path(path), as_json=json, tensors=tensors, kv=kv)
+    return command.info(path, as_json=json, tensors=tensors, kv=kv)
 
 
 @app.command(cls=Command)

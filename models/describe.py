@@ -63,11 +63,14 @@ def class_of(name: str) -> str:
     return "shared expert" if base.endswith("_shexp") else "dense"
 
 
-def describe(path: str | os.PathLike[str]) -> Description:
-    """Checks a model file as `Model.open` does, and its vocabulary, without an engine."""
-    gguf = GgufFile.open(path)
+def describe(file: str | os.PathLike[str] | GgufFile, *, is_here: bool = True) -> Description:
+    """Checks a model file as `Model.open` does, and its vocabulary, without an engine.
+
+    is_here: the file itself, not its header alone; only then is it known what lies beside it.
+    """
+    gguf = file if isinstance(file, GgufFile) else GgufFile.open(file)
     shape = mistral4.shape_of(gguf)
-    mistral4.tensors_of(gguf, shape)
+    mistral4.tensors_of(gguf, shape, is_here=is_here)
     vocabulary = Vocabulary.from_gguf(gguf)
     weights = [t for t in gguf.tensors.values() if t.name.endswith(".weight")]
     n_weights = sum(t.n_weights for t in weights)
@@ -77,7 +80,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
     n_lookup = shape.n_vocab * shape.d_model if "output.weight" in gguf.tensors else 0
     template = gguf.metadata.get(TEMPLATE)
     name = gguf.metadata.get("general.name")
-    beside = companion.choose(gguf.path, gguf)
+    beside = companion.choose(gguf.path, gguf) if is_here else companion.Choice()
     return Description(
         paths=gguf.paths,
         bytes=sum(gguf.sizes),

@@ -50,7 +50,11 @@ class Tower:
     @classmethod
     def read(cls, path: str | os.PathLike[str], opener: Opener | None = None) -> Tower:
         """GgufError or ModelError: what is wrong with the file.  opener: as of GgufFile.open."""
-        gguf = GgufFile.open(path, opener)
+        return cls.of(GgufFile.open(path, opener))
+
+    @classmethod
+    def of(cls, gguf: GgufFile) -> Tower:
+        """The same, of a header that is open already."""
         _check_kind(gguf)
         values = _hyperparameters(gguf)
         shape = _shape(gguf, values)

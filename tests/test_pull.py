@@ -238,6 +238,20 @@ def test_a_plan_of_a_remote_file_is_that_of_the_same_file_here(ms4, server, mach
     assert server.n_sent < len(server.files[Q4]) and not hf_cache.root().exists()  # the header, and nothing is kept
 
 
+@pytest.mark.parametrize("name", [f"hf:{REPO}:Q4_K_M", "resolve/main"])
+def test_what_is_in_a_remote_file_is_told_from_its_header(ms4, server, name):
+    url = name if name.startswith("hf:") else f"{server.url}/{REPO}/{name}/{Q4}"
+    code, out, err = ms4("info", url, "--json", "--tensors", "--kv")
+    assert code == 0, err
+    here = json.loads(ms4("info", MODEL, "--json", "--tensors", "--kv")[1])
+    there = json.loads(out)
+    assert {key: there[key] for key in there if key not in ("paths", "mmproj")} == {
+        key: here[key] for key in here if key not in ("paths", "mmproj")
+    }
+    assert "images" not in ms4("info", url)[1] and server.n_sent < len(server.files[Q4])
+    assert ms4("info", "")[0] == 5
+
+
 @pytest.mark.parametrize("kind", ["cuts", "errors", "no ranges", "page", "less", "far", "other etag"])
 def test_a_header_comes_through_from_a_server_that_misbehaves(ms4, files, machine, monkeypatch, tmp_path, kind):
     for name in PARTS:
