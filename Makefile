@@ -23,6 +23,8 @@ DIST = dist
 PIP = $(PY) -m pip install -q --disable-pip-version-check
 KERNELS = csrc/types.c csrc/cpu/dispatch.c build/glue/grids.c $(wildcard csrc/cpu/*/*.c)
 CHECK = -std=gnu11 -ffp-contract=off -fno-math-errno -Icsrc tests/checkkernels.c
+# The tests start Python a hundred times: it keeps its bytecode, even where the environment says that it shall not.
+CACHED = PYTHONDONTWRITEBYTECODE=
 SAN = -O1 -g -w -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SAN_TEST = $(PY) -m pytest -q -s -p no:cacheprovider --hypothesis-profile=few
 runtime = $$($(CC) -print-file-name=lib$(1).so)
@@ -83,13 +85,13 @@ gpu: .venv/ready
 # --- checking it
 
 test: all
-	$(PY) -m pytest -n 2 --dist worksteal -m "not slow and not rare" --hypothesis-profile=some
+	$(CACHED) $(PY) -m pytest -n 2 --dist worksteal -m "not slow and not rare" --hypothesis-profile=some
 
 test-all: all
-	$(PY) -m pytest -n 2 --dist worksteal -m "not rare"
+	$(CACHED) $(PY) -m pytest -n 2 --dist worksteal -m "not rare"
 
 test-rare: all
-	$(PY) -m pytest -n 2 --dist loadfile -m rare
+	$(CACHED) $(PY) -m pytest -n 2 --dist loadfile -m rare
 
 lint: all
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -24,7 +24,10 @@ def pack(kind: int, value: object) -> bytes:
 
 
 def array(kind: int, values: list) -> bytes:
-    return struct.pack("<IQ", kind, len(values)) + b"".join(pack(kind, v) for v in values)
+    head = struct.pack("<IQ", kind, len(values))
+    if kind == STR:
+        return head + b"".join(map(text, values))
+    return head + struct.pack(f"<{len(values)}{FORMATS[kind][1]}", *values)
 
 
 @dataclass

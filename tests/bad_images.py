@@ -45,8 +45,10 @@ def assemble(head: bytes, *parts: bytes) -> bytes:
 
 def zeros(n: int) -> bytes:
     """A zlib stream of n zero bytes, without holding them."""
-    pack, mib = zlib.compressobj(9), bytes(1 << 20)
-    return b"".join([*(pack.compress(mib) for _ in range(n >> 20)), pack.compress(bytes(n % (1 << 20))), pack.flush()])
+    pack, rest = zlib.compressobj(9, wbits=-15), bytes(n % (1 << 20))
+    mib = pack.compress(bytes(1 << 20)) + pack.flush(zlib.Z_FULL_FLUSH)  # the same wherever it stands
+    sum_of_zeros = n % 65521 << 16 | 1  # Adler-32
+    return b"\x78\xda" + mib * (n >> 20) + pack.compress(rest) + pack.flush() + struct.pack(">I", sum_of_zeros)
 
 
 def encoded(picture: Pillow.Image, kind: str, **options: object) -> bytes:

@@ -19,6 +19,12 @@ settings.register_profile("some", settings.get_profile("many"), max_examples=10)
 settings.register_profile("few", settings.get_profile("many"), max_examples=4)
 settings.load_profile("many")
 
+
+def examples(n):
+    """The examples of a test that wants n of them where others get 25 (`many`); as much fewer in other profiles."""
+    return n * settings.default.max_examples // 25
+
+
 SEED = int(os.environ.get("MS4_TEST_SEED") or np.random.SeedSequence().entropy % 2**32)
 _libc = ctypes.CDLL(None, use_errno=True)
 _keep = []

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from standins import tekken
@@ -124,7 +125,7 @@ def test_stop_strings(text, stop, want):
 
 
 @given(st.text("ab \n", max_size=20), st.lists(st.text("ab \n", min_size=1, max_size=4), min_size=1, max_size=3))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 def test_nothing_of_a_stop_string_or_after_it_is_ever_sent(text, stop):
     # Token by token, here one character each, so the stop string that is complete first wins.
     parser = AnswerParser(tekken(), stop=stop)
@@ -168,7 +169,7 @@ IDS = st.one_of(st.sampled_from([*C, 999, 1000, 1128]), st.integers(1000, 131071
 
 
 @given(st.lists(IDS, max_size=40), st.sampled_from(["text", "thinking"]))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 def test_any_ids_give_orderly_events(ids, opens):
     parser = AnswerParser(tekken(), stop=["ab"], max_tool_calls=2, opens=opens)
     events = []

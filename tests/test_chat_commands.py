@@ -102,6 +102,12 @@ def test_every_command_is_in_the_help_and_does_something():
         assert completions(command.name)[1][command.name] == command.does
 
 
+@pytest.mark.parametrize("words", ["exit", "quit", "/exit", "/quit", "/bye"])
+def test_the_words_that_leave_elsewhere_leave(talk, words):
+    one = talk()
+    assert one.command(words) and one.over and not one.said
+
+
 # --- /file *.txt
 
 

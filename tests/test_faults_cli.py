@@ -585,7 +585,7 @@ def test_a7_the_second_ctrl_c_counts_for_two_seconds(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words", ["exit", "/bye", *(pytest.param(word, marks=SLOW) for word in ("quit", "/quit", "/exit"))]
+    "words", ["exit", *(pytest.param(word, marks=SLOW) for word in ("/bye", "quit", "/quit", "/exit"))]
 )
 def test_c9_the_words_that_leave_elsewhere_leave(talk, terminal, words):
     process = talk()

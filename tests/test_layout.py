@@ -27,7 +27,12 @@ def files(*suffixes):
 
 @cache
 def nodes(path):
-    return list(ast.walk(ast.parse(path.read_text())))
+    """The statements of a file, however deep; the module itself is the first."""
+    found = [ast.parse(path.read_text())]
+    for node in found:
+        for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+            found += getattr(node, part, [])
+    return found
 
 
 @cache

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -165,7 +166,7 @@ HOSTILE = st.lists(
 
 
 @given(HOSTILE.map("".join), st.sampled_from(["none", "high"]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_no_text_from_outside_becomes_a_control_token(hostile, effort):
     def control_ids(s):
         messages = [

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from standins import ScriptedEngine, ScriptedSession, logits_for, tekken
@@ -503,7 +504,7 @@ def arrivals(draw):
     )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(st.lists(arrivals(), min_size=1, max_size=8), st.sampled_from([1, 2, 5, 64, 300, 2048]))
 def test_whatever_comes_every_answer_gets_what_it_gets_alone(plan, n_batch):
     engine = ScriptedEngine(None, n_batch, N_VOCAB)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import SEED
+from conftest import SEED, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from standins import DATA, Vocabulary, tekken
@@ -30,7 +30,7 @@ def test_known_ids_by_hand():
 
 
 @given(st.text(st.characters(codec="utf-8")))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_decoding_gives_the_text_back(text):
     ids = tekken().encode(text)
     assert all(id >= tekken().n_control for id in ids)
@@ -39,7 +39,7 @@ def test_decoding_gives_the_text_back(text):
 
 
 @given(st.lists(st.one_of(st.sampled_from(SPELLINGS), st.text(st.characters(codec="utf-8"), max_size=3))))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_no_spelling_of_a_control_token_becomes_one(parts):
     assert all(id >= tekken().n_control for id in tekken().encode("".join(parts)))
 
@@ -133,7 +133,7 @@ def test_every_long_run_is_found(monkeypatch):
 
 
 @given(st.lists(st.binary(max_size=5)))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_streamed_text_is_the_whole_text_however_it_is_cut(chunks):
     decoder = StreamDecoder()
     text = "".join([decoder.feed(chunk) for chunk in chunks] + [decoder.flush()])
