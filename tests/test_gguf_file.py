@@ -108,8 +108,8 @@ def test_tensors_are_where_an_independent_reader_finds_them(tmp_path):
 
 def test_very_many_tensors_are_refused(good, tmp_path):
     image = bad_gguf.take_apart(good)
-    image.records = [bad_gguf.Record(b"x.%d" % i, [1], 0, 32 * i) for i in range(65_000)]
-    image.data = bytes(32 * 65_000)
+    image.records = [bad_gguf.Record(b"x.%d" % i, [1], 0, 32 * i) for i in range(20_000)]
+    image.data = bytes(32 * 20_000)
     (tmp_path / "many.gguf").write_bytes(image.encoded())
     assert "tensors of 0 layers" in refusal(tmp_path / "many.gguf")
 

@@ -35,8 +35,5 @@ def test_the_wrong_attention_scale_is_noticed_at_every_position():
 @pytest.mark.parametrize("name", ["Q4_K_M", *(pytest.param(name, marks=pytest.mark.slow) for name in ("F32", "F16"))])
 def test_any_batch_and_any_number_of_threads_give_the_same_bits(name):
     want = logits(name, "mscale2")
-    for n_batch in (1, 7, 64):
-        assert np.array_equal(logits(name, "mscale2", n_batch=n_batch), want)
-    for threads in (1, 3, 5):
-        assert np.array_equal(logits(name, "mscale2", threads=threads), want)
-        assert np.array_equal(logits(name, "mscale2", threads=threads, n_batch=1), want)
+    for threads, n_batch in ((0, 1), (0, 7), (0, 64), (1, 0), (5, 0), (3, 1)):
+        assert np.array_equal(logits(name, "mscale2", threads=threads, n_batch=n_batch), want)
