@@ -147,8 +147,11 @@ def refusal(found: Fit, others: Sequence[Other]) -> NoRoomError:
 
 
 # --- how fast that will be
-def known(model: Model) -> tuple[forecast.Model, Machine] | None:
-    """What is known of a model that is open, and of this machine; None: there is nothing to expect it from."""
+def known(model: Model, n_fresh: float) -> tuple[forecast.Model, Machine] | None:
+    """What is known of a model that is open, and of this machine; None: there is nothing to expect it from.
+
+    n_fresh: bytes of experts that come into memory that was never used.
+    """
     stats = model.engine.stats()
     if stats.device != "cpu" or not measured.machine_path().exists():
         return None
@@ -160,7 +163,7 @@ def known(model: Model) -> tuple[forecast.Model, Machine] | None:
     if rates is None or (disk is None and stats.load == "stream"):
         return None
     about = forecast.Model.made_of(model.shape, tensors, sum(model.gguf.sizes))
-    found = (disk.bytes_per_s, 0.0, disk.fresh) if disk else (clock.DISK_ASSUMED, 0.0, 0.0)
+    found = (disk.bytes_per_s, 0.0, disk.filling(n_fresh)) if disk else (clock.DISK_ASSUMED, 0.0, 0.0)
     return about, clock.Machine(None, rates.ram, rates.flops, *found)
 
 
@@ -168,9 +171,9 @@ def plan_of(model: Model) -> Plan | None:
     """The plan for a model that is open, as it was opened."""
     from ms4.models import forecast
 
-    if (found := known(model)) is None:
-        return None
     stats = model.engine.stats()
+    if (found := known(model, stats.slot_bytes_most)) is None:
+        return None
     ram = stats.ram if stats.load == "stream" else None
     return forecast.make(found[0], forecast.Resources(found[1], ram, limited=True), SHORT)
 
@@ -217,11 +220,12 @@ def learn(model: Model, s: Statistics, read: Stats | None) -> list[Compared]:
     """
     from ms4.models import forecast
 
+    now = model.engine.stats()
+    wrote, came = disks_of(now, read)
     try:
-        now, found, disk = model.engine.stats(), known(model), measured.disk_key(model.gguf.path)
+        found, disk = known(model, came.fresh), measured.disk_key(model.gguf.path)
     except OSError:  # the file is gone
         return []
-    wrote, came = disks_of(now, read)
     if now.load == "stream" and now.device == "cpu":
         measured.learn_disk(disk, wrote, came)
     if found is None:

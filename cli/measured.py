@@ -118,7 +118,11 @@ def samples(key: str) -> Samples:
     from ms4.models.disk_rate import Samples
 
     row = read(machine_path()).get(key, {})
-    lists = {name: tuple(filter(None, row[name])) for name in ("slices", "runs", "fresh") if _is_list(row.get(name))}
+    lists = {
+        name: tuple(filter(None, row[name]))
+        for name in ("slices", "runs", "fresh", "filled")
+        if _is_list(row.get(name))
+    }
     return Samples(**lists, direct=bool(row.get("direct", 1)))
 
 
@@ -138,14 +142,17 @@ def disk(key: str) -> DiskRate | None:
         tuple(n for s in others for n in s.slices),
         tuple(n for s in others for n in s.runs),
         tuple(n for s in others for n in s.fresh),
+        tuple(n for s in others for n in s.filled),
         all(s.direct for s in others),
     )
     return joined.rate
 
 
 def keep_disk(key: str, found: Samples) -> None:
-    """Keeps a calibration, in place of the last one."""
-    keep(machine_path(), key, asdict(replace(found, runs=samples(key).runs)))
+    """Keeps a calibration, in place of the last one; what runs got stays."""
+    before = samples(key)
+    fresh, filled = (*before.fresh, *found.fresh), (*before.filled, *found.filled)
+    keep(machine_path(), key, asdict(replace(found, runs=before.runs, fresh=fresh, filled=filled).newest))
 
 
 @dataclass(frozen=True)
@@ -164,17 +171,15 @@ class DiskUse:
 
 def learn_disk(key: str, wrote: DiskUse, came: DiskUse) -> None:
     """Keeps what a run got of the disk: while it wrote, and before, when its places were filled for the first time."""
-    from ms4.models.disk_rate import MOST_RUNS
-
     before = samples(key)
-    runs = (*before.runs, wrote.rate)[-MOST_RUNS:] if wrote.rate else before.runs
+    now = replace(before, runs=(*before.runs, wrote.rate)) if wrote.rate else before
     known = wrote.rate or (rate.bytes_per_s if (rate := before.rate) else 0.0)
-    fresh = before.fresh
     if known and came.fresh >= LEAST_READ:
         spent = 1e-9 * came.ns - (came.bytes - came.fresh) / known
-        fresh = (*fresh, min(known, came.fresh / spent if spent > 0 else known))[-MOST_RUNS:]
-    if (runs, fresh) != (before.runs, before.fresh):
-        keep(machine_path(), key, asdict(replace(before, runs=runs, fresh=fresh)))
+        fresh = min(known, came.fresh / spent) if spent > 0 else known
+        now = replace(now, fresh=(*now.fresh, fresh), filled=(*now.filled, float(came.fresh)))
+    if now != before:
+        keep(machine_path(), key, asdict(now.newest))
 
 
 # --- predictions and runs

@@ -141,7 +141,8 @@ def resources(
 
     room = expected.room_here(gguf, question.ram or 0, what_if=True)
     card, vram, notes = card_for(question)
-    streamed = fit(model, room, n_ctx, clock.slots(model.sizes, vram, n_ctx)).load == "stream"
+    found = fit(model, room, n_ctx, clock.slots(model.sizes, vram, n_ctx))
+    streamed = found.load == "stream"
     rates, disk = measure(question, gguf, model.shape, tensors, room, status, streamed)
     if disk is None:
         notes.append(
@@ -152,7 +153,7 @@ def resources(
         notes.append("the disk was measured through the page cache, as its file system reads no other way")
     if disk and streamed:
         notes.append(disk_note(disk))
-    fresh = disk.fresh if disk else 0.0
+    fresh = disk.filling(found.n_ram * found.expert if streamed else model.bytes_weights) if disk else 0.0
     here = clock.Machine(card, rates.ram, rates.flops, disk.bytes_per_s if disk else clock.DISK_ASSUMED, fresh=fresh)
     if question.memory != MEASURED:
         memory = cards.find_memory(question.memory)[1]

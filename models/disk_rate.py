@@ -10,7 +10,8 @@ gains nothing by it.  Where a disk is shared, its rate is another one by the min
 what runs get is kept beside them (ms4.cli.measured).
 
 Memory that nobody has used yet has to be found and cleared before a disk can write to it, which can take longer than to
-read: `fresh` is the rate at which experts come into such memory.
+read: `fresh` are the rates at which experts come into such memory.  The first gigabytes may come faster than others (a
+virtual machine has them already, and has to ask for more), so how much it was is kept with each rate.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from statistics import median
 from types import TracebackType
@@ -42,15 +43,30 @@ Piece = tuple[int, int, int, int]  # file, offset, bytes, place in the memory th
 
 @dataclass(frozen=True)
 class DiskRate:
-    """Bytes per second.  low, high: what it swings between.  direct: past the page cache.  fresh: into memory that was
-    never used; 0: nobody knows.  n_runs: of how many runs that is what they got; 0: it was only measured."""
+    """Bytes per second.  low, high: what it swings between.  direct: past the page cache.  fresh: (bytes, rate) into
+    memory that was never used.  n_runs: of how many runs that is what they got; 0: it was only measured."""
 
     bytes_per_s: float
     direct: bool = True
     low: float = 0.0
     high: float = 0.0
-    fresh: float = 0.0
+    fresh: tuple[tuple[float, float], ...] = ()
     n_runs: int = 0
+
+    def filling(self, n_bytes: float) -> float:
+        """The rate into so much memory that was never used: what was found with about as much; 0: nobody knows."""
+        if not self.fresh or n_bytes <= 0:
+            return 0.0
+        nearest = min(_apart(n, n_bytes) for n, _ in self.fresh)
+        return median(rate for n, rate in self.fresh if _apart(n, n_bytes) <= ALIKE * nearest)
+
+
+ALIKE = 1.2  # sizes that differ by no more are as good as one
+
+
+def _apart(one: float, other: float) -> float:
+    """How many times the smaller the larger is."""
+    return max(one, other) / max(min(one, other), 1.0)
 
 
 def experts_of(tensors: Sequence[ms4.Tensor]) -> list[list[Expert]]:
@@ -210,16 +226,24 @@ def taken(n_bytes: int) -> mmap.mmap:
 @dataclass(frozen=True)
 class Samples:
     """All bytes per second.  slices: of the last calibration.  runs: what decode got in the last runs, the newest last.
-    fresh: into memory that was never used."""
+    fresh: into memory that was never used, of which there were so many bytes (filled)."""
 
     slices: tuple[float, ...] = ()
     runs: tuple[float, ...] = ()
     fresh: tuple[float, ...] = ()
+    filled: tuple[float, ...] = ()
     direct: bool = True
 
     def enough(self, n: int, n_bytes: int) -> bool:
         """Whether a calibration of n slices would say no more: it is there, or nothing of n_bytes was left to read."""
         return len(self.slices) >= n or SLICE * sum(self.slices) > 0.9 * n_bytes
+
+    @property
+    def newest(self) -> Samples:
+        """As many as are kept."""
+        return replace(
+            self, runs=self.runs[-MOST_RUNS:], fresh=self.fresh[-MOST_RUNS:], filled=self.filled[-MOST_RUNS:]
+        )
 
     @property
     def rate(self) -> DiskRate | None:
@@ -230,7 +254,7 @@ class Samples:
         if not believed:
             return None
         spread = believed if self.runs else inner(self.slices)
-        fresh = median(self.fresh) if self.fresh else 0.0
+        fresh = tuple(zip(self.filled, self.fresh, strict=False))
         return DiskRate(median(believed), self.direct, min(spread), max(spread), fresh, len(self.runs))
 
 
@@ -251,7 +275,7 @@ class Probe:
         n_bytes = sum(n for layer in layers for expert in layer for _, _, n in expert)
         self._reader = Reader(paths, layers, n_used) if n_bytes >= SMALLEST else None
         self._slices: list[float] = []
-        self._fresh = 0.0
+        self._fresh, self._filled = 0.0, 0
 
     def slices(self, n: int) -> None:
         """n more, or fewer if all has been read."""
@@ -262,15 +286,16 @@ class Probe:
     def fresh(self, most: int = MOST_FRESH) -> None:
         """Into `most` bytes of memory that was never used."""
         if self._reader:
-            self._fresh = self._reader.rate(S_FRESH, min(most, MOST_FRESH))
+            self._filled = min(most, MOST_FRESH)
+            self._fresh = self._reader.rate(S_FRESH, self._filled)
 
     @property
     def samples(self) -> Samples | None:
         """None: the files are too small to say anything."""
         if not self._reader or not self._slices:
             return None
-        fresh = (self._fresh,) if self._fresh else ()
-        return Samples(tuple(self._slices), (), fresh, self._reader.direct)
+        fresh, filled = ((self._fresh,), (float(self._filled),)) if self._fresh else ((), ())
+        return Samples(tuple(self._slices), (), fresh, filled, self._reader.direct)
 
     def close(self) -> None:
         if self._reader:

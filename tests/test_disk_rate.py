@@ -141,7 +141,10 @@ def test_what_is_made_of_samples():
     assert (only.bytes_per_s, only.low, only.high, only.n_runs) == (2.0, 1.0, 3.0, 0)
     one = Samples(slices=(4.0,), runs=(2.0,)).rate
     assert (one.bytes_per_s, one.low, one.high, one.n_runs) == (3.0, 2.0, 4.0, 1)
-    many = Samples(slices=(40.0,), runs=(1.0, 2.0, 3.0), fresh=(0.5, 0.7, 9.0)).rate
-    assert (many.bytes_per_s, many.low, many.high, many.fresh) == (2.0, 1.0, 3.0, 0.7)
+    many = Samples(
+        slices=(40.0,), runs=(1.0, 2.0, 3.0), fresh=(9.0, 0.5, 0.7, 0.6), filled=(1e9, 11e9, 12e9, 11e9)
+    ).rate
+    assert (many.bytes_per_s, many.low, many.high) == (2.0, 1.0, 3.0)
+    assert [many.filling(n) for n in (1e8, 2e9, 11e9, 40e9)] == [9.0, 9.0, 0.6, 0.6]
     assert Samples(slices=(10.0,) * 12).enough(12, 1 << 40) and not Samples(slices=(10.0,)).enough(12, 1 << 40)
     assert Samples(slices=(200.0,)).enough(12, 100)  # all of the file was read in that

@@ -277,7 +277,8 @@ def test_a_run_tells_how_long_memory_takes_that_was_never_used(disk_at):
     measured.learn_disk(disk_at, measured.DiskUse(), came)  # nothing is known of the disk itself
     assert measured.disk(disk_at) is None
     measured.learn_disk(disk_at, used(2e9), came)
-    assert measured.disk(disk_at).fresh == pytest.approx(1e9)
+    known = measured.disk(disk_at)
+    assert known.filling(2 << 30) == pytest.approx(1e9) == known.filling(30 << 30) and known.filling(0) == 0
     measured.learn_disk(disk_at, used(2e9), measured.DiskUse(2 << 30, 1, 2 << 30))  # no slower than the disk
     assert measured.samples(disk_at).fresh[-1] == pytest.approx(2e9)
 
@@ -464,7 +465,7 @@ def test_a_slow_disk_is_told_from_a_slow_machine(disk_at, monkeypatch, tmp_path,
     path = str(tmp_path / "file")
     measured.keep_disk(disk_at, Samples((HOST.disk,)))
     monkeypatch.setattr(
-        expected, "known", lambda model: (MODEL, replace(HOST, disk=measured.disk(disk_at).bytes_per_s))
+        expected, "known", lambda model, n_fresh: (MODEL, replace(HOST, disk=measured.disk(disk_at).bytes_per_s))
     )
     written, read = forecast.of_run(MODEL, replace(HOST, disk=rate), 512, 600, in_prompt=0.0, found=0.5)
     counts = {"experts_wanted": 1000, "experts_there": 0, "bytes_disk": 64 << 30, "slot_bytes": 0}
