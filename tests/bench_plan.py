@@ -1,6 +1,6 @@
 """Puts what `ms4 plan` says beside what a run does, for a file and a list of budgets: one line of CSV a phase.
 
-    python tests/bench_plan.py FILE.gguf --ram 8G,12G,18G [--pp 512] [--tg 32] [--rounds 1] [--recalibrate] [--limit 4G]
+    python tests/bench_plan.py FILE.gguf --ram 8G,12G,18G [--tg 32] [--rounds 1] [--recalibrate] [--limit 4G]
 
 For each budget: the pages of the file are dropped from the page cache, `ms4 plan` is asked, and a process of its own
 opens the file as the plan says and measures.  --ram free: what is free, as without --ram.  --limit puts plan and run
@@ -169,6 +169,8 @@ def main() -> None:
     a = p.parse_args()
     if a.child:
         return child(a)
+    if a.pp != forecast.N_PROMPT:
+        p.error(f"--pp {a.pp}: plans are about prompts of {forecast.N_PROMPT} tokens")
     about = forecast.Model.of(GgufFile.open(a.file))
     groups = bench_stream.cgroup(size(a.limit)) if a.limit else []
     out = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
