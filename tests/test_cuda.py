@@ -4,6 +4,7 @@ The emulated driver does kernels and copies late and in random legal order, and 
 the card's memory or a kernel what is not its own.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -15,10 +16,11 @@ import pytest
 import test_hashes
 
 import ms4
-from ms4.cli import selftest
-from ms4.models import pixtral
+from ms4.cli import expected, selftest
+from ms4.models import clock, forecast, pixtral
 from ms4.models.model import Model
 from ms4.models.tokenizer import Tokenizer
+from ms4.quant.gguf_file import GgufFile
 from ms4.quant.tiny import Tiny, write_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -250,6 +252,28 @@ def test_selftest_says_what_it_compared(monkeypatch, capsysbinary):
 
 
 # --- what can fail
+
+
+def test_a_run_is_begun_where_the_card_holds_what_the_host_cannot(ms4, monkeypatch):
+    about = forecast.Model.of(GgufFile.open(DEMO / "ms4-demo.gguf"))
+    for name in ("MS4_LIBCUDA", "MS4_GPU_CODE"):  # which the fixture has taken away
+        monkeypatch.setenv(name, emulated()[name])
+    monkeypatch.setattr(forecast, "DRIVER", 0)  # the model is small, and so is the emulated card
+    monkeypatch.setattr(clock, "BUFFERS", 1e8)
+    room = forecast.Room((forecast.PROCESS + (1 << 20)) / 0.75)  # a quarter is left to others
+    monkeypatch.setattr(expected, "room_here", lambda *arguments, **more: room)
+    assert about.dense > 2 << 20
+    arguments = ("run", "-q", "-n", "2", "-m", DEMO / "ms4-demo.gguf", "Hi")
+    code, _, err = ms4(*arguments, "--device", "cpu")
+    assert code == 6 and "at the least" in err
+    code, out, err = ms4(*arguments, "--device", "cuda")
+    assert code in (0, 3) and out and "at the least" not in err, err
+    code, out, _ = ms4("plan", DEMO / "ms4-demo.gguf", "--json", "--ctx", "512")
+    found = json.loads(out)
+    assert code == 0 and found["fits"] and found["experts"]["in_vram"] == found["experts"]["all"]
+    assert found["machine"]["vram_bytes"] > 0 and any("is not in the table of cards" in n for n in found["notes"])
+    code, out, _ = ms4("plan", DEMO / "ms4-demo.gguf", "--json", "--ctx", "512", "--gpu", "none")
+    assert code == 6 and json.loads(out)["experts"]["in_vram"] == 0
 
 
 def run(*arguments, **environment):
