@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MOST_RATIO = 20.0  # beyond it, something else than the machine was measured
 MOST_RATIOS = 5  # runs that are kept
 FAR = 0.25  # a prediction that was off by more has to be named
-LEAST_TOKENS, LEAST_PROMPT = 8, 64  # of a run that says something about speeds
+LEAST_TOKENS, LEAST_PROMPT = 16, 64  # of a run that says something about speeds
 LEAST_READ = 256 << 20  # bytes that a run must have read from a disk to say something about it
 
 Row = dict[str, Any]  # of numbers and lists of numbers

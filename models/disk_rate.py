@@ -31,8 +31,8 @@ from types import TracebackType
 import ms4
 
 N_READERS, PIECE, BLOCK = 8, 1 << 20, 4096
-SLICE, N_SLICES = 0.5, 12  # seconds of one, and how many are wanted of a disk that experts will be read from
-S_FRESH, MOST_FRESH = 2.0, 1 << 30  # seconds, bytes
+SLICE, N_SLICES = 0.5, 8  # seconds of one, and how many are wanted of a disk that experts will be read from
+S_FRESH, MOST_FRESH = 1.0, 1 << 30  # seconds, bytes
 SMALLEST = 64 << 20  # bytes of experts: fewer say nothing about a disk, and are read in no time
 CHUNK = 4 << 20  # bytes: what stands for an expert where a model has none
 
@@ -275,7 +275,7 @@ class Probe:
         n_bytes = sum(n for layer in layers for expert in layer for _, _, n in expert)
         self._reader = Reader(paths, layers, n_used) if n_bytes >= SMALLEST else None
         self._slices: list[float] = []
-        self._fresh, self._filled = 0.0, 0
+        self._fresh, self._filled = 0.0, 0.0
 
     def slices(self, n: int) -> None:
         """n more, or fewer if all has been read."""
@@ -286,8 +286,8 @@ class Probe:
     def fresh(self, most: int = MOST_FRESH) -> None:
         """Into `most` bytes of memory that was never used."""
         if self._reader:
-            self._filled = min(most, MOST_FRESH)
-            self._fresh = self._reader.rate(S_FRESH, self._filled)
+            self._fresh = self._reader.rate(S_FRESH, min(most, MOST_FRESH))
+            self._filled = min(most, MOST_FRESH, self._fresh * S_FRESH)
 
     @property
     def samples(self) -> Samples | None:

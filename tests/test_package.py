@@ -40,6 +40,7 @@ def listed(folder):
 def test_the_wheel_holds_the_demonstration_and_not_its_trainer(tmp_path_factory):
     wheel, _ = listed(str(tmp_path_factory.getbasetemp()))
     assert {"ms4/__init__.py", "ms4/py.typed", "ms4/cli/start.py", "ms4/models/model.py"} <= wheel
+    assert "ms4/models/cards.toml" in wheel
     assert {f"ms4/models/demo/ms4-demo{name}.gguf" for name in ("", "-mmproj")} <= wheel
     assert not [name for name in wheel if "training" in name or "build_" in name or "tests" in name]
 
@@ -57,7 +58,7 @@ def test_the_sdist_can_be_built_from(tmp_path_factory):
     ends = ("c", "h", "cdef", "cu", "cuh")
     sources = {str(path.relative_to(ROOT)) for end in ends for path in (ROOT / "csrc").rglob(f"*.{end}")}
     sources |= {f"csrc/{name}.py" for name in BUILDERS}
-    assert sources | {"quant/grids.py", "pyproject.toml", "LICENSE", "README.md"} <= sdist
+    assert sources | {"quant/grids.py", "pyproject.toml", "LICENSE", "README.md", "models/cards.toml"} <= sdist
     assert not [name for name in sdist if name.startswith(("tests/", "models/training/"))]
 
 
