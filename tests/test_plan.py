@@ -394,7 +394,7 @@ def test_a_run_that_cannot_have_room_is_refused_before_a_weight_is_read(ms4, kno
 @pytest.mark.parametrize(
     "ctx, n, load",
     [
-        (512, [], "memory"),
+        pytest.param(512, [], "memory", marks=pytest.mark.slow),
         (1024, [], "stream"),
         pytest.param(1024, [300], "memory", marks=pytest.mark.slow),
         pytest.param(1024, [800], "stream", marks=pytest.mark.slow),
