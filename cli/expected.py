@@ -211,17 +211,18 @@ class Compared:
         return f" · {self.what} predicted {self.predicted:.1f} tok/s{far}"
 
 
-def learn(model: Model, s: Statistics, read: Stats | None) -> list[Compared]:
+def learn(model: Model, s: Statistics, read: Stats | None, before: Stats | None = None) -> list[Compared]:
     """Compares a run with what was expected of it, and keeps what it says about disk and machine for the next plan.
 
-    read: the engine's counters when the prompt had been read.  Of experts on the disk as many are expected to be found
-    in memory as were: the first prompt after opening finds none, and that is no fault of the prediction.  What a run
-    got of the disk is kept by itself; the ratio that is kept is what is left when the model of time is given that.
+    read: the engine's counters when the prompt had been read; before: when the turn began, None: the model was opened.
+    Of experts on the disk as many are expected to be found in memory as were: the first prompt after opening finds
+    none, and that is no fault of the prediction.  What a run got of the disk is kept by itself; the ratio that is kept
+    is what is left when the model of time is given that.
     """
     from ms4.models import forecast
 
     now = model.engine.stats()
-    wrote, came = disks_of(now, read)
+    wrote, came = disks_of(now, read, before)
     try:
         found, disk = known(model, came.fresh), measured.disk_key(model.gguf.path)
     except OSError:  # the file is gone
@@ -233,7 +234,7 @@ def learn(model: Model, s: Statistics, read: Stats | None) -> list[Compared]:
     about, machine = found
     key = measured.run_key(model.gguf.path, now.load)
     n_read, learnt = s.n_prompt - s.n_cached, measured.ratios(key)
-    shares = {"in_prompt": share_found(read), "found": share_found(now, read)}
+    shares = {"in_prompt": share_found(read, before), "found": share_found(now, read)}
     filled = replace(machine, disk=machine.filling(came.bytes, came.fresh))
     made = []
     for what, enough, speed, here, part, ratio in (
@@ -255,12 +256,14 @@ def is_far(one: float, other: float) -> bool:
     return abs(one / other - 1) > measured.FAR
 
 
-def disks_of(now: Stats, read: Stats | None) -> tuple[measured.DiskUse, measured.DiskUse]:
+def disks_of(now: Stats, read: Stats | None, before: Stats | None) -> tuple[measured.DiskUse, measured.DiskUse]:
     """What of the disk was used to write, and before, to read the prompt and to fill places for the first time."""
-    if read is None:
-        return measured.DiskUse(), measured.DiskUse(now.bytes_disk, now.ns_disk, now.slot_bytes)
-    wrote = measured.DiskUse(now.bytes_disk - read.bytes_disk, now.ns_disk - read.ns_disk)
-    return wrote, measured.DiskUse(read.bytes_disk, read.ns_disk, min(read.slot_bytes, read.bytes_disk))
+    last = read or now
+    n_bytes, ns, held = (u.bytes_disk, u.ns_disk, u.slot_bytes) if (u := before) else (0, 0, 0)
+    came = last.bytes_disk - n_bytes
+    fresh = min(max(last.slot_bytes - held, 0), came)
+    wrote = measured.DiskUse(now.bytes_disk - last.bytes_disk, now.ns_disk - last.ns_disk)
+    return wrote, measured.DiskUse(came, last.ns_disk - ns, fresh)
 
 
 def note_after(compared: Sequence[Compared]) -> str:

@@ -23,6 +23,7 @@ from ms4.cli import (
     chat_kept,
     chat_settings,
     errors,
+    expected,
     image_notes,
     lines,
     loading,
@@ -46,7 +47,7 @@ from ms4.quant import visible
 if TYPE_CHECKING:
     import numpy as np
 
-    from ms4 import StopFlag
+    from ms4 import Stats, StopFlag
     from ms4.models.answer import Answer, Done, Event, Statistics
     from ms4.models.dialogue import Content, Dialogue
     from ms4.models.document import Attachment
@@ -112,6 +113,7 @@ def chat(settings: ChatSettings, engine: EngineOptions) -> int:
             timeline = scheduler.open(n_ctx)
             talk = Talk(settings, dialogue, scheduler, timeline, output, status, images, interactive, memory)
             talk.model = visible.line(os.path.basename(engine.require()).removesuffix(".gguf"))
+            talk.learn = partial(expected.learn, model)
             talk.open(session, system)
             talk.take(attached, prices)
             source = lines.EditedLines(seen, talk.bar) if interactive else lines.PipedLines(settings.rule)
@@ -188,6 +190,8 @@ class Talk:
         self.model = ""  # its name, for the bottom line
         self.last: Statistics | None = None
         self.last_disk = ""
+        self.read: Stats | None = None  # the engine's counters when the last prompt had been read
+        self.learn: Callable[[Statistics, Stats | None, Stats], list[expected.Compared]] = lambda s, read, before: []
         self.think_budget: int | None = settings.sampling.think_budget
         self.sampler: Sampler = settings.sampling.sampler()
         self.commands: dict[str, Callable[[str], object]] = {
@@ -466,7 +470,7 @@ class Talk:
         return kept
 
     def _turn(self, message: Content, cut: remembered.Cut | None, ctrl_c: Interrupt) -> bool:
-        before = self.scheduler.engine.stats()
+        before, self.read = self.scheduler.engine.stats(), None
         ids, pieces = (cut.ids, cut.pieces) if cut else ((), remembered.Pieces())
         try:
             with ctrl_c.leaving():
@@ -487,7 +491,8 @@ class Talk:
             self.memory.turn(message, ids, pieces, done.reason, self.sampler)
         self.cut = remembered.Cut(ids, pieces) if ids and done.reason in remembered.CUT else None
         self.last = done.statistics
-        self.last_disk = render.from_disk(self.scheduler.engine.stats(), before)
+        compared = self.learn(done.statistics, self.read, before)
+        self.last_disk = render.from_disk(self.scheduler.engine.stats(), before) + expected.note_after(compared)
         self.conclude(done, bool(ids))
         return bool(ids)
 
@@ -530,6 +535,7 @@ class Talk:
 
     def show(self, answer: Answer, rows: np.ndarray | None, pieces: remembered.Pieces, ctrl_c: Interrupt) -> Done:
         """Streams one answer, and lets `pieces` see it; returns how it ended."""
+        from ms4.models.answer import Prefill
         from ms4.models.answer_parser import Text, Thinking
 
         screen = render.Screen(self.output, self.settings.markdown)
@@ -537,6 +543,8 @@ class Talk:
         pace = Pace(answer)
 
         def show(event: Event) -> None:
+            if self.read is None and not isinstance(event, Prefill):
+                self.read = self.scheduler.engine.stats()
             pieces(event)
             if isinstance(event, Text):
                 thoughts.end()

@@ -436,6 +436,29 @@ def test_statistics_compare_a_run_with_its_prediction_and_the_next_plan_knows(ms
     assert corrected == ratio
 
 
+def test_what_a_turn_used_of_the_disk_is_told_from_what_was_before_it():
+    def at(n_bytes, ns, held):
+        return SimpleNamespace(bytes_disk=n_bytes, ns_disk=ns, slot_bytes=held)
+
+    first = expected.disks_of(at(900, 90, 500), at(700, 60, 450), None)
+    assert first == (measured.DiskUse(200, 30), measured.DiskUse(700, 60, 450))
+    second = expected.disks_of(at(1500, 150, 510), at(1400, 130, 505), at(900, 90, 500))
+    assert second == (measured.DiskUse(100, 20), measured.DiskUse(500, 40, 5))
+    assert expected.disks_of(at(900, 90, 500), None, at(100, 10, 600)) == (
+        measured.DiskUse(), measured.DiskUse(800, 80, 0)
+    )  # fmt: skip
+
+
+def test_a_chat_tells_the_next_plan_what_it_got_and_shows_it(ms4, known, monkeypatch):
+    monkeypatch.setattr(measured, "MOST_RATIO", 1e9)
+    monkeypatch.setenv("MS4_NO_HISTORY", "1")
+    words = "one two three four five six seven " * 20
+    said = f"{words}\n/stats\n".encode()
+    code, _, err = ms4("chat", "-m", bravo(), "--load", "stream", "--greedy", "-n", "40", stdin=said)
+    assert code == 0 and re.search(r"from the disk.*writing predicted [\d.]+ tok/s.*reading predicted", err)
+    assert measured.ratios(measured.run_key(bravo(), "stream")).known
+
+
 def test_statistics_of_experts_on_the_disk_expect_what_was_found_in_memory(ms4, known, monkeypatch):
     monkeypatch.setattr(measured, "MOST_RATIO", 1e9)
     asked, plain = [], forecast.of_run
