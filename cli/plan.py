@@ -21,6 +21,7 @@ from ms4.cli.render import StatusLine, gigabytes
 if TYPE_CHECKING:
     from ms4.models.calibration import Rates
     from ms4.models.cards import Card
+    from ms4.models.clock import Machine
     from ms4.models.disk_rate import DiskRate
     from ms4.models.forecast import Model, Resources, Room
     from ms4.quant.gguf_file import GgufFile
@@ -57,7 +58,7 @@ def plan(question: Question) -> int:
     tensors = mistral4.tensors_of(gguf, shape, is_here=False)
     model = Model.made_of(shape, tensors, sum(gguf.sizes))
     n_ctx = min(question.n_ctx, shape.n_ctx_train)
-    there, disk, notes = resources(question, gguf, model, tensors, n_ctx, status)
+    there, ends, notes = resources(question, gguf, model, tensors, n_ctx, status)
     if n_ctx < question.n_ctx:
         notes.append(f"the model holds at most {n_ctx} tokens")
     made = make(model, there, n_ctx)
@@ -67,14 +68,9 @@ def plan(question: Question) -> int:
     if learnt.known:
         ratios = (learnt.decode.usual, learnt.prefill.usual)
         notes.append("corrected by earlier runs: writing x {:.2f}, reading x {:.2f}".format(*ratios))
+    low, high = (make(model, replace(there, machine=machine), n_ctx) for machine in ends)
     between = plan_shown.Between(
-        *(
-            make(model, replace(there, machine=replace(there.machine, disk=rate)), n_ctx).corrected(*ratios)
-            for rate, ratios in (
-                (disk.low if disk and disk.low else there.machine.disk, (learnt.decode.low, learnt.prefill.low)),
-                (disk.high if disk and disk.high else there.machine.disk, (learnt.decode.high, learnt.prefill.high)),
-            )
-        )
+        low.corrected(learnt.decode.low, learnt.prefill.low), high.corrected(learnt.decode.high, learnt.prefill.high)
     )
     made = made.corrected(learnt.decode.usual, learnt.prefill.usual)
     others = [] if made.fits else expected.nearest(model, there.room, made, path)
@@ -134,9 +130,11 @@ def resources(
     tensors: Sequence[ms4.Tensor],
     n_ctx: int,
     status: StatusLine,
-) -> tuple[Resources, DiskRate | None, list[str]]:
-    """The machine, measured or remembered or from the tables, its disk, and what is to be said about that."""
+) -> tuple[Resources, tuple[Machine, Machine], list[str]]:
+    """The machine, measured or remembered or from the tables; the same with its disk at its slowest and fastest; and
+    what is to be said about that."""
     from ms4.models import cards, clock
+    from ms4.models.disk_rate import DiskRate
     from ms4.models.forecast import Resources, fit
 
     room = expected.room_here(gguf, question.ram or 0, what_if=True)
@@ -153,13 +151,16 @@ def resources(
         notes.append("the disk was measured through the page cache, as its file system reads no other way")
     if disk and streamed:
         notes.append(disk_note(disk))
-    fresh = disk.filling(found.n_ram * found.expert if streamed else model.bytes_weights) if disk else 0.0
-    here = clock.Machine(card, rates.ram, rates.flops, disk.bytes_per_s if disk else clock.DISK_ASSUMED, fresh=fresh)
+    filled = found.n_ram * found.expert if streamed else model.bytes_weights
+    disk = disk or DiskRate(clock.DISK_ASSUMED, low=clock.DISK_ASSUMED, high=clock.DISK_ASSUMED)
+    here = clock.Machine(card, rates.ram, rates.flops, disk.bytes_per_s, fresh=disk.filling(filled))
     if question.memory != MEASURED:
         memory = cards.find_memory(question.memory)[1]
         here = replace(here, ram=memory.rate)
         notes.append(f"{question.memory}: not this machine's memory, but by {memory.source}, {memory.date}")
-    return Resources(here, room.ram, room.limited, vram, room.available, room.cached), disk, notes
+    (slow, fills_slow), (fast, fills_fast) = disk.slowest(filled), disk.fastest(filled)
+    ends = replace(here, disk=slow, fresh=fills_slow), replace(here, disk=fast, fresh=fills_fast)
+    return Resources(here, room.ram, room.limited, vram, room.available, room.cached), ends, notes
 
 
 def disk_note(disk: DiskRate) -> str:

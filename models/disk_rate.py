@@ -55,10 +55,20 @@ class DiskRate:
 
     def filling(self, n_bytes: float) -> float:
         """The rate into so much memory that was never used: what was found with about as much; 0: nobody knows."""
+        return median(self._fillings(n_bytes) or [0.0])
+
+    def slowest(self, n_bytes: float) -> tuple[float, float]:
+        """The lower ends: of the disk, and of filling so much memory."""
+        return self.low, min(self._fillings(n_bytes), default=0.0)
+
+    def fastest(self, n_bytes: float) -> tuple[float, float]:
+        return self.high, max(self._fillings(n_bytes), default=0.0)
+
+    def _fillings(self, n_bytes: float) -> list[float]:
         if not self.fresh or n_bytes <= 0:
-            return 0.0
+            return []
         nearest = min(_apart(n, n_bytes) for n, _ in self.fresh)
-        return median(rate for n, rate in self.fresh if _apart(n, n_bytes) <= ALIKE * nearest)
+        return [rate for n, rate in self.fresh if _apart(n, n_bytes) <= ALIKE * nearest]
 
 
 ALIKE = 1.2  # sizes that differ by no more are as good as one

@@ -146,5 +146,6 @@ def test_what_is_made_of_samples():
     ).rate
     assert (many.bytes_per_s, many.low, many.high) == (2.0, 1.0, 3.0)
     assert [many.filling(n) for n in (1e8, 2e9, 11e9, 40e9)] == [9.0, 9.0, 0.6, 0.6]
+    assert many.slowest(11e9) == (1.0, 0.5) and many.fastest(11e9) == (3.0, 0.7) and many.fastest(0) == (3.0, 0.0)
     assert Samples(slices=(10.0,) * 12).enough(12, 1 << 40) and not Samples(slices=(10.0,)).enough(12, 1 << 40)
     assert Samples(slices=(200.0,)).enough(12, 100)  # all of the file was read in that
