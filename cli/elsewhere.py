@@ -11,6 +11,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
+COMMON = {"--help": None, "--version": None, "-h": None}
 LLAMA, OLLAMA, LLM, STUDIO = "llama.cpp", "Ollama", "llm", "LM Studio"
 PLACED = "not needed: what fits goes to the GPU, hot experts first; --device and --vram BYTES say where and how much"
 FIXED = "not here: the engine chooses this by itself, and the answer does not depend on it"
@@ -113,7 +115,7 @@ OPTIONS = (
     Row("", "--out --outfile --output-file", "-o FILE"),
     Row("", "--quiet-mode --silent", "-q"),
     Row("", "--time-limit --max-time", "--timeout S"),
-    Row("", "--version", "ms4 --version, without a command"),
+    Row("", "--version -V", "ms4 --version, without a command"),
 )
 
 COMMANDS = (
@@ -139,7 +141,7 @@ _COMMANDS = {spelling: row for row in COMMANDS for spelling in row.spellings}
 
 
 def stranger(args: Sequence[str], ours: Mapping[str, str | None]) -> str | None:
-    """The first argument that looks like an option and is none of ours.
+    """The first argument that looks like an option and is none of ours; with a dash of a typesetter, too.
 
     ours: the option -> the name of its value; None for a flag.
     """
@@ -148,6 +150,8 @@ def stranger(args: Sequence[str], ours: Mapping[str, str | None]) -> str | None:
         arg = rest.pop(0)
         if arg == "--":
             return None
+        if plain_dashes(arg, ours):
+            return arg.partition("=")[0]
         if len(arg) < 2 or arg[0] != "-":
             continue
         name, given, _ = arg.partition("=")
@@ -157,6 +161,19 @@ def stranger(args: Sequence[str], ours: Mapping[str, str | None]) -> str | None:
         elif name.startswith("--") or name in _OPTIONS or not _short(arg, ours):
             return name if name in _OPTIONS or not re.search(r"\s", arg) else arg
     return None
+
+
+def plain_dashes(arg: str, ours: Mapping[str, str | None]) -> str:
+    """The option that is meant by one whose dashes an editor or a web page has made typographic; "" for none."""
+    name = arg.partition("=")[0]
+    bare = name.lstrip(DASHES + "-")
+    if not bare or name[0] not in DASHES:
+        return ""
+    # What was one hyphen never becomes the longest dash.
+    meant = ["--" + bare] if name[0] == "\u2014" else ["--" + bare, "-" + bare]
+    if re.fullmatch("[a-z][0-9]+", bare):  # with its value
+        meant.append("-" + bare[0])
+    return next((option for option in meant if option in ours or (len(option) > 2 and option in _OPTIONS)), "")
 
 
 def _short(arg: str, ours: Mapping[str, str | None]) -> bool:
@@ -175,6 +192,10 @@ def _short(arg: str, ours: Mapping[str, str | None]) -> bool:
 def option_hint(name: str, command: str, ours: Mapping[str, str | None]) -> str:
     """What to type instead of an option that `command` does not have."""
     more, dashes = f"{command} --help", f"text that begins with - goes after --: {command} -- "
+    if plain := plain_dashes(name, ours):
+        if plain not in ours:
+            return option_hint(plain, command, ours)
+        return f"{plain}, with {'plain hyphens' if plain[1] == '-' else 'a plain hyphen'}; {more}"
     if re.search(r"\s", name) or not re.match(r"--?[a-zA-Z]", name):
         return dashes + quoted(name[:120])
     row = _OPTIONS.get(name)
@@ -191,6 +212,10 @@ def option_hint(name: str, command: str, ours: Mapping[str, str | None]) -> str:
 def command_hint(args: Sequence[str], ours: Sequence[str]) -> str:
     """What to type instead of `ms4 ARGS...`, the first of which is no command."""
     first, rest = args[0], list(args[1:])
+    if first and first[0] in DASHES:
+        first = plain_dashes(first, COMMON) or first
+    if first in COMMON:
+        return f"ms4 {first}, with plain hyphens; ms4 --help"
     if first.startswith("-"):
         if row := _OPTIONS.get(first.partition("=")[0]):
             return f"{row.ours}; ms4 --help"
@@ -199,13 +224,20 @@ def command_hint(args: Sequence[str], ours: Sequence[str]) -> str:
         return f"ms4 chat -m {quoted(first)}   or   ms4 info {quoted(first)}"
     if first in _COMMANDS:
         return f"{_COMMANDS[first].ours}; ms4 --help"
-    import difflib
-
-    near = difflib.get_close_matches(first, ours, 1, 0.65)
+    near = [] if first[:1].isupper() and first.lower() not in ours else _near(first, ours)
     if near and len(args) < 3 and not re.search(r"\s", first):
         return f"{' '.join(['ms4', near[0], *map(quoted, rest)])[:120]}   or   ms4 --help"
     text = first if not rest or any(word.startswith("-") for word in rest) else " ".join(args)
     return f"ms4 run {quoted(text[:120], always=True)}   or   ms4 --help"
+
+
+def _near(word: str, ours: Sequence[str]) -> list[str]:
+    """The command that was meant: a question may begin with a word that is like one."""
+    import difflib
+
+    word = word.lower()
+    close = difflib.get_close_matches(word, ours, 1, 0.65)
+    return [name for name in close if name[0] == word[0] or word in name or sorted(name) == sorted(word)]
 
 
 def quoted(text: str, always: bool = False) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ms4.cli import elsewhere, guide
+from ms4.cli import elsewhere, guide, typed
 from ms4.cli import options as opt
 from ms4.cli.errors import UsageError
 from ms4.models.untrusted import Reading
@@ -41,8 +41,9 @@ class Command(TyperCommand):
         if name := elsewhere.stranger(args, ours):
             hint = elsewhere.option_hint(name, ctx.command_path, ours)
             raise UsageError(f"no such option: {name}", hint)
+        typed.refuse_torn(args, ours)
         if "--resume" in ours:
-            args = fill_resume(args)
+            args = typed.fill_resume(args)
         if {"-i", "-f"} & {*ours} and any(arg.startswith(("-i", "-f", "--i", "--f")) for arg in args):
             from ms4.cli.attachments import spread  # it knows pictures, which takes time to import
 
@@ -51,21 +52,12 @@ class Command(TyperCommand):
         for param in order:
             if order.count(param) > 1 and not getattr(param, "multiple", True):
                 raise UsageError(f"{param.opts[-1]} is given twice", f"{ctx.command_path} --help")
+        typed.refuse_empty(self.get_params(ctx), given, ctx.command_path)
         if {"--profile", "--model"} <= {*ours} and not {*ctx.help_option_names} & {*args}:
             from ms4.cli import config
 
             ctx.default_map = config.defaults(ctx.info_name.split()[-1], self.params, given, ctx)
         return super().parse_args(ctx, args)
-
-
-def fill_resume(args: list[str]) -> list[str]:
-    """--resume without an id asks for one from a list."""
-    filled: list[str] = []
-    for arg, after in zip(args, [*args[1:], "--"], strict=False):  # without arguments there is nothing to fill
-        filled.append(arg)
-        if arg == "--resume" and after.startswith("-"):
-            filled.append("?")
-    return filled
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

@@ -102,7 +102,9 @@ def dispatch(args: list[str]) -> int:
         return errors.OK
     if args[0] == "help":
         return dispatch([args[1], "--help"] if args[1:] else ["--help"])
-    if args == ["version"]:
+    if args[0] == "version":
+        if args[1:]:
+            raise errors.UsageError("version takes no options", "ms4 version; as JSON, ms4 doctor --json has it")
         return dispatch(["--version"])
     if args[:2] == ["completion", "--ask"]:  # at each Tab: without what it takes to check options
         from ms4.cli import completion
@@ -111,7 +113,7 @@ def dispatch(args: list[str]) -> int:
     if args[0] not in COMMANDS:
         from ms4.cli import elsewhere
 
-        kind = "option:" if args[0].startswith("-") else "command"
+        kind = "option:" if args[0][:1] in ("-", *elsewhere.DASHES) else "command"
         raise errors.UsageError(f"no such {kind} {args[0]}", elsewhere.command_hint(args, COMMANDS))
     os.environ["TYPER_USE_RICH"] = "0"
     from ms4.cli import main as commands

@@ -7,8 +7,10 @@ without end.  What may be better at another attempt is a `Transient`; everything
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,18 +45,20 @@ class ChangedError(DownloadError):
 
 
 class Transient(Exception):
-    """An attempt that failed.  wait: seconds that the server asks for."""
+    """An attempt that failed.  wait: seconds that the server asks for.  offline: it did not leave this machine."""
 
-    def __init__(self, reason: str, wait: float = 0.0) -> None:
+    def __init__(self, reason: str, wait: float = 0.0, offline: bool = False) -> None:
         super().__init__(visible.line(reason))
         self.wait = wait
+        self.offline = offline
 
 
 @dataclass(frozen=True)
 class Patience:
     """When an attempt is over, and how many may fail one after another without a byte in between.  Seconds.
 
-    At first 6 attempts in 15 s: somebody waits.  Later 20 in 13 minutes: nobody does, and routers are restarted.
+    At first 6 attempts in 15 s: somebody waits; 2 without a network.  Later 20 in 13 minutes: nobody does, and routers
+    are restarted.
     """
 
     connect: float = 20.0
@@ -62,6 +66,7 @@ class Patience:
     window: float = 60.0  # in which at least `least` bytes have to come
     least: int = 20_000
     n_first: int = 6
+    n_offline: int = 2
     n_attempts: int = 20
     first_wait: float = 0.5  # doubled from attempt to attempt
     longest_wait: float = 60.0
@@ -121,10 +126,22 @@ def _as_transient() -> Iterator[None]:
             raise DownloadError(
                 f"the server is not who it says it is: {text}", "SSL_CERT_FILE names other roots"
             ) from e
+        if _is_offline(e):
+            raise Transient(f"no network, or no such server ({text})", offline=True) from e
         silent = isinstance(e, httpx.TimeoutException)
         raise Transient("the server is silent" if silent else f"no connection, or it was cut ({text})") from e
     except httpx.InvalidURL as e:
         raise DownloadError(f"not an address: {e}") from None
+
+
+def _is_offline(error: BaseException) -> bool:
+    """Whether no name could be resolved, or no network be reached: the system's own words, below those of httpx."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, socket.gaierror) or getattr(cause, "errno", None) in (errno.ENETUNREACH, errno.ENETDOWN):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 class Web:
@@ -150,7 +167,7 @@ class Web:
             try:
                 return action()
             except Transient as e:
-                if n_failed == self.patience.n_first:
+                if n_failed >= (self.patience.n_offline if e.offline else self.patience.n_first):
                     raise given_up(e, n_failed) from e
                 sleep(max(self.patience.wait(n_failed), min(e.wait, self.patience.longest_wait)))
         raise AssertionError("patience allows no attempt")
@@ -253,7 +270,8 @@ class Web:
 
 
 def given_up(last: Transient, n_attempts: int) -> DownloadError:
-    return DownloadError(f"{last}; {n_attempts} attempts failed", "the same command goes on later")
+    hint = "ms4 ls shows what is here already; " if last.offline else ""
+    return DownloadError(f"{last}; {n_attempts} attempts failed", f"{hint}the same command goes on later")
 
 
 def _url(text: str) -> httpx.URL:

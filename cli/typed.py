@@ -1,0 +1,52 @@
+"""What is looked for in the words of a command line before its options are parsed: slips that would pass in silence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ms4.cli.errors import UsageError
+
+# Typographic quotes -> what may end what they begin.
+QUOTES = {"\u201c": "\u201c\u201d", "\u201d": "\u201d", "\u201e": "\u201c\u201d", "\u2018": "\u2019"}
+# In what stands for a value that names something; an attachment without a name is an error already.
+NAMES = re.compile(r"(?<!@)FILE|PATH(?!.*\.\.\.)|FOLDER|NAME|OUT|REV|ID")
+
+
+def refuse_torn(args: Sequence[str], ours: Mapping[str, str | None]) -> None:
+    """UsageError for a value in typographic quotes, of which an option would get the first word only.
+
+    ours: the option -> the name of its value; None for a flag.
+    """
+    rest = list(args)
+    while rest and rest[0] != "--":
+        arg = rest.pop(0)
+        name, given, value = arg.partition("=")
+        if ours.get(arg) is not None and rest:
+            value = rest.pop(0)
+        elif not given or ours.get(name) is None:
+            continue
+        closing = QUOTES.get(value[:1], "")
+        if closing and value[-1] not in closing and any(word and word[-1] in closing for word in rest):
+            reason = f"{value} begins with a typographic quote, which holds no words together"
+            raise UsageError(reason, "type the quotes again, as \" or '")
+
+
+def refuse_empty(params: Sequence[Any], given: Mapping[str, Any], command: str) -> None:
+    """UsageError for an empty value where something is to be named, as by a variable that is not set: -m "$MODEL"."""
+    for param in params:
+        values = given.get(param.name)
+        if NAMES.search(param.metavar or "") and "" in (values if isinstance(values, (list, tuple)) else [values]):
+            name = param.opts[-1] if param.param_type_name == "option" else param.metavar
+            raise UsageError(f"{name} is empty: it names nothing", f"{command} --help")
+
+
+def fill_resume(args: list[str]) -> list[str]:
+    """--resume without an id asks for one from a list."""
+    filled: list[str] = []
+    for arg, after in zip(args, [*args[1:], "--"], strict=False):  # without arguments there is nothing to fill
+        filled.append(arg)
+        if arg == "--resume" and after.startswith("-"):
+            filled.append("?")
+    return filled

@@ -1,0 +1,103 @@
+"""Slips on the command line of the kinds that users met, found by trying; each test is named after its row."""
+
+import errno
+import socket
+
+import httpx
+import pytest
+import test_cli
+
+from ms4.models import web
+
+# --- C5, A3: slips that would pass in silence
+
+
+@pytest.mark.parametrize(
+    "arguments, name, hint",
+    [
+        (["run", "\u2014count", "Hi"], "\u2014count", "--count, with plain hyphens"),
+        (["run", "Hi", "\u2013n", "3"], "\u2013n", "-n, with a plain hyphen"),
+        (["run", "Hi", "\u2013n3"], "\u2013n3", "-n, with a plain hyphen"),
+        (["run", "Hi", "\u2013\u2013greedy"], "\u2013\u2013greedy", "--greedy, with plain hyphens"),
+        (["run", "Hi", "\u2212-seed=3"], "\u2212-seed", "--seed, with plain hyphens"),
+        (["run", "Hi", "\u2014temperature", "0"], "\u2014temperature", "--temp T"),
+        (["chat", "\u2014resume"], "\u2014resume", "--resume, with plain hyphens"),
+    ],
+)
+def test_c5_typographic_dashes_are_no_words_of_the_prompt(ms4, arguments, name, hint):
+    code, out, err = ms4(*arguments)
+    assert (code, out) == (2, "") and err.startswith(f"ms4: error: no such option: {name}\nhint: {hint}"), err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["he said \u2014count on me"], ["\u2014no"], ["\u2014 yes"], ["\u2014c"], ["\u20135"], ["--", "\u2014count"]],
+)
+def test_c5_text_may_begin_with_a_dash(ms4, words):
+    code, out, err = ms4("run", "-m", test_cli.MODEL, "--show-prompt", *words)
+    assert code == 0 and out.endswith(f"[INST]{words[-1]}[/INST]\n"), err
+
+
+def test_c5_a_value_in_typographic_quotes_is_not_torn(ms4):
+    run = ("run", "-m", test_cli.MODEL, "--show-prompt")
+    for arguments in (["-s", "\u201cBe", "brief.\u201d"], ["--system=\u201eSei", "knapp.\u201c"]):
+        code, out, err = ms4(*run, *arguments, "Hi")
+        assert (code, out) == (2, "") and "typographic quote" in err
+    for arguments in (["-s", "\u201cBe brief.\u201d"], ["-s", "\u201c"], ["-s", "Be", "\u201cbrief", "one\u201d"]):
+        assert ms4(*run, *arguments, "Hi")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "option", ["-m", "-o", "--mmproj", "--schema", "--messages", "--tools", "--resume"]
+)
+def test_c5_an_empty_value_names_nothing(ms4, option):
+    """As of a variable that is not set: -m "" ran the demonstration, -o "" wrote to stdout."""
+    for arguments in ([option, ""], [option + "="] if option.startswith("--") else [option, ""]):
+        code, out, err = ms4("run", *arguments, "Hi")
+        assert (code, out) == (2, "") and "is empty: it names nothing" in err
+    assert ms4("run", "-m", test_cli.MODEL, "-s", "", "--show-prompt", "Hi")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, said, hint",
+    [
+        (["Explain"], "no such command Explain", 'ms4 run "Explain"   or'),
+        (["explain"], "no such command explain", 'ms4 run "explain"   or'),
+        (["Run", "hi"], "no such command Run", "ms4 run hi   or"),
+        (["hcat"], "no such command hcat", "ms4 chat   or"),
+        ([""], "no such command ", "ms4 run"),
+        (["version", "--json"], "version takes no options", "ms4 version; as JSON, ms4 doctor --json"),
+        (["-V"], "no such option: -V", "ms4 --version"),
+        (["\u2014version"], "no such option: \u2014version", "ms4 --version, with plain hyphens"),
+        (["\u2013h"], "no such option: \u2013h", "ms4 -h, with plain hyphens"),
+        (["run", "-V"], "no such option: -V", "ms4 --version, without a command"),
+    ],
+)
+def test_c5_what_is_near_a_command_and_what_is_none(ms4, arguments, said, hint):
+    code, out, err = ms4(*arguments)
+    assert (code, out) == (2, "") and err.startswith(f"ms4: error: {said}\nhint: {hint}"), err
+
+
+# --- C1: waiting without need
+
+
+@pytest.mark.parametrize(
+    "cause", [socket.gaierror(socket.EAI_AGAIN, "Temporary failure"), OSError(errno.ENETUNREACH, "unreachable")]
+)
+def test_c1_without_a_network_nobody_waits_for_more_attempts(cause):
+    waited, n_asked = [], 0
+
+    def ask():
+        nonlocal n_asked
+        n_asked += 1
+        with web._as_transient():
+            try:
+                raise cause
+            except OSError as error:
+                raise httpx.ConnectError(str(error)) from error
+
+    client = web.Web("https://hub.invalid")
+    with pytest.raises(web.DownloadError, match="no network, or no such server") as caught:
+        client.patiently(ask, waited.append)
+    client.close()
+    assert n_asked == 2 and sum(waited) < 1 and "ms4 ls" in caught.value.hint
