@@ -67,17 +67,22 @@ static uint64_t used_memory(const char *folder) {
     return less(used < 0 ? 0 : (uint64_t)used, number_behind(folder, stat, "total_active_file")
                                                    + number_behind(folder, stat, "total_inactive_file"));
 }
+static void keep_limit(uint64_t limit, const char *folder, const char *name, ms4_allowance *out) {
+    uint64_t used = used_memory(folder);
+    if (*out->limit_file && less(limit, used) >= less(out->limit, out->used)) return;
+    out->limit = limit;
+    out->used = used;
+    say_where(out->limit_file, folder, name);
+}
 static void look_at_memory(const char *folder, ms4_allowance *out) {
     static const char *const names[] = { "memory.max", "memory.high", "memory.limit_in_bytes" };
     for (int i = 0; i < 3; i++) {
         long long limit = bytes_in(folder, names[i]);
-        if (limit < 0 || (uint64_t)limit >= NO_LIMIT) continue;
-        uint64_t used = used_memory(folder);
-        if (*out->limit_file && less((uint64_t)limit, used) >= less(out->limit, out->used)) continue;
-        out->limit = (uint64_t)limit;
-        out->used = used;
-        say_where(out->limit_file, folder, names[i]);
+        if (limit >= 0 && (uint64_t)limit < NO_LIMIT) keep_limit((uint64_t)limit, folder, names[i], out);
     }
+    /* Version 1 tells the limits of the groups above, too, which a container does not see. */
+    const uint64_t above = number_behind(folder, "memory.stat", "hierarchical_memory_limit");
+    if (above && above < NO_LIMIT) keep_limit(above, folder, "memory.stat", out);
 }
 static void keep_cpus(double cpus, const char *folder, const char *name, ms4_allowance *out) {
     if (*out->cpus_file && cpus >= out->cpus) return;

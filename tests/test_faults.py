@@ -54,6 +54,25 @@ def fake_root(folder, groups, files):
             4,
             "slurm/job_1/memory.limit_in_bytes",
         ),
+        # A container of version 1 does not see the groups above its own, in whose limits it is.
+        (
+            "5:memory:/kubepods/pod1/c1\n",
+            {
+                "memory/memory.limit_in_bytes": UNLIMITED_V1,
+                "memory/memory.stat": f"cache 1\nhierarchical_memory_limit {4 * GIB}\ntotal_inactive_file 1\n",
+            },
+            4,
+            "memory/memory.stat",
+        ),
+        (
+            "5:memory:/\n",
+            {
+                "memory/memory.limit_in_bytes": UNLIMITED_V1,
+                "memory/memory.stat": f"hierarchical_memory_limit {UNLIMITED_V1}",
+            },
+            None,
+            "",
+        ),
         ("5:memory:/a\n", {"a/memory.max": "1\n", "memory/a/memory.limit_in_bytes": UNLIMITED_V1}, None, ""),
         # What no kernel writes is no limit.
         ("", {"memory.max": "a lot\n"}, None, ""),
