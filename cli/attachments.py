@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ms4.models.dialogue import Content
 
 FILES = {"-i": False, "--image": False, "-f": True, "--file": True}  # options that take files -> texts, too
-ENDING = re.compile(r"\S\.(png|jpe?g|webp|gif|bmp|tiff?|avif|hei[cf]|pdf)$", re.IGNORECASE)
+ENDING = re.compile(r"\S\.(png|jpe?g|webp|gif|bmp|tiff?|avif|hei[cf]|cr[23]|nef|arw|dng|pdf)$", re.IGNORECASE)
 ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 # Windows PowerShell, which WSL can call: the image as PNG in base64, for it writes text only.
 POWERSHELL = (

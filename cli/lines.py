@@ -42,8 +42,10 @@ class PipedLines:
     def next(self) -> str | None:
         if sys.stdin is None:
             return None
-        data = sys.stdin.buffer.readline(streams.MOST_INPUT)
-        return drop_line_end(streams.decode(data, "stdin", self._rule)) if data else None
+        data = sys.stdin.buffer.readline(streams.MOST_INPUT + 1)
+        if not data:
+            return None
+        return drop_line_end(streams.refuse_wide(streams.stdin_text(data, self._rule), "stdin", self._rule))
 
     def close(self) -> None:
         """stdin is not ours."""

@@ -131,11 +131,11 @@ def decode(data: bytes, name: str, rule: Reading | None = None) -> str:
         raise UnreadableError(f"{name} is not {rule.name}{where}", hint) from None
 
 
-def refuse_wide(text: str, name: str, rule: Reading) -> str:
+def refuse_wide(text: str, name: str, rule: Reading | None) -> str:
     """A text for a prompt, unless more than a third of it is NUL: that is UTF-16 or UTF-32 without a mark."""
     if 3 * text.count("\0") <= len(text):
         return text
-    if not rule.lossy:
+    if rule is None or not rule.lossy:
         raise UnreadableError(f"{name} is no text: it holds {text.count(chr(0))} NUL bytes", ENCODING_HINT)
     return text.replace("\0", "\ufffd")
 

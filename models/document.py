@@ -7,6 +7,7 @@ imported only when one comes.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from ms4.models.untrusted import (
     read_file,
     shown,
     sniff,
+    stranger,
 )
 
 MAX_TEXT_BYTES = 16 << 20
@@ -31,7 +33,9 @@ MAX_PDF_BYTES = 128 << 20
 MAX_PDF_IMAGES = 100
 UTF_8 = Reading()
 PDF_MODES = ("auto", "text", "image")
+_NO_TEXT = re.compile(r"\.(pdf|png|jpe?g|webp|gif|bmp|tiff?|avif|hei[cf])$", re.IGNORECASE)
 _PAGES = re.compile(r"(.+):(\d+(?:-\d*)?(?:,\d+(?:-\d*)?)*)")
+_NEARLY_PAGES = re.compile(r"[\d\s,.;:+\u2010-\u2015\u2212-]*")
 
 SIDE = PixelRule.max_side  # pixels on the longer side of a page that becomes an image
 
@@ -53,6 +57,9 @@ class PasswordError(DocumentError):
 def load_file(spec: str, pdf: str = "auto", side: int = SIDE, rule: Reading = UTF_8) -> list[Attachment]:
     """The parts of `PATH` or `PATH:PAGES`, for example `report.pdf:1-3,7`; `load_bytes` explains the rest."""
     path, pages = split_spec(spec)
+    near, _, wrong = path.rpartition(":")
+    if _NEARLY_PAGES.fullmatch(wrong) and os.path.isfile(near) and not os.path.lexists(path):
+        raise DocumentError(f"{shown(near)}: pages are named as in :1-3,7, not :{shown(wrong)}")
     return load_bytes(read_file(path, MAX_PDF_BYTES, DocumentError), path, pages, pdf, side, rule)
 
 
@@ -75,6 +82,10 @@ def load_bytes(
     if kind is not None:
         check_size(data, MAX_BYTES, name, DocumentError)
         return [load_image(data, name)]
+    if not data and _NO_TEXT.search(name):
+        raise DocumentError(f"{name}: the file is empty")
+    if known := "" if rule.lossy or rule.encoding else stranger(data):
+        raise DocumentError(f"{name}: {known}")
     check_size(data, MAX_TEXT_BYTES, name, DocumentError)
     return [f"{name}:\n{drop_line_end(_text(data, name, rule))}"]
 
@@ -126,13 +137,17 @@ def _pages(
         import pypdfium2
     except ImportError:
         raise DocumentError(f"{name}: reading a PDF needs pypdfium2; `pip install pypdfium2`") from None
+    logging.getLogger("pypdfium2").setLevel(logging.ERROR)  # it would say on stderr what it was built without
     try:
         with pypdfium2.PdfDocument(data, password=password or None) as document:
             document.init_forms()
             yield from _open_pages(document, hashlib.sha256(data).digest(), name, pages, mode, side)
     except pypdfium2.PdfiumError as e:
-        if e.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD:
+        # pdfium keeps the code of an earlier document, if it gives none for this one.
+        if e.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD and b"/Encrypt" in data:
             raise PasswordError(f"{name}: {'not the right password' if password else 'needs a password'}") from None
+        if b"/Encrypt" not in data and e.err_code in (pypdfium2.raw.FPDF_ERR_SUCCESS, pypdfium2.raw.FPDF_ERR_PASSWORD):
+            raise DocumentError(f"{name}: damaged PDF (it has no pages)") from None
         raise DocumentError(f"{name}: damaged PDF ({shown(' '.join(str(e).split()))[:120]})") from None
 
 
@@ -142,6 +157,12 @@ def _open_pages(
     n_pages, n_images, has_text = len(document), 0, False
     if n_pages == 0:
         raise DocumentError(f"{name}: the PDF has no pages")
+    if (filled := pdf_page.form_data(document)) is not None:
+        if not filled:
+            raise DocumentError(f"{name}: a form in XFA, which only Adobe's reader shows; print it there as a PDF")
+        yield ["\n".join([f"{name}, what is filled in:", *filled])]
+    if lying := pdf_page.attached(document):
+        yield [f"[files that lie in {name} and are not shown here: {shown(', '.join(lying))[:400]}]"]
     for number in select_pages(pages or "1-", n_pages, name):
         page = document[number - 1]
         label = f"{name}, page {number}"

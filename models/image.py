@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import ms4
-from ms4.models.untrusted import InputError, check_size, read_file, shown, sniff
+from ms4.models.untrusted import InputError, check_size, read_file, shown, sniff, stranger
 
 if TYPE_CHECKING:  # at run time only where a picture is opened: text-only prompts start without it
     from PIL.Image import Image as Picture
@@ -33,6 +33,9 @@ SMALL = 64 << 20  # bytes of pixels for which nobody asks how much memory is fre
 KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "HEIF", "AVIF")  # what Pillow is allowed to open
 MAX_SIDE = 65_535
 MAX_SCANS = 200  # of a progressive JPEG: each costs a pass over the picture, and can be a few bytes long
+NO_END = "the end of the file is missing, the picture is whole"
+EOI = b"\xff\xd9"  # what a JPEG ends with
+NOISE = bytes(0xA5 ^ i * 89 & 0x7F for i in range(64))  # what is not there would be made of it; no marker is in it
 
 
 class ImageError(InputError):
@@ -152,7 +155,23 @@ def load_image(source: str | os.PathLike[str] | bytes, name: str = "image") -> I
     _decoding(image.name, lambda: _load(image.picture))
     # A frame may turn out larger than what the header said.
     _decoding(image.name, lambda: _check_pixels(*image.picture.size))
+    if sniff(source) == "JPEG" and _lacks_end(source):
+        _check_whole(image, source)
     return image
+
+
+def _check_whole(image: Image, data: bytes) -> None:
+    """Refuses a JPEG without an end, if its pixels depend on what would follow: then some of them are missing.
+
+    libjpeg makes gray of what is missing, and Pillow says nothing about it.
+    """
+    from PIL import ImageChops
+
+    half = b"\0" if data.endswith(b"\xff") else b""  # of a marker
+    other = _open(data + half + NOISE, image.name).picture
+    _decoding(image.name, lambda: _load(other))
+    if ImageChops.difference(image.picture, other).getbbox(alpha_only=False) or not _has_all_scans(data):
+        raise ImageError(f"{image.name}: truncated: the last part of the picture is missing")
 
 
 def _open(data: bytes, name: str) -> Image:
@@ -160,7 +179,11 @@ def _open(data: bytes, name: str) -> Image:
     name = shown(name)
     check_size(data, MAX_BYTES, name, ImageError)
     kind = sniff(data)
+    if kind == "RAW":
+        raise ImageError(f"{name}: a raw photograph (as CR2, NEF, DNG); export it as JPEG")
     if kind not in KINDS:
+        if known := stranger(data):
+            raise ImageError(f"{name}: {known}")
         raise ImageError(f"{name}: not a PNG, JPEG, WebP, GIF, BMP, TIFF, HEIC or AVIF; save it as one of these")
     picture, animated, orientation, note = _decoding(name, lambda: _open_kind(data, kind))
     return Image(name, picture, hashlib.sha256(data).digest(), orientation, animated, note, picture.size)
@@ -171,25 +194,31 @@ def _open_kind(data: bytes, kind: str) -> tuple[Picture, bool, int, str]:
     from PIL import Image as Pillow
 
     Pillow.MAX_IMAGE_PIXELS = MAX_PIXELS  # _check_pixels comes first
-    animated, pixels = False, data
+    animated, ended, pixels = False, True, data
     if kind == "PNG":
-        data, animated = _clean_png(data)
+        data, animated, ended = _clean_png(data)
         pixels = data
     elif kind == "JPEG":
         if data.count(b"\xff\xda") > MAX_SCANS:
             raise ImageError(f"damaged: more than {MAX_SCANS} scans")
-        pixels = _clean_jpeg(data)
+        ended = not _lacks_end(data)
+        pixels = _clean_jpeg(data) + (b"" if ended else EOI)
     elif kind in ("HEIF", "AVIF"):
         kind = _iso_reader(kind)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         picture = Pillow.open(BytesIO(pixels), formats=[kind])
     _check_pixels(*picture.size)
+    if picture.mode in ("I", "F"):
+        raise ImageError(
+            "its pixels are numbers of 32 bits, and nothing says which of them is white; save it with 8 or 16"
+        )
     if kind not in ("PNG", "JPEG"):
         animated = _has_pages(picture) if kind == "TIFF" else bool(getattr(picture, "is_animated", False))
     # Pillow turns a TIFF by itself.
     orientation, damaged = (1, False) if kind == "TIFF" else _orientation(data, kind)
-    return picture, animated, orientation, "damaged metadata ignored" if damaged or said else ""
+    notes = ["damaged metadata ignored"] * bool(damaged or said) + [NO_END] * (not ended)
+    return picture, animated, orientation, ", ".join(notes)
 
 
 def _has_pages(picture: Picture) -> bool:
@@ -296,9 +325,9 @@ def _orientation(data: bytes, kind: str) -> tuple[int, bool]:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1, bool(said) or header not in (b"II*\0", b"MM\0*")
 
 
-def _clean_jpeg(data: bytes) -> bytes:
-    """The same picture without the parts that only speak about it, which cameras and editors often write wrongly."""
-    kept, at = [data[:2]], 2
+def _jpeg_parts(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, where it begins, where it ends) of each part before the first scan."""
+    at = 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if marker == 0xFF:  # filling
@@ -306,13 +335,45 @@ def _clean_jpeg(data: bytes) -> bytes:
             continue
         if length < 2:
             break
-        part = data[at : at + 2 + length]
+        yield marker, at, min(at + 2 + length, len(data))
+        at += 2 + length
+
+
+def _clean_jpeg(data: bytes) -> bytes:
+    """The same picture without the parts that only speak about it, which cameras and editors often write wrongly."""
+    kept, end = [data[:2]], 2
+    for marker, at, end in _jpeg_parts(data):
+        part = data[at:end]
         # Of what is not the picture itself, JFIF and Adobe say how its colours are meant.
-        colours = (part[4:8] == b"JFIF" and length >= 16) or (part[4:9] == b"Adobe" and length >= 14)
+        colours = (part[4:8] == b"JFIF" and len(part) >= 18) or (part[4:9] == b"Adobe" and len(part) >= 16)
         if colours or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
             kept.append(part)
-        at += 2 + length
-    return b"".join(kept) + data[at:]
+    return b"".join(kept) + data[end:]
+
+
+def _lacks_end(data: bytes) -> bool:
+    """Whether a JPEG has scans, and nothing that ends them; in the data of a scan, no such bytes can stand."""
+    first = _first_scan(data)
+    return data[first : first + 2] == b"\xff\xda" and data.find(EOI, first) < 0
+
+
+def _first_scan(data: bytes) -> int:
+    return data.find(b"\xff\xda", max((end for _, _, end in _jpeg_parts(data)), default=2))
+
+
+def _has_all_scans(data: bytes) -> bool:
+    """Whether the headers of the scans name every coefficient of every component down to its last bit."""
+    frame = [data[at:end] for marker, at, end in _jpeg_parts(data) if 0xC0 <= marker <= 0xC2]
+    there, at = set(), _first_scan(data)
+    while at >= 0:
+        head = data[at + 4 : at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")]
+        n = head[0] if head else 0
+        if len(head) >= 2 * n + 4:
+            first, last, bits = head[2 * n + 1 : 2 * n + 4]
+            there |= {(head[1 + 2 * i], k) for i in range(n) for k in range(first, last + 1) if not bits & 15}
+        at = data.find(b"\xff\xda", at + 2)
+    wanted = {(part[i], k) for part in frame for i in range(10, len(part), 3) for k in range(64)}
+    return bool(frame) and wanted <= there
 
 
 # Pillow accepts PNGs with wrong checksums, missing rows or no palette, inflates metadata that nobody asked for and
@@ -324,12 +385,13 @@ _PNG_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2,
 _PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"eXIf")
 
 
-def _clean_png(data: bytes) -> tuple[bytes, bool]:
-    """(the same picture without what is not needed, whether it is animated)."""
+def _clean_png(data: bytes) -> tuple[bytes, bool, bool]:
+    """(the same picture without what is not needed, whether it is animated, whether the file has its end)."""
     parts: dict[bytes, bytes] = {}
     idat: list[bytes] = []
-    animated = False
+    animated = ended = False
     for kind, body in _png_chunks(data):
+        ended = kind == b"IEND"
         if kind == b"IDAT":
             idat.append(body)
         elif kind == b"eXIf":
@@ -357,16 +419,24 @@ def _clean_png(data: bytes) -> tuple[bytes, bool]:
     chunks = [(kind, parts[kind]) for kind in _PNG_KEPT if kind in parts]
     chunks += [(b"IDAT", b"".join(idat)), (b"IEND", b"")]
     packed = (struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks)
-    return data[:8] + b"".join(packed), animated
+    return data[:8] + b"".join(packed), animated, ended
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """(kind, body) of each chunk up to IEND; the checksums of those that nobody reads do not matter."""
-    at = 8
+    """(kind, body) of each chunk up to IEND; the checksums of those that nobody reads do not matter.
+
+    Once there are pixels, the file may be cut: whether they are all of them is to be counted.
+    """
+    at, pixels = 8, False
     while True:
-        length, kind = struct.unpack_from(">I4s", data, at) if at + 12 <= len(data) else (len(data), b"")
+        length, kind = struct.unpack_from(">I4s", data, at) if at + 8 <= len(data) else (len(data), b"")
+        pixels = pixels or kind == b"IDAT"
         if at + 12 + length > len(data):
-            raise ImageError("truncated")
+            if not pixels:
+                raise ImageError("truncated")
+            if kind == b"IDAT":
+                yield kind, data[at + 8 : at + 8 + length]
+            return
         body = data[at + 8 : at + 8 + length]
         if kind in (*_PNG_KEPT, b"IDAT", b"IEND") and kind != b"eXIf":
             (crc,) = struct.unpack_from(">I", data, at + 8 + length)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any
+from xml.etree import ElementTree
 
 THIN = 3.0  # points: rules, underlines and the borders of tables are no drawing
 WHOLE = 0.9  # of the page: a background is none, either
+MOST_FORM = 16 << 20  # bytes of a form's data
 DEPTH = 12  # of forms within forms
 
 
@@ -37,6 +39,49 @@ def kept_apart(page: Any) -> list[str]:
         elif text := _contents(annotation):
             lines.append(f"[note on the page: {text}]")
     return lines
+
+
+def form_data(document: Any) -> list[str] | None:
+    """What was filled into a form that only XFA draws, a line a field; None for a PDF without such a form.
+
+    Its pages say no more than that another reader is needed.
+    """
+    import pypdfium2.raw as raw
+
+    if raw.FPDF_GetFormType(document.raw) != raw.FORMTYPE_XFA_FULL:
+        return None
+    lines = []
+    for index in range(raw.FPDF_GetXFAPacketCount(document.raw)):
+        try:
+            packet = ElementTree.fromstring(_packet(document, index))
+        except ElementTree.ParseError:  # the parts of one paper, as its beginning alone is
+            continue
+        found = [packet] if _local(packet) == "datasets" else [e for e in packet.iter() if _local(e) == "datasets"]
+        for field in (e for datasets in found for e in datasets.iter()):
+            if len(field) == 0 and field.text and field.text.strip():
+                lines.append(f"[form field {_local(field)}: {field.text.strip()}]")
+    return lines
+
+
+def attached(document: Any) -> list[str]:
+    """The names of the files that lie in a PDF."""
+    return [document.get_attachment(i).get_name() for i in range(document.count_attachments())]
+
+
+def _packet(document: Any, index: int) -> bytes:
+    import pypdfium2.raw as raw
+
+    n_bytes = ctypes.c_ulong()
+    if not raw.FPDF_GetXFAPacketContent(document.raw, index, None, 0, n_bytes) or n_bytes.value > MOST_FORM:
+        return b""
+    room = ctypes.create_string_buffer(n_bytes.value)
+    raw.FPDF_GetXFAPacketContent(document.raw, index, room, n_bytes.value, n_bytes)
+    return room.raw
+
+
+def _local(element: ElementTree.Element) -> str:
+    """The name of an element without its namespace."""
+    return element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
 
 
 def _is_drawing(item: Any, page: Any) -> bool:

@@ -71,13 +71,14 @@ def strangers() -> Iterator[Sample]:
         "empty": b"",
         "text": b"hello, I am not a picture\n",
         "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-        "gguf": b"GGUF" + bytes(60),
-        "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
-        "psd": b"8BPS" + struct.pack(">HIHHII", 1, 0, 0, 3, 30000, 30000) + bytes(20),
         "fits": b"SIMPLE  =                    T" + b" " * 2850,
     }
     for id, data in firsts.items():
         yield Sample(id, data, "not a PNG, JPEG, WebP, GIF, BMP, TIFF, HEIC or AVIF")
+    yield Sample("gguf", b"GGUF" + bytes(60), "a model, not an attachment")
+    yield Sample("eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "PostScript; export it as PDF")
+    photoshop = b"8BPS" + struct.pack(">HIHHII", 1, 0, 0, 3, 30000, 30000) + bytes(20)
+    yield Sample("psd", photoshop, "Photoshop; save it as PNG or JPEG")
 
 
 def bombs() -> Iterator[Sample]:
@@ -103,12 +104,14 @@ def broken_pngs() -> Iterator[Sample]:
     yield Sample("signature-only", SIGNATURE, "truncated")
     yield Sample("no-idat", assemble(head), "no picture")
     yield Sample("no-header", SIGNATURE + idat + chunk(b"IEND", b""), "no picture")
-    yield Sample("no-end", good[:-12], "truncated")
+    yield Sample("no-end", good[:-12], None, (8, 8), RED)
+    yield Sample("half-an-end", good[:-5], None, (8, 8), RED)
+    yield Sample("no-checksum-of-pixels", good[:-16], None, (8, 8), RED)
     yield Sample("two-headers", assemble(head, chunk(b"IHDR", head), idat), "wrong place")
     yield Sample("unknown-critical", assemble(head, chunk(b"ABCD", b""), idat), "unknown part ABCD")
     yield Sample("checksum-of-header", good[:29] + b"\0\0\0\0" + good[33:], "wrong checksum in IHDR")
     yield Sample("checksum-of-pixels", assemble(head, chunk(b"IDAT", idat[8:-4], crc=1)), "wrong checksum in IDAT")
-    yield Sample("length-2^31", SIGNATURE + chunk(b"IHDR", head) + b"\x80\0\0\0IDATabc", "truncated")
+    yield Sample("length-2^31", SIGNATURE + chunk(b"IHDR", head) + b"\x80\0\0\0IDATabc", "damaged")
     short = chunk(b"IDAT", zlib.compress((b"\0" + b"\xff\0\0" * 64) * 3))
     yield Sample("3-rows-of-64", assemble(header(64, 64), short), "4 % of the picture")
     half = chunk(b"IDAT", idat[8:-4][: len(idat) // 3])
@@ -161,7 +164,8 @@ def jpegs() -> Iterator[Sample]:
     good = encoded(red, "JPEG", quality=100)
     yield Sample("jpeg", good, None, (32, 16), (254, 0, 0))
     yield Sample("jpeg-cut", good[: len(good) * 2 // 3], "damaged")
-    yield Sample("jpeg-no-end", good[:-2], "damaged")
+    yield Sample("jpeg-no-end", good[:-2], None, (32, 16), (254, 0, 0))
+    yield Sample("jpeg-half-an-end", good[:-1], None, (32, 16), (254, 0, 0))
     cmyk = encoded(Pillow.new("CMYK", (32, 16), (0, 255, 255, 0)), "JPEG", quality=100)
     yield Sample("jpeg-cmyk", cmyk, None, (32, 16), RED)
     yield Sample("jpeg-gray", encoded(Pillow.new("L", (32, 16), 128), "JPEG"), None, (32, 16), (128, 128, 128))
