@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -255,8 +256,9 @@ class Lines:
             raise UsageError("the answers would be written over the prompts", "-o names another file")
         try:
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._read(self._path)
+            if stat.S_ISREG(os.fstat(self._fd).st_mode):  # a pipe or a device holds no earlier answers
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._read(self._path)
         except BlockingIOError:
             raise CliError(f"{self._path}: another ms4 batch writes to it") from None
         except OSError as error:

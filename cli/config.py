@@ -142,9 +142,12 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
     try:
         with open(path, "rb") as file:
             data = file.read(MOST_BYTES + 1)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}, ""
     except OSError as error:
+        # The home of another user, as after sudo: what lies there is not this one's.
+        if isinstance(error, PermissionError) and not os.access(path.parent, os.X_OK):
+            return {}, ""
         raise UsageError(f"{path}: {error.strerror}") from None
     if len(data) > MOST_BYTES:
         raise UsageError(f"{path}: larger than {MOST_BYTES >> 20} MiB, so it is no file of options")

@@ -98,7 +98,10 @@ class Plan:
     items: list[Item]
 
     def write(self, path: str, check: Callable[[str], object], progress: Callable[[str, int, int], None]) -> None:
-        """Writes the file beside `path`, has it checked, and gives it its name."""
+        """Writes the file beside `path`, has it checked, and gives it its name.  A link stays one."""
+        path = os.path.realpath(path)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ConvertError(path, "not a regular file, so no model can take its place")
         for name, kind, source in self.items:
             n_bytes = source.array.size // BLOCKS[IDS[kind]].weights * BLOCKS[IDS[kind]].bytes
             shape = (*source.shape[:-1], n_bytes * source.shape[-1] // source.array.size)

@@ -30,14 +30,14 @@ _FOLDER = re.compile(r"models--(.+?)--(.+)")
 def home() -> Path:
     """The folder of Hugging Face: HF_HOME, else huggingface in the user's cache."""
     if named := os.environ.get("HF_HOME"):
-        return Path(named).expanduser()
+        return Path(os.path.expanduser(named))
     return places.folder("CACHE") / "huggingface"
 
 
 def root() -> Path:
     """Where models lie, by the rules of huggingface_hub."""
     named = os.environ.get("HF_HUB_CACHE")
-    return Path(named).expanduser() if named else home() / "hub"
+    return Path(os.path.expanduser(named)) if named else home() / "hub"
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def token() -> str:
         return named
     path = os.environ.get("HF_TOKEN_PATH") or home() / "token"
     try:
-        return Path(path).expanduser().read_text("utf-8", "replace").strip()
+        return Path(os.path.expanduser(path)).read_text("utf-8", "replace").strip()
     except OSError:
         return ""
 

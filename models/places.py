@@ -13,9 +13,23 @@ KINDS = {
 }
 
 
+def home() -> Path:
+    """The user's folder; / for a user who has none, as in a container: nothing of theirs may land where they stand."""
+    named = os.environ.get("HOME", "")
+    if os.path.isabs(named):
+        return Path(named)
+    import pwd
+
+    try:
+        return Path("/", pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:
+        return Path("/")
+
+
 def folder(kind: str) -> Path:
-    """The folder of all programs for files of a kind, one of KINDS."""
-    return Path(os.environ.get(f"XDG_{kind}_HOME") or os.path.join(os.path.expanduser("~"), *KINDS[kind]))
+    """The folder of all programs for files of a kind, one of KINDS.  By the rules, a path that is relative is none."""
+    named = os.environ.get(f"XDG_{kind}_HOME", "")
+    return Path(named) if os.path.isabs(named) else home().joinpath(*KINDS[kind])
 
 
 def ours(kind: str) -> Path:

@@ -52,7 +52,8 @@ _u64 = struct.Struct("<Q")
 _ALIGNMENT = "general.alignment"
 _KEY = re.compile(rb"[ -~]+")
 _NAME = re.compile(rb"[A-Za-z0-9._-]+")
-_PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+_PART_NAME = re.compile(r"(.*)-(\d{5})(-of-)(\d{5})(\.gguf)", re.DOTALL | re.IGNORECASE)
+MAX_LINKS = 8  # from a name that somebody chose to that of a part
 
 # The strangers that are most often found under a name ending in .gguf, by their first bytes.
 _STRANGERS: tuple[tuple[bytes, str], ...] = (
@@ -613,13 +614,13 @@ def _siblings(first: _Part, opener: Opener) -> list[_Part]:
     if count <= 1:
         return []
     number = _split_number(first, "split.no", 0, count - 1) if "split.no" in first.metadata else 0
-    match = _PART_NAME.fullmatch(first.path)
     if number:
         raise GgufError(first.path, f"part {number + 1} of {count} of a split model; give part 1 instead")
-    if match is None or (int(match[2]), int(match[3])) != (1, count):
+    match = _part_name(first.path, count)
+    if match is None:
         wanted = f"-00001-of-{count:05}.gguf"
         raise GgufError(first.path, f"part 1 of a model split in {count}: its name must end in {wanted}")
-    names = [f"{match[1]}-{i + 1:05}-of-{count:05}.gguf" for i in range(count)]
+    names = [f"{match[1]}-{i + 1:05}{match[3]}{count:05}{match[5]}" for i in range(count)]
     parts = [_read_part(name, i, opener, count) for i, name in enumerate(names) if i]
     for i, part in enumerate(parts, 1):
         _check_part(first, part, i, count)
@@ -629,6 +630,19 @@ def _siblings(first: _Part, opener: Opener) -> list[_Part]:
         if promised != n_tensors:
             raise GgufError(first.path, f"split.tensors.count is {promised}, but the parts hold {n_tensors} tensors")
     return parts
+
+
+def _part_name(path: str, count: int) -> re.Match[str] | None:
+    """The name of part 1 of so many: that of the file, or of what it is a link to, beside which the other parts lie."""
+    for _ in range(MAX_LINKS):
+        match = _PART_NAME.fullmatch(path)
+        if match and (int(match[2]), int(match[4])) == (1, count):
+            return match
+        try:
+            path = os.path.join(os.path.dirname(path), os.readlink(path))
+        except (OSError, ValueError):
+            return None
+    return None
 
 
 def _check_part(first: _Part, part: _Part, index: int, count: int) -> None:
