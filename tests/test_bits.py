@@ -103,7 +103,7 @@ def ids(rng):
 
 @not_in_double
 @pytest.mark.parametrize("kind, role", pairs((*KINDS, "NVFP4 alone"), ROLES))
-def test_a_tensor_of_any_type_in_any_role_gives_the_bits(kind, role, tmp_path, ids):
+def test_d1_a_tensor_of_any_type_in_any_role_gives_the_bits(kind, role, tmp_path, ids):
     name, shape = ROLES[role]
     kind, scales = kind.removesuffix(" alone"), not kind.endswith(" alone")  # NVFP4's float for a whole tensor
     path = write_tiny(tmp_path / "t.gguf", replace(shape, types={name: kind}, nvfp4_scales=scales))[0]
