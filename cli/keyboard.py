@@ -36,6 +36,7 @@ class Keyboard(vt100.Vt100Input):
         self._shown = shown
         self._marks = not streams.is_plain()  # the terminal can be asked to mark its pastes
         self._in_paste = False
+        self._ahead = True  # what comes first was typed before there was an editor
         self._typed: list[KeyPress] = []
         self.hurry: Callable[[], None] | None = None  # Enter, where nothing was typed before it
         self.fold: Callable[[], None] | None = None  # Ctrl-T
@@ -50,6 +51,9 @@ class Keyboard(vt100.Vt100Input):
             data += more
             if not more:
                 break
+        if self._ahead and len(data) > 1:
+            data = data.replace("\n", "\r")  # so long, the terminal made a line end of the key that sends
+        self._ahead = self._ahead and not data
         self.vt100_parser.feed(self._marked(data))
         keys, self._buffer = self._buffer, []
         return keys

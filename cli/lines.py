@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.styles import BaseStyle
 
 MOST_LINES, MOST_CHARACTERS = 8, 2000  # of a paste that is shown as it is
+NO_TEXT = re.compile("[\ud800-\udfff]")  # what stands for bytes that are none
 N_SHOWN = 24  # cells of the first line of one that is not
 
 
@@ -95,7 +96,12 @@ class EditedLines:
         self._keyboard.end()
         offered, self._offered = self._offered, ""
         try:
-            return self._folds.unfold(self._session.prompt("> ", default=offered))
+            while True:
+                text = self._folds.unfold(self._session.prompt("> ", default=offered))
+                if not NO_TEXT.search(text):
+                    return text
+                errors.note("that is no UTF-8: the terminal sends another encoding")
+                offered = self._folds.fold(NO_TEXT.sub("\ufffd", text))
         except EOFError:
             return None
         finally:

@@ -481,7 +481,8 @@ class Talk:
             code, text, hint = errors.describe(error)
             if not self.interactive or code not in (errors.INCOMPLETE, errors.USAGE):
                 raise
-            self.tell(f"{text}; {hint or '/compact makes room, /new begins again'}")
+            hint = hint or ("/compact makes room, /new begins again" if code == errors.INCOMPLETE else "")
+            self.tell(f"{text}; {hint}" if hint else text)
             return False
         ids = (*ids, *answer.ids)
         self.dialogue.answered(ids)

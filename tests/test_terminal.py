@@ -176,6 +176,28 @@ def test_a9_two_pastes_of_one_size_stay_apart_and_one_is_taken_back_whole(person
 
 
 @SLOW
+@pytest.mark.parametrize("terminal", ["dumb", "xterm"])
+def test_a8_what_is_typed_before_there_is_a_prompt_is_sent(tmp_path, terminal):
+    one = Person(tmp_path, ["First.", "Second."], TERM=terminal)
+    one.types("one\r")
+    try:
+        one.sees(r"> one\nFirst\..*> ?$")
+        assert len(one.asked_all()) == 1 and one.asked().endswith("one")
+    finally:
+        one.process.close(force=True)
+
+
+@SLOW
+def test_b11_bytes_that_are_no_text_come_back_to_be_mended(person):
+    one = person("Yes.")
+    one.process.send(b"Gr\xfc\xdfe\r")
+    one.sees(r"no UTF-8.*> Gr\ufffd\ufffde$")
+    one.types("\x7f" * 3 + "eet\r")
+    one.sees(DONE)
+    assert one.asked().endswith("Greet")
+
+
+@SLOW
 def test_a8_what_is_typed_meanwhile_is_the_next_message(person):
     one = person("One two three four five six.", "Second.")
     one.gate.touch()
