@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from ms4.cli import fetched, streams
+from ms4.cli import fetched, streams, typed
 from ms4.cli.errors import MissingError, UnreadableError, UsageError, escape
 from ms4.models import document
 from ms4.models.document import MAX_PDF_BYTES, UTF_8, Attachment
@@ -255,6 +255,7 @@ def _is_meant(word: str, texts: bool) -> bool:
 
 def refuse_file_names(sources: Sources, words: Sequence[str]) -> None:
     """A file that stands elsewhere among the words would be taken for one of them, and the model would not see it."""
+    typed.refuse_model(words)
     lost = [word for word in words if sources and _is_document(word, bool(sources.files))]
     if lost:
         option, given = ("-f", sources.files) if sources.files else ("-i", sources.images)

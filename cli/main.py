@@ -48,7 +48,8 @@ class Command(TyperCommand):
             from ms4.cli.attachments import spread  # it knows pictures, which takes time to import
 
             args = spread(args, ours)
-        given, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        given, extra, order = self.make_parser(ctx).parse_args(args=list(args))
+        typed.refuse_extra(extra, ours, ctx.command_path)
         for param in order:
             if order.count(param) > 1 and not getattr(param, "multiple", True):
                 raise UsageError(f"{param.opts[-1]} is given twice", f"{ctx.command_path} --help")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +42,22 @@ def refuse_empty(params: Sequence[Any], given: Mapping[str, Any], command: str) 
         if NAMES.search(param.metavar or "") and "" in (values if isinstance(values, (list, tuple)) else [values]):
             name = param.opts[-1] if param.param_type_name == "option" else param.metavar
             raise UsageError(f"{name} is empty: it names nothing", f"{command} --help")
+
+
+def refuse_extra(words: Sequence[str], ours: Mapping[str, str | None], command: str) -> None:
+    """UsageError for words of which a command has no use; elsewhere, many name a model without an option."""
+    if words and "-m" in ours and words[0].lower().endswith(".gguf"):
+        raise UsageError(f"{words[0]}: a model is named after -m", f"{command} -m {shlex.quote(words[0])}")
+    if words:
+        raise UsageError(f"one word too many: {words[0]}", f"{command} --help")
+
+
+def refuse_model(words: Sequence[str]) -> None:
+    """UsageError for a model file among the words of a prompt, as other programs name it: run MODEL PROMPT."""
+    for word in words:
+        if word.lower().endswith(".gguf") and os.path.isfile(word):
+            rest = " ".join(shlex.quote(other) for other in words if other is not word)
+            raise UsageError(f"{word} is a model, not a word of the prompt", f"ms4 run -m {shlex.quote(word)} {rest}")
 
 
 def fill_resume(args: list[str]) -> list[str]:

@@ -47,9 +47,7 @@ def test_c5_a_value_in_typographic_quotes_is_not_torn(ms4):
         assert ms4(*run, *arguments, "Hi")[0] == 0
 
 
-@pytest.mark.parametrize(
-    "option", ["-m", "-o", "--mmproj", "--schema", "--messages", "--tools", "--resume"]
-)
+@pytest.mark.parametrize("option", ["-m", "-o", "--mmproj", "--schema", "--messages", "--tools", "--resume"])
 def test_c5_an_empty_value_names_nothing(ms4, option):
     """As of a variable that is not set: -m "" ran the demonstration, -o "" wrote to stdout."""
     for arguments in ([option, ""], [option + "="] if option.startswith("--") else [option, ""]):
@@ -76,6 +74,21 @@ def test_c5_an_empty_value_names_nothing(ms4, option):
 def test_c5_what_is_near_a_command_and_what_is_none(ms4, arguments, said, hint):
     code, out, err = ms4(*arguments)
     assert (code, out) == (2, "") and err.startswith(f"ms4: error: {said}\nhint: {hint}"), err
+
+
+def test_c5_a_model_is_named_after_its_option(ms4, tmp_path, monkeypatch):
+    """ollama run MODEL PROMPT; what takes no words at all says the same."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    said = "ms4: error: a.gguf is a model, not a word of the prompt\nhint: ms4 run -m a.gguf 'Why not?'\n"
+    assert ms4("run", "a.gguf", "Why not?") == (2, "", said)
+    assert ms4("run", "--count", "b.gguf", "Why?")[0] == 0, "there is no such file"
+    for command in ("doctor", "bench", "tokenize"):
+        said = f"ms4: error: a.gguf: a model is named after -m\nhint: ms4 {command} -m a.gguf\n"
+        assert ms4(command, "a.gguf") == (2, "", said)
+    assert ms4("doctor", "x") == (2, "", "ms4: error: one word too many: x\nhint: ms4 doctor --help\n")
+    code, out, err = ms4("chat", "a.gguf")
+    assert code == 7 and "a model, not an attachment" in err
 
 
 # --- C1: waiting without need
