@@ -13,7 +13,7 @@ import numpy as np
 import ms4
 from ms4.cli import errors, image_notes, loading, render, streams
 from ms4.cli.attachments import open_image
-from ms4.cli.errors import IncompleteError, UnreadableError, UsageError
+from ms4.cli.errors import CliError, IncompleteError, UnreadableError, UsageError
 from ms4.cli.image_notes import ImageOptions
 from ms4.cli.options import EngineOptions
 from ms4.models.control import Control
@@ -45,8 +45,12 @@ def logits(
             with status.watching(render.prefilling(session.progress, len(ids))):
                 rows = session.feed(ids, image_rows, all_logits=True, stop=stop)
             header = {"descr": "<f4", "fortran_order": False, "shape": (len(ids), shape.n_vocab)}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.write(np.ascontiguousarray(rows, "<f4").data)
+            try:
+                np.lib.format.write_array_header_1_0(file, header)
+                file.write(np.ascontiguousarray(rows, "<f4").data)
+                file.flush()
+            except OSError as error:
+                raise CliError(f"{output}: {error.strerror}") from None
     return errors.OK
 
 
