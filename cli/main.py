@@ -203,7 +203,7 @@ def run(
 @app.command(cls=Command)
 def chat(
     engine: opt.EngineOptions,
-    sampling: opt.Sampling,
+    sampling: Annotated[opt.Sampling, opt.without("effort")],
     files: Annotated[list[str] | None, typer.Argument(metavar="FILE", help="Goes with the first message.")] = None,
     goes_on: Continue = False,
     resume: Resume = None,
@@ -215,6 +215,7 @@ def chat(
     mmproj: opt.Mmproj = None,
     image_max_tokens: opt.ImageMaxTokens = None,
     system: System = None,
+    effort: opt.Level = None,  # type: ignore[assignment]
     think: Think = "auto",
     markdown: Markdown = True,
     compact: Compact = True,
@@ -226,7 +227,7 @@ def chat(
 
     images = repl.ImageOptions(mmproj, image_max_tokens)
     settings = repl.ChatSettings(
-        sampling.settled(),
+        replace(sampling, effort=effort or "none").settled(),
         system,
         think,
         max_tokens,
@@ -239,6 +240,7 @@ def chat(
         no_session,
         markdown,
         compact,
+        effort is not None,
     )
     return repl.chat(settings, engine)
 

@@ -77,6 +77,7 @@ class ChatSettings:
     no_session: bool = False
     markdown: bool = True
     compact: bool = True  # a context that is full makes older turns a summary by itself, at a terminal
+    own_effort: bool = False  # the effort and its budget are wanted, whatever the session to go on with had
     live: bool = True  # what is typed and the bottom line stand below an answer that comes
 
 
@@ -226,10 +227,10 @@ class Talk:
         from ms4.models.sessions import words_of
 
         remembered.replay(session, self.dialogue)
-        self.sampler = remembered.sampler_of(session, self.settings.sampling, session.effort)
-        wanted, self.think_budget = self.think_budget, session.budget
-        if wanted is not None:
-            self.take_effort(session.effort, wanted)
+        sampling, wanted = self.settings.sampling, self.think_budget
+        self.sampler, self.think_budget = remembered.sampler_of(session, sampling, session.effort), session.budget
+        if self.settings.own_effort or wanted is not None:
+            self.take_effort(sampling.effort if self.settings.own_effort else session.effort, wanted)
         if system is not None and system != session.system:
             self.set_system(system)
         n = len(session.all_turns)

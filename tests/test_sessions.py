@@ -201,6 +201,8 @@ def test_low_stays_low_in_the_next_process(ms4):
     ms4("run", "-q", "--greedy", "-c", "-n", 2, "-r", "high", "Hi")
     assert "effort is high;" in ms4("chat", "-c", stdin=b"/effort\n")[2]
     assert "effort is high, 7 tokens" in ms4("chat", "-c", "--think-budget", "7", stdin=b"/effort\n")[2]
+    assert "effort is none;" in ms4("chat", "-c", "-r", "none", stdin=b"/effort\n")[2]
+    assert "effort is medium;" in ms4("chat", "-c", "-r", "medium", stdin=b"/effort\n")[2]
 
 
 def test_undo_retry_and_new_are_remembered(ms4):
