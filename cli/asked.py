@@ -14,6 +14,7 @@ from ms4.cli import remembered, streams
 from ms4.cli.attachments import Sources, gather
 from ms4.cli.errors import UnreadableError, UsageError
 from ms4.cli.remembered import Cut
+from ms4.cli.templates import Filling
 from ms4.models.untrusted import Reading, drop_line_end, shown
 
 if TYPE_CHECKING:
@@ -71,13 +72,14 @@ def ask(
     messages: str | None = None,
     tools: str | None = None,
     session: Session | None = None,
+    fill: Filling | None = None,
 ) -> Asked:
     """The conversation that the options describe.
 
     messages: a file with the turns so far, as OpenAI's chat API takes them; the prompt, if there is one, comes after
     them.  tools: a file that lists functions.  session: turns before the prompt; without a prompt, its last answer goes
-    on if it was cut.  effort None: what the file of
-    messages or the session says, else none.
+    on if it was cut.  fill: the prompt of a template, around what was typed.  effort None: what the file of messages or
+    the session says, else none.
     """
     rule = attached.rule
     if messages == tools == "-":
@@ -87,9 +89,9 @@ def ask(
         attached = replace(attached, stdin=False)
     if messages is not None:
         asked = read_messages(messages, rule)
-    if messages is None or words or attached:
+    if messages is None or words or attached or fill:
         try:
-            asked.messages.append({"role": "user", "content": gather(attached, words)})
+            asked.messages.append({"role": "user", "content": gather(attached, words, fill)})
         except streams.NoPromptError:
             cut = remembered.cut_of(session)
             if session is None or cut is None:

@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -85,8 +85,11 @@ class Sources:
         return n == 1
 
 
-def gather(sources: Sources, words: Sequence[str]) -> Content:
-    """The content of a message: images, files, then the text from stdin and from the arguments."""
+def gather(sources: Sources, words: Sequence[str], fill: Callable[[str], str] | None = None) -> Content:
+    """The content of a message: images, files, then the text from stdin and from the arguments.
+
+    fill: what a template makes of that text, which may be empty then.
+    """
     taken = sources.take_stdin()
     refuse_file_names(sources, words)
     parts: list[Attachment] = [open_image(path, sources.quiet) for path in sources.images]
@@ -101,7 +104,8 @@ def gather(sources: Sources, words: Sequence[str]) -> Content:
         elif data is not None:
             piped = streams.refuse_wide(streams.stdin_text(data, sources.rule), "stdin", sources.rule)
             piped = drop_line_end(piped)
-    return content(parts, streams.join_prompt(piped, words, alone=bool(parts), rule=sources.rule))
+    text = streams.join_prompt(piped, words, alone=bool(parts) or fill is not None, rule=sources.rule)
+    return content(parts, fill(text) if fill else text)
 
 
 def content(parts: Sequence[Attachment], text: str) -> Content:

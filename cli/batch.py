@@ -24,6 +24,7 @@ from ms4.cli.asked import system_text
 from ms4.cli.errors import CliError, UnreadableError, UsageError
 from ms4.cli.options import EngineOptions, Sampling, thinking
 from ms4.cli.run import verdict
+from ms4.cli.templates import Filling
 from ms4.models.untrusted import Reading, shown
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Job:
     n_ctx: int = 0
     together: int = 4  # answers under way at the same time
     strict: bool = False
+    fill: Filling | None = None  # what a template makes of each prompt
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,8 @@ def read_items(job: Job, engine: EngineOptions, rule: Reading) -> list[Item]:
     for number, line in rows:
         where = f"{name}, line {number}"
         fields = parsed(line, where) if as_json else {"prompt": line}
+        if job.fill and isinstance(fields.get("prompt"), str):
+            fields["prompt"] = job.fill(fields["prompt"])
         item = item_of(fields, number, where, job, grammars)
         if item.id in seen or str(item.id) in seen:
             raise UnreadableError(f"{where}: the id {item.id!r} is that of line {seen[str(item.id)]}, too")

@@ -176,6 +176,12 @@ def values_of(command: str, param: Any, values: Sequence[str]) -> tuple[bool, Fo
         return False, [(word, "") for word in words[1].split(", ")]
     if "|" in kind and kind == kind.lower():
         return False, [(word, "") for word in kind.split("|")]
+    if param.name in ("template", "save") or command == "templates" and kind == "NAME":
+        return False, named_templates()
+    if param.name == "profile":
+        return False, profiles()
+    if command == "config" and kind == "KEY VALUE":
+        return False, [] if values[1:] or values[:1] in (["show"], ["edit"], ["path"]) else keys()
     if "ID" in kind:
         return False, [] if command == "sessions" and values[:1] == ["search"] else [*sessions()]
     if kind in ("CARD", "MEMORY"):
@@ -210,6 +216,30 @@ def known() -> Found:
 
     quants = [(file.quant, repositories.DEFAULT.model) for file in repositories.DEFAULT.files]
     return quants + [(row.repo, row.model) for row in repositories.REPOSITORIES if row.has_gguf]
+
+
+def named_templates() -> Found:
+    from ms4.cli import templates
+
+    return [(name, "") for name in templates.names()]
+
+
+def profiles() -> Found:
+    """Those of the user's file; none of one that cannot be read."""
+    from ms4.cli import config
+
+    try:
+        tables = config.read(config.user_file())[0].get("profile", {})
+    except errors.CliError:
+        return []
+    return [(name, "") for name in tables] if isinstance(tables, dict) else []
+
+
+def keys() -> Found:
+    """What can be set in files."""
+    from ms4.cli import config
+
+    return [(key.name, config.KINDS[key.kind]) for key in config.KEYS.values()]
 
 
 def sessions() -> Iterator[tuple[str, str]]:

@@ -189,14 +189,16 @@ def split_key(dotted: str) -> list[str]:
     return [part.strip().strip("\"'") for part in dotted.split(".")]
 
 
-def settings_of(table: Mapping[str, Any], path: Path, text: str, *inside: str) -> dict[str, Setting]:
+def settings_of(
+    table: Mapping[str, Any], path: Path, text: str, *inside: str, known: Mapping[str, Key] = KEYS
+) -> dict[str, Setting]:
     """The settings of a table of a file: each is known and of its kind."""
     found = {}
     for name, value in table.items():
         where = f"{path}:{line_of(text, *inside, name)}"
-        if name not in KEYS:
-            raise UsageError(f"{where}: no such key {name}", nearest(name, KEYS))
-        found[name] = Setting(checked(KEYS[name], value, where, path.parent), where)
+        if name not in known:
+            raise UsageError(f"{where}: no such key {name}", nearest(name, known))
+        found[name] = Setting(checked(known[name], value, where, path.parent), where)
     return found
 
 
@@ -290,12 +292,12 @@ def layers(profile: str | None, quiet: bool = False) -> list[Layer]:
 # --- what a call gets
 
 
-def heeded(command: str, params: Sequence[Any]) -> dict[str, Any]:
+def heeded(command: str, params: Sequence[Any], known: Mapping[str, Key] = KEYS) -> dict[str, Any]:
     """The options of a command that can be set elsewhere, by their keys."""
     found = {}
     for param in params:
         for spelling in (*param.opts, *param.secondary_opts):
-            key = KEYS.get(spelling[2:]) if spelling.startswith("--") else None
+            key = known.get(spelling[2:]) if spelling.startswith("--") else None
             if key and command in (key.commands or (command,)) and key.name not in EXCEPT.get(command, ()):
                 found[key.name] = param
     return found
@@ -332,11 +334,16 @@ def value_for(param: Any, name: str, setting: Setting, ctx: Any) -> Any:
 
 def defaults(command: str, params: Sequence[Any], given: Mapping[str, Any], ctx: Any) -> dict[str, Any]:
     """What a call of a command gets beside what was typed, by the names of its parameters."""
-    keys = heeded(command, params)
     spelled = {spelling for param in params if param.name in given for spelling in param.opts + param.secondary_opts}
     names = {spelling[2:] for spelling in spelled if spelling.startswith("--")}
     quiet = any(given.get(param.name) is True for param in params if "--quiet" in param.opts)
-    found = effective(names, layers(given.get("profile"), quiet))
+    all_layers, known = layers(given.get("profile"), quiet), KEYS
+    if given.get("template"):
+        from ms4.cli import templates
+
+        all_layers.insert(0, templates.lay(given["template"], command, quiet))
+        known = templates.KEYS
+    keys, found = heeded(command, params, known), effective(names, all_layers)
     return {
         keys[name].name: value_for(keys[name], name, setting, ctx)
         for name, (setting, _) in found.items()

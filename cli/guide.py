@@ -18,6 +18,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         'ms4 run -f report.pdf:1-3,7 -r high "Which assumptions are weakest?"',
         "ms4 run --schema 'name, age int' -f letter.txt \"Who wrote this?\"",
         'ms4 run -c "And in one sentence?"',
+        "ms4 run --save review -r low 'Review this patch: $input'",
+        "git diff | ms4 run -t review",
     ),
     "chat": ("ms4 chat", "ms4 chat report.pdf photo.jpg", "ms4 chat -r low", "ms4 chat -c", "ms4 chat --resume"),
     "batch": (
@@ -42,6 +44,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "ms4 sessions export 20260101 > talk.json",
         "ms4 sessions rm 20260101",
     ),
+    "templates": ("ms4 templates", "ms4 templates show review", "ms4 templates edit review", "ms4 templates rm review"),
     "config": (
         "ms4 config",
         "ms4 config show --origin",
@@ -77,6 +80,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("system", "image", "file", "pdf", "pdf_password", "encoding", "lossy", "mmproj", "image_max_tokens"),
         *("messages", "tools", "prefill", "no_stdin"),
     ),
+    "Templates": ("template", "param", "save"),
     "Conversation": ("goes_on", "resume", "no_session", "compact"),
     "Thinking": ("effort", "think", "think_budget", "think_seconds"),
     "How it is written": ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "greedy", "stop"),

@@ -44,6 +44,10 @@ class Command(TyperCommand):
         typed.refuse_torn(args, ours)
         if "--resume" in ours:
             args = typed.fill_resume(args)
+        if "--template" in ours and "-t" in args:
+            from ms4.cli import templates
+
+            args = templates.named(args, ours)
         if {"-i", "-f"} & {*ours} and any(arg.startswith(("-i", "-f", "--i", "--f")) for arg in args):
             from ms4.cli.attachments import spread  # it knows pictures, which takes time to import
 
@@ -58,7 +62,15 @@ class Command(TyperCommand):
             from ms4.cli import config
 
             ctx.default_map = config.defaults(ctx.info_name.split()[-1], self.params, given, ctx)
+        ctx.meta["typed"] = given
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        if ctx.params.get("save") is not None:
+            from ms4.cli import templates
+
+            return templates.save(ctx.params["save"], ctx.meta["typed"], self.params, ctx)
+        return super().invoke(ctx)
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -147,6 +159,15 @@ Messages = Annotated[
 Tools = Annotated[str | None, typer.Option("--tools", metavar="FILE", help="Functions to call (JSON).")]
 JsonObject = Annotated[bool, typer.Option("--json-object", help="Some JSON object.")]
 Extract = Annotated[bool, typer.Option("-x", "--extract", help="Only the last block of code.")]
+Template = Annotated[
+    str | None, typer.Option("--template", metavar="NAME", help="Options and a prompt that --save kept; or -t NAME.")
+]
+Params = Annotated[
+    list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="A variable of it; may be repeated.")
+]
+Save = Annotated[
+    str | None, typer.Option("--save", metavar="NAME", help="Keep all that is typed as a template, and stop.")
+]
 Schema = Annotated[
     str | None,
     typer.Option("--schema", metavar="FILE|FIELDS", help="JSON by a schema, or by fields: 'name, age int'."),
@@ -190,6 +211,9 @@ def run(
     show_prompt: Annotated[bool, typer.Option("--show-prompt", help="Show the rendered prompt and stop.")] = False,
     count: Annotated[bool, typer.Option("--count", help="Count the prompt's tokens and stop.")] = False,
     no_stdin: Annotated[bool, typer.Option("--no-stdin", help="Leave stdin alone, as in a loop over it.")] = False,
+    template: Template = None,
+    param: Params = None,
+    save: Save = None,
     ctx: opt.Context = opt.N_CTX_DEFAULT,
 ) -> int:
     """Answer one prompt.  Stdin, if it is a pipe or a file, comes before PROMPT."""
@@ -208,6 +232,7 @@ def chat(
     goes_on: Continue = False,
     resume: Resume = None,
     no_session: NoSession = False,
+    template: Template = None,
     pdf: Pdf = "auto",
     pdf_password: PdfPassword = "",
     encoding: opt.Encoding = "",
@@ -263,6 +288,8 @@ def batch(
     max_tokens: MaxTokens = None,
     stop: Stop = None,
     schema: Schema = None,
+    template: Template = None,
+    param: Params = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 3 if --max-tokens cuts an answer.")] = False,
     ctx: opt.Context = opt.N_CTX_DEFAULT,
 ) -> int:
@@ -271,6 +298,7 @@ def batch(
 
     stops = tuple(stop or ())
     job = command.Job(file, output, sampling.settled(), system, schema, max_tokens, stops, ctx, together, strict)
+    job = replace(job, fill=command.Filling.of(template, param))
     return command.batch(job, engine, Reading(encoding, lossy))
 
 
@@ -365,6 +393,18 @@ def sessions(
     from ms4.cli import session_list as command
 
     return command.carry_out(action, names or [], as_json=json, yes=yes)
+
+
+@app.command(cls=Command)
+def templates(
+    action: Annotated[str, typer.Argument(metavar="ls|show|edit|rm|path", help="What to do.")] = "ls",
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="A template.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="In JSON.")] = False,
+) -> int:
+    """List, show, edit and remove templates: what --save keeps, and --template uses."""
+    from ms4.cli import template_list as command
+
+    return command.carry_out(action, names or [], as_json=json)
 
 
 @app.command(cls=Command)

@@ -19,6 +19,7 @@ OF_OTHERS = (
     "other programs."
 )
 FILES = {
+    "~/.config/ms4": "Options: config.toml; and templates, a file each.",
     "~/.cache/huggingface/hub": "Models; other programs share it.",
     "~/.local/share/ms4/sessions": "Conversations.",
     "~/.local/state/ms4": "What is remembered between calls: history, which experts were used, how fast runs were.",

@@ -21,6 +21,7 @@ from ms4.cli.errors import IncompleteError, UsageError
 from ms4.cli.follow import follow
 from ms4.cli.image_notes import ImageOptions
 from ms4.cli.options import EngineOptions, Sampling
+from ms4.cli.templates import Filling
 from ms4.models.untrusted import Reading
 from ms4.quant import visible
 
@@ -47,6 +48,7 @@ class Request:
     images: ImageOptions = ImageOptions()
     system: str | None = None
     prefill: str = ""
+    fill: Filling | None = None  # the prompt of a template
     effort: str | None = None  # None: what the file of messages says, else none
     resume: str | None = None  # the session to go on with: its id, or "" for the last one
     no_session: bool = False
@@ -82,6 +84,7 @@ class Request:
                     given["image"], given["file"], given["pdf"], rule, not given["no_stdin"], engine.quiet
                 ),
                 "images": ImageOptions(given["mmproj"], given["image_max_tokens"]),
+                "fill": Filling.of(given["template"], given["param"]),
                 "resume": "" if given["goes_on"] and given["resume"] is None else given["resume"],
                 "only": "prompt" if given["show_prompt"] else "count" if given["count"] else "",
                 "stop": tuple(given["stop"] or ()),
@@ -99,7 +102,7 @@ def run(request: Request, sampling: Sampling, engine: EngineOptions) -> int:
     grammar = grammar_of(request)
     sampling.sampler()  # a setting out of range is said before anything is read
     session = remembered.chosen(request.resume, request.words)
-    if request.words or request.attached or request.messages or streams.is_terminal(sys.stdin):
+    if request.words or request.attached or request.messages or request.fill or streams.is_terminal(sys.stdin):
         engine.require()
     asked = ask(
         request.words,
@@ -110,6 +113,7 @@ def run(request: Request, sampling: Sampling, engine: EngineOptions) -> int:
         messages=request.messages,
         tools=request.tools,
         session=session,
+        fill=request.fill,
     )
     sampling = replace(sampling, effort=asked.effort)
     if session is not None and request.effort is None and sampling.think_budget is None:

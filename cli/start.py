@@ -31,6 +31,7 @@ commands:
   rm          remove one of them
   verify      compare their checksums, and repair what is damaged
   sessions    list, show, export, search, remove conversations
+  templates   list, show, edit, remove what --save has kept
   config      show and set what options are where they are not typed
   info        show what is in a model file
   plan        say whether a model fits, and how fast it will be

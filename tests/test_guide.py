@@ -23,6 +23,9 @@ def test_every_command_has_examples():
 @pytest.mark.parametrize(("name", "line"), EXAMPLES, ids=[line for _, line in EXAMPLES])
 def test_an_example_is_a_command_line_that_is_accepted(name, line, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "ms4" / "templates").mkdir(parents=True)
+    (tmp_path / "ms4" / "templates" / "review.toml").write_text("temp = 1\n")
     for file in ("invoice.png", "report.pdf", "letter.txt", "photo.jpg"):
         (tmp_path / file).write_bytes(b"")
     lexer = shlex.shlex(re.sub(r'^eval "\$\((.*)\)"$', r"\1", line), posix=True, punctuation_chars="|<>")
