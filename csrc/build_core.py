@@ -8,6 +8,7 @@ wheel, and in place for the cards of this machine, if it has any.
 """
 
 import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,10 +25,14 @@ from build_parts import (
     is_fresh,
     link_package,
     write_grids,
+    write_if_changed,
 )
 from setuptools import Extension, build_meta, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.dist import Distribution
+
+PAGE = Path("build", "man", "ms4.1")
 
 
 class BuildCore(build_ext):
@@ -76,6 +81,22 @@ class BuildPackage(build_py):
         return [module for module in found if module[1] not in BUILDERS]
 
 
+class InstallPage(Distribution().get_command_class("install_data")):
+    """The manual page, which the package that was just built prints; without what that imports, there is none."""
+
+    def run(self):
+        package = self.get_finalized_command("build").build_lib
+        environment = {**os.environ, "PYTHONPATH": package}
+        code = "from ms4.cli import man; print(man.page(), end='')"
+        made = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        if made.returncode:
+            print(f"ms4: built without its manual page: {made.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+            self.data_files = []
+        else:
+            write_if_changed(PAGE, made.stdout)
+        super().run()
+
+
 def run_setup(**kwargs):
     core = Extension(
         "ms4._core",
@@ -89,7 +110,8 @@ def run_setup(**kwargs):
     )
     return setup(
         ext_modules=[core],
-        cmdclass={"build_ext": BuildCore, "build_py": BuildPackage},
+        cmdclass={"build_ext": BuildCore, "build_py": BuildPackage, "install_data": InstallPage},
+        data_files=[("share/man/man1", [str(PAGE)])],
         options={"bdist_wheel": {"py_limited_api": "cp310"}, "build_ext": {"build_temp": "build/obj"}},
         **kwargs,
     )

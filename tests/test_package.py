@@ -119,6 +119,8 @@ def test_the_wheel_runs_where_there_is_no_compiler(tmp_path, installed):
     (wheel,) = tmp_path.glob("*.whl")
     assert re.fullmatch(r"ms4_runner-[\d.]+-cp310-abi3-manylinux_2_\d+_\w+\.whl", wheel.name)
     ms4 = installed(wheel, "")
+    page = (tmp_path / "venv" / "share" / "man" / "man1" / "ms4.1").read_text()
+    assert page.startswith(".TH MS4 1 ") and page.encode() == ms4("man")
     assert ms4("run", "-q", "--greedy", "Reverse the word planet.") == b"tenalp\n"
     assert ms4("doctor").startswith(b"ok ms4")
 
