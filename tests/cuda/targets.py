@@ -1,6 +1,6 @@
 """What nvcc makes of the kernels for each target: registers, spills, shared memory, instructions; and the roofline.
 
-    python tests/cuda/targets.py FOLDER     where kernels_sm_XX.cubin and .log are (make -f tests/cuda/Makefile cubins)
+    python tests/cuda/targets.py FOLDER     where `make -f tests/cuda/Makefile cubins` has put it all
 
 Exits 1 where something is not as it has to be.  Instructions are counted if there is an nvdisasm (the PyPI package
 nvidia-cuda-nvdisasm; $NVDISASM).  Nothing here was measured: rates are those of data sheets.
@@ -20,7 +20,6 @@ TARGETS = ("80", "86", "89", "90", "100", "120")
 MOST_SHARED = 99 << 10
 REGISTERS = 65536  # of a multiprocessor
 ROUNDED = ("FFMA", "FMUL", "FADD")
-ALIKE = ("80", "86", "89")  # targets for which ptxas unrolls loops alike
 
 
 @dataclass(frozen=True)
@@ -101,13 +100,15 @@ def opcode(instruction: str) -> str:
 
 
 def count(body: list[str]) -> collections.Counter[str]:
-    """Instructions by what stands before the first point; FFMA2 and so on are two."""
+    """Instructions by what stands before the first point; FFMA2 and so on are two, adding -0 is none."""
     counts: collections.Counter[str] = collections.Counter()
     for line in body:
         if line.endswith(":"):
             continue
         base = opcode(line).split(".")[0]
         packed = base[:-1] if base in ("FFMA2", "FMUL2", "FADD2") else None
+        if base == "FADD" and line.endswith(", -RZ"):
+            base = "sign"
         counts[packed or base] += 2 if packed else 1
         counts["all"] += 1
     return counts
@@ -213,14 +214,14 @@ def roofline(by_target: dict[str, dict[str, list[str]]], chunks: dict[str, int])
 
 
 def check_ptxas(folder: Path, targets: list[str], sizes: dict[str, tuple[int, int]]) -> tuple[int, list[str]]:
-    faults, n = [], 0
+    faults, n, stack, spills = [], 0, 0, 0
     for target in targets:
         kernels = ptxas((folder / f"kernels_sm_{target}.log").read_text())
         missing = {name for name in sizes if not name.startswith("chunk_")} - set(kernels)
         faults += [f"sm_{target}: no kernel {name}" for name in sorted(missing)]
         for name, k in kernels.items():
             threads, dynamic = sizes[name]
-            n += 1
+            n, stack, spills = n + 1, stack + k.stack, spills + k.spills
             if k.stack or k.spills:
                 faults.append(f"sm_{target} {name}: {k.stack} bytes of stack, {k.spills} of spills")
             if (k.registers + 7) // 8 * 8 * threads > REGISTERS:
@@ -229,40 +230,50 @@ def check_ptxas(folder: Path, targets: list[str], sizes: dict[str, tuple[int, in
                 faults.append(f"sm_{target} {name}: {k.shared + dynamic} bytes of shared memory")
         most = max(kernels.items(), key=lambda k: k[1].registers)
         print(f"  sm_{target}: {len(kernels)} kernels, most registers {most[1].registers} ({most[0]})")
+    print(
+        f"  {n} kernels by targets (sm_{', sm_'.join(targets)}): {spills} bytes of spills, {stack} of stack; "
+        f"spills, stack, too many registers, too much shared memory: {len(faults)} faults"
+    )
     return n, faults
 
 
-def contracted(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    """Whether one has products and sums where the other has fma."""
-    return (a[0] - b[0]) * (a[1] - b[1]) < 0 and (a[0] - b[0]) * (a[2] - b[2]) < 0
+def check_counts(by_target: dict[str, dict[str, list[str]]], ptx: dict[str, dict[str, list[str]]]) -> list[str]:
+    """On no target has a product or a sum of the PTX become part of an fma: there are at least as many of both, and no
+    fma where the PTX has none and neither division nor root, which are made of some.
+
+    That the counts are the same for all targets is not so.  nvcc and ptxas copy loops (and what stands behind a branch)
+    as often as they like for each target; and ptxas takes an addition of -0 to change a sign: not counted here."""
+    faults, alike = [], 0
+    for name in next(iter(by_target.values())):
+        found = set()
+        for target, kernels in by_target.items():
+            wanted = collections.Counter(op.split(".")[0] for op in ptx[target][name])
+            fma, products, sums = rounded = [count(kernels[name])[op] for op in ROUNDED]
+            found.add(tuple(rounded))
+            few = products < wanted["mul"] or sums < wanted["add"] + wanted["sub"]
+            if few or (fma > 0) > (wanted["fma"] + wanted["div"] + wanted["sqrt"] > 0):
+                faults.append(f"sm_{target} {name}: {'/'.join(ROUNDED)} {rounded} of PTX {dict(wanted)}: contracted")
+        alike += len(found) == 1
+    n = sum(len(kernels) for kernels in by_target.values())
+    print(
+        f"  {'/'.join(ROUNDED)}: no product or sum of the PTX is missing in {n} kernels by targets; the same number on "
+        f"all targets for {alike} of {n // len(by_target)} kernels, in the others loops and branches are copied more "
+        "or less often"
+    )
+    return faults
 
 
 def check_instructions(by_target: dict[str, dict[str, list[str]]]) -> list[str]:
-    """Counts are the same where loops are unrolled alike.  Elsewhere ptxas takes other numbers of copies of a loop's
-    body (or of a branch, as in act_rows, or a multiplication by -1 for a minus, as in mul_q4_k); it must not have made
-    an fma of a product and a sum, or the other way round, and has the same kinds of operations everywhere."""
-    faults, alike = [], 0
-    for name in next(iter(by_target.values())):
-        counts = {target: count(kernels[name]) for target, kernels in by_target.items()}
-        rounded = {target: tuple(c[op] for op in ROUNDED) for target, c in counts.items()}
-        alike += len(set(rounded.values())) == 1
-        if len({rounded[t] for t in ALIKE if t in rounded}) > 1:
-            faults.append(f"{name}: {'/'.join(ROUNDED)} differ: {rounded}")
-        if len({tuple(n > 0 for n in r) for r in rounded.values()}) > 1:
-            faults.append(f"{name}: other kinds of operations: {rounded}")
-        if any(contracted(a, b) for a in rounded.values() for b in rounded.values()):
-            faults.append(f"{name}: contracted: {rounded}")
-        for target, kernels in by_target.items():
-            local = counts[target]["LDL"] + counts[target]["STL"]
-            if local:
+    """What has to be there is, and nothing goes to local memory."""
+    faults = []
+    for target, kernels in by_target.items():
+        for name, body in kernels.items():
+            counts = count(body)
+            if local := counts["LDL"] + counts["STL"]:
                 faults.append(f"sm_{target} {name}: {local} accesses to local memory")
             for pattern, what in must_have(name).items():
-                if not any(re.match(pattern, opcode(line)) for line in kernels[name] if not line.endswith(":")):
+                if not any(re.match(pattern, opcode(line)) for line in body if not line.endswith(":")):
                     faults.append(f"sm_{target} {name}: no {what}")
-    print(
-        f"  {'/'.join(ROUNDED)}: the same on sm_{', sm_'.join(ALIKE)} for all kernels, on all targets for {alike}; "
-        "the others differ by how loops are unrolled"
-    )
     return faults
 
 
@@ -278,20 +289,25 @@ def float_operations(ptx: str) -> dict[str, list[str]]:
     return found
 
 
-def same_without_contraction(folder: Path) -> list[str]:
-    """All operations say how they round, so that no compiler may contract them; and nvcc, told that it may, makes the
-    same ones in the same order (loads and registers may differ)."""
-    plain, may = (float_operations((folder / f"kernels{name}.ptx").read_text()) for name in ("", "_fmad"))
+def check_ptx(ptx: dict[str, dict[str, list[str]]]) -> list[str]:
+    """All operations say how they round, so that no compiler may contract them, and nvcc makes the same ones in the
+    same order for all targets of a front end (from 10.0 on it is another, which copies other loops), and where it is
+    told that it may contract (loads and registers may differ)."""
     faults = []
-    for name, ops in plain.items():
-        loose = sorted({op for op in ops if ".rn" not in op})
-        if loose:
-            faults.append(f"PTX of {name}: {' '.join(loose)} may be contracted")
-        if may.get(name) != ops:
-            faults.append(f"PTX of {name}: other float operations with -fmad=true")
-    n = sum(map(len, plain.values()))
-    print(f"  PTX: {n} operations on floats in {len(plain)} kernels; not .rn, or others with -fmad=true: {len(faults)}")
-    return faults if n else [*faults, "PTX: no operations on floats were found"]
+    for target, kernels in ptx.items():
+        like = "80" if len(target.split("_")[0]) == 2 else "100"
+        for name, ops in kernels.items():
+            loose = sorted({op for op in ops if ".rn" not in op})
+            if loose:
+                faults.append(f"PTX of sm_{target} {name}: {' '.join(loose)} may be contracted")
+            if set(ops) != set(ptx["80"][name]) or ops != ptx[like][name]:
+                faults.append(f"PTX of sm_{target} {name}: other float operations than for sm_{like}")
+    n = {target: sum(map(len, kernels.values())) for target, kernels in ptx.items()}
+    print(
+        f"  PTX: {n['80']} operations on floats in {len(ptx['80'])} kernels ({n['100']} from sm_100 on: more copies of "
+        f"loops), all .rn; the same ones for all targets and with -fmad=true: {len(faults)} faults"
+    )
+    return faults if all(n.values()) else [*faults, "PTX: no operations on floats were found"]
 
 
 def main() -> int:
@@ -299,19 +315,20 @@ def main() -> int:
     targets = [t for t in TARGETS if (folder / f"kernels_sm_{t}.cubin").exists()]
     sizes = shared_sizes(folder)
     n, faults = check_ptxas(folder, targets, sizes)
-    print(f"  {n} kernels by targets; spills, stack, too many registers, too much shared memory: {len(faults)}")
+    names = [*targets, *(f"{t}_fmad" for t in targets if (folder / f"kernels_{t}_fmad.ptx").exists())]
+    ptx = {name: float_operations((folder / f"kernels_{name}.ptx").read_text()) for name in names}
     tool = nvdisasm()
     if not tool:
         print("  no nvdisasm (pip install nvidia-cuda-nvdisasm): instructions were not counted, no roofline")
     else:
         by_target = {t: functions(tool, folder / f"kernels_sm_{t}.cubin") for t in targets}
-        found = check_instructions(by_target)
+        found = check_instructions(by_target) + check_counts(by_target, ptx)
         print(
             f"  SASS of {n} kernels: contraction, local memory, dp4a, mma, cp.async, 16-byte loads: {len(found)} faults"
         )
         chunks = {name.removeprefix("chunk_"): n for name, (n, _) in sizes.items() if name.startswith("chunk_")}
         faults += found + roofline(by_target, chunks)
-    faults += same_without_contraction(folder)
+    faults += check_ptx(ptx)
     for fault in faults:
         print("  FAULT:", fault)
     return 1 if faults else 0
