@@ -17,7 +17,8 @@ def line(s: ms4.Stats) -> str:
     if s.experts_used:
         parts[0] += f" with {100 * s.pairs_on_gpu / s.experts_used:.0f} % of their work"
     if s.vram_slots < s.experts:
-        parts.append(f"{s.uploads} brought ({gigabytes(s.bytes_uploaded)}), {s.evictions} put out")
+        down = f", {s.downloads} down into RAM ({gigabytes(s.bytes_downloaded)})" if s.downloads else ""
+        parts.append(f"{s.uploads} brought ({gigabytes(s.bytes_uploaded)}), {s.evictions} put out{down}")
     if s.bytes_streamed:
         parts.append(f"{gigabytes(s.bytes_streamed)} brought for one layer")
     parts += tiers(s)

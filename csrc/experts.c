@@ -64,6 +64,7 @@ int experts_open(const ms4_shape *s, const layer_weights *layers, device *home, 
 }
 void experts_close(experts *store) {
     if (!store) return;
+    if (store->on_card) vram_stop(store->on_card);             /* it may be at work in the slots */
     for (int i = 0; i < MAX_SHARES; i++) memory_give(store->groups[i]);
     slots_close(store->slots);
     policy_close(store->policy);
@@ -119,7 +120,7 @@ static void share_out(experts *store, const picks *p, int32_t id, ffn_share *all
 /* Asks for what is not there; how many of the n wanted experts are. */
 static int32_t want(experts *store, const picks *p, int32_t n) {
     int32_t n_there = n, next = store->layer + 1;
-    if (store->on_card) vram_used(store->on_card, store->layer, p);
+    if (store->on_card && !store->slots) vram_used(store->on_card, store->layer, p);
     if (!store->slots) return n_there;
     for (int32_t i = 0; i < p->n_used; i++) store->pairs[i] = p->first[p->used[i] + 1] - p->first[p->used[i]];
     policy_count(store->policy, store->layer, p->used, store->pairs, p->n_used, p->n);
@@ -205,7 +206,7 @@ int experts_on_card(experts *store, vram *on_card, device *other) {
     store->on_card = on_card;
     TRY(add_device(store, 1, other));
     if (!store->place) store->n_devices = vram_has_all(on_card) ? 1 : 2;
-    return MS4_OK;
+    return store->slots ? vram_trade(on_card, store->policy) : MS4_OK;
 }
 void experts_off_card(experts *store, device *home) {
     store->on_card = NULL;

@@ -83,6 +83,8 @@ class Stats:
     unpinned_bytes: int  # of it that the system would not pin
     bytes_on_gpu: int  # of bytes_prefill and bytes_decode, what the GPU read in its own memory
     evictions: int  # experts that lost their place there to another
+    downloads: int  # of them, those that came down into RAM, where that is short
+    bytes_downloaded: int
     uploads_failed: int  # experts that could not be brought
     slots_given_up: int  # places for experts there, for want of memory
     bytes_allowed: int  # of uploads beside the last step

@@ -112,3 +112,27 @@ def test_statistics_say_what_the_card_did():
     line = next(line for line in got.stderr.splitlines() if "GPU" in line and "brought" in line)
     for text in ("% of their work", "put out", "by the GPU", "by the CPU", "pinned"):
         assert text in line, line
+
+
+def test_where_ram_is_short_experts_change_places():
+    """RAM has room for 30 of 384: who moves up gives its place to who comes down, and all stay where they are
+    needed.  Then the card is left with experts on their way down, and the CPU goes on."""
+    with Model.open(DEMO / "ms4-demo.gguf") as cpu, cpu.session(256) as session:
+        want = [answer(session, IDS, 8)]
+        session.rewind(0)
+        want.append(answer(session, IDS[:9], 2))
+    options = {"device": "cuda", "load": "stream", "vram": 24 << 20}
+    with Model.open(DEMO / "ms4-demo.gguf", **options) as model, model.session(256) as session:
+        model.engine.fix_rates(1e15)
+        stats = model.engine.stats()
+        assert 0 < stats.vram_experts < stats.vram_slots < stats.experts  # some are kept empty
+        model.engine.fix_slots(30 * stats.slot_bytes // stats.slots)
+        got = [answer(session, IDS, 8)]
+        stats = model.engine.stats()
+        session.rewind(0)
+        model.engine.leave_gpu("it was told to")
+        got.append(answer(session, IDS[:9], 2))
+        assert not model.engine.on_gpu
+    assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
+    assert stats.downloads > 0 and stats.evictions >= stats.downloads and stats.uploads > 0
+    assert stats.bytes_downloaded > 0 and stats.slots <= 30

@@ -7,21 +7,26 @@
 #ifndef MS4_CUDA_ERRANDS_H
 #define MS4_CUDA_ERRANDS_H
 #include "cuda/gpu.h"
-#include "weights.h"
+#include "slots.h"
 typedef struct errands errands;
 
 #define MOST_ERRANDS 32                                       /* under way at a time */
 typedef struct {
-    ffn_weights from, to;                                     /* host memory and a slot */
-    int32_t id, slot;                                         /* the owner's */
+    ffn_weights from, to;                                     /* host memory and a slot; or the reverse, with landing */
+    struct disk_job *landing;                                 /* NULL, or of slots_trade: told when it is there */
+    int32_t id, out, slot;                                    /* the owner's */
 } errand;
 
-int errands_open(gpu *g, errands **out);
-/* The thread ends behind the errand that it is at; what is under way is over then. */
+/* ram: NULL, or whose jobs land. */
+int errands_open(gpu *g, slots *ram, errands **out);
+/* The thread ends behind the errand that it is at, and what is under way is over then; with `left` in between, what
+ * had not been seen to end is handed out.  What was to land is read from the disk. */
+void errands_end(errands *e);
+int errands_left(errands *e, errand *out);                    /* 0: no more */
 void errands_close(errands *e);
 int32_t errands_idle(const errands *e);                       /* how many more may be put */
 uint64_t errands_bytes(const errands *e);                     /* of what is under way */
-void errands_put(errands *e, const errand *what);             /* to the card; one is idle */
+void errands_put(errands *e, const errand *what);             /* one is idle */
 /* The next errand that has ended, whose place in the ring is idle then; *ended 0: none has.  *good: it has arrived. */
 int errands_next(errands *e, errand *out, int *ended, int *good);
 static inline uint64_t errand_bytes(const errand *e) {

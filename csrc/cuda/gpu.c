@@ -285,6 +285,27 @@ static int pipe_copy(gpu *g, pipe *p, uint8_t *to, const uint8_t *from, size_t b
     }
     return settle(g, p->stream);
 }
+/* The reverse, one piece on its way while the one before is copied; all of it is there then. */
+static int pipe_fetch(gpu *g, pipe *p, uint8_t *to, const uint8_t *from, size_t bytes) {
+    uint8_t *out = NULL;
+    for (size_t n = 0, part; bytes || n; to += part, from += part, bytes -= part, n = part) {
+        const int32_t i = p->next;
+        part = bytes < CHUNK ? bytes : CHUNK;
+        if (part) {
+            if (p->used[i]) TRY(wait_for(g, NULL, p->left[i]));
+            TRY(GPU(g, cuMemcpyDtoHAsync, p->at[i], address(from), part, p->stream));
+            TRY(GPU(g, cuEventRecord, p->left[i], p->stream));
+            p->used[i] = 1;
+            p->next = !i;
+        }
+        if (n) {
+            TRY(wait_for(g, NULL, p->left[!i]));
+            memcpy(out, p->at[!i], n);
+        }
+        out = to;
+    }
+    return MS4_OK;
+}
 int gpu_upload(gpu *g, void *to, const void *from, size_t bytes) { return pipe_copy(g, &g->up, to, from, bytes); }
 int gpu_download(gpu *g, void *to, const void *from, size_t bytes) {
     uint8_t *out = to;
@@ -304,6 +325,12 @@ int gpu_download(gpu *g, void *to, const void *from, size_t bytes) {
 int gpu_bring(gpu *g, void *to, const void *from, size_t bytes) {
     pthread_mutex_lock(&g->bringing);
     int status = pipe_copy(g, &g->aside, to, from, bytes);
+    pthread_mutex_unlock(&g->bringing);
+    return status;
+}
+int gpu_take_back(gpu *g, void *to, const void *from, size_t bytes) {
+    pthread_mutex_lock(&g->bringing);
+    int status = pipe_fetch(g, &g->aside, to, from, bytes);
     pthread_mutex_unlock(&g->bringing);
     return status;
 }

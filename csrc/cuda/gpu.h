@@ -77,6 +77,7 @@ int gpu_products(gpu *g, const gpu_product *products, int32_t n);
 
 /* --- the second stream: experts on their way; gpu_bring and gpu_brought may be called beside the work */
 int gpu_bring(gpu *g, void *to, const void *from, size_t bytes);
+int gpu_take_back(gpu *g, void *to, const void *from, size_t bytes);          /* likewise, to host memory; waits */
 int gpu_event(gpu *g, CUevent *out);
 int gpu_clock(gpu *g, CUevent *out);                          /* an event that knows when it was over */
 int gpu_brought(gpu *g, CUevent event);                       /* recorded behind all that gpu_bring has begun */

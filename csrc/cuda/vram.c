@@ -2,11 +2,13 @@
 #include "cuda/vram.h"
 #include "cuda/errands.h"
 #include "memory.h"
+#include "numbers.h"
 #include "policy.h"
 #include <string.h>
 #include <time.h>
 
 #define ALIGNED 256
+#define SPARES 2                                              /* slots of a pool that are empty, for trading */
 #define PIECES 8                                              /* of a pool, about: what can be given up at once */
 #define MOST_PIECES (4 * PIECES * POLICY_POOLS)
 #define GIVEN_UP (-1)                                         /* as a pool: of a slot that is no more */
@@ -29,7 +31,8 @@ struct vram {
     int32_t in_pool[POLICY_POOLS];                            /* slots */
     uint64_t of_pool[POLICY_POOLS];                           /* bytes of an expert */
     int32_t n_layer, n_expert, n_slots, n_given_up, n_pools, n_pieces, n_held, n_experts;
-    uint64_t n_brought, bytes_brought, n_evicted, n_failed, allowed;
+    int32_t of_all[POLICY_POOLS], shares_counts;              /* experts of the size; counts is somebody else's */
+    uint64_t n_down, bytes_down, n_brought, bytes_brought, n_evicted, n_failed, allowed;
     errands *errands;                                         /* NULL: nothing moves */
 };
 static size_t up_to(size_t n) { return (n + ALIGNED - 1) / ALIGNED * ALIGNED; }
@@ -84,6 +87,8 @@ void vram_count(const vram *v, ms4_stats *out) {
     out->uploads = v->n_brought;
     out->bytes_uploaded = v->bytes_brought;
     out->evictions = v->n_evicted;
+    out->downloads = v->n_down;
+    out->bytes_downloaded = v->bytes_down;
     out->uploads_failed = v->n_failed;
     out->slots_given_up = (uint64_t)v->n_given_up;
     out->bytes_allowed = v->allowed;
@@ -91,6 +96,24 @@ void vram_count(const vram *v, ms4_stats *out) {
     out->stream_from = policy_stream_from(v->counts);
 }
 /* --- on their way ------------------------------------------------------------------------------------------------- */
+/* Who came gives its place in RAM to who has to leave, and who now comes down there. */
+static void trade(vram *v, const errand *up) {
+    const int32_t n = v->n_expert, at = up->out < 0 ? -1 : v->slot_of[up->out];
+    errand e = { .id = up->out, .out = -1, .slot = at };
+    if (at < 0) {
+        slots_release(v->from_disk, up->id / n, up->id % n);
+        return;
+    }
+    vram_find(v, e.id / n, e.id % n, &e.from);
+    e.to = host_expert(v, e.id);
+    e.landing = slots_trade(v->from_disk, up->id / n, up->id % n, e.id / n, e.id % n, &e.to);
+    leave(v, at);
+    v->n_evicted++;
+    if (!e.landing) return;
+    v->slots[at].coming = 1;
+    v->where[e.id] |= POLICY_BUSY;
+    errands_put(v->errands, &e);
+}
 /* What has arrived gets its place in the table; what could not be brought leaves its slot empty. */
 static int arrive(vram *v) {
     for (;;) {
@@ -99,14 +122,22 @@ static int arrive(vram *v) {
         TRY(errands_next(v->errands, &e, &ended, &good));
         if (!ended) return MS4_OK;
         v->slots[e.slot].coming = 0;
-        v->where[e.id] = POLICY_RAM;
-        if (!good) {
-            v->n_failed++;
+        v->where[e.id] = v->from_disk ? 0 : POLICY_RAM;
+        if (e.out >= 0) v->where[e.out] = POLICY_VRAM;
+        if (e.landing) {
+            v->n_down += (uint64_t)good;
+            v->bytes_down += good ? errand_bytes(&e) : 0;
             continue;
         }
-        enter(v, e.slot, e.id);
-        v->n_brought++;
-        v->bytes_brought += errand_bytes(&e);
+        if (good) {
+            enter(v, e.slot, e.id);
+            v->n_brought++;
+            v->bytes_brought += errand_bytes(&e);
+        } else {
+            v->n_failed++;
+            e.out = -1;
+        }
+        if (v->from_disk) trade(v, &e);
     }
 }
 /* An empty slot of a pool that nobody is on the way to; -1: there is none. */
@@ -115,33 +146,56 @@ static int32_t empty_slot(const vram *v, int32_t pool) {
         if (v->slots[i].pool == pool && v->slots[i].id < 0 && !v->slots[i].coming) return i;
     return -1;
 }
-/* The slot that a move brings its expert to; -1: there is none.  What leaves is gone from the table at once: the step
- * that read it is over. */
+/* The slot that a move brings its expert to; -1: there is none.  What leaves is gone from the table at once, as the
+ * step that read it is over; but not who comes down into RAM, as long as that place is taken. */
 static int32_t clear_for(vram *v, const policy_move *m) {
-    if (m->out < 0) return empty_slot(v, v->pool[m->id / v->n_expert]);
+    if (m->out < 0 || m->down) return empty_slot(v, v->pool[m->id / v->n_expert]);
     const int32_t at = v->slot_of[m->out];
     if (at >= 0) leave(v, at);
     v->n_evicted += at >= 0;
     return at;
 }
-/* Sends for what a move brings; 0: it has no slot. */
+/* Sends for what a move brings; 0: that is not possible now. */
 static int ask(vram *v, const policy_move *m) {
-    errand e = { .from = host_expert(v, m->id), .id = m->id, .slot = clear_for(v, m) };
-    if (e.slot < 0) return 0;
+    const int32_t layer = m->id / v->n_expert, expert = m->id % v->n_expert;
+    errand e = { .from = host_expert(v, m->id), .id = m->id, .out = m->down ? m->out : -1 };
+    if (v->from_disk && !slots_hold(v->from_disk, layer, expert)) return 0;
+    if (v->from_disk) slots_point(v->from_disk, layer, expert, &e.from);
+    e.slot = clear_for(v, m);
+    if (e.slot < 0) {
+        if (v->from_disk) slots_release(v->from_disk, layer, expert);
+        return 0;
+    }
     e.to = e.from;
     in_slot(&v->slots[e.slot], &e.to);
     v->slots[e.slot].coming = 1;
     v->where[m->id] |= POLICY_BUSY;
+    if (e.out >= 0) v->where[e.out] |= POLICY_BUSY;
     errands_put(v->errands, &e);
     return 1;
+}
+/* Slots that a pool keeps empty, for trading. */
+static int32_t spares(const vram *v, int32_t pool) {
+    const int32_t few = v->in_pool[pool] / 4;
+    return !v->from_disk || v->in_pool[pool] == v->of_all[pool] ? 0 : few < SPARES ? few : SPARES;
+}
+/* Where experts are that may be in RAM or not. */
+static void look_at_ram(vram *v) {
+    for (int32_t id = 0; v->from_disk && id < v->n_layer * v->n_expert; id++) {
+        const int32_t layer = id / v->n_expert;
+        const int there = v->pool[layer] >= 0 && slots_there(v->from_disk, layer, id % v->n_expert);
+        v->where[id] = (uint8_t)((v->where[id] & ~POLICY_RAM) | (there ? POLICY_RAM : 0));
+    }
 }
 /* The best moves; free slots are those that hold nothing and that nobody is on the way to. */
 static int32_t find_moves(vram *v, uint64_t budget, policy_move *moves, int32_t most) {
     int32_t n_free[POLICY_POOLS] = { 0 };
     for (const place *p = v->slots; p < v->slots + v->n_slots; p++)
         if (p->pool != GIVEN_UP) n_free[p->pool] += p->id < 0 && !p->coming;
+    for (int32_t i = 0; i < v->n_pools; i++) n_free[i] -= int_min(n_free[i], spares(v, i));
+    look_at_ram(v);
     const policy_places at = { .where = v->where, .pool = v->pool, .n_free = n_free, .bytes = v->of_pool,
-                               .n_pools = v->n_pools };
+                               .n_pools = v->n_pools, .exclusive = v->from_disk != NULL };
     return policy_moves(v->counts, &at, budget, moves, most);
 }
 struct policy *vram_policy(vram *v) { return v->counts; }
@@ -163,6 +217,7 @@ int vram_turn(vram *v, double ns_step, double ns_cpu) {
     TRY(arrive(v));
     look_at_bus(v);
     for (int32_t i = 0; i < v->n_pools; i++) largest = v->of_pool[i] > largest ? v->of_pool[i] : largest;
+    if (v->from_disk) largest *= 2;                           /* up and down */
     v->allowed = policy_allow(v->counts, ns_step, ns_cpu, errands_bytes(v->errands), largest);
     const int32_t n = find_moves(v, v->allowed, moves, errands_idle(v->errands));
     for (int32_t i = 0; i < n; i++)
@@ -182,6 +237,7 @@ static void find_pools(vram *v) {
         if (pool == POLICY_POOLS) continue;
         if (pool == v->n_pools) v->of_pool[v->n_pools++] = bytes;
         v->pool[i] = pool;
+        v->of_all[pool] += v->n_expert;
         v->in_pool[pool] += v->n_expert;                      /* what it would take to hold them all */
     }
 }
@@ -247,7 +303,7 @@ static int fill(vram *v) {
     int32_t next[POLICY_POOLS] = { 0 };
     for (int32_t i = 1; i < v->n_pools; i++) next[i] = next[i - 1] + v->in_pool[i - 1];
     int32_t end[POLICY_POOLS] = { 0 };
-    for (int32_t i = 0; i < v->n_pools; i++) end[i] = next[i] + v->in_pool[i];
+    for (int32_t i = 0; i < v->n_pools; i++) end[i] = next[i] + v->in_pool[i] - spares(v, i);
     for (int32_t expert = 0; expert < v->n_expert; expert++)
         for (int32_t layer = 0; layer < v->n_layer; layer++) {
             const int32_t pool = v->pool[layer];
@@ -258,7 +314,7 @@ static int fill(vram *v) {
 }
 int vram_warm(vram *v) {
     policy_move moves[POLICY_MOVES];
-    if (!v->errands) return MS4_OK;
+    if (!v->errands || v->from_disk) return MS4_OK;
     TRY(gpu_enter(v->g));
     for (int32_t done = 0, n; done < v->n_slots && (n = find_moves(v, UINT64_MAX, moves, POLICY_MOVES)) > 0; done += n)
         for (int32_t i = 0; i < n; i++) {
@@ -271,8 +327,23 @@ int vram_warm(vram *v) {
     return gpu_wait(v->g);
 }
 static int start_thread(vram *v) {
-    if (vram_has_all(v) || v->n_given_up == v->n_slots || v->from_disk || v->errands) return MS4_OK;
-    return errands_open(v->g, &v->errands);
+    if (vram_has_all(v) || v->n_given_up == v->n_slots || v->errands) return MS4_OK;
+    return v->from_disk && !v->shares_counts ? MS4_OK : errands_open(v->g, v->from_disk, &v->errands);
+}
+int vram_trade(vram *v, policy *counts) {
+    if (!v->shares_counts) policy_close(v->counts);
+    v->counts = counts;
+    v->shares_counts = 1;
+    return start_thread(v);
+}
+void vram_stop(vram *v) {
+    errand e;
+    if (!v->errands) return;
+    errands_end(v->errands);
+    while (errands_left(v->errands, &e))
+        if (v->from_disk && !e.landing) slots_release(v->from_disk, e.id / v->n_expert, e.id % v->n_expert);
+    errands_close(v->errands);
+    v->errands = NULL;
 }
 static int open_parts(vram *v, uint64_t bytes) {
     const size_t n = (size_t)v->n_layer * (size_t)v->n_expert;
@@ -348,10 +419,10 @@ int vram_open(gpu *g, const ms4_shape *s, const layer_weights *layers, slots *fr
 }
 void vram_close(vram *v) {
     if (!v) return;
-    errands_close(v->errands);
+    vram_stop(v);
     if (!gpu_enter(v->g)) gpu_settle(v->g);
     for (int32_t i = 0; i < v->n_pieces; i++) gpu_give(v->g, v->pieces[i].memory, v->pieces[i].bytes);
-    policy_close(v->counts);
+    if (!v->shares_counts) policy_close(v->counts);
     void *all[] = { v->slots, v->slot_of, v->where, v->pool, v->pairs };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) memory_give(all[i]);
     memory_give(v);

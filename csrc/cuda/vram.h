@@ -4,6 +4,10 @@
  * way there; only what has arrived is found.  Which experts have earned a slot is policy.h's matter; they are brought
  * one after the other by a thread of their own beside the work, so that no token waits for one.  The engine's turn
  * guards all calls.
+ *
+ * Where experts stay on the disk, memory is short, and no expert is to take a place in both: who moves up gives its
+ * place in RAM (slots.h) to who leaves.  It comes to an empty slot first, of which each pool keeps some; then the other
+ * one comes down, and its slot is the empty one.
  */
 #ifndef MS4_CUDA_VRAM_H
 #define MS4_CUDA_VRAM_H
@@ -11,12 +15,17 @@
 #include "slots.h"
 #include "step.h"
 typedef struct vram vram;
+struct policy;
 
 /* layers: n_layer, with experts in host memory, which stays where it is.  from_disk: NULL, or where their weights come
- * from instead (slots.h); then nothing moves after opening.  bytes: what slots may take at most; as many are made as
- * fit, for all sizes alike, or fewer if the card has less than that, and filled, all layers in turn. */
+ * from instead (slots.h); then nothing moves before vram_trade.  bytes: what slots may take at most; as many are made
+ * as fit, for all sizes alike, or fewer if the card has less than that, and filled, all layers in turn. */
 int vram_open(gpu *g, const ms4_shape *s, const layer_weights *layers, slots *from_disk, uint64_t bytes, vram **out);
 void vram_close(vram *v);
+void vram_stop(vram *v);                                      /* nothing moves any more; from_disk may be closed */
+/* With from_disk: from now on experts change places with those in RAM, by the counts of whoever decides there, who
+ * closes them after vram_stop. */
+int vram_trade(vram *v, struct policy *counts);
 uint64_t vram_wanted(const ms4_shape *s, const layer_weights *layers);        /* bytes that all experts would take */
 
 /* The expert as it lies on the card; 0: it is not there.  It stays there until the next vram_turn. */
