@@ -75,6 +75,11 @@ static void note_card(ms4_engine *e, const ms4_options *o) {
         if (part[i][0]) snprintf(e->note + said, sizeof e->note - said, "%s%s", said ? "; " : "", part[i]);
     }
 }
+/* Memory that is ours anyway may all be pinned; the page cache is everybody's, and what is pinned of it nobody gets. */
+static int pin(ms4_engine *e) {
+    const int mapped = files_load(e->files) == MS4_LOAD_MAP;
+    return card_pin(e->card, &e->shape, e->weights.layers, mapped, mapped ? allowance_room() / 4 * 3 : UINT64_MAX);
+}
 /* A card, if one was asked for; with AUTO the CPU where there is none, and with a reason where it cannot do it. */
 static int open_home(ms4_engine *e, const ms4_options *o, slots *from_disk) {
     ms4_gpu found;
@@ -89,6 +94,7 @@ static int open_home(ms4_engine *e, const ms4_options *o, slots *from_disk) {
     if (status) return cpu_device_open(e->ops, e->pool, &e->home);
     e->home = e->card->device;
     e->at_home = &e->card->weights.text;
+    if (!from_disk) TRY(pin(e));
     card_count(e->card, &e->stats);
     note_card(e, o);
     return MS4_OK;

@@ -1,7 +1,11 @@
 """What moves between host memory and a card, how much of it, and that no bit depends on it; on the emulated driver."""
 
+import subprocess
+import sys
+
 import numpy as np
-from test_cuda import DEMO, driver, pytestmark, run  # noqa: F401  (the driver is a fixture)
+import pytest
+from test_cuda import DEMO, driver, emulated, pytestmark, run  # noqa: F401  (the driver is a fixture)
 
 from ms4.models.model import Model
 from ms4.quant.tiny import Tiny, write_tiny
@@ -136,3 +140,33 @@ def test_where_ram_is_short_experts_change_places():
     assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
     assert stats.downloads > 0 and stats.evictions >= stats.downloads and stats.uploads > 0
     assert stats.bytes_downloaded > 0 and stats.slots <= 30
+
+
+PROMPT = """
+import sys
+import numpy as np
+from ms4.models.model import Model
+with Model.open(sys.argv[1], device="cuda", vram=24 << 20, load=sys.argv[2]) as model, model.session(64) as session:
+    before = model.engine.stats()
+    model.engine.fix_rates(1.0, 2)  # nothing moves but for a prompt, which brings what has no slot
+    logits = session.feed(np.arange(5, 25)).sum(dtype=float)
+    after = model.engine.stats()
+    pinned = after.pinned_bytes - before.pinned_bytes
+    print(pinned, after.unpinned_bytes, logits.hex(), before.note, after.note, sep="|")
+"""
+
+
+@pytest.mark.parametrize("load", ["map", "copy"])
+def test_experts_are_pinned_where_they_lie_when_a_prompt_brings_them(load):
+    """As far as the system lets us; if it does not, that is said once it is known, and costs no bit."""
+    said = []
+    for most in (1 << 40, 30 << 20):
+        command = [sys.executable, "-c", PROMPT, str(DEMO / "ms4-demo.gguf"), load]
+        env = emulated(MS4_EMU_PINNED=str(most))
+        got = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+        assert got.returncode == 0, got.stderr
+        said.append(got.stdout.strip().split("|"))
+    free, tight = said
+    assert int(free[0]) > 20_000_000 and free[1] == "0" and free[3] == free[4]
+    assert int(tight[0]) < 10_000_000 < int(tight[1]) and tight[2] == free[2]
+    assert "could not be pinned" not in tight[3] and "could not be pinned" in tight[4]

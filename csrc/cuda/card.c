@@ -66,6 +66,23 @@ int card_open(const ms4_options *o, const ms4_shape *s, const text_weights *host
     *out = c;
     return MS4_OK;
 }
+int card_pin(card *c, const ms4_shape *s, const layer_weights *layers, int read_only, uint64_t most) {
+    arena *a;
+    size_t n = 0;
+    if (!c->slots || vram_has_all(c->slots)) return MS4_OK;
+    arena_range *ranges = memory_take(3 * (size_t)s->n_layer, sizeof *ranges);
+    FAIL_IF(!ranges, MS4_ENOMEM, "no memory for the table of pinned memory");
+    for (int32_t i = 0; i < s->n_layer; i++) {
+        const matrix *parts[] = { &layers[i].experts.gate, &layers[i].experts.up, &layers[i].experts.down };
+        for (int j = 0; j < 3 && layers[i].has_experts; j++)
+            ranges[n++] = (arena_range){ parts[j]->data, (size_t)(s->n_expert - 1) * parts[j]->slice_bytes
+                                                             + (size_t)matrix_bytes(parts[j]) };
+    }
+    int status = arena_open(ranges, n, read_only, most, &a);
+    memory_give(ranges);
+    if (!status) gpu_use_arena(c->g, a);
+    return status;
+}
 /* Bytes of the buffers of an image of n patches, and a little more (vision.c). */
 static uint64_t image_bytes(const ms4_vision_shape *s, uint64_t n) {
     const uint64_t d = (uint64_t)s->d_model, ffn = (uint64_t)s->d_ffn, some = n < 2048 ? n : 2048;
@@ -131,6 +148,7 @@ void card_retire(card *c) {
     cuda_kv_close(c->kv);
     c->kv = NULL;
     cuda_weights_close(&c->weights);
+    if (c->g) gpu_use_arena(c->g, NULL);
 }
 void card_close(card *c) {
     if (!c) return;

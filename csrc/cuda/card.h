@@ -23,6 +23,9 @@ typedef struct {
 int card_open(const ms4_options *o, const ms4_shape *s, const text_weights *host, const struct ms4_ops *ops,
               slots *from_disk, int32_t *n_batch, card **out);
 void card_close(card *c);
+/* The experts' host memory may be pinned where it lies, unless all have slots; read_only: it is a mapped file; most:
+ * bytes. */
+int card_pin(card *c, const ms4_shape *s, const layer_weights *layers, int read_only, uint64_t most);
 /* Memory ran out in a step, between whose calls this is: gives up slots, so that there is room for what it asked for.
  * 0: there was no want of memory of the card, or it has no slots to give up. */
 int card_shrink(card *c);

@@ -159,6 +159,7 @@ static size_t group_bytes(const ffn_group *g) { return aligned(&g->w.gate) + ali
 static int stream_one(cuda_device *d, const ffn_group *g, float *pairs, uint8_t *to, int32_t at, int again) {
     ffn_weights w = g->w;
     matrix *parts[] = { &w.gate, &w.up, &w.down };
+    for (int i = 0; i < 3; i++) gpu_pin_there(d->g, parts[i]->data, (size_t)matrix_bytes(parts[i]));
     if (again) TRY(gpu_hold(d->g, d->used[at]));
     TRY(gpu_brought(d->g, d->begun[at]));
     for (int i = 0; i < 3; to += aligned(parts[i]), i++) {

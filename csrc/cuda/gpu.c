@@ -38,6 +38,7 @@ struct gpu {
     uint64_t used, most, wanted, refused;                     /* wanted: that there was no room for */
     double timed_bytes, timed_ns;
     host_piece pieces[MOST_PIECES];
+    arena *arena;                                             /* or NULL */
     int64_t patience;                                         /* ns */
     loaded kernels[N_KERNELS];
 };
@@ -215,6 +216,17 @@ void gpu_count_pinned(gpu *g, uint64_t *pinned, uint64_t *refused) {
     *refused = g->refused;
     for (const host_piece *p = g->pieces; p < g->pieces + MOST_PIECES; p++) *pinned += p->pinned ? p->bytes : 0;
     pthread_mutex_unlock(&g->lock);
+    uint64_t there = 0, not_there = 0;
+    if (g->arena) arena_count(g->arena, &there, &not_there);
+    *pinned += there;
+    *refused += not_there;
+}
+void gpu_use_arena(gpu *g, arena *a) {
+    arena_close(g->arena, g->lost);
+    g->arena = a;
+}
+void gpu_pin_there(gpu *g, const void *at, size_t bytes) {
+    if (g->arena && !g->safe) arena_pin(g->arena, at, bytes);
 }
 int gpu_pinned(gpu *g, gpu_pinned_room *room, size_t bytes) {
     if (bytes <= room->bytes) return MS4_OK;
@@ -322,9 +334,19 @@ int gpu_download(gpu *g, void *to, const void *from, size_t bytes) {
     return MS4_OK;
 }
 /* --- the second stream ----------------------------------------------------------------------------------------- */
+/* Straight from where it lies, as far as that is pinned; the rest through the pipe. */
+static int bring(gpu *g, uint8_t *to, const uint8_t *from, size_t bytes) {
+    for (size_t part; bytes; to += part, from += part, bytes -= part) {
+        part = g->arena ? arena_pinned(g->arena, from, bytes) : 0;
+        if (!part) return pipe_copy(g, &g->aside, to, from, bytes);
+        TRY(GPU(g, cuMemcpyHtoDAsync, address(to), from, part, g->aside.stream));
+        TRY(settle(g, g->aside.stream));
+    }
+    return MS4_OK;
+}
 int gpu_bring(gpu *g, void *to, const void *from, size_t bytes) {
     pthread_mutex_lock(&g->bringing);
-    int status = pipe_copy(g, &g->aside, to, from, bytes);
+    int status = bring(g, to, from, bytes);
     pthread_mutex_unlock(&g->bringing);
     return status;
 }
@@ -490,6 +512,7 @@ void gpu_close(gpu *g) {
         if (g->work) cuda.cuStreamDestroy(g->work);
         if (g->module) cuda.cuModuleUnload(g->module);
     }
+    gpu_use_arena(g, NULL);
     for (host_piece *p = g->pieces; p < g->pieces + MOST_PIECES; p++) gpu_unpin(g, p->at);
     if (g->context && !g->lost) cuda.cuDevicePrimaryCtxRelease(g->id);
     pthread_mutex_destroy(&g->bringing);

@@ -8,6 +8,7 @@
  */
 #ifndef MS4_CUDA_GPU_H
 #define MS4_CUDA_GPU_H
+#include "cuda/arena.h"
 #include "cuda/driver.h"
 #include "cuda/kernels.h"
 
@@ -59,6 +60,9 @@ int gpu_pin(gpu *g, size_t bytes, void **out);
 void gpu_unpin(gpu *g, void *p);
 int gpu_is_pinned(gpu *g, const void *p);                     /* it came from gpu_pin, and kernels see it */
 void gpu_count_pinned(gpu *g, uint64_t *pinned, uint64_t *refused);           /* bytes; and ever refused */
+/* What gpu_bring brings from there goes by itself, where gpu_pin_there has pinned it.  It is the card's from now on. */
+void gpu_use_arena(gpu *g, arena *a);
+void gpu_pin_there(gpu *g, const void *at, size_t bytes);     /* as far as the system lets us */
 typedef struct { void *at; size_t bytes; } gpu_pinned_room;   /* that only grows; its old content is lost then */
 int gpu_pinned(gpu *g, gpu_pinned_room *room, size_t bytes);  /* at least so many; waits where it grows */
 /* Pinned, zeroed, aligned to 64; card (or NULL): as much memory of the card, for gpu_show.  Good until the next
@@ -76,7 +80,7 @@ typedef struct { mul_job job; int32_t type; } gpu_product;
 int gpu_products(gpu *g, const gpu_product *products, int32_t n);
 
 /* --- the second stream: experts on their way; gpu_bring and gpu_brought may be called beside the work */
-int gpu_bring(gpu *g, void *to, const void *from, size_t bytes);
+int gpu_bring(gpu *g, void *to, const void *from, size_t bytes);              /* `from` stays until that is over */
 int gpu_take_back(gpu *g, void *to, const void *from, size_t bytes);          /* likewise, to host memory; waits */
 int gpu_event(gpu *g, CUevent *out);
 int gpu_clock(gpu *g, CUevent *out);                          /* an event that knows when it was over */
