@@ -3,12 +3,18 @@ was seen to be."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ms4.cli.render import gigabytes
 
 if TYPE_CHECKING:
     import ms4
+
+COUNTERS = (
+    "experts_used pairs_on_gpu uploads bytes_uploaded evictions downloads bytes_downloaded bytes_streamed "
+    "bytes_prefill bytes_decode bytes_on_gpu bytes_disk"
+).split()
 
 
 def line(s: ms4.Stats) -> str:
@@ -72,3 +78,13 @@ def remembered(gpu: ms4.Gpu) -> str:
         f"; the last run brought experts at {gigabytes(round(row['bytes_per_s']))}/s, and those of prompts from "
         f"{row.get('stream_from', 0):.0f} rows on"
     )
+
+
+def of_turn(now: ms4.Stats, before: ms4.Stats) -> tuple[str, str]:
+    """What one answer of a chat took: in short, and all of it; "" where no GPU computes."""
+    if now.device == "cpu":
+        return "", ""
+    turn = replace(now, **{name: getattr(now, name) - getattr(before, name) for name in COUNTERS})
+    if now.vram_slots == now.experts or not turn.experts_used:
+        return "", line(turn)
+    return f"{100 * turn.pairs_on_gpu / turn.experts_used:.0f} % of the experts on the GPU", line(turn)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ms4.cli import (
     attachments,
+    card,
     chat_attached,
     chat_compact,
     chat_kept,
@@ -190,7 +191,7 @@ class Talk:
         self.editor: lines.EditedLines | None = None
         self.model = ""  # its name, for the bottom line
         self.last: Statistics | None = None
-        self.last_disk = ""
+        self.last_disk, self.last_card = "", ("", "")  # in short, and all
         self.read: Stats | None = None  # the engine's counters when the last prompt had been read
         self.learn: Callable[[Statistics, Stats | None, Stats], list[expected.Compared]] = lambda s, read, before: []
         self.think_budget: int | None = settings.sampling.think_budget
@@ -441,6 +442,8 @@ class Talk:
 
     def stats(self, _: str) -> None:
         self.tell(render.statistics(self.last) + self.last_disk if self.last else "no turn yet")
+        if self.last_card[1]:
+            self.tell(self.last_card[1])
 
     def leave(self, _: str) -> None:
         self.over = True
@@ -494,7 +497,9 @@ class Talk:
         self.cut = remembered.Cut(ids, pieces) if ids and done.reason in remembered.CUT else None
         self.last = done.statistics
         compared = self.learn(done.statistics, self.read, before)
-        self.last_disk = render.from_disk(self.scheduler.engine.stats(), before) + expected.note_after(compared)
+        now = self.scheduler.engine.stats()
+        self.last_disk = render.from_disk(now, before) + expected.note_after(compared)
+        self.last_card = card.of_turn(now, before)
         self.conclude(done, bool(ids))
         return bool(ids)
 
@@ -596,5 +601,5 @@ class Talk:
             self.say("cut by --max-tokens; /continue goes on")
         s = done.statistics
         context = f"ctx {render.short(s.n_context)}/{render.short(s.n_ctx)}"
-        self.say(" · ".join(filter(None, [render.rate(s), context, f"effort {self.effort()}"])))
+        self.say(" · ".join(filter(None, [render.rate(s), self.last_card[0], context, f"effort {self.effort()}"])))
         chat_compact.warn(self, s)

@@ -58,3 +58,12 @@ def test_what_a_run_saw_of_the_bus_is_there_for_doctor(monkeypatch, tmp_path):
     card.keep(replace(NONE, bus_bytes_per_s=24.3e9, stream_from=41))
     assert card.remembered(GPU) == "; the last run brought experts at 24.3 GB/s, and those of prompts from 41 rows on"
     assert card.remembered(replace(GPU, bus="0000:02:00.0")) == ""
+
+
+def test_a_turn_of_a_chat_has_its_own_counts():
+    before = replace(NONE, experts=8, vram_slots=4, vram_experts=4, experts_used=100, pairs_on_gpu=10, uploads=3)
+    now = replace(before, experts_used=300, pairs_on_gpu=160, uploads=5, bytes_uploaded=2 * 10**6, evictions=2)
+    short, whole = card.of_turn(now, before)
+    assert short == "75 % of the experts on the GPU" and " with 75 % of their work · 2 brought (2.0 MB)" in whole
+    assert card.of_turn(replace(now, device="cpu"), before) == ("", "")
+    assert card.of_turn(replace(now, vram_slots=8), before)[0] == ""
