@@ -77,23 +77,25 @@ def check_gpu() -> Check:
     try:
         gpu = ms4.gpu()
     except (ms4.EngineError, MemoryError) as error:
-        return Check("gpu", "ok", f"none: {error}; the CPU computes everything")
-    text = f"{gpu.name}, compute capability {gpu.capability}, driver for CUDA {gpu.driver}, {gib(gpu.free)} free of "
-    text += gib(gpu.total)
-    link = host.link(gpu.bus)
-    text += f"; PCIe: {link.speed} x{link.width}" if link else ""
-    text += card.remembered(gpu)
-    if not ms4.has_gpu_code():
-        from ms4.models import gpu_code
+        from ms4.cli import gpu_advice
 
-        try:
-            text += f"; its kernels are compiled when they are first needed (NVRTC {gpu_code.Nvrtc().version})"
-        except gpu_code.CompilerError as error:
-            return Check("gpu", "warning", f"{text}; {str(error).split('; ')[0]}", gpu_code.INSTALL)
+        level = "warning" if gpu_advice.is_wanted(str(error)) else "ok"
+        return Check("gpu", level, f"none: {error}; the CPU computes everything", gpu_advice.advice(str(error)))
+    link = host.link(gpu.bus)
+    version = host.nvidia_driver()
+    text = f"{gpu.name}, compute capability {gpu.capability}, driver {f'{version} ' if version else ''}for CUDA "
+    text += f"{gpu.driver}, {gib(gpu.free)} free of {gib(gpu.total)}; {link or 'nobody says how fast its bus is'}"
+    text += card.remembered(gpu)
     if float(gpu.capability) < 8:
         return Check("gpu", "warning", f"{text}: too old", "ms4 uses cards of compute capability 8.0 and newer")
+    from ms4.models import gpu_code
+
+    try:
+        text += f"; its kernels {gpu_code.origin(gpu.capability)}"
+    except gpu_code.CompilerError as error:
+        return Check("gpu", "warning", f"{text}; {str(error).split('; ')[0]}", gpu_code.INSTALL)
     if link and link.width < link.most:
-        return Check("gpu", "warning", f"{text} of x{link.most}", "put the card into a slot with more lanes")
+        return Check("gpu", "warning", f"{text}; its bus could have x{link.most}", "put it into a slot with more lanes")
     return Check("gpu", "ok", text)
 
 

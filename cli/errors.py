@@ -80,7 +80,6 @@ ENCODING_HINT = "--encoding NAME says what it is (latin-1, utf-16), --lossy show
 HINTS = {
     "ms4.models.sessions.UnknownSessionError": "ms4 sessions ls lists them",
     "ms4.models.sessions.SessionError": "ms4 sessions ls lists the others",
-    "ms4.DeviceError": "ms4 doctor shows the GPU and its driver; --device cpu works without",
     "ms4.models.document.EncodingError": ENCODING_HINT,
     "ms4.models.document.PasswordError": "--pdf-password TEXT gives it; at a terminal, ms4 asks for it",
     "ms4.models.vision.NoTowerError": "the mmproj GGUF comes from where the model came from; put it beside the model, "
@@ -106,7 +105,8 @@ def describe(error: BaseException) -> tuple[int, str, str]:
         name = f"{kind.__module__}.{kind.__qualname__}"
         if name in CODES:
             code = CODES[name]
-            return code, "" if code == INTERRUPTED else str(error), getattr(error, "hint", "") or HINTS.get(name, "")
+            hint = getattr(error, "hint", "") or HINTS.get(name, "") or _device_hint(name, str(error))
+            return code, "" if code == INTERRUPTED else str(error), hint
     if isinstance(error, MemoryError):
         return NO_ROOM, str(error) or "not enough memory", "a smaller --ctx needs less; ms4 doctor shows what is free"
     if isinstance(error, OSError) and error.strerror:
@@ -116,6 +116,16 @@ def describe(error: BaseException) -> tuple[int, str, str]:
     where = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "?"
     message = f"internal error, please report: {type(error).__name__} at {where}: {error}".rstrip(": ")
     return FAILURE, message, "MS4_DEBUG=1 shows the traceback"
+
+
+def _device_hint(name: str, message: str) -> str:
+    """What to type where there is no GPU that can be used."""
+    if name != "ms4.DeviceError":
+        return ""
+    from ms4.cli import gpu_advice
+
+    advice = gpu_advice.advice(message) or "ms4 doctor shows the GPU and its driver"
+    return advice if "--device cpu" in message else f"{advice}; --device cpu works without"
 
 
 def _sentence(message: str) -> str:

@@ -61,20 +61,39 @@ def own_memory() -> int:
 
 @dataclass(frozen=True)
 class Link:
-    """How a card hangs on its bus: lanes in use and at most, and the speed of one, as the kernel writes it."""
+    """How a card hangs on its bus: lanes in use and at most, and the speed of one in GT/s, now and at most."""
 
     width: int
     most: int
-    speed: str
+    speed: float
+    fastest: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        """When it works: a card that has nothing to do lowers its speed."""
+        coded = 0.8 if self.fastest < 8 else 128 / 130
+        return self.width * self.fastest * 1e9 * coded / 8
+
+    def __str__(self) -> str:
+        now = f", now {self.speed:g} GT/s" if self.speed < self.fastest else ""
+        return f"PCIe x{self.width} of {self.fastest:g} GT/s, {self.bytes_per_s / 1e9:.1f} GB/s{now}"
 
 
-def link(bus: str) -> Link | None:
+def link(bus: str, root: str = "") -> Link | None:
     """Of the card with this address; None if the kernel does not say."""
-    folder = f"/sys/bus/pci/devices/{bus.lower()}"
-    width, most = (read(f"{folder}/{name}_link_width").strip() for name in ("current", "max"))
-    if not (width.isdigit() and most.isdigit()):
+    folder = f"{root}/sys/bus/pci/devices/{bus.lower()}"
+    width, most = (read(f"{folder}/{name}_link_width") for name in ("current", "max"))
+    speeds = [re.match(r"[0-9.]+", read(f"{folder}/{name}_link_speed")) for name in ("current", "max")]
+    if not (width.isdigit() and most.isdigit() and all(speeds)):
         return None
-    return Link(int(width), int(most), read(f"{folder}/current_link_speed").strip().removesuffix(" PCIe"))
+    now, fastest = (float(speed[0]) for speed in speeds if speed)
+    return Link(int(width), int(most), now, max(now, fastest))
+
+
+def nvidia_driver(root: str = "") -> str:
+    """The version of the driver in the kernel, such as 580.82.07; empty if there is none, or it does not say."""
+    match = re.search(r"Module .*?\s([0-9]+\.[0-9.]+)\s", read(f"{root}/proc/driver/nvidia/version") + " ")
+    return match[1] if match else ""
 
 
 def huge_pages() -> str:

@@ -138,7 +138,7 @@ def checks(device: str) -> list[Callable[[], Verdict]]:
 def about() -> str:
     gpu = ms4.gpu()
     link = host.link(gpu.bus)
-    bus = f", PCIe {link.speed} x{link.width}" if link else ""
+    bus = f", {link}" if link else ""
     return (
         f"ms4 {ms4.__version__}, Python {platform.python_version()}, {platform.machine()}, {host.processor()}\n"
         f"{gpu.name}, {gpu.capability}, {gpu.n_multiprocessors} multiprocessors, {gpu.total >> 20} MiB{bus}, "

@@ -86,6 +86,8 @@ static int open_home(ms4_engine *e, const ms4_options *o, slots *from_disk) {
     int status = o->device == MS4_DEVICE_CPU ? MS4_EDEVICE : MS4_OK;
     e->at_home = &e->weights;
     if (o->device == MS4_DEVICE_AUTO) status = ms4_gpu_probe(&found);
+    if (status && o->device == MS4_DEVICE_AUTO && !cuda_is_absent())
+        snprintf(e->note, sizeof e->note, "the GPU is not used: %s", ms4_error());
     if (!status) {
         status = card_open(o, &e->shape, &e->weights, e->ops, from_disk, &e->n_batch, &e->card);
         if (status && o->device != MS4_DEVICE_AUTO) return status;

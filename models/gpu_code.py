@@ -27,6 +27,7 @@ typedef unsigned char uint8_t; typedef unsigned short uint16_t; typedef unsigned
 typedef unsigned long long uint64_t; typedef unsigned long uintptr_t;
 """
 OPTIONS = ("-std=c++20", "-default-device", DEFINED, "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")
+OLDEST = 80
 INSTALL = "pip install nvidia-cuda-nvrtc-cu12 installs it, for drivers of CUDA 12 and later"
 
 
@@ -85,7 +86,7 @@ class Nvrtc:
                 continue
             break
         else:
-            raise CompilerError(f"this ms4 was built without kernels for GPUs, and there is no NVRTC; {INSTALL}")
+            raise CompilerError(f"this ms4 came without kernels for this GPU, and there is no NVRTC; {INSTALL}")
         major, minor = ctypes.c_int(), ctypes.c_int()
         self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
         self.version = f"{major.value}.{minor.value}"
@@ -166,6 +167,14 @@ def kept(capability: int, said: Callable[[str], None]) -> Path:
     return path
 
 
+def origin(capability: str) -> str:
+    """Where the kernels for a card of this compute capability (8.6) come from; CompilerError: from nowhere."""
+    archs = None if os.environ.get("MS4_GPU_CODE") else built_for()
+    if archs is None or runs(int(capability.replace(".", "")), archs):
+        return "came with ms4"
+    return f"are compiled when they are first needed (NVRTC {Nvrtc().version})"
+
+
 def ready(said: Callable[[str], None]) -> str:
     """A file with kernels for this machine's GPU; "": those that came with ms4, or there is no GPU.
 
@@ -179,4 +188,5 @@ def ready(said: Callable[[str], None]) -> str:
     except ms4.DeviceError:
         return ""
     capability = int(gpu.capability.replace(".", ""))
-    return "" if runs(capability, archs) else str(kept(capability, said))
+    too_old = capability < OLDEST  # the engine says so
+    return "" if too_old or runs(capability, archs) else str(kept(capability, said))

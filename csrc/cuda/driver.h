@@ -17,7 +17,10 @@ typedef struct CUfunc_st *CUfunction;
 typedef struct CUstream_st *CUstream;
 typedef struct CUevent_st *CUevent;
 
-enum { CUDA_SUCCESS = 0, CUDA_ERROR_OUT_OF_MEMORY = 2, CUDA_ERROR_NO_DEVICE = 100, CUDA_ERROR_NOT_READY = 600 };
+enum { CUDA_SUCCESS = 0, CUDA_ERROR_OUT_OF_MEMORY = 2, CUDA_ERROR_STUB_LIBRARY = 34,
+       CUDA_ERROR_INSUFFICIENT_DRIVER = 35, CUDA_ERROR_NO_DEVICE = 100, CUDA_ERROR_NOT_READY = 600,
+       CUDA_ERROR_SYSTEM_NOT_READY = 802, CUDA_ERROR_SYSTEM_DRIVER_MISMATCH = 803,
+       CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE = 804 };
 enum { CU_MEMHOSTALLOC_PORTABLE = 1, CU_MEMHOSTALLOC_DEVICEMAP = 2, CU_MEMHOSTREGISTER_PORTABLE = 1,
        CU_MEMHOSTREGISTER_READ_ONLY = 8, CU_STREAM_NON_BLOCKING = 1, CU_EVENT_DISABLE_TIMING = 2, CU_EVENT_DEFAULT = 0,
        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
@@ -71,6 +74,7 @@ extern struct cuda_driver cuda;
 
 /* Opens MS4_LIBCUDA, or the driver of this machine, once, and looks for a card.  MS4_EDEVICE says why there is none. */
 int cuda_driver_open(void);
+int cuda_is_absent(void);                       /* that failed because there is no driver, or it has no card to show */
 /* MS4_OK, or what became of this call: MS4_ENOMEM or MS4_EDEVICE. */
 int cuda_check(const char *call, CUresult result);
 #define CU(name, ...) cuda_check(#name, cuda.name(__VA_ARGS__))

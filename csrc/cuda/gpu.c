@@ -466,11 +466,15 @@ static int limit(gpu *g, uint64_t most) {
     return MS4_OK;
 }
 static int open_parts(gpu *g, const gpu_options *o) {
-    int unified = 0;
+    int unified = 0, major = 0, minor = 0;
     TRY(cuda_driver_open());
     TRY(GPU(g, cuDeviceGet, &g->id, 0));
     TRY(GPU(g, cuDeviceGetAttribute, &unified, CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING, g->id));
     FAIL_IF(!unified, MS4_EDEVICE, "the GPU does not see pinned memory at the host's addresses: it is too old");
+    TRY(GPU(g, cuDeviceGetAttribute, &major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, g->id));
+    TRY(GPU(g, cuDeviceGetAttribute, &minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, g->id));
+    FAIL_IF(major < 8, MS4_EDEVICE, "the GPU is too old: it has compute capability %d.%d, and ms4 takes 8.0 or newer",
+            major, minor);
     TRY(GPU(g, cuDevicePrimaryCtxRetain, &g->context, g->id));
     TRY(gpu_enter(g));
     TRY(limit(g, o->most));

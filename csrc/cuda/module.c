@@ -34,7 +34,7 @@ static int find_code(const char *from, char **out) {
     size_t bytes;
     if (given && *given) {
         TRY(read_file(given, out, &bytes));
-        FAIL_IF(!*out, MS4_EIO, "MS4_GPU_CODE=%.200s: no such file", given);
+        FAIL_IF(!*out, MS4_EIO, "MS4_GPU_CODE=%.200s: no such file; unset it", given);
         return MS4_OK;
     }
     const int is_file = from && !stat(from, &status) && S_ISREG(status.st_mode);
