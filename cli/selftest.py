@@ -1,12 +1,14 @@
 """`ms4 selftest --gpu`: is this card a yes or a no?  One block of text, to be pasted into an issue.
 
 Small random models of every block type, one layer of the real model's shape, the demonstration checkpoint and its tower
-are computed by the CPU and by the card, and every logit is compared to the bit: prompts and single tokens, all, some
-and few experts on the card, and the same step over and over.  Between them they run every kernel there is.
+(random ones, where those are not installed) are computed by the CPU and by the card, and every logit is compared to the
+bit: prompts and single tokens, all, some and no experts on the card, experts that come and go meanwhile, host memory
+that is not pinned, and the same step over and over.  Between them they run every kernel there is.
 """
 
 import os
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,10 +21,10 @@ import numpy as np
 
 import ms4
 from ms4.cli import errors, host, options, streams
-from ms4.cli.errors import MissingError
 from ms4.models.model import Model
 from ms4.quant.blocks import BLOCKS
 from ms4.quant.tiny import Tiny, write_tiny
+from ms4.quant.tiny_tower import write_mmproj
 
 SEED = 11
 WIDE = Tiny(d_model=256, d_expert=256, d_dense=256, q_rank=256, kv_rank=256, d_nope=64, d_rope=64, d_value=128)
@@ -30,7 +32,10 @@ REAL = Tiny(
     n_layer=1, n_expert=8, n_used=4, d_model=4096, d_expert=2048, n_head=32, d_nope=64, d_rope=64, d_value=128,
     q_rank=1024, kv_rank=256, default_type="Q4_K", types={"attn_k_b": "Q8_0", "attn_v_b": "Q8_0"},
 )  # fmt: skip
+SPREAD = Tiny(n_layer=4, n_expert=64, n_used=4, d_model=256, d_expert=256, default_type="Q4_K")
+WEIGHTY = Tiny(d_model=256, d_expert=1024)  # experts that many rows of a prompt want
 N_REPEATED = 50
+N_ROUNDS = 4
 MEASURED = 1 << 30  # bytes of host memory read to measure it
 
 
@@ -39,6 +44,31 @@ class Verdict:
     name: str
     text: str
     good: bool
+    made: bool = True  # False: it could not be compared, and the text says why
+
+
+@dataclass(frozen=True)
+class Files:
+    """What is computed where a model of some depth is needed."""
+
+    model: str
+    tower: str
+
+
+DEMO = Files(options.DEMO, options.DEMO.replace("ms4-demo.gguf", "ms4-demo-mmproj.gguf"))
+
+
+@contextmanager
+def chosen() -> Iterator[Files]:
+    """The demonstration checkpoint, or in its place random weights."""
+    if os.path.exists(DEMO.model) and os.path.exists(DEMO.tower):
+        yield DEMO
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        files = Files(f"{folder}/model.gguf", f"{folder}/mmproj.gguf")
+        write_tiny(files.model, SPREAD)
+        write_mmproj(files.tower, layers=2, width=256, heads=4, out_width=SPREAD.d_model)
+        yield files
 
 
 @contextmanager
@@ -74,27 +104,29 @@ def of_tiny(name: str, tiny: Tiny, n_prompt: int, device: str) -> Verdict:
     return compare(name, said[0], said[1])
 
 
-def of_places(device: str) -> Verdict:
-    """Half of the experts on the CPU, others each time."""
+def of_places(name: str, share: float, device: str, files: Files) -> Verdict:
+    """A share of the experts on the CPU, others each time."""
     random = np.random.default_rng(SEED)
     want: list[np.ndarray] = []
     got: list[np.ndarray] = []
-    with opened(options.DEMO) as (_, cpu), opened(options.DEMO, device=device) as (model, gpu):
-        for _ in range(3):
-            place = random.integers(0, 2, (model.shape.n_layer, model.shape.n_expert)).astype(np.uint8)
-            model.engine.place_experts(place)
+    with opened(files.model) as (_, cpu), opened(files.model, device=device) as (model, gpu):
+        for _ in range(3 if 0 < share < 1 else 1):
+            place = random.random((model.shape.n_layer, model.shape.n_expert)) < share
+            model.engine.place_experts(place.astype(np.uint8))
             for session, said in ((cpu, want), (gpu, got)):
                 session.rewind(0)
                 said.append(answer(session, 20, model.shape.n_vocab))
-    return compare("half of the experts on the card", np.concatenate(want), np.concatenate(got))
+        stats = model.engine.stats()
+    more = f"; {100 * stats.pairs_on_gpu / max(stats.experts_used, 1):.0f} % of their work done there"
+    return compare(name, np.concatenate(want), np.concatenate(got), more)
 
 
-def of_moves(device: str) -> Verdict:
+def of_moves(device: str, files: Files) -> Verdict:
     """Little memory: experts come and go while tokens are computed."""
     said = []
     settings: tuple[dict[str, object], ...] = ({}, {"device": device, "vram": 24 << 20})
     for how in settings:
-        with opened(options.DEMO, **how) as (model, session):
+        with opened(files.model, **how) as (model, session):
             logits = [session.feed(np.arange(5, 45))]
             logits += [session.feed([int(np.argmax(logits[-1]))]) for _ in range(24)]
             said.append(np.stack(logits))
@@ -103,20 +135,54 @@ def of_moves(device: str) -> Verdict:
     return compare("few experts on the card", said[0], said[1], moved)
 
 
-def of_tower(device: str) -> Verdict:
+def of_streams(device: str) -> Verdict:
+    """Copies beside the work: prompts bring experts for a layer, tokens of two sessions bring others to stay."""
+    said = []
+    settings: tuple[dict[str, object], ...] = ({}, {"device": device, "vram": 25 << 20})
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_tiny(Path(folder) / "model.gguf", WEIGHTY)[0]
+        for how in settings:
+            ids = np.random.default_rng(SEED).integers(0, WEIGHTY.n_vocab, (N_ROUNDS, 96))
+            with opened(path, n_batch=128, **how) as (model, one), model.session(512) as two:
+                logits = []
+                for turn in ids:
+                    one.rewind(0)
+                    logits += [one.feed(turn[:80])]
+                    for id in turn[80:]:
+                        spans = [ms4.Span(session, np.array([id], np.int32)) for session in (one, two)]
+                        logits += [row[0] for row in model.engine.step(spans) if isinstance(row, np.ndarray)]
+                said.append(np.stack(logits))
+                stats = model.engine.stats()
+    moved = f"; {stats.uploads} experts brought to stay, {stats.bytes_streamed / 1e6:.0f} MB for prompts"
+    return compare("copies beside the work", said[0], said[1], moved)
+
+
+def of_unpinned(device: str, files: Files) -> Verdict:
+    """As where the system pins no memory."""
+    said = []
+    settings: tuple[dict[str, object], ...] = ({}, {"device": device, "pinned": False})
+    for how in settings:
+        with opened(files.model, **how) as (model, session):
+            said.append(answer(session, 40, model.shape.n_vocab))
+            stats = model.engine.stats()
+    more = f"; {stats.unpinned_bytes / 1e6:.0f} MB refused, {stats.pinned_bytes / 1e6:.0f} MB pinned"
+    return compare("memory that is not pinned", said[0], said[1], more)
+
+
+def of_tower(device: str, files: Files = DEMO) -> Verdict:
     from ms4.models.pixtral import Tower
 
-    tower, rows = Tower.read(options.DEMO.replace("ms4-demo.gguf", "ms4-demo-mmproj.gguf")), []
+    tower, rows = Tower.read(files.tower), []
     pixels = np.random.default_rng(SEED).normal(size=(3, 56, 112)).astype(np.float32)
     for on in ("cpu", device):
-        with opened(options.DEMO, device=on) as (model, _):
+        with opened(files.model, device=on) as (model, _):
             rows.append(model.engine.vision(tower.shape, tower.tensors, tower.path).encode(pixels))
     return compare("vision tower", rows[0], rows[1])
 
 
-def of_repeats(device: str) -> Verdict:
+def of_repeats(device: str, files: Files) -> Verdict:
     """The same step over and over: what depends on time would show sooner or later."""
-    with opened(options.DEMO, device=device) as (_, session):
+    with opened(files.model, device=device) as (_, session):
         session.feed(np.arange(5, 45))
         said = []
         for _ in range(N_REPEATED):
@@ -125,14 +191,29 @@ def of_repeats(device: str) -> Verdict:
     return compare(f"one token {N_REPEATED} times", np.repeat(said[:1], N_REPEATED, axis=0), np.stack(said))
 
 
-def checks(device: str) -> list[Callable[[], Verdict]]:
+def checks(device: str, files: Files) -> list[tuple[str, Callable[[], Verdict]]]:
+    """What is compared, by names for the case that it cannot be."""
     kinds = [kind for kind, _, _ in BLOCKS.values()]
+    tiny = {f"all weights {kind}": (replace(WIDE, default_type=kind), 24) for kind in kinds}
+    tiny |= {"odd shapes, two segments": (Tiny(), 150), "one layer of the real shape": (REAL, 16)}
+    places = {"all experts on the card": 0.0, "half of the experts on the card": 0.5, "no experts on the card": 1.0}
     return [
-        *(partial(of_tiny, f"all weights {kind}", replace(WIDE, default_type=kind), 24, device) for kind in kinds),
-        partial(of_tiny, "odd shapes, two segments", Tiny(), 150, device),
-        partial(of_tiny, "one layer of the real shape", REAL, 16, device),
-        *(partial(check, device) for check in (of_tower, of_places, of_moves, of_repeats)),
+        *((name, partial(of_tiny, name, *what, device)) for name, what in tiny.items()),
+        ("vision tower", partial(of_tower, device, files)),
+        *((name, partial(of_places, name, share, device, files)) for name, share in places.items()),
+        ("few experts on the card", partial(of_moves, device, files)),
+        ("copies beside the work", partial(of_streams, device)),
+        ("memory that is not pinned", partial(of_unpinned, device, files)),
+        ("the same token again", partial(of_repeats, device, files)),
     ]
+
+
+def run(name: str, check: Callable[[], Verdict]) -> Verdict:
+    """A check that cannot be made is a bad one, with the reason."""
+    try:
+        return check()
+    except (ms4.EngineError, MemoryError) as error:
+        return Verdict(name, str(error), False, made=False)
 
 
 def about() -> str:
@@ -146,24 +227,42 @@ def about() -> str:
     )
 
 
-def rates(device: str) -> str:
-    with opened(options.DEMO, device=device) as (model, _):
+def rates(device: str, files: Files) -> str:
+    """What the card and its bus do: bytes per second, and what a layer costs in which there is little to compute."""
+    with opened(files.model, device=device) as (model, session):
         limits = model.engine.measure(MEASURED)
+        session.feed(np.arange(5, 45))
+        times = []
+        for _ in range(N_REPEATED):
+            begun = time.perf_counter()
+            session.feed([7])
+            times.append(time.perf_counter() - begun)
+            session.rewind(40)
     names = {"GPU memory": limits.vram_bytes_per_s, "bus": limits.bus_bytes_per_s, "memory": limits.read_bytes_per_s}
-    return ", ".join(f"{name} {value / 1e9:.1f} GB/s" for name, value in names.items())
+    parts = [f"{name} {value / 1e9:.1f} GB/s" for name, value in names.items()]
+    return ", ".join([*parts, f"a small layer {1e6 * statistics.median(times) / model.shape.n_layer:.0f} us"])
 
 
 def selftest(safe: bool) -> int:
     """Prints what was compared, as it comes; exit code 1 if anything differs."""
-    if not os.path.exists(options.DEMO):
-        raise MissingError("the demonstration checkpoint is not installed", "install ms4 anew")
     device, begun, bad, n = "cuda:safe" if safe else "cuda", time.monotonic(), 0, 0
     output = streams.Output()
     output.write(about() + "\n")
-    for check in checks(device):
-        verdict = check()
-        n, bad = n + 1, bad + (not verdict.good)
-        output.write(f"{'ok ' if verdict.good else 'BAD'} {verdict.name}: {verdict.text}\n")
-    output.write(f"{rates(device)}\n")
+    with chosen() as files:
+        if files != DEMO:
+            output.write("without the demonstration checkpoint, which is not installed: random weights in its place\n")
+        unmade = 0  # in a row
+        for name, check in checks(device, files):
+            verdict = run(name, check)
+            unmade = 0 if verdict.made else unmade + 1
+            n, bad = n + 1, bad + (not verdict.good)
+            output.write(f"{'ok ' if verdict.good else 'BAD'} {verdict.name}: {verdict.text}\n")
+            if unmade == 2:
+                output.write("the others are left out\n")
+                break
+        if not bad:
+            output.write(f"{rates(device, files)}\n")
     output.write(f"{n - bad} of {n} have the bits of the CPU ({ms4.probe().isa}), {time.monotonic() - begun:.0f} s\n")
+    if bad and not safe:
+        output.write("ms4 selftest --gpu --safe waits for every call, so that a failure names the call that failed\n")
     return errors.FAILURE if bad else errors.OK

@@ -168,7 +168,7 @@ def tensor_table(tensors: Sequence[Tensor], roles: dict[str, int]) -> tuple[Any,
     table = ffi.new("ms4_tensor[]", len(tensors))
     for row, t in zip(table, tensors, strict=True):
         row.role, row.layer, row.type, row.file = roles[t.role], t.layer, t.type, t.file
-        row.offset, row.bytes, row.dims = t.offset, t.bytes, list(t.dims)
+        row.offset, row.bytes, row.dims = t.offset, t.bytes, tuple(t.dims)
         if t.scales is not None:
             keep.append(ffi.from_buffer("float[]", np.ascontiguousarray(t.scales, np.float32)))
             row.scales = keep[-1]
@@ -229,6 +229,7 @@ class Engine:
         device: str = "cpu",
         vram: int = 0,
         patience: int = 0,
+        pinned: bool = True,
         code: str = "",
         progress: Callable[[int, int], bool] | None = None,
     ) -> Engine:
@@ -239,8 +240,8 @@ class Engine:
 
         device: "cpu"; "cuda", which raises DeviceError where there is no GPU; "auto", a GPU where there is one that can
         do it; "cuda:safe", which waits for every call of it.  vram: bytes of its memory to use, 0: what is free.
-        patience: seconds after which a GPU that does not answer has failed; 0: 120.  code: a file with its kernels; "":
-        those that came with ms4.
+        patience: seconds after which a GPU that does not answer has failed; 0: 120.  pinned: False: as where the system
+        pins no memory for copies to it.  code: a file with its kernels; "": those that came with ms4.
 
         progress(bytes done, bytes in all) is called while weights are copied; True ends the opening with Canceled.
         """
@@ -255,6 +256,7 @@ class Engine:
         options = ffi.new("ms4_options *")
         options.n_threads, options.load, options.n_batch, options.ram = threads, LOAD[load], n_batch, ram
         options.device, options.vram, options.patience = DEVICE[device], vram, patience
+        options.unpinned = not pinned
         keep.append(ffi.new("char[]", os.fsencode(code or os.path.dirname(__file__))))
         options.code = keep[-1]
         if progress is not None:

@@ -132,6 +132,7 @@ typedef struct {
     int32_t device;              /* ms4_device; AUTO: a GPU if one can do it; SAFE: each call of it is waited for */
     uint64_t vram;               /* bytes of the GPU's memory to use; 0: what is free, less a reserve */
     int32_t patience;            /* seconds to wait for a GPU that does not answer, before it is given up; 0: 120 */
+    int32_t unpinned;            /* 1: memory for copies to the GPU is not pinned, as where the system refuses it */
     const char *code;            /* the GPU's kernels: a file, or the folder of the package; NULL: there are none */
     /* called during a copy, from the opening thread; a non-zero answer ends the opening with MS4_ECANCELED */
     int (*progress)(uint64_t done, uint64_t total, void *user);

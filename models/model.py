@@ -35,6 +35,7 @@ class Model:
         device: str = "cpu",
         vram: int = 0,
         patience: int = 0,
+        pinned: bool = True,
         progress: Callable[[int, int], bool] | None = None,
         seen: Callable[[GgufFile], str] | None = None,
         said: Callable[[str], None] = lambda text: None,
@@ -61,6 +62,7 @@ class Model:
             device=device,
             vram=vram,
             patience=patience,
+            pinned=pinned,
             code=code_for(device, said),
             progress=progress,
         )

@@ -241,14 +241,40 @@ def test_selftest_finds_a_single_bit():
     assert not verdict.good and verdict.text.startswith("1 of 35 numbers differ, first in row 3, column 4")
 
 
-def test_selftest_says_what_it_compared(monkeypatch, capsysbinary):
+def test_selftest_says_what_it_compared(tiny, monkeypatch, capsysbinary):
     """A few of its checks: all of them take minutes here."""
-    few = [lambda: selftest.of_tiny("Q5_K", selftest.WIDE, 12, "cuda"), lambda: selftest.of_tower("cuda")]
-    monkeypatch.setattr(selftest, "checks", lambda device: few)
+    few = [
+        ("", lambda: selftest.of_tiny("Q5_K", selftest.WIDE, 12, "cuda")),
+        ("", lambda: selftest.of_tower("cuda")),
+        ("", lambda: selftest.of_unpinned("cuda", selftest.Files(str(tiny), ""))),
+        ("", lambda: selftest.of_streams("cuda")),
+    ]
+    monkeypatch.setattr(selftest, "checks", lambda device, files: few)
+    monkeypatch.setattr(selftest, "N_REPEATED", 3)
+    monkeypatch.setattr(selftest, "N_ROUNDS", 2)
     assert selftest.selftest(safe=False) == 0
     lines = capsysbinary.readouterr().out.decode().splitlines()
     assert lines[1].startswith("emulated GPU 0, 8.6") and lines[2].startswith("ok  Q5_K: 33600 numbers, all bits equal")
-    assert "GB/s" in lines[-2] and lines[-1].startswith("2 of 2 have the bits of the CPU")
+    assert re.search("pinned: .*; [1-9][0-9]* MB refused, 0 MB pinned", lines[4])
+    assert re.search("; [1-9][0-9]* experts brought to stay, [1-9][0-9]* MB for prompts", lines[5])
+    assert "GB/s" in lines[-2] and lines[-1].startswith("4 of 4 have the bits of the CPU")
+    assert re.search("a small layer [1-9][0-9]* us$", lines[-2])
+
+
+def test_selftest_stops_asking_a_card_that_fails(monkeypatch, capsysbinary):
+    def fails():
+        raise ms4.DeviceError("the GPU failed (cuX: y, 1)", -9)
+
+    good = ("good", lambda: selftest.Verdict("good", "same", True))
+    checks = [("a", fails), good, ("b", fails), ("c", fails), good]
+    monkeypatch.setattr(selftest, "checks", lambda device, files: checks)
+    assert selftest.selftest(safe=False) == 1
+    lines = capsysbinary.readouterr().out.decode().splitlines()
+    assert lines[2:6] == [
+        "BAD a: the GPU failed (cuX: y, 1)", "ok  good: same", "BAD b: the GPU failed (cuX: y, 1)",
+        "BAD c: the GPU failed (cuX: y, 1)",
+    ]  # fmt: skip
+    assert lines[6] == "the others are left out" and lines[7].startswith("1 of 4 have") and "--safe" in lines[8]
 
 
 # --- what can fail
@@ -288,7 +314,7 @@ def test_without_a_driver_cuda_fails_and_auto_takes_the_cpu(lib):
     assert re.search(r"^ms4: error: .*NVIDIA driver", failed.stderr, re.MULTILINE)
     assert "Traceback" not in failed.stderr and "--device cpu" in failed.stderr
     assert run("run", "-q", "-n", 1, "Hi", MS4_LIBCUDA=lib).returncode == 0
-    assert re.search(r"^ok gpu +none: .*NVIDIA driver", run("doctor", MS4_LIBCUDA=lib).stdout, re.MULTILINE)
+    assert re.search(r"^(ok|! ) gpu +none: .*NVIDIA driver", run("doctor", MS4_LIBCUDA=lib).stdout, re.MULTILINE)
 
 
 def test_too_little_memory_is_said():

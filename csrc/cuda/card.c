@@ -43,7 +43,7 @@ static int divide(card *c, const ms4_shape *s, const layer_weights *layers, int3
 static int open_parts(card *c, const ms4_options *o, const ms4_shape *s, const text_weights *host,
                       const struct ms4_ops *ops, slots *from_disk, int32_t *n_batch) {
     const gpu_options how = { .code = o->code, .most = o->vram, .safe = o->device == MS4_DEVICE_CUDA_SAFE,
-                              .patience = o->patience };
+                              .patience = o->patience, .unpinned = o->unpinned };
     uint64_t bytes = 0;
     FAIL_IF(s->kv_rank > MOST_RANK, MS4_EDEVICE, "the GPU takes latents of %d numbers at most; this model has %d",
             MOST_RANK, s->kv_rank);

@@ -30,7 +30,7 @@ struct gpu {
     CUstream work, bring;
     pipe up, aside;                                       /* aside: that of `bring` */
     chunk chunks[MOST_CHUNKS];
-    int32_t n_chunks, safe;
+    int32_t n_chunks, safe, unpinned;
     atomic_int lost;
     pthread_mutex_t bringing;                                 /* of `aside` */
     pthread_mutex_t lock;                                     /* of the next four lines */
@@ -177,7 +177,9 @@ static host_piece *piece_of(gpu *g, const void *p) {
 int gpu_pin(gpu *g, size_t bytes, void **out) {
     host_piece got = { .bytes = bytes ? bytes : 1 };
     *out = NULL;
-    int status = GPU(g, cuMemHostAlloc, &got.at, got.bytes, CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP);
+    int status = MS4_ENOMEM;
+    if (!g->unpinned)
+        status = GPU(g, cuMemHostAlloc, &got.at, got.bytes, CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP);
     if (status && status != MS4_ENOMEM) return status;
     got.pinned = !status;
     if (status) got.at = memory_take_pages(got.bytes, 0);
@@ -469,12 +471,12 @@ static int open_parts(gpu *g, const gpu_options *o) {
     int unified = 0, major = 0, minor = 0;
     TRY(cuda_driver_open());
     TRY(GPU(g, cuDeviceGet, &g->id, 0));
-    TRY(GPU(g, cuDeviceGetAttribute, &unified, CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING, g->id));
-    FAIL_IF(!unified, MS4_EDEVICE, "the GPU does not see pinned memory at the host's addresses: it is too old");
     TRY(GPU(g, cuDeviceGetAttribute, &major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, g->id));
     TRY(GPU(g, cuDeviceGetAttribute, &minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, g->id));
     FAIL_IF(major < 8, MS4_EDEVICE, "the GPU is too old: it has compute capability %d.%d, and ms4 takes 8.0 or newer",
             major, minor);
+    TRY(GPU(g, cuDeviceGetAttribute, &unified, CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING, g->id));
+    FAIL_IF(!unified, MS4_EDEVICE, "the GPU does not see pinned memory at the host's addresses: it is too old");
     TRY(GPU(g, cuDevicePrimaryCtxRetain, &g->context, g->id));
     TRY(gpu_enter(g));
     TRY(limit(g, o->most));
@@ -490,6 +492,7 @@ int gpu_open(const gpu_options *o, gpu **out) {
     pthread_mutex_init(&g->lock, NULL);
     pthread_mutex_init(&g->bringing, NULL);
     g->safe = o->safe;
+    g->unpinned = o->unpinned;
     g->patience = (int64_t)(o->patience ? o->patience : GPU_PATIENCE) * 1000000000;
     int status = open_parts(g, o);
     if (status) {

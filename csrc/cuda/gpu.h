@@ -28,6 +28,7 @@ typedef struct {
     uint64_t most;                                            /* bytes of memory to take at most; 0: all that is free */
     int32_t safe;                                             /* wait after every call, to see which one fails */
     int32_t patience;                                         /* seconds that a wait may take; 0: GPU_PATIENCE */
+    int32_t unpinned;                                         /* 1: gpu_pin is refused what it asks for */
 } gpu_options;
 
 #define GPU_PATIENCE 120
