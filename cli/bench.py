@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SEED = 4
 MOST_MEASURED = 1 << 33  # bytes of the weights read to measure the bandwidth
+ON_CARD = "GPU arithmetic, launches or waits"  # of which none is measured
 NEAR = 0.25  # below this share of both limits, neither of them is what holds the phase back
 
 
@@ -78,7 +79,7 @@ def bench(plan: Plan, engine: EngineOptions, form: str) -> int:
                 status.show(f"depth {depth}")
                 rows += measure_depth(plan, depth, model, session, limits, stop)
         status.clear()
-        show(model, rows, combined(limits, statistics.median), engine.require(), form)
+        show(about(model, engine.require()), rows, combined(limits, statistics.median), form)
     return errors.OK
 
 
@@ -190,7 +191,8 @@ def disk_columns(n: int, timings: tuple[Timing, ...]) -> tuple[float, float, flo
 
 def card_columns(timings: tuple[Timing, ...]) -> tuple[float, float, float]:
     """Medians: the shares of the bandwidths of the GPU's memory and of the bus, and its share of the experts' work."""
-    if not timings[0].limits.vram_bytes_per_s:
+    timings = tuple(t for t in timings if t.limits.vram_bytes_per_s and t.limits.bus_bytes_per_s)
+    if not timings:  # there is none, or no room on it to measure
         return 0.0, 0.0, 0.0
     vram = statistics.median(t.card.n_bytes / t.seconds / t.limits.vram_bytes_per_s for t in timings)
     bus = statistics.median(t.card.brought / t.seconds / t.limits.bus_bytes_per_s for t in timings)
@@ -203,20 +205,22 @@ def phase_row(phase: str, depth: int, n: int, timings: tuple[Timing, ...], macs:
     read = statistics.median((t.n_bytes - t.card.n_bytes) / t.seconds / t.limits.read_bytes_per_s for t in timings)
     int8 = statistics.median(n * macs / t.seconds / t.limits.int8_macs_per_s for t in timings)
     disk, card = disk_columns(n, timings), card_columns(timings)
-    if card[0]:
+    on_card = any(t.card.n_bytes for t in timings)
+    if on_card:
         int8 = 0.0  # the peak is the CPU's, which did some of the work or none
     near = {"memory bandwidth": read, "int8 arithmetic": int8, "GPU memory": card[0], "bus": card[1]}
     name = max(near, key=lambda each: near[each])
     if near[name] < NEAR:
-        name = "attention or overhead"
+        name = ON_CARD if on_card else "attention or overhead"
     if disk[-1] > NEAR:
         name = "disk"
     return Row(phase, depth, n, max(rates), statistics.median(rates), n_bytes, macs, read, int8, *disk, *card, name)
 
 
-def show(model: "Model", rows: list[Row], limits: ms4.Limits, path: str, form: str) -> None:
+def about(model: "Model", path: str) -> dict[str, object]:
+    """What stands above the rows: the file, and who computes it."""
     stats = model.engine.stats()
-    about = {
+    return {
         "model": os.path.basename(path),
         "version": ms4.__version__,
         "device": stats.device,
@@ -224,6 +228,9 @@ def show(model: "Model", rows: list[Row], limits: ms4.Limits, path: str, form: s
         "threads": stats.n_threads,
         "load": stats.load,
     }
+
+
+def show(about: dict[str, object], rows: list[Row], limits: ms4.Limits, form: str) -> None:
     output = streams.Output()
     if form == "json":
         output.write(json.dumps({**about, **asdict(limits), "rows": [asdict(row) for row in rows]}) + "\n")

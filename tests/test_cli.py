@@ -514,6 +514,26 @@ def test_shares_are_of_the_limits_around_each_repetition():
     assert row.bottleneck == "disk"
 
 
+def test_shares_of_a_gpu_are_of_its_own_limits():
+    """In 2 seconds: 600 bytes of weights, 400 of them in its memory, and 60 brought to it."""
+    from ms4 import Limits
+    from ms4.cli.bench import Card, Timing, phase_row, table
+
+    limits = Limits(1000.0, 10.0, 1.0, 400.0, 40.0)
+    row = phase_row("decode", 0, 10, (Timing(2.0, 600, limits, card=Card(400, 60, 30, 40)),), macs=10.0)
+    shares = row.share_of_read_bandwidth, row.share_of_vram_bandwidth, row.share_of_bus, row.share_of_experts_on_gpu
+    assert shares == (0.1, 0.5, 0.75, 0.75) and row.share_of_int8_peak == 0 and row.bottleneck == "bus"
+    about = dict.fromkeys(("model", "version", "device", "isa", "threads", "load"), "x")
+    text = table(about, [row], limits)
+    assert "50 % of its memory's bandwidth, 75 % of the bus, 75 % of the experts" in text
+    assert "GPU: 0 GB/s its memory" in text
+    row = phase_row("decode", 0, 10, (Timing(20.0, 600, limits, card=Card(400, 60, 30, 40)),), macs=10.0)
+    assert row.bottleneck == "GPU arithmetic, launches or waits"
+    unknown = Limits(1000.0, 10.0, 1.0, 0.0, 0.0)  # a card with no room left to measure it
+    row = phase_row("decode", 0, 10, (Timing(2.0, 600, unknown, card=Card(400, 60, 30, 40)),), macs=10.0)
+    assert (row.share_of_vram_bandwidth, row.share_of_int8_peak) == (0, 0)
+
+
 def test_multiply_adds_by_hand():
     import ms4
     from ms4.models.mistral4 import macs_per_token
