@@ -156,7 +156,7 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
     else:
         import tomli as tomllib
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")  # some editors write a mark of UTF-8
         return tomllib.loads(text), text
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1

@@ -19,10 +19,39 @@ from typing import TYPE_CHECKING, BinaryIO, TextIO
 from ms4.cli.errors import ENCODING_HINT, CliError, ReaderGone, UnreadableError, UsageError, note
 
 if TYPE_CHECKING:  # at run time only where bytes become text: `ms4 --version` starts without it
+    from _typeshed import WriteableBuffer as Buffer
+
     from ms4.models.untrusted import Reading
 
 PATIENCE = 0.5  # seconds before something is said about waiting
 MOST_INPUT = 16 << 20  # bytes read from stdin
+
+
+class PatientInput(io.RawIOBase):
+    """A file that may be set not to block, as pipes of other programs are: read as if it did.
+
+    Python takes a moment without data for the end.  The flag belongs to the other end as well, so it stays.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, room: Buffer) -> int:
+        view = memoryview(room).cast("B")
+        while True:
+            try:
+                data = os.read(self._fd, len(view))
+            except BlockingIOError:
+                select.select([self._fd], [], [])
+            else:
+                view[: len(data)] = data
+                return len(data)
 
 
 class NoPromptError(UsageError):
@@ -46,6 +75,9 @@ def prepare() -> None:
             # PYTHONUNBUFFERED: what the kernel does not take at once would be lost without a word.
             whole = io.TextIOWrapper(io.BufferedWriter(stream.buffer), line_buffering=True)
             setattr(sys, name, whole)
+    raw = getattr(getattr(sys.stdin, "buffer", None), "raw", None)
+    if isinstance(raw, io.FileIO) and not raw.isatty():
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(PatientInput(raw.fileno())))
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")

@@ -1,13 +1,19 @@
 """Where files lie and where bytes go: faults of the kinds that users met, each test named after its row."""
 
+import io
 import os
 import pwd
 import stat
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import test_cli
 
+from ms4.cli import streams
 from ms4.models import hf_cache, places
 from ms4.models.convert import Plan
 from ms4.models.hf_folder import ConvertError
@@ -58,7 +64,7 @@ def test_d2_a_full_disk_is_said_by_every_command_that_writes(ms4, tmp_path):
     prompts, ids = tmp_path / "prompts", tmp_path / "ids"
     ids.write_text("[1, 2, 3]")
     for arguments in (
-        ("run", "-m", test_cli.MODEL, "-n", "2", "-o", "/dev/full", "Hi"),
+        ("run", "-m", test_cli.MODEL, "--greedy", "-n", "3", "-o", "/dev/full", "Hi"),
         ("batch", prompts, "-m", test_cli.MODEL, "-n", "2", "-o", "/dev/full"),
         ("trace", "--synthetic", "mid", "-n", "2000", "-o", "/dev/full"),
         ("logits", "-m", test_cli.MODEL, "--ids", ids, "-o", "/dev/full"),
@@ -66,6 +72,45 @@ def test_d2_a_full_disk_is_said_by_every_command_that_writes(ms4, tmp_path):
         code, out, err = ms4(*arguments)
         assert (code, out) == (1, "") and "No space left on device" in err and err.count("\n") <= 2, (arguments, err)
     assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_d2_stdin_that_does_not_block_is_read_to_its_end(command):
+    """As pipes of other programs are: a moment without data was taken for the end."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    code = "import sys; from ms4.cli.start import main; sys.exit(main())"
+    arguments = {"run": ["--show-prompt"], "chat": ["-n", "2", "--greedy", "--no-session"]}[command]
+    call = [sys.executable, "-c", code, command, "-m", test_cli.MODEL, *arguments]
+    with subprocess.Popen(call, stdin=reader, stdout=subprocess.PIPE) as process:
+        os.close(reader)
+        for piece in (b"one ", b"two\n", b"three\n"):
+            time.sleep(1)
+            os.write(writer, piece)
+        os.close(writer)
+        out = process.stdout.read().decode()
+    assert process.returncode == 0
+    assert out.endswith("[INST]one two\nthree[/INST]\n") if command == "run" else out.count("\n") == 2
+
+
+def test_d2_reading_waits_where_nothing_is_there_yet():
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    pieces = [b"one ", b"two\n", b"three"]
+
+    def write():
+        for piece in pieces:
+            time.sleep(0.05)
+            os.write(writer, piece)
+        os.close(writer)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    with io.BufferedReader(streams.PatientInput(reader)) as file:
+        assert file.readline() == b"one two\n" and file.read() == b"three"
+    thread.join()
+    os.close(reader)
 
 
 # --- folders of a user
@@ -97,3 +142,10 @@ def test_b12_a_home_that_is_no_folder_holds_no_options(ms4, monkeypatch):
     code, out, err = ms4("run", "-m", test_cli.MODEL, "--greedy", "-n", "2", "Hi")
     assert code == 0 and err.count("\n") <= 1
     assert ms4("config", "set", "effort", "high")[0] == 1
+
+
+def test_b11_a_file_of_options_may_begin_with_a_mark(ms4, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "ms4").mkdir()
+    (tmp_path / "ms4" / "config.toml").write_bytes(b"\xef\xbb\xbfsystem = 'Be brief.'\r\n")
+    assert "Be brief." in ms4("run", "-m", test_cli.MODEL, "--show-prompt", "Hi")[1]
