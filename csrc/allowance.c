@@ -91,7 +91,8 @@ static void keep_cpus(double cpus, const char *folder, const char *name, ms4_all
 }
 static void look_at_quota(const char *folder, ms4_allowance *out) {
     long long quota, period, ignored;
-    if (numbers_in(folder, "cpu.max", &quota, &period) == 2 && quota > 0 && period > 0)
+    period = 100000;                     /* the kernel's, where only the quota is written */
+    if (numbers_in(folder, "cpu.max", &quota, &period) && quota > 0 && period > 0)
         keep_cpus((double)quota / (double)period, folder, "cpu.max", out);
     if (numbers_in(folder, "cpu.cfs_quota_us", &quota, &ignored)
         && numbers_in(folder, "cpu.cfs_period_us", &period, &ignored) && quota > 0 && period > 0)
@@ -127,8 +128,9 @@ static void own_group(const char *root, const char *controller, char *out) {
     if (!f) return;
     while (fgets(line, sizeof line, f)) {
         char *end = strchr(line, '\n'), *list = strchr(line, ':'), *path = list ? strchr(list + 1, ':') : NULL;
-        if (!end || !path) continue;
-        *end = *path++ = 0;
+        if (!path || (!end && !feof(f))) continue;
+        if (end) *end = 0;
+        *path++ = 0;
         list++;
         int found = !*controller && !*list;
         for (char *next, *name = list; *controller && name; name = next) {
@@ -159,7 +161,7 @@ static void look_upwards(const char *root, const char *mount, const char *group,
 void ms4_allowed(const char *root, ms4_allowance *out) {
     static const struct { const char *controller, *mount; } hierarchies[] = {
         { "", "" }, { "", "/unified" }, { "memory", "/memory" },
-        { "cpu", "/cpu" }, { "cpu", "/cpu,cpuacct" }, { "cpuset", "/cpuset" },
+        { "cpu", "/cpu" }, { "cpu", "/cpu,cpuacct" }, { "cpu", "/cpuacct,cpu" }, { "cpuset", "/cpuset" },
     };
     char folder[LONGEST], group[LONGEST];
     cpu_set_t set;

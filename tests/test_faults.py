@@ -105,6 +105,13 @@ def test_b4_limits_of_memory_are_seen_in_every_group(tmp_path, groups, files, li
             0.5,
             "/a/",
         ),
+        (
+            "3:cpuacct,cpu:/a\n",
+            {"cpuacct,cpu/a/cpu.cfs_quota_us": "150000\n", "cpuacct,cpu/a/cpu.cfs_period_us": "100000\n"},
+            1.5,
+            "cpuacct,cpu/a/",
+        ),
+        ("0::/a", {"a/cpu.max": "50000"}, 0.5, "a/cpu.max"),  # as it is written: without a line end, and the period
         ("3:cpu:/a\n", {"cpu/a/cpu.cfs_quota_us": "-1\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, None, ""),
         ("3:cpu:/a\n", {"cpu/a/cpu.cfs_quota_us": "5000\n", "cpu/a/cpu.cfs_period_us": "0\n"}, None, ""),
     ],
