@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 from ms4.cli import fetched, streams, typed
 from ms4.cli.errors import MissingError, UnreadableError, UsageError, escape
@@ -172,7 +171,7 @@ def typed_path(text: str) -> str:
     if os.path.lexists(text):
         return text
     words = split(text)
-    path = local_path(words[0] if len(words) == 1 else text)
+    path = typed.local_path(words[0] if len(words) == 1 else text)
     if not path or document.split_spec(path)[0] == "-":
         raise UsageError("name a file: /image PATH or /file PATH[:PAGES]")
     return os.path.expanduser(path)
@@ -186,14 +185,6 @@ def split(text: str) -> list[str]:
         return []
 
 
-def local_path(text: str) -> str:
-    """The path in a file:// address of this machine; anything else as it is."""
-    if not text.lower().startswith("file://"):
-        return text
-    host, _, path = text[7:].partition("/")
-    return "/" + unquote(path) if host in ("", "localhost") else text
-
-
 def dropped(line: str) -> list[str]:
     """The files that a line names and nothing else, as terminals write them when they are dropped there.
 
@@ -202,7 +193,7 @@ def dropped(line: str) -> list[str]:
     line = line.strip()
     found = []
     for text in [line] if os.path.isfile(line) else split(line):
-        path = os.path.expanduser(local_path(text))
+        path = os.path.expanduser(typed.local_path(text))
         # A path that is quoted, or an address, has become absolute here; ./ and ~ are as they were typed.
         if not text.startswith(("./", "../")) and not os.path.isabs(path):
             return []
@@ -286,7 +277,7 @@ def local_file(path: str) -> str:
     """
     if os.path.lexists(path) or fetched.is_address(path):
         return path
-    path = os.path.expanduser(local_path(path))
+    path = os.path.expanduser(typed.local_path(path))
     if ADDRESS.match(path):
         raise UnreadableError(f"{shown(path)}: ms4 fetches from http and https alone", fetched.HINT)
     return path

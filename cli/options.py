@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from ms4.cli import typed
 from ms4.cli.errors import MissingError, UsageError
 
 if TYPE_CHECKING:
@@ -254,6 +255,11 @@ def model_path(name: str) -> str:
     """The path of a model: that of a file, or of what lies under this name in the cache of Hugging Face."""
     if os.path.lexists(name):
         return name
+    name = os.path.expanduser(typed.local_path(name))  # as the shell leaves it in --model=~/a.gguf
+    if os.path.lexists(name):
+        return name
+    if "://" in name and name.lower().endswith(".gguf"):
+        raise MissingError(f"{name[-120:]}: not on this machine", "ms4 plan ADDRESS says what it is, curl gets it")
     if name.lower().endswith(".gguf") or name[:1] in ("", "/", ".", "~"):
         raise MissingError(f"{name[-80:]}: no such file", "-m or MS4_MODEL names a GGUF of Mistral Small 4")
     from ms4.models import stored

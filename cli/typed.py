@@ -60,6 +60,16 @@ def refuse_model(words: Sequence[str]) -> None:
             raise UsageError(f"{word} is a model, not a word of the prompt", f"ms4 run -m {shlex.quote(word)} {rest}")
 
 
+def local_path(text: str) -> str:
+    """The path in a file:// address of this machine; anything else as it is."""
+    if not text.lower().startswith("file://"):
+        return text
+    from urllib.parse import unquote
+
+    host, _, path = text[7:].partition("/")
+    return "/" + unquote(path) if host in ("", "localhost") else text
+
+
 def fill_resume(args: list[str]) -> list[str]:
     """--resume without an id asks for one from a list."""
     filled: list[str] = []

@@ -14,6 +14,7 @@ from ms4.models import hf_cache, repositories
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})", re.DOTALL)
 _QUANT = r"(?:UD-)?(?:I?Q\d|TQ\d|BF16|FP?16|FP?32|MXFP4|NVFP4)[A-Z0-9_]*"
 _QUANT_AT_END = re.compile(rf"(?:^|[-._/])({_QUANT})$", re.IGNORECASE)
+_HUB = re.compile(r"^(?:hf:|(?:https?://)?(?:www\.)?(?:hf|huggingface)\.co/)", re.IGNORECASE)
 TOWER_TYPES = ("f16", "bf16", "q8_0", "f32")  # the best first, as where several lie beside a model
 
 
@@ -96,8 +97,11 @@ def best_tower(names: Iterable[str]) -> str | None:
 
 
 def parse(text: str) -> Wanted | None:
-    """[hf:]USER/REPO[:QUANT], a name of the table with or without :QUANT, or a quantization; None for anything else."""
-    base, _, quant = text.removeprefix("hf:").partition(":")
+    """[hf:]USER/REPO[:QUANT], a name of the table with or without :QUANT, or a quantization; None for anything else.
+
+    hf: may also be the address of the hub, as it stands in a browser or in other programs.
+    """
+    base, _, quant = _HUB.sub("", text).removesuffix("/").removesuffix("/tree/main").partition(":")
     if ":" in quant or not re.fullmatch(r"[A-Za-z0-9_.-]{0,120}", quant):
         return None
     if hf_cache.REPO_ID.fullmatch(base):

@@ -7,7 +7,10 @@ import httpx
 import pytest
 import test_cli
 
-from ms4.models import web
+from ms4.cli import options as opt
+from ms4.cli.errors import MissingError
+from ms4.models import variants, web
+from ms4.models.variants import Wanted
 
 # --- C5, A3: slips that would pass in silence
 
@@ -89,6 +92,25 @@ def test_c5_a_model_is_named_after_its_option(ms4, tmp_path, monkeypatch):
     assert ms4("doctor", "x") == (2, "", "ms4: error: one word too many: x\nhint: ms4 doctor --help\n")
     code, out, err = ms4("chat", "a.gguf")
     assert code == 7 and "a model, not an attachment" in err
+
+
+@pytest.mark.parametrize(
+    "before", ["", "hf:", "hf.co/", "huggingface.co/", "https://huggingface.co/", "https://HF.co/"]
+)
+def test_b13_the_address_of_a_repository_is_its_name(before):
+    assert variants.parse(f"{before}u/r:Q4_K_M") == Wanted("u/r", "Q4_K_M")
+    assert variants.parse(f"{before}u/r") == Wanted("u/r", "")
+    if before.startswith("http"):
+        assert variants.parse(f"{before}u/r/") == variants.parse(f"{before}u/r/tree/main") == Wanted("u/r", "")
+
+
+def test_b13_a_model_is_named_by_addresses_of_files_and_a_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my model.gguf").write_bytes(b"GGUF")
+    for name in (f"file://{tmp_path}/my%20model.gguf", "~/my model.gguf"):
+        assert opt.model_path(name) == f"{tmp_path}/my model.gguf"
+    with pytest.raises(MissingError, match="a.gguf: not on this machine"):
+        opt.model_path("https://example.org/a.gguf")
 
 
 # --- C1: waiting without need
