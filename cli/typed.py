@@ -12,7 +12,7 @@ from ms4.cli.errors import UsageError
 
 # Typographic quotes -> what may end what they begin.
 QUOTES = {"\u201c": "\u201c\u201d", "\u201d": "\u201d", "\u201e": "\u201c\u201d", "\u2018": "\u2019"}
-# In what stands for a value that names something; an attachment without a name is an error already.
+# In what stands for a value that names something; a file without a name is an error already, where it is no option.
 NAMES = re.compile(r"(?<!@)FILE|PATH(?!.*\.\.\.)|FOLDER|NAME|OUT|REV|ID")
 
 
@@ -39,6 +39,8 @@ def refuse_empty(params: Sequence[Any], given: Mapping[str, Any], command: str) 
     """UsageError for an empty value where something is to be named, as by a variable that is not set: -m "$MODEL"."""
     for param in params:
         values = given.get(param.name)
+        if param.param_type_name == "argument" and param.metavar not in ("ID", "NAME"):
+            continue
         if NAMES.search(param.metavar or "") and "" in (values if isinstance(values, (list, tuple)) else [values]):
             name = param.opts[-1] if param.param_type_name == "option" else param.metavar
             raise UsageError(f"{name} is empty: it names nothing", f"{command} --help")

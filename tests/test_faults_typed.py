@@ -57,6 +57,8 @@ def test_c5_an_empty_value_names_nothing(ms4, option):
         code, out, err = ms4("run", *arguments, "Hi")
         assert (code, out) == (2, "") and "is empty: it names nothing" in err
     assert ms4("run", "-m", test_cli.MODEL, "-s", "", "--show-prompt", "Hi")[0] == 0
+    for arguments in (["sessions", "rm", ""], ["pull", ""], ["rm", ""]):
+        assert ms4(*arguments)[0] == 2
 
 
 @pytest.mark.parametrize(
