@@ -153,7 +153,7 @@ def sniff(data: bytes) -> str | None:
     if data.startswith(RAW_HEADERS):
         return "RAW"
     if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return "RAW" if _of_a_sensor(data) else "TIFF"
+        return "RAW" if data[2] != 43 and data[3] != 43 and _of_a_sensor(data) else "TIFF"  # 43: of more than 4 GB
     if data[4:8] == b"ftyp":
         # The main brand, or for the general ones of a collection of pictures the first of the others that tells.
         for brand in (data[i : i + 4] for i in (8, *range(16, min(64, int.from_bytes(data[:4], "big")), 4))):
@@ -199,7 +199,7 @@ def _of_a_sensor(data: bytes) -> bool:
         page, seen = pages.pop(0), seen + 1
         for entry in range(page + 2, page + 2 + 12 * min(number(page, 2), 512), 12):
             tag, n, value = number(entry, 2), number(entry + 4, 4), number(entry + 8, 4)
-            if tag == 0xC612:  # the version of DNG
+            if (tag, number(entry + 2, 2), n) == (0xC612, 1, 4):  # the version of DNG
                 return True
             if tag == 0x106 and number(entry + 8, 2) in (32803, 34892):  # how its numbers are meant: as the sensor's
                 return True

@@ -95,7 +95,8 @@ def test_b10_headers_of_cameras_and_plain_tiffs_are_told_apart():
         assert sniff(head + bytes(64)) == "RAW"
     assert sniff(encoded(Pillow.new("RGB", (8, 8)), "TIFF")) == "TIFF"
     loop = tiff("<", [(0x14A, 4, 1, 8)])
-    assert sniff(loop) == sniff(b"II*\0" + b"\xff" * 99) == "TIFF"
+    large = b"II+\0\x08\0\0\0" + struct.pack("<Q", 3 << 8) + struct.pack("<HHI", 0xC612, 1, 4) * 400
+    assert sniff(loop) == sniff(b"II*\0" + b"\xff" * 99) == sniff(large) == "TIFF"
 
 
 # --- A4, B12: PDFs
