@@ -231,9 +231,11 @@ class Screen:
         self._style(before, body)
 
     def _style(self, before: str, body: str) -> None:
+        # What stands before may bring a word that was held back: thoughts are dim as a whole.
         if before or body:
-            style, plain = (DIM, PLAIN) if self._part == "thinking" and self.output.colour and body else ("", "")
-            self.output.write(f"{before}{style}{body}{plain}")
+            dim = self._part == "thinking" and self.output.colour and (before + body).strip()
+            style, plain = (DIM, PLAIN) if dim else ("", "")
+            self.output.write(f"{style}{before}{body}{plain}")
 
     def _flush(self) -> None:
         """Writes what is held."""

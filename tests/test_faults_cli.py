@@ -635,6 +635,22 @@ def test_c10_thoughts_and_answer_are_told_apart_without_colour(terminal, monkeyp
         assert shown == "\x1b[2mhm,\x1b[0m\x1b[2m hm\x1b[0m\n\nYes.\n"
 
 
+def test_every_word_of_a_thought_is_dim_however_it_comes(terminal, monkeypatch):
+    """Also one that was held back until the line ended."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "stdout", terminal.stream())
+    screen = render.Screen(streams.Output())
+    for letter in "one two\n3+4=7\n\nthree ":
+        screen.thinking(letter)
+    screen.text("Yes.")
+    screen.end()
+    shown = terminal.rest().replace("\r\n", "\n")
+    dim = re.findall(r"\x1b\[2m(.*?)\x1b\[0m", shown, re.DOTALL)
+    assert "".join(dim).split() == ["one", "two", "3+4=7", "three"]
+    assert re.sub(r"\x1b\[2m.*?\x1b\[0m", "", shown, flags=re.DOTALL).split() == ["Yes."]
+
+
 def test_c10_an_answer_alone_has_no_label(terminal, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(sys, "stdout", terminal.stream())
