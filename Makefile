@@ -10,6 +10,7 @@
 # make bench     reading and writing speed on a file of the real shape (4 GB, written into build/)
 # make gpu       on a machine with a GPU and nvcc: builds for it, compares it with the CPU, measures it on a file of the
 #                real shape in /dev/shm; the output is one block to paste into an issue
+# make screens   the drawings in docs/screens: what ms4 shows on a terminal, from real runs of the demonstration
 # make kernels   every fast kernel against the reference, with timings
 # make san       the same kernels under AddressSanitizer and UBSan
 # make san-engine, make tsan   the engine's tests under those, and under ThreadSanitizer
@@ -29,7 +30,7 @@ SAN = -O1 -g -w -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SAN_TEST = $(PY) -m pytest -q -s -p no:cacheprovider --hypothesis-profile=few
 runtime = $$($(CC) -print-file-name=lib$(1).so)
 
-.PHONY: all wheel demo skills train-demo test test-all test-rare bench kernels san san-engine tsan arch cuda-check lint ci clean \
+.PHONY: all wheel demo skills train-demo test test-all test-rare bench screens kernels san san-engine tsan arch cuda-check lint ci clean \
     FORCE
 
 all: .venv/ready
@@ -77,6 +78,9 @@ bench: all
 	@mkdir -p build
 	@[ -f build/shape.gguf ] || $(PY) tests/make_shape.py build/shape.gguf --layers 2
 	.venv/bin/ms4 bench -m build/shape.gguf --pp 512 --tg 32
+
+screens: all
+	$(PY) docs/screens/draw.py
 
 gpu: .venv/ready
 	MS4_CUDA_ARCH=native $(PY) csrc/build_core.py
