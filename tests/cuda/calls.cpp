@@ -54,6 +54,8 @@ static void read_settings() {
     d.set = {};
     d.set.seed = (uint32_t)number_of("MS4_EMU_SEED", 1);
     d.set.late = (uint32_t)number_of("MS4_EMU_LATE", 0);
+    d.set.copies_first = number_of("MS4_EMU_COPIES_FIRST", 0) != 0;
+    d.set.frees_early = number_of("MS4_EMU_FREE", 0) != 0;
     d.set.vram = number_of("MS4_EMU_VRAM", (uint64_t)1 << 30);
     d.set.pinned = number_of("MS4_EMU_PINNED", SIZE_MAX);
     d.set.capability = (int)number_of("MS4_EMU_CC", 86);
@@ -293,11 +295,14 @@ EXPORT int cuMemAlloc_v2(uint64_t *at, size_t bytes) {
     entry e("cuMemAlloc_v2", true, true);
     return e.error ? e.error : memory_take(at, bytes);
 }
+static void wait_to_free(entry &e) {
+    if (!state().set.frees_early) work_wait_all(e.lock);
+}
 EXPORT int cuMemFree_v2(uint64_t at) {
     entry e("cuMemFree_v2");
     if (e.error) return e.error;
     if (!at) return OK;
-    work_wait_all(e.lock);
+    wait_to_free(e);
     return state().lost ? state().lost : memory_give(at);
 }
 EXPORT int cuMemHostAlloc(void **at, size_t bytes, unsigned) {
@@ -314,7 +319,7 @@ EXPORT int cuMemHostAlloc(void **at, size_t bytes, unsigned) {
 EXPORT int cuMemFreeHost(void *at) {
     entry e("cuMemFreeHost");
     if (e.error) return e.error;
-    work_wait_all(e.lock);
+    wait_to_free(e);
     return state().lost ? state().lost : memory_unpin(at, true);
 }
 EXPORT int cuMemHostRegister_v2(void *at, size_t bytes, unsigned flags) {
@@ -324,7 +329,7 @@ EXPORT int cuMemHostRegister_v2(void *at, size_t bytes, unsigned flags) {
 EXPORT int cuMemHostUnregister(void *at) {
     entry e("cuMemHostUnregister");
     if (e.error) return e.error;
-    work_wait_all(e.lock);
+    wait_to_free(e);
     return state().lost ? state().lost : memory_unpin(at, false);
 }
 EXPORT int cuMemHostGetDevicePointer_v2(uint64_t *at, void *host, unsigned) {

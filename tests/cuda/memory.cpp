@@ -76,7 +76,7 @@ int memory_take(uint64_t *at, size_t bytes) {
     *at = (uint64_t)(uintptr_t)p;
     return OK;
 }
-/* The caller has waited for all work. */
+/* The caller has waited for all work, or will not mind that the process ends. */
 int memory_give(uint64_t at) {
     auto a = areas().find((uintptr_t)at);
     if (a == areas().end()) return INVALID_VALUE;
@@ -129,7 +129,11 @@ int memory_unpin(void *at, bool own) {
     auto pin = pins().find((uintptr_t)at);
     if (pin == pins().end() || pin->second.own != own) return own ? INVALID_VALUE : NOT_REGISTERED;
     n_pinned -= pin->second.bytes;
-    if (own) munmap(at, (pin->second.bytes + PAGE - 1) / PAGE * PAGE);
+    if (own) {
+        const size_t length = (pin->second.bytes + PAGE - 1) / PAGE * PAGE;
+        madvise(at, length, MADV_DONTNEED);
+        mprotect(at, length, PROT_NONE);                /* the address is not given out again */
+    }
     std::lock_guard<std::mutex> guard(lookup);
     pins().erase(pin);
     changes++;

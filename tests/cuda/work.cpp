@@ -186,6 +186,9 @@ static void work_loop() {
             if (may_run(s)) (s->held_until > now ? held : ready).push_back(s);
         }
         if (ready.empty() && d.n_waiting) ready.swap(held);
+        if (d.set.copies_first)
+            for (size_t i = 0; i < ready.size(); i++)
+                if (!ready[i]->runs_kernels) ready = { ready[i] };
         if (!ready.empty()) {
             step(lock, d.set.seed ? ready[d.random() % ready.size()] : ready[0]);
             continue;
