@@ -113,7 +113,7 @@ class Function:
         """An operand as a value of a type."""
         kind = c_type(t)
         if t == "pred":
-            return "true" if x == "1" else "false" if x == "0" else self.value(x)
+            return "true" if x in ("1", "-1") else "false" if x == "0" else self.value(x)
         if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", x):
             number = int(x.rstrip("U"), 0) & ((1 << 64) - 1)
             return f"({kind}){number:#x}ull"
@@ -261,6 +261,9 @@ class Function:
         if name in ("neg", "abs"):
             bits = self.read("u32", o[1])
             return self.set(o[0], f"as<f32>({bits} {'^ 0x80000000u' if name == 'neg' else '& 0x7fffffffu'})")
+        if name == "copysign":
+            sign_of, rest = self.read("u32", o[1]), self.read("u32", o[2])
+            return self.set(o[0], f"as<f32>(({sign_of} & 0x80000000u) | ({rest} & 0x7fffffffu))")
         if op[1] != "rn":
             raise UnknownError(".".join(op))
         sign = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
@@ -391,7 +394,7 @@ class Function:
         "cvt": cvt,
         "setp": setp,
         "selp": selp,
-        "add sub mul mad div rem min max neg abs fma sqrt rcp": arithmetic,
+        "add sub mul mad div rem min max neg abs copysign fma sqrt rcp": arithmetic,
         "and or xor not shl shr shf prmt bfe bfi lop3 popc clz brev bfind": bits,
         "dp4a dp2a mma": products,
         "ldmatrix": ldmatrix,
