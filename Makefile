@@ -14,7 +14,8 @@
 # make kernels   every fast kernel against the reference, with timings
 # make san       the same kernels under AddressSanitizer and UBSan
 # make san-engine, make tsan   the engine's tests under those, and under ThreadSanitizer
-# make cuda-check  the CUDA kernels without a GPU: emulated, as g++ and as nvcc compile them; targets, roofline, mutants
+# make cuda-check  the CUDA part without a GPU: kernels and whole models, emulated, as g++ and as nvcc compile them;
+#                targets, roofline, mutants; a quarter of an hour; CUDA_CHECK=all: with every case and fault, hours
 # make arch      the same kernels as other CPUs would run them (qemu): old x86, AVX2 only, ARM without and with dotprod
 # make lint      ruff, mypy, and the warnings of the C compiler
 # make ci        what CI runs
@@ -129,7 +130,7 @@ arch: all
 
 cuda-check: all
 	@! command -v nvcc >/dev/null || $(PIP) nvidia-cuda-nvdisasm || echo "no nvdisasm: SASS will not be looked at"
-	$(PY) tests/cuda/cuda_check.py
+	$(PY) tests/cuda/cuda_check.py $(CUDA_CHECK:%=--%)
 
 # --- sanitizers
 
