@@ -6,7 +6,9 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#define CHUNK ((uintptr_t)64 << 20)
+#ifndef ARENA_CHUNK                                           /* tests make it smaller */
+#define ARENA_CHUNK ((uintptr_t)64 << 20)
+#endif
 
 typedef struct { uintptr_t at, end; size_t first; } run;      /* first: its first chunk */
 struct arena {
@@ -36,7 +38,7 @@ static void merge(arena *a, const arena_range *ranges, size_t n) {
     }
     for (size_t i = 0; i < a->n_runs; i++) {
         a->runs[i].first = a->n_chunks;
-        a->n_chunks += (a->runs[i].end - a->runs[i].at + CHUNK - 1) / CHUNK;
+        a->n_chunks += (a->runs[i].end - a->runs[i].at + ARENA_CHUNK - 1) / ARENA_CHUNK;
     }
 }
 int arena_open(const arena_range *ranges, size_t n, int read_only, uint64_t most, arena **out) {
@@ -65,9 +67,9 @@ static const run *run_of(const arena *a, uintptr_t at) {
 }
 /* The chunk that begins at *at, or in which it lies; *end: where it ends. */
 static size_t chunk_of(const run *r, uintptr_t at, uintptr_t *begin, uintptr_t *end) {
-    const size_t i = (at - r->at) / CHUNK;
-    *begin = r->at + i * CHUNK;
-    *end = *begin + CHUNK < r->end ? *begin + CHUNK : r->end;
+    const size_t i = (at - r->at) / ARENA_CHUNK;
+    *begin = r->at + i * ARENA_CHUNK;
+    *end = *begin + ARENA_CHUNK < r->end ? *begin + ARENA_CHUNK : r->end;
     return r->first + i;
 }
 void arena_close(arena *a, int lost) {
