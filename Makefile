@@ -8,8 +8,8 @@
 # make test-rare    an emulated GPU under the whole engine, downloads that are killed: an hour
 # make wheel     a wheel in dist/ for machines without a compiler: its name says which glibc they need, and which Python
 # make bench     reading and writing speed on a file of the real shape (4 GB, written into build/)
-# make gpu       on a machine with a GPU and nvcc: builds for it, compares it with the CPU, measures it on a file of the
-#                real shape in /dev/shm; the output is one block to paste into an issue
+# make gpu       on a machine with a GPU, nvcc, gcc and a Python with NumPy, without pip: builds, compares the GPU with
+#                the CPU, measures it on a file of the real shape, in 8 minutes; prints one block to paste into an issue
 # make screens   the drawings in docs/screens: what ms4 shows on a terminal, from real runs of the demonstration
 # make kernels   every fast kernel against the reference, with timings
 # make san       the same kernels under AddressSanitizer and UBSan
@@ -31,7 +31,7 @@ SAN = -O1 -g -w -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SAN_TEST = $(PY) -m pytest -q -s -p no:cacheprovider --hypothesis-profile=few
 runtime = $$($(CC) -print-file-name=lib$(1).so)
 
-.PHONY: all wheel demo skills train-demo test test-all test-rare bench screens kernels san san-engine tsan arch cuda-check lint ci clean \
+.PHONY: all wheel demo skills train-demo test test-all test-rare bench gpu screens kernels san san-engine tsan arch cuda-check lint ci clean \
     FORCE
 
 all: .venv/ready
@@ -83,9 +83,8 @@ bench: all
 screens: all
 	$(PY) docs/screens/draw.py
 
-gpu: .venv/ready
-	MS4_CUDA_ARCH=native $(PY) csrc/build_core.py
-	$(PY) tests/gpu.py /dev/shm
+gpu:
+	@$(if $(wildcard .venv/ready),$(PY),$(PYTHON)) tests/gpu.py $(GPU)
 
 # --- checking it
 
