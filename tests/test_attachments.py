@@ -160,6 +160,7 @@ def site(monkeypatch):
     server.server_close()
 
 
+@pytest.mark.slow
 def test_an_address_is_fetched_and_gives_what_the_file_gives(run, site, two_pages):
     image, text = Path(IMAGE).read_bytes(), b"A text.\n"
     moved = site("/moved", status=302, Location="/a.png")

@@ -177,6 +177,7 @@ def only_turn_of(path):
     return turn
 
 
+@pytest.mark.slow
 def test_random_numbers_go_on_in_the_next_process(ms4):
     """Also without the seed, which is the session's then; another seed begins others."""
     more = ("-n", 9)
@@ -193,6 +194,7 @@ def test_random_numbers_go_on_in_the_next_process(ms4):
     assert first + drawn(ms4, "-c", "--seed", 8, *more, lines=LINES[1:2]) != whole
 
 
+@pytest.mark.slow
 def test_low_stays_low_in_the_next_process(ms4):
     chat(ms4, "-r", "low", "-n", 2, lines=LINES[:1])
     assert "effort is low" in ms4("chat", "-c", stdin=b"/effort\n")[2]

@@ -183,6 +183,7 @@ def test_texts_come_back_as_they_were(ms4, folder):
         assert templates.read(f"t{n}").prompt == text
 
 
+@pytest.mark.slow
 def test_a_chat_takes_the_options_and_says_what_it_leaves_out(ms4, put):
     put("t", 'system = "Be terse."\neffort = "low"\nprompt = "$input"\n')
     code, out, err = ms4("chat", "-m", MODEL, "-t", "t", "--no-session", stdin=b"/effort\n/set system\n")
