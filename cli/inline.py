@@ -21,7 +21,8 @@ HELD = 400  # characters that are held for an emphasis to end; longer ones are t
 SPECIAL = re.compile(r"[*_`\[<&\\~$!]")
 # In text that the parser left as it was: what a later part of the paragraph may give a meaning.
 OPEN = re.compile(
-    r"`|\$\$|\\[(\[]|\*+(?=\w)|(?<![\w*])\*+(?=[^\s*])|(?<!\w)_+(?=\w)|(?<![\w_])_+(?=[^\s_])|~~(?=\w)|(?<![\w~])~~(?=[^\s~])"
+    r"`|\$\$|\\[(\[]"
+    r"|\*+(?=[^\W_])|(?<![^\W_]|\*)\*+(?=[^\s*])|(?<!\w)_+(?=[^\s_])|~~(?=[^\W_])|(?<![^\W_]|~)~~(?=[^\s~])"
     r"|\[[^\]]*\Z|\]\([^)]*\Z"
 )
 MATH = re.compile(r"\\\(.+?\\\)|\\\[.+?\\\]|\$\$.+?\$\$|\$(?![\s$])[^$\n]*[^\s$]\$(?!\d)", re.DOTALL)
@@ -63,8 +64,13 @@ def parse(text: str) -> list[Token]:
 
 def is_open(tokens: Sequence[Token]) -> bool:
     """True if something in these tokens may still become the beginning of an emphasis, of code, a link, a formula."""
-    contents = (t.content if t.type == "text" else "" if t.type.endswith(("_open", "_close")) else "x" for t in tokens)
-    return bool(OPEN.search("".join(contents)))
+    text = []
+    for token in tokens:  # what was parsed is written with punctuation, and by that an asterisk beside it is judged
+        if token.type == "text":
+            text.append(token.content)
+        elif not token.type.endswith("_open"):  # of which what is left of its asterisks stands before
+            text.append("\n" if token.type.endswith("break") else ".")
+    return bool(OPEN.search("".join(text)))
 
 
 def render(tokens: Sequence[Token], colours: palette.Palette, base: int = 0) -> str:

@@ -241,6 +241,13 @@ FRAGMENTS += ["\\", "<", "&", "\t", "    ", "word ", "two words", "日本", "\x1
 TANGLED = [*FRAGMENTS, "[", "](", ")", "$$", "\\(", "\\]"]  # a formula may end within a link, and the like
 
 
+@pytest.mark.parametrize("before", ["\\*", "`code`", "*so*", "&amp;", "[a](b)", "a\n"])
+def test_an_emphasis_may_begin_behind_punctuation_that_was_parsed(before):
+    for mark in ("*", "**", "~~", "_*"):
+        text = f"{before}{mark}☐ two words{mark} end"
+        assert styled(rendered(text, 60, random.Random(1))) == styled(rendered(text, 60)), text
+
+
 @pytest.mark.parametrize("fragments", [FRAGMENTS, TANGLED])
 def test_whatever_comes_is_shown_the_same_in_any_pieces(rng, fragments):
     for _ in range(100):
