@@ -153,7 +153,7 @@ def assert_rows_have_the_bits(path, pixels):
 
 
 @not_in_double
-@pytest.mark.parametrize("size", [(28, 28), (252, 196), (28, 280)])
+@pytest.mark.parametrize("size", [(28, 28), (196, 140), (28, 280)])
 def test_rows_of_an_image_have_the_bits(size, rng):
     assert_rows_have_the_bits(MMPROJ, rng.standard_normal((3, *size)).astype(np.float32))
 

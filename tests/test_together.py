@@ -40,6 +40,10 @@ class Recorder:
         self.n_ended = 0
         self.before = lambda spans: None
 
+    @property
+    def note(self):
+        return self.engine.note
+
     def session(self, n_ctx):
         return self.engine.session(n_ctx)
 
