@@ -94,6 +94,17 @@ def test_d2_stdin_that_does_not_block_is_read_to_its_end(command):
     assert out.endswith("[INST]one two\nthree[/INST]\n") if command == "run" else out.count("\n") == 2
 
 
+@pytest.mark.slow
+def test_a11_a_loop_of_the_shell_answers_every_line(tmp_path):
+    (tmp_path / "list").write_text("one\ntwo\nthree\n")
+    code = "import sys; from ms4.cli.start import main; sys.exit(main())"
+    call = [sys.executable, "-c", code, "run", "-m", test_cli.MODEL, "--count"]
+    for more, end in (("--no-stdin", ""), ("", "</dev/null")):
+        loop = f'while read -r w; do "$@" {more} "$w" {end}; done <list'
+        out = subprocess.run(["bash", "-ec", loop, "-", *call], cwd=tmp_path, stdout=subprocess.PIPE, check=True).stdout
+        assert len(out.split()) == 3
+
+
 def test_d2_reading_waits_where_nothing_is_there_yet():
     reader, writer = os.pipe()
     os.set_blocking(reader, False)

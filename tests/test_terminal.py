@@ -303,6 +303,35 @@ def test_c8_an_answer_is_broken_between_words(person, width):
     assert "".join(PROSE.split()) in "".join(answer.split())
 
 
+MIXED = (
+    "# A title\n\n| Name | n |\n|---|---|\n| 日本語日本語日本語日本語日本語 | 2 |\n\n```python\nprint('"
+    + "a line of code, " * 6
+    + "')\n```\n\n- item\n  - nested item of several words\n\n> "
+    + "quoted " * 12
+    + "\n\n"
+    + " ".join(f"word{n:02}" for n in range(40))
+    + " https://example.org/"
+    + "x" * 60
+)
+
+
+@SLOW
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+@pytest.mark.parametrize(
+    "environment", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}, {"LC_ALL": "C"}, {"TERM": "unheard-of"}]
+)
+def test_c8_no_word_is_lost_at_any_width_on_any_terminal(person, width, environment):
+    one = person(MIXED, "Second.", width=width, **environment)
+    one.types("Hi\r")
+    shown = one.sees(r"example.*x{5}.*> ?$")
+    assert not [n for n in range(40) if f"word{n:02}" not in shown]
+    assert not [line for line in shown.splitlines() if cells(line) > width]
+    for other in (33, 61, 20, 120):
+        one.resize(other)
+    one.types("again\r")
+    assert one.sees(r"Second\..*> ?$").count("> again") == 1
+
+
 @pytest.mark.parametrize("width", [20, 60, 200])
 @SLOW
 def test_an_answer_is_rendered_as_the_markdown_it_is(person, width):
