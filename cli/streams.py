@@ -205,7 +205,7 @@ def open_bytes(path: str) -> contextlib.AbstractContextManager[BinaryIO]:
         return open(path, "wb")
     from ms4.models import atomic
 
-    return atomic.replacing(path, part=f"{path}.part")
+    return atomic.replacing(path, part=f"{os.path.realpath(path)}.part")  # a link may lead to another disk
 
 
 class Output:

@@ -6,6 +6,7 @@ import pwd
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -56,6 +57,14 @@ def test_c12_a_device_or_a_link_is_not_replaced(ms4, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["link", "pipe", "real"]
     with pytest.raises(ConvertError, match="not a regular file"):
         Plan(None, []).write(str(pipe), None, None)
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no second file system")
+def test_c12_a_link_may_lead_to_another_disk(ms4, tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        (tmp_path / "link").symlink_to(f"{folder}/real")
+        assert ms4("trace", "--synthetic", "mid", "-n", "16", "-q", "-o", tmp_path / "link") == (0, "", "")
+        assert os.listdir(folder) == ["real"] and os.listdir(tmp_path) == ["link"]
 
 
 @pytest.mark.slow
