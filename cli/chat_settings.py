@@ -47,7 +47,7 @@ def change(talk: Talk, value: str) -> None:
     if not name:
         talk.tell("\n".join(f"{name:17} {shown(talk, name)}" for name in SETTINGS))
     elif name not in SETTINGS:
-        talk.tell(f"no setting {errors.escape(name, 40)}; /set lists them")
+        talk.refuse(f"no setting {errors.escape(name, 40)}; /set lists them")
     elif not given:
         talk.tell(f"{name} is {shown(talk, name)}")
     elif name in NUMBERS:
@@ -72,7 +72,7 @@ def split(text: str) -> tuple[str, str]:
 
 def set_compact(talk: Talk, given: str) -> None:
     if given not in ("on", "off", DEFAULT):
-        talk.tell(f"compact is {shown(talk, 'compact')}; on or off")
+        talk.refuse(f"compact is {shown(talk, 'compact')}; on or off")
         return
     talk.settings = replace(talk.settings, compact=given != "off")
     talk.tell(f"compact is {shown(talk, 'compact')}")
@@ -99,7 +99,7 @@ def set_number(talk: Talk, name: str, given: str) -> None:
         code, text, _ = errors.describe(error)
         if code != errors.USAGE:
             raise
-        talk.tell(f"{name}: {errors.escape(text.removeprefix('invalid value: '))}")
+        talk.refuse(f"{name}: {errors.escape(text.removeprefix('invalid value: '))}")
         return
     talk.tell(f"{name} is {shown(talk, name)}")
 

@@ -265,6 +265,12 @@ class Talk:
             text = wrap.reflow(text, streams.columns(sys.stderr) - 1)
         print(f"{style}{text}{plain}", file=sys.stderr, flush=True)
 
+    def refuse(self, text: str) -> None:
+        """What is wrong with a command; without a person it is an error, as the messages after it rest on it."""
+        if not self.interactive:
+            raise UsageError(text)
+        self.tell(text)
+
     # --- commands
 
     def command(self, text: str) -> bool:
@@ -292,7 +298,9 @@ class Talk:
 
     def set_effort(self, value: str) -> None:
         if value not in LEVELS:
-            self.tell(f"effort is {self.effort()}; /effort {', '.join(LEVELS[:-1])} or {LEVELS[-1]}")
+            (self.refuse if value else self.tell)(
+                f"effort is {self.effort()}; /effort {', '.join(LEVELS[:-1])} or {LEVELS[-1]}"
+            )
             return
         self.take_effort(*thinking(value))
         self.tell(f"effort {value}{self.price()}")
@@ -330,7 +338,7 @@ class Talk:
 
     def set_think(self, value: str) -> None:
         if value not in ("auto", "show", "hide"):
-            self.tell(f"thoughts: {self.settings.think}; /think show or /think hide")
+            (self.refuse if value else self.tell)(f"thoughts: {self.settings.think}; /think show or /think hide")
             return
         self.settings = replace(self.settings, think=value)
         self.tell(f"thoughts: {value}")

@@ -99,6 +99,17 @@ def test_b10_headers_of_cameras_and_plain_tiffs_are_told_apart():
     assert sniff(loop) == sniff(b"II*\0" + b"\xff" * 99) == sniff(large) == "TIFF"
 
 
+# --- A10: commands from a pipe
+
+
+@pytest.mark.parametrize("typed", ["/effort hihg", "/think maybe", "/set temp abc", "/set nothing 3", "/set compact 2"])
+def test_a10_a_command_from_a_pipe_that_says_nothing_ends_it(command, typed):
+    got = command("chat", "-m", test_cli.MODEL, "--greedy", "-n", "2", "--no-session", stdin=f"{typed}\nHi\n".encode())
+    assert got.code == 2 and got.out == "" and got.err.startswith("ms4: error: "), got.err
+    name = typed.split()[0] if "/set" not in typed else "/set temp"
+    assert command("chat", "-m", test_cli.MODEL, "--no-session", stdin=f"{name}\n".encode()).code == 0
+
+
 # --- A4, B12: PDFs
 
 
