@@ -171,7 +171,7 @@ void policy_fix(policy *p, double bus, int32_t stream_from) {
     p->fixed_from = stream_from;
 }
 uint64_t policy_allow(policy *p, double ns_step, double ns_cpu, uint64_t under_way, uint64_t largest) {
-    const double bus = 1e-9 * policy_bus(p), now = ns_step > ns_cpu ? bus * (ns_step - ns_cpu) : 0;
+    const double bus = policy_bus(p), now = ns_step > ns_cpu ? bus * (ns_step - ns_cpu) / 1e9 : 0;
     const double most = now > 2 * (double)largest ? now : 2 * (double)largest;
     if (!(bus > 0)) return under_way ? 0 : largest;
     p->saved = p->saved + now < most ? p->saved + now : most;
