@@ -228,7 +228,7 @@ void gpu_use_arena(gpu *g, arena *a) {
     g->arena = a;
 }
 void gpu_pin_there(gpu *g, const void *at, size_t bytes) {
-    if (g->arena && !g->safe) arena_pin(g->arena, at, bytes);
+    if (g->arena && !g->safe && !g->unpinned) arena_pin(g->arena, at, bytes);
 }
 int gpu_pinned(gpu *g, gpu_pinned_room *room, size_t bytes) {
     if (bytes <= room->bytes) return MS4_OK;
