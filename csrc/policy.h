@@ -79,9 +79,9 @@ int32_t policy_stream_from(const policy *p);
 /* These instead of what was measured; 0: as measured. */
 void policy_fix(policy *p, double bus, int32_t stream_from);
 /* Bytes that may be asked for now: what the bus carries while the CPU rests, in a step like the last one, which took
- * ns_step and in it the CPU ns_cpu for experts, less what is still under way.  So uploads take neither the bus from the
- * next step nor memory bandwidth from the CPU.  What is not spent is saved up to twice `largest`, the bytes of the
- * largest move: a token may be too short for one.  While the bus is not known, one at a time, which measures it. */
+ * ns_step and in it the CPU ns_cpu for experts, less what is still under way.  That bounds what uploads take of the
+ * CPU's memory bandwidth, and not when.  What is not spent is saved up to twice `largest`, the bytes of the largest
+ * move: a token may be too short for one.  While the bus is not known, one at a time, which measures it. */
 uint64_t policy_allow(policy *p, double ns_step, double ns_cpu, uint64_t under_way, uint64_t largest);
 void policy_spend(policy *p, uint64_t bytes);
 
