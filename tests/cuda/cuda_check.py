@@ -139,7 +139,7 @@ def every_kernel(report: Report, short: bool, families: tuple[str, ...]) -> None
     for name in names:
         cells = [str(report.compared[kind][name] or "-") for kind in kinds]
         if not short or any(cell != "-" for cell in cells):
-            print(f"  {name:16}" + "".join(f"{cell:>12}  " for cell in cells))
+            print(f"  {name:14}" + "".join(f"{cell:>14}" for cell in cells))
     for kind in kinds:
         counts = report.compared[kind]
         missing = [name for name in names if not counts[name]]
