@@ -161,8 +161,10 @@ def read_output(process: subprocess.Popen[bytes], stop: StopFlag) -> Iterator[by
     assert process.stdout is not None
     fd = process.stdout.fileno()
     over: float | None = None
-    while not stop.is_set():
-        if select.select([fd], [], [], GRACE / 4)[0]:
+    stopped = False
+    while not stopped:
+        stopped = stop.is_set()  # what is in the pipe then was printed before
+        if select.select([fd], [], [], 0 if stopped else GRACE / 4)[0]:
             data = os.read(fd, 1 << 16)
             if not data:
                 return

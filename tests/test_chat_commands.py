@@ -5,7 +5,9 @@ import dataclasses
 import json
 import os
 import re
+import select
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ms4 import StopFlag
 from ms4.cli import chat_attached, chat_commands, chat_compact, chat_kept, remembered, repl, session_list, streams
 from ms4.cli.chat_commands import COMMANDS, PATH, completions
 from ms4.cli.image_notes import ImageOptions
@@ -585,6 +588,15 @@ def test_ctrl_c_while_a_kept_prompt_is_read_takes_the_message_back(talk, monkeyp
     assert len(one.dialogue.turns) == 1 and one.timeline.length == len(one.timeline.keys)
     one.send("more")
     assert [turn.message for turn in sessions.read(one.memory.path).turns] == ["Hi", "more"]
+
+
+def test_what_a_command_had_printed_when_it_was_stopped_is_read():
+    stop = StopFlag()
+    with subprocess.Popen(["sh", "-c", "echo begun; exec sleep 60"], stdout=subprocess.PIPE) as process:
+        select.select([process.stdout], [], [])
+        stop.set()
+        assert [*chat_attached.read_output(process, stop)] == [b"begun\n"]
+        process.kill()
 
 
 def test_a_command_that_is_stopped_leaves_what_it_has_shown(talk, monkeypatch):

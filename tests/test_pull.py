@@ -249,7 +249,7 @@ def test_what_is_in_a_remote_file_is_told_from_its_header(ms4, server, name):
         key: here[key] for key in here if key not in ("paths", "mmproj")
     }
     assert "images" not in ms4("info", url)[1] and server.n_sent < len(server.files[Q4])
-    assert ms4("info", "")[0] == 2
+    assert ms4("info", "")[0] == 5
 
 
 @pytest.mark.parametrize("kind", ["cuts", "errors", "no ranges", "page", "less", "far", "other etag"])
