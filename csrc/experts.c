@@ -100,7 +100,7 @@ static int32_t locate(const experts *store, int32_t expert, ffn_group *g) {
         store->place ? store->place[(size_t)store->layer * (size_t)store->n_expert + (size_t)expert] : 0;
     if (!store->on_card) return at;
     if (!at && vram_find(store->on_card, store->layer, expert, &g->w)) return 0;
-    g->away = !store->place && !store->slots && g->n >= store->stream_from;
+    g->away = !store->place && !store->slots && g->n >= store->stream_from && store->picks->n > 1;
     return !g->away;
 }
 /* Puts an expert into the share of who computes it, and among those that the disk has to bring. */
@@ -135,6 +135,10 @@ static int32_t want(experts *store, const picks *p, int32_t n) {
     }
     slots_soon(store->slots, next, store->ids, n_soon);
     return n_there;
+}
+void experts_ahead(const experts *store, int32_t layer, ffn_ahead *out) {
+    *out = (ffn_ahead){ 0 };
+    if (store->on_card && !store->place) vram_ahead(store->on_card, layer, out);
 }
 int experts_take(experts *store, int32_t layer, const picks *p, ffn_share shares[MAX_SHARES], int32_t *n_shares) {
     const layer_weights *w = &store->layers[layer];
@@ -218,7 +222,9 @@ void experts_off_card(experts *store, device *home) {
 int experts_turn(experts *store) {
     const double ns_step = store->ns_step, ns_cpu = store->ns_cpu;
     store->ns_step = store->ns_cpu = 0;
-    return store->on_card ? vram_turn(store->on_card, ns_step, ns_cpu) : MS4_OK;
+    if (!store->on_card) return MS4_OK;
+    TRY(vram_turn(store->on_card, ns_step, ns_cpu));
+    return vram_show(store->on_card);
 }
 /* The time of a device that works on after it has answered says nothing. */
 void experts_took(experts *store, const ffn_share *part, int64_t ns) {

@@ -24,6 +24,8 @@ int experts_open(const ms4_shape *s, const layer_weights *layers, device *home, 
 void experts_close(experts *store);
 void experts_begin(experts *store, const atomic_int *stop);            /* a step: the flag that ends its waiting */
 
+/* What the home device has in its slots; the caller adds `every`. */
+void experts_ahead(const experts *store, int32_t layer, ffn_ahead *out);
 /* Says who computes the experts of these picks: the home device first, then others.  Never waits.  n_shares is at least
  * 1; shares[0].whole: there is one, and it comes in one part. */
 int experts_take(experts *store, int32_t layer, const picks *p, ffn_share shares[MAX_SHARES], int32_t *n_shares);

@@ -66,10 +66,13 @@ static int run_shares(device *d, experts *store, const picks *p, ffn_share *shar
 static int moe(const step *st, device *d, int32_t layer, const layer_weights *w, experts *store, picks *p) {
     const product route = { .m = &w->router, .x = BUF_X, .y = BUF_ROUTER };
     ffn_share shares[MAX_SHARES];
+    ffn_ahead ahead;
     int32_t n = 0;
     TRY(DO(d, products, &route, 1, st->n));
     p->n = st->n;
-    TRY(DO(d, route, st->shape, p));
+    experts_ahead(store, layer, &ahead);
+    ahead.every = w->has_every ? &w->every : NULL;
+    TRY(DO(d, route, st->shape, &ahead, p));
     if (st->watch->call) st->watch->call(layer, p->n, p->expert, st->watch->user);
     TRY(experts_take(store, layer, p, shares, &n));
     if (w->has_every) shares[0].every = &w->every;

@@ -142,6 +142,22 @@ def test_a_stopped_span_leaves_its_session_as_it_was(tiny):
         assert np.array_equal(one.feed([7]), two.feed([7]))
 
 
+def test_single_tokens_have_the_bits_of_the_cpu_at_any_depth(tiny):
+    """Graphs that change: two conversations in turns, across the ends of blocks; nobody wants logits; two at once."""
+    ids, said = np.random.default_rng(8).integers(0, 1400, (2, 400)), {}
+    for device in ("cpu", "cuda"):
+        got = said[device] = []
+        with Model.open(tiny, device=device) as model, model.session(600) as one, model.session(600) as two:
+            got += [one.feed(ids[0, :126]), two.feed(ids[1, :382])]
+            for i in range(5):
+                got += [one.feed(ids[0, 126 + i : 127 + i]), two.feed(ids[1, 382 + i : 383 + i])]
+            one.feed(ids[0, 131:132], n_logits=0)
+            got.append(one.feed(ids[0, 132:133]))
+            got += [logits[0] for logits in model.engine.step([ms4.Span(one, ids[0, 133:134]), ms4.Span(two, [5])])]
+            got.append(two.feed(ids[1, 390:391]))
+    assert all(np.array_equal(a, b) for a, b in zip(said["cpu"], said["cuda"], strict=True))
+
+
 def test_experts_move_while_tokens_are_computed():
     """Too little room for all experts: some are computed by the CPU, and those in slots change."""
     ids, said = np.random.default_rng(3).integers(5, 900, 40), {}
@@ -363,6 +379,51 @@ def test_every_call_may_fail(kind, tiny, tmp_path):
             assert all(line == "done" or re.match(r"(open|step): \S", line) for line in said), (name, at, said)
 
 
+TOKENS = """
+import sys
+import numpy as np
+from ms4.models.model import Model
+with Model.open(sys.argv[1], device=sys.argv[2], vram=int(sys.argv[3])) as model, model.session(64) as session:
+    session.feed(np.arange(12))
+    for i in range(int(sys.argv[4])):
+        session.feed([20 + 37 * i % 800])
+    stats = model.engine.stats()
+    print(model.shape.n_layer, stats.experts_used - stats.pairs_on_gpu)
+"""
+WAITS = ("cuStreamQuery", "cuEventQuery", "cuCtxSetCurrent")  # as often as it takes, and what costs nothing
+
+
+def calls_of_a_token(report, path, device, vram, n=8):
+    """Layers; calls of the driver for each of n tokens, by name, waits left out; and pairs that the CPU computed."""
+    counts, pairs = [], []
+    for n_tokens in (4, 4 + n):
+        code = [sys.executable, "-c", TOKENS, str(path), device, str(vram), str(n_tokens)]
+        done = subprocess.run(code, capture_output=True, text=True, env=emulated(MS4_EMU_REPORT=str(report)))
+        assert done.returncode == 0, done.stderr
+        n_layer, n_pairs = map(int, done.stdout.split())
+        counts.append({name: calls for name, calls in calls_of(report).items() if name not in WAITS})
+        pairs.append(n_pairs)
+    each = {name: (calls - counts[0].get(name, 0)) / n for name, calls in counts[1].items()}
+    return n_layer, {name: calls for name, calls in each.items() if calls}, (pairs[1] - pairs[0]) / n
+
+
+def test_a_token_takes_one_call_of_the_driver_for_a_layer(tiny, tmp_path):
+    """A graph from the sum of a layer to the experts of the next, and a part at either end; then the logits."""
+    n_layer, each, _ = calls_of_a_token(tmp_path / "report", tiny, "cuda", 0)
+    copies = {"cuMemcpyHtoDAsync_v2": 3, "cuEventRecord": 2, "cuMemcpyDtoHAsync_v2": 1}  # token, tables, jobs; logits
+    assert each == {"cuGraphLaunch": n_layer + 2, "cuLaunchKernel": 2, **copies}
+    n_layer, each, _ = calls_of_a_token(tmp_path / "report", tiny, "cuda:safe", 0)
+    assert "cuGraphLaunch" not in each and each["cuLaunchKernel"] + each["cuMemcpyHtoDAsync_v2"] > 20 * n_layer
+
+
+def test_what_the_cpu_computes_of_a_token_takes_one_copy_more(tmp_path):
+    """Experts that come and go do not change that: where they lie is a table on the card."""
+    n_layer, each, pairs = calls_of_a_token(tmp_path / "report", DEMO / "ms4-demo.gguf", "cuda", 20 << 20)
+    assert pairs > 0 and each["cuGraphLaunch"] == n_layer + 2 and each["cuLaunchKernel"] == 2
+    assert "cuGraphInstantiateWithFlags" not in each and "cuGraphExecKernelNodeSetParams_v2" not in each
+    assert each["cuMemcpyHtoDAsync_v2"] >= 3 + pairs
+
+
 # --- what goes on without the card, or with less of it
 
 ASKED = ("run", "-m", DEMO / "ms4-demo.gguf", "-n", 24, "--temp", 0, "--ctx", 512, "How many legs have 3 spiders?")
@@ -375,7 +436,9 @@ def calls_of(path):
 
 
 @pytest.mark.parametrize("kind", ["", ":lost"])
-@pytest.mark.parametrize("call", ["cuLaunchKernel", "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuEventRecord"])
+@pytest.mark.parametrize(
+    "call", ["cuLaunchKernel", "cuGraphLaunch", "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuEventRecord"]
+)
 def test_a_card_that_fails_in_an_answer_costs_no_token(call, kind, tmp_path):
     want = run(*ASKED, "--device", "cpu").stdout
     assert run(*ON_THE_CARD, MS4_EMU_REPORT=str(tmp_path / "report")).stdout == want

@@ -65,7 +65,7 @@ int cpu_keep(device *, const int32_t *, int32_t);
 int cpu_products(device *, const product *, int32_t, int32_t);                                 /* run_products.c */
 int cpu_logits(device *, const matrix *, int32_t, float *);
 int cpu_attend(device *, const step *, int32_t, const matrix *, const matrix *);               /* run_attend.c */
-int cpu_route(device *, const ms4_shape *, picks *);                                           /* run_ffn.c */
+int cpu_route(device *, const ms4_shape *, const ffn_ahead *, picks *);                        /* run_ffn.c */
 int cpu_ffn(device *, const ffn_share *, const picks *);
 int cpu_send(device *, device *, const ffn_share *, const picks *);
 int cpu_fetch(device *, device *, const ffn_share *);

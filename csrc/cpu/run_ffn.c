@@ -43,8 +43,9 @@ static void choose_item(void *context, int32_t item, int32_t thread) {
                             run->s->router_norm, run->p->expert + at, run->p->weight + at);
     }
 }
-int cpu_route(device *base, const ms4_shape *s, picks *p) {
+int cpu_route(device *base, const ms4_shape *s, const ffn_ahead *ahead, picks *p) {
     const cpu_device *d = (const cpu_device *)base;
+    (void)ahead;
     choose_run run = { d, s, p };
     pool_run(d->pool, choose_item, &run, (p->n + CHOOSE_TOKENS - 1) / CHOOSE_TOKENS, d->stop);
     if (d->stop && atomic_load(d->stop))       /* tokens were left out: any choice will do, as long as it is one */

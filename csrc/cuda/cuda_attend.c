@@ -90,7 +90,7 @@ static int tables(cuda_device *d, const step *st) {
     if (t->ready) return MS4_OK;
     const size_t bytes = lay_out(st, NULL, &card);
     TRY(room_shorts(d, st->n_spans));
-    TRY(gpu_need(d->g, &t->room, bytes));
+    TRY(gpu_need(d->g, &t->room, (bytes + 4095) / 4096 * 4096));      /* a token more is not to move it */
     uint8_t *built = memory_take(bytes, 1);
     FAIL_IF(!built, MS4_ENOMEM, "no memory for a step; use a smaller batch");
     lay_out(st, built, &host);
@@ -145,7 +145,8 @@ static int attend_short(cuda_device *d, const step *st, int32_t layer, const cud
     const ms4_shape *s = st->shape;
     const size_t heads = (size_t)s->n_head, rank = (size_t)s->kv_rank, first = (size_t)run->first * heads;
     const cuda_tables *t = &d->tables;
-    TRY(gpu_need(d->g, &d->partial, (size_t)run->n * (size_t)run->most * heads * (rank + 2) * sizeof(float)));
+    const size_t most = ((size_t)run->most + 7) / 8 * 8;      /* nor is a segment more to move this */
+    TRY(gpu_need(d->g, &d->partial, (size_t)run->n * most * heads * (rank + 2) * sizeof(float)));
     const segments_args args = {
         .q = (int16_t *)d->queries.at + first * (rank + (size_t)s->d_rope), .q_d = (float *)d->queries_d.at + 2 * first,
         .spans = t->spans, .row_span = t->row_span + run->first, .partial = d->partial.at,

@@ -9,8 +9,10 @@ static int begin(device *base, const buffer_shape shapes[N_BUFFERS], const atomi
     cuda_device *d = (cuda_device *)base;
     d->stop = stop;
     d->tables.ready = 0;
+    d->ahead = NULL;
     d->rope_of = NULL;
     TRY(gpu_enter(d->g));
+    TRY(gpu_tape(d->g, 0));
     for (int i = 0; i < N_BUFFERS; i++) {
         cuda_rows *r = &d->rows[i];
         const buffer_shape *s = &shapes[i];
@@ -21,17 +23,22 @@ static int begin(device *base, const buffer_shape shapes[N_BUFFERS], const atomi
         r->f = r->room_f.at;
         r->q = s->blocks ? r->room_q.at : NULL;
     }
-    return MS4_OK;
+    /* A token of a text model: so few rows that its launches take longer than its kernels. */
+    if (shapes[BUF_H].rows != 1 || !shapes[BUF_ROUTER].floats) return MS4_OK;
+    const buffer_shape *pairs = &shapes[BUF_PAIRS];
+    TRY(gpu_pinned(d->g, &d->brought, (size_t)pairs->rows * pairs->floats * sizeof(float)));
+    return gpu_tape(d->g, 1);
 }
 static int wait(device *base) {
     gpu *g = ((cuda_device *)base)->g;
     TRY(gpu_enter(g));
+    TRY(gpu_tape(g, 0));
     return gpu_wait(g);
 }
 static void close_device(device *base) {
     cuda_device *d = (cuda_device *)base;
     gpu_buffer *rooms[] = { &d->tables.room, &d->queries, &d->queries_d, &d->latent, &d->partial, &d->gate, &d->up,
-                            &d->hidden, &d->pairs, &d->logits, &d->kept, &d->rope, &d->routing,
+                            &d->hidden, &d->pairs, &d->logits, &d->kept, &d->rope, &d->routing, &d->choice,
                             &d->streamed };
     gpu_enter(d->g);
     gpu_settle(d->g);                                         /* not gpu_wait: who closes need not hold the turn */
@@ -47,6 +54,8 @@ static void close_device(device *base) {
     }
     gpu_unpin(d->g, d->chosen.at);
     gpu_unpin(d->g, d->x_pinned.at);
+    gpu_unpin(d->g, d->told.at);
+    gpu_unpin(d->g, d->brought.at);
     memory_give(d->shorts);
     memory_give(d->products);
     memory_give(d);

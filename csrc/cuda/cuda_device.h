@@ -51,13 +51,19 @@ typedef struct {
     gpu_pinned_room chosen;                                   /* the ids that the router chose, then pairs_here */
     int32_t *ids, sees_pairs;                                 /* kernels see `chosen` */
     cuda_pairs pairs_here, pairs_seen;                        /* pinned; what kernels read, one or the other */
+    gpu_buffer choice;                                        /* of a single row: ids, then weights */
+    gpu_pinned_room told, brought;                            /* what the card tells the host of it; rows of the CPU */
+    float *ahead;                                             /* results of experts that ffn has not to begin; NULL */
     gpu_pinned_room x_pinned;
     const block_q8 *x_here;                                   /* pinned: X of this layer's choice, or NULL */
     gpu_product *products;                                    /* the host's; room for room_products */
     int32_t room_products;
 } cuda_device;
 
-static inline int cuda_stopped(const cuda_device *d) { return d->stop && atomic_load(d->stop); }
+/* What is on a tape is done whole: it is one token. */
+static inline int cuda_stopped(const cuda_device *d) {
+    return d->stop && !gpu_is_taping(d->g) && atomic_load(d->stop);
+}
 static inline float *cuda_row(const cuda_device *d, buffer b, int32_t row) {
     return d->rows[b].f + (size_t)row * d->rows[b].width;
 }
@@ -80,7 +86,7 @@ int cuda_keep(device *, const int32_t *, int32_t);
 int cuda_latents(device *, const step *, int32_t, const vector *, float);                      /* cuda_attend.c */
 int cuda_queries(device *, const step *);
 int cuda_attend(device *, const step *, int32_t, const matrix *, const matrix *);
-int cuda_route(device *, const ms4_shape *, picks *);                                          /* cuda_ffn.c */
+int cuda_route(device *, const ms4_shape *, const ffn_ahead *, picks *);                       /* cuda_ffn.c */
 int cuda_ffn(device *, const ffn_share *, const picks *);
 int cuda_send(device *, device *, const ffn_share *, const picks *);
 int cuda_fetch(device *, device *, const ffn_share *);

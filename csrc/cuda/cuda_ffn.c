@@ -44,14 +44,18 @@ static int bring_x(cuda_device *d, int32_t n) {
     d->x_here = d->x_pinned.at;
     return MS4_OK;
 }
-int cuda_route(device *base, const ms4_shape *s, picks *p) {
-    cuda_device *d = (cuda_device *)base;
+static int choose(cuda_device *d, const ms4_shape *s, const picks *p, int32_t *ids) {
+    const choose_args args = {
+        .logits = cuda_row(d, BUF_ROUTER, 0), .ids = ids, .weights = (float *)(ids + (size_t)p->n * (size_t)p->k),
+        .stride = d->rows[BUF_ROUTER].width, .n = p->n, .n_expert = s->n_expert, .k = p->k, .norm = s->router_norm,
+        .scale = s->router_scale };
+    return gpu_launch(d->g, KERNEL_choose_experts, &args, (gpu_grid){ p->n, 1, 1 }, 0);
+}
+static int route(cuda_device *d, const ms4_shape *s, picks *p) {
     const size_t n = (size_t)p->n * (size_t)p->k;
     TRY(room_chosen(d, n));
     int32_t *ids = d->sees_pairs ? d->ids : d->routing.at;
-    const choose_args args = { cuda_row(d, BUF_ROUTER, 0), ids, (float *)(ids + n), d->rows[BUF_ROUTER].width,
-                               p->n, s->n_expert, p->k, s->router_norm, s->router_scale, 0 };
-    TRY(gpu_launch(d->g, KERNEL_choose_experts, &args, (gpu_grid){ p->n, 1, 1 }, 0));
+    TRY(choose(d, s, p, ids));
     if (!d->sees_pairs) TRY(gpu_fetch(d->g, d->ids, ids, 2 * n * sizeof *ids));
     TRY(bring_x(d, p->n));
     TRY(gpu_wait(d->g));
@@ -69,6 +73,8 @@ typedef struct {
     uint8_t *hidden;                                          /* floats or blocks, as down wants them */
     size_t hidden_bytes;                                      /* of a row */
     int32_t x_row, n, add;
+    const ffn_ahead *ahead;                                   /* not NULL: the card chose it, w says what it is like */
+    const int32_t *expert;                                    /* there */
 } ffn_job;
 static int takes_blocks(const ffn_job *j) { return matrix_quantized(&j->w->down); }
 static size_t width_of(const ffn_job *j) { return (size_t)j->w->gate.n_rows; }
@@ -99,6 +105,14 @@ static int place(cuda_device *d, ffn_job *jobs, int32_t n_jobs) {
     }
     return MS4_OK;
 }
+/* The matrix is that of an expert which the card chose, so many bytes behind where that begins. */
+static void in_slot(gpu_product *p, const ffn_job *j, size_t bytes) {
+    if (!j->expert) return;
+    p->job.w = NULL;
+    p->job.slots = j->ahead->slots;
+    p->job.expert = j->expert;
+    p->job.in_slot = bytes;
+}
 static gpu_product from_x(const cuda_device *d, const matrix *m, const ffn_job *j, float *y) {
     const cuda_rows *x = &d->rows[BUF_X];
     const int quantized = matrix_quantized(m);
@@ -113,6 +127,8 @@ static int gate_and_up(cuda_device *d, const ffn_job *jobs, int32_t n_jobs) {
     for (int32_t i = 0; i < n_jobs; i++) {
         d->products[2 * i] = from_x(d, &jobs[i].w->gate, &jobs[i], jobs[i].gate);
         d->products[2 * i + 1] = from_x(d, &jobs[i].w->up, &jobs[i], jobs[i].up);
+        in_slot(&d->products[2 * i], &jobs[i], 0);
+        in_slot(&d->products[2 * i + 1], &jobs[i], jobs[i].expert ? jobs[i].ahead->up_at : 0);
     }
     return gpu_products(d->g, d->products, 2 * n_jobs);
 }
@@ -121,9 +137,10 @@ static int activate(cuda_device *d, const ffn_job *jobs, int32_t n_jobs) {
         const ffn_job *j = &jobs[i];
         int32_t n = 0;
         for (end = i; end < n_jobs && alike(j, &jobs[end]); end++) n += jobs[end].n;
-        const act_args args = { j->gate, j->up, takes_blocks(j) ? NULL : (float *)(void *)j->hidden,
-                                takes_blocks(j) ? (block_q8 *)(void *)j->hidden : NULL, blocks_of(width_of(j)), n,
-                                (int32_t)width_of(j), j->w->gelu, 0 };
+        const act_args args = { .gate = j->gate, .up = j->up, .f = takes_blocks(j) ? NULL : (float *)(void *)j->hidden,
+                                .q = takes_blocks(j) ? (block_q8 *)(void *)j->hidden : NULL,
+                                .blocks = blocks_of(width_of(j)), .n = n, .width = (int32_t)width_of(j),
+                                .gelu = j->w->gelu };
         TRY(gpu_launch(d->g, KERNEL_act_rows, &args, (gpu_grid){ n, 1, 1 }, 0));
     }
     return MS4_OK;
@@ -133,12 +150,14 @@ static int down(cuda_device *d, const ffn_job *jobs, int32_t n_jobs) {
         const ffn_job *j = &jobs[i];
         d->products[i] = cuda_product(&j->w->down, j->hidden, j->hidden_bytes, j->y, d->rows[BUF_H].width, j->n);
         d->products[i].job.add = j->add;
+        in_slot(&d->products[i], j, j->expert ? j->ahead->down_at : 0);
     }
     return gpu_products(d->g, d->products, n_jobs);
 }
 static int add_pairs(cuda_device *d, const picks *p, const float *pairs) {
-    const sum_args args = { cuda_row(d, BUF_H, 0), pairs, d->pairs_seen.weight, d->pairs_seen.row, d->rows[BUF_H].width,
-                            p->n, p->k, (int32_t)d->rows[BUF_H].width, 0 };
+    const sum_args args = { .h = cuda_row(d, BUF_H, 0), .pairs = pairs, .weight = d->pairs_seen.weight,
+                            .row = d->pairs_seen.row, .stride = d->rows[BUF_H].width, .n = p->n, .k = p->k,
+                            .width = (int32_t)d->rows[BUF_H].width };
     return gpu_launch(d->g, KERNEL_sum_pairs, &args, (gpu_grid){ p->n, 1, 1 }, 0);
 }
 static int run_jobs(cuda_device *d, ffn_job *jobs, int32_t n_jobs) {
@@ -150,6 +169,69 @@ static int run_jobs(cuda_device *d, ffn_job *jobs, int32_t n_jobs) {
 static ffn_job job_of(const cuda_device *d, const ffn_group *g, const ffn_weights *w, float *pairs) {
     return (ffn_job){ .w = w, .tokens = d->pairs_seen.token + g->first, .n = g->n,
                       .y = pairs + (size_t)g->first * d->rows[BUF_H].width };
+}
+/* --- a single token: the card goes on while the host hears of the choice ----------------------------------------- */
+/* What the card tells: the flag, then ids and weights, then X, if another device may want it; pinned memory. */
+typedef struct { atomic_int *flag; int32_t *ids; float *weights; block_q8 *x; } told;
+static int room_told(cuda_device *d, size_t k, told *out) {
+    const size_t at = (64 + 2 * k * sizeof(int32_t) + 63) / 64 * 64;
+    TRY(gpu_need(d->g, &d->choice, 2 * k * sizeof(int32_t)));
+    TRY(gpu_pinned(d->g, &d->told, at + d->rows[BUF_X].blocks * sizeof(block_q8)));
+    uint8_t *base = d->told.at;
+    int32_t *ids = (int32_t *)(void *)(base + 64);
+    *out = (told){ (atomic_int *)(void *)base, ids, (float *)(ids + k), (block_q8 *)(void *)(base + at) };
+    return MS4_OK;
+}
+static int tell(cuda_device *d, const picks *p, const told *to) {
+    const int32_t *ids = d->choice.at;
+    const size_t bytes = d->rows[BUF_PAIRS].width ? d->rows[BUF_X].blocks * sizeof(block_q8) : 0;
+    const tell_args args = { .ids = ids, .weights = (const float *)(ids + p->k), .x = d->rows[BUF_X].q,
+                             .told_ids = to->ids, .told_weights = to->weights, .told_x = to->x,
+                             .flag = (int32_t *)(void *)to->flag, .k = p->k, .words = (int32_t)(bytes / 16) };
+    d->x_here = bytes ? to->x : NULL;
+    return gpu_launch(d->g, KERNEL_tell_choice, &args, (gpu_grid){ 1, 1, 1 }, 0);
+}
+/* The shared expert, and those of the chosen that lie here. */
+static int begin_ahead(cuda_device *d, const ffn_ahead *a, const picks *p) {
+    const size_t width = d->rows[BUF_H].width;
+    const int32_t *ids = d->choice.at;
+    int32_t n = 0;
+    if (!d->rows[BUF_PAIRS].width) TRY(gpu_need(d->g, &d->pairs, (size_t)p->k * width * sizeof(float)));
+    float *pairs = d->rows[BUF_PAIRS].width ? cuda_row(d, BUF_PAIRS, 0) : d->pairs.at;
+    ffn_job *jobs = memory_take((size_t)p->k + 1, sizeof *jobs);
+    FAIL_IF(!jobs, MS4_ENOMEM, "no memory for the products of a step");
+    if (a->every) jobs[n++] = (ffn_job){ .w = a->every, .n = 1, .add = 1, .y = cuda_row(d, BUF_H, 0) };
+    for (int32_t i = 0; i < p->k; i++)
+        jobs[n++] = (ffn_job){ .w = &a->experts, .ahead = a, .expert = ids + i, .n = 1,
+                               .y = pairs + (size_t)i * width };
+    int status = run_jobs(d, jobs, n);
+    memory_give(jobs);
+    d->ahead = status ? NULL : pairs;
+    return status;
+}
+static int route_ahead(cuda_device *d, const ms4_shape *s, const ffn_ahead *a, picks *p, const told *to) {
+    const size_t k = (size_t)p->k;
+    atomic_store(to->flag, 0);
+    TRY(choose(d, s, p, d->choice.at));
+    TRY(tell(d, p, to));
+    TRY(begin_ahead(d, a, p));
+    TRY(gpu_poll(d->g, to->flag));
+    memcpy(p->expert, to->ids, k * sizeof *p->expert);
+    memcpy(p->weight, to->weights, k * sizeof *p->weight);
+    picks_group(p, s->n_expert);
+    d->pairs_seen = (cuda_pairs){ .weight = (float *)d->choice.at + k };
+    return MS4_OK;
+}
+int cuda_route(device *base, const ms4_shape *s, const ffn_ahead *ahead, picks *p) {
+    cuda_device *d = (cuda_device *)base;
+    told to;
+    d->ahead = NULL;
+    if (gpu_is_taping(d->g) && ahead->slots) {
+        TRY(room_told(d, (size_t)p->k, &to));
+        if (gpu_is_pinned(d->g, d->told.at)) return route_ahead(d, s, ahead, p, &to);
+    }
+    TRY(gpu_tape(d->g, 0));                                   /* what comes now depends on the choice */
+    return route(d, s, p);
 }
 /* --- experts that do not stay ------------------------------------------------------------------------------------- */
 static size_t aligned(const matrix *m) { return ((size_t)matrix_bytes(m) + 255) / 256 * 256; }
@@ -211,6 +293,11 @@ int cuda_ffn(device *base, const ffn_share *share, const picks *p) {
     const size_t width = d->rows[BUF_H].width;
     int32_t n_jobs = 0;
     if (cuda_stopped(d)) return MS4_OK;
+    if (d->ahead) {                                           /* one row, for which no expert is brought */
+        float *pairs = d->ahead;
+        d->ahead = NULL;
+        return share->whole && share->n_groups ? add_pairs(d, p, pairs) : MS4_OK;
+    }
     if (share->whole && share->n_groups)
         TRY(gpu_need(d->g, &d->pairs, (size_t)p->n * (size_t)p->k * width * sizeof(float)));
     ffn_job *jobs = memory_take((size_t)share->n_groups + 1, sizeof *jobs);
@@ -243,10 +330,22 @@ int cuda_send(device *base, device *other, const ffn_share *share, const picks *
     else if (blocks) TRY(gpu_download(d->g, to->q, x->q, bytes));
     return floats ? gpu_download(d->g, to->f, x->f, (size_t)p->n * x->width * sizeof *x->f) : MS4_OK;
 }
+/* The rows of a single token: nobody writes to `brought` again before the card has told of the next layer's choice, and
+ * so has read it. */
+static int fetch_few(cuda_device *d, const cpu_device *from, const ffn_share *share) {
+    const size_t width = d->rows[BUF_PAIRS].width;
+    for (const ffn_group *g = share->groups; g < share->groups + share->n_groups; g++) {
+        float *row = (float *)d->brought.at + (size_t)g->first * width;
+        memcpy(row, cpu_row(from, BUF_PAIRS, g->first), width * sizeof *row);
+        TRY(gpu_show(d->g, cuda_row(d, BUF_PAIRS, g->first), row, width * sizeof *row));
+    }
+    return MS4_OK;
+}
 int cuda_fetch(device *base, device *other, const ffn_share *share) {
     cuda_device *d = (cuda_device *)base;
     const cpu_device *from = (const cpu_device *)other;
     const size_t row_bytes = d->rows[BUF_PAIRS].width * sizeof(float);
+    if (gpu_is_taping(d->g)) return fetch_few(d, from, share);
     for (const ffn_group *g = share->groups; g < share->groups + share->n_groups; g++)
         TRY(gpu_upload(d->g, cuda_row(d, BUF_PAIRS, g->first), cpu_row(from, BUF_PAIRS, g->first),
                        (size_t)g->n * row_bytes));

@@ -16,6 +16,15 @@ typedef struct CUmod_st *CUmodule;
 typedef struct CUfunc_st *CUfunction;
 typedef struct CUstream_st *CUstream;
 typedef struct CUevent_st *CUevent;
+typedef struct CUgraph_st *CUgraph;
+typedef struct CUgraphNode_st *CUgraphNode;
+typedef struct CUgraphExec_st *CUgraphExec;
+typedef struct {                                              /* CUDA_KERNEL_NODE_PARAMS_v2 */
+    CUfunction f;
+    unsigned grid[3], block[3], shared;
+    void **parameters, **extra;
+    void *kernel, *context;
+} cuda_kernel_node;
 
 enum { CUDA_SUCCESS = 0, CUDA_ERROR_OUT_OF_MEMORY = 2, CUDA_ERROR_STUB_LIBRARY = 34,
        CUDA_ERROR_INSUFFICIENT_DRIVER = 35, CUDA_ERROR_NO_DEVICE = 100, CUDA_ERROR_NOT_READY = 600,
@@ -65,7 +74,16 @@ enum { CU_MEMHOSTALLOC_PORTABLE = 1, CU_MEMHOSTALLOC_DEVICEMAP = 2, CU_MEMHOSTRE
     X(cuEventQuery, cuEventQuery, (CUevent)) \
     X(cuEventElapsedTime, cuEventElapsedTime, (float *, CUevent, CUevent)) \
     X(cuLaunchKernel, cuLaunchKernel, (CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, \
-                                       unsigned, CUstream, void **, void **))
+                                       unsigned, CUstream, void **, void **)) \
+    X(cuGraphCreate, cuGraphCreate, (CUgraph *, unsigned)) \
+    X(cuGraphDestroy, cuGraphDestroy, (CUgraph)) \
+    X(cuGraphAddKernelNode, cuGraphAddKernelNode_v2, (CUgraphNode *, CUgraph, const CUgraphNode *, size_t, \
+                                                      const cuda_kernel_node *)) \
+    X(cuGraphInstantiate, cuGraphInstantiateWithFlags, (CUgraphExec *, CUgraph, unsigned long long)) \
+    X(cuGraphExecKernelNodeSetParams, cuGraphExecKernelNodeSetParams_v2, (CUgraphExec, CUgraphNode, \
+                                                                          const cuda_kernel_node *)) \
+    X(cuGraphLaunch, cuGraphLaunch, (CUgraphExec, CUstream)) \
+    X(cuGraphExecDestroy, cuGraphExecDestroy, (CUgraphExec))
 
 #define DECLARE(name, symbol, parameters) CUresult (*name) parameters;
 struct cuda_driver { CUDA_DRIVER(DECLARE) };

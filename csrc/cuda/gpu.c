@@ -2,6 +2,7 @@
 #include "cuda/gpu.h"
 #include "clock.h"
 #include "cuda/module.h"
+#include "cuda/tape.h"
 #include "memory.h"
 #include "ops.h"
 #include <pthread.h>
@@ -21,7 +22,7 @@ typedef struct { uint8_t *at; void *card; size_t bytes, used; } chunk;
 /* Two pieces of pinned memory through which other memory goes to the card, one being filled while the other leaves. */
 typedef struct { uint8_t *at[2]; CUevent left[2]; CUstream stream; int32_t next, used[2]; } pipe;
 typedef struct { void *at; size_t bytes; int pinned; } host_piece;
-typedef struct { CUfunction f; size_t granted; const char *name; int32_t threads; } loaded;
+typedef struct { CUfunction f; size_t granted, bytes; int32_t threads; } loaded;   /* bytes: of its argument */
 
 struct gpu {
     CUdevice id;
@@ -30,7 +31,8 @@ struct gpu {
     CUstream work, bring;
     pipe up, aside;                                       /* aside: that of `bring` */
     chunk chunks[MOST_CHUNKS];
-    int32_t n_chunks, safe, unpinned;
+    tape *tape;
+    int32_t n_chunks, safe, unpinned, taping;
     atomic_int lost;
     pthread_mutex_t bringing;                                 /* of `aside` */
     pthread_mutex_t lock;                                     /* of the next four lines */
@@ -90,6 +92,7 @@ int gpu_enter(gpu *g) {
 }
 int gpu_wait(gpu *g) {
     FAIL_IF(g->lost, MS4_EDEVICE, "%s", g->why);
+    TRY(gpu_go(g));
     TRY(wait_for(g, g->work, NULL));
     for (int32_t i = 0; i < g->n_chunks; i++) g->chunks[i].used = 0;
     return MS4_OK;
@@ -165,6 +168,7 @@ void gpu_drop(gpu *g, gpu_buffer *room) {
 }
 int gpu_copy(gpu *g, void *to, const void *from, size_t bytes) {
     if (!bytes) return MS4_OK;
+    TRY(gpu_go(g));
     TRY(GPU(g, cuMemcpyDtoDAsync, address(to), address(from), bytes, g->work));
     return settle(g, g->work);
 }
@@ -263,11 +267,13 @@ int gpu_stage(gpu *g, size_t bytes, void **out, void **card) {
 }
 int gpu_show(gpu *g, void *card, const void *staged, size_t bytes) {
     if (!bytes) return MS4_OK;
+    TRY(gpu_go(g));
     TRY(GPU(g, cuMemcpyHtoDAsync, address(card), staged, bytes, g->work));
     return settle(g, g->work);
 }
 int gpu_fetch(gpu *g, void *pinned, const void *card, size_t bytes) {
     if (!bytes) return MS4_OK;
+    TRY(gpu_go(g));
     TRY(GPU(g, cuMemcpyDtoHAsync, pinned, address(card), bytes, g->work));
     return settle(g, g->work);
 }
@@ -320,10 +326,14 @@ static int pipe_fetch(gpu *g, pipe *p, uint8_t *to, const uint8_t *from, size_t 
     }
     return MS4_OK;
 }
-int gpu_upload(gpu *g, void *to, const void *from, size_t bytes) { return pipe_copy(g, &g->up, to, from, bytes); }
+int gpu_upload(gpu *g, void *to, const void *from, size_t bytes) {
+    TRY(gpu_go(g));
+    return pipe_copy(g, &g->up, to, from, bytes);
+}
 int gpu_download(gpu *g, void *to, const void *from, size_t bytes) {
     uint8_t *out = to;
     const uint8_t *at = from;
+    TRY(gpu_go(g));
     for (size_t part; bytes; out += part, at += part, bytes -= part) {
         part = bytes < CHUNK ? bytes : CHUNK;
         for (int i = 0; i < 2; i++)
@@ -364,8 +374,14 @@ void gpu_event_close(gpu *g, CUevent event) {
     if (event && !g->lost) cuda.cuEventDestroy(event);
 }
 int gpu_brought(gpu *g, CUevent event) { return GPU(g, cuEventRecord, event, g->bring); }
-int gpu_worked(gpu *g, CUevent event) { return GPU(g, cuEventRecord, event, g->work); }
-int gpu_await(gpu *g, CUevent event) { return GPU(g, cuStreamWaitEvent, g->work, event, 0); }
+int gpu_worked(gpu *g, CUevent event) {
+    TRY(gpu_go(g));
+    return GPU(g, cuEventRecord, event, g->work);
+}
+int gpu_await(gpu *g, CUevent event) {
+    TRY(gpu_go(g));
+    return GPU(g, cuStreamWaitEvent, g->work, event, 0);
+}
 int gpu_hold(gpu *g, CUevent event) { return GPU(g, cuStreamWaitEvent, g->bring, event, 0); }
 int gpu_is_over(gpu *g, CUevent event, int *over) {
     CUresult result = cuda.cuEventQuery(event);
@@ -389,8 +405,8 @@ void gpu_timed(gpu *g, double *bytes, double *ns) {
     pthread_mutex_unlock(&g->lock);
 }
 /* --- work ------------------------------------------------------------------------------------------------------ */
-static const struct { const char *name; int32_t threads; } rows[] = {
-#define X(name, type, threads) { #name, threads },
+static const struct { const char *name; int32_t threads; size_t bytes; } rows[] = {
+#define X(name, type, threads) { #name, threads, sizeof(type) },
     CUDA_ROW_KERNELS(X)
 #undef X
 };
@@ -403,11 +419,13 @@ static int find(gpu *g, int32_t kernel, loaded **out) {
     if (kernel < KERNEL_mul) {
         snprintf(text, sizeof text, "%s", rows[kernel].name);
         k->threads = rows[kernel].threads;
+        k->bytes = rows[kernel].bytes;
     } else {
         const int gemm = kernel >= KERNEL_gemm;
         snprintf(text, sizeof text, "%s_%s", gemm ? "gemm" : "mul",
                  ms4_type_infos[kernel - (gemm ? KERNEL_gemm : KERNEL_mul)].name);
         k->threads = gemm ? GEMM_THREADS : MUL_THREADS;
+        k->bytes = sizeof(mul_args);
     }
     CUresult result = cuda.cuModuleGetFunction(&k->f, g->module, text);
     FAIL_IF(result, MS4_EDEVICE, "the GPU's code has no kernel %s; build ms4 anew, or use --device cpu", text);
@@ -421,12 +439,54 @@ int gpu_launch(gpu *g, int32_t kernel, const void *args, gpu_grid grid, size_t s
         TRY(GPU(g, cuFuncSetAttribute, k->f, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, (int)shared));
         k->granted = shared;
     }
+    if (g->taping) {
+        const tape_launch how = { .f = k->f, .shared = shared, .grid = grid, .threads = k->threads };
+        return tape_put(g->tape, &how, args, k->bytes);
+    }
     void *parameters[] = { (void *)args };
     TRY(GPU(g, cuLaunchKernel, k->f, (unsigned)grid.x, (unsigned)grid.y, (unsigned)grid.z, (unsigned)k->threads, 1, 1,
             (unsigned)shared, g->work, parameters, NULL));
     return settle(g, g->work);
 }
+int gpu_tape(gpu *g, int on) {
+    const int status = gpu_go(g);
+    g->taping = 0;
+    TRY(status);
+    if (!on || g->safe) return MS4_OK;
+    if (!g->tape) TRY(tape_open(g, &g->tape));
+    tape_begin(g->tape);
+    g->taping = 1;
+    return MS4_OK;
+}
+int gpu_is_taping(const gpu *g) { return g->taping; }
+int gpu_go(gpu *g) {
+    enum { A_GRAPH = 4 << 20 };                               /* about; the driver does not say */
+    int status = g->taping ? tape_go(g->tape, g->work) : MS4_OK;
+    if (status != MS4_ENOMEM) return status;
+    pthread_mutex_lock(&g->lock);
+    g->wanted = A_GRAPH;
+    pthread_mutex_unlock(&g->lock);
+    return status;
+}
+int gpu_poll(gpu *g, atomic_int *flag) {
+    enum { LOOKS = 4000 };                                    /* between two questions to the driver */
+    TRY(gpu_go(g));
+    for (int64_t since = 0;;) {
+        for (int i = 0; i < LOOKS; i++)
+            if (atomic_load_explicit(flag, memory_order_acquire)) return MS4_OK;
+        const CUresult result = cuda.cuStreamQuery(g->work);
+        if (result != CUDA_ERROR_NOT_READY) TRY(gpu_check(g, "cuStreamQuery", result));
+        TRY(have_patience(g, &since));
+    }
+}
 /* --- products -------------------------------------------------------------------------------------------------- */
+/* A copy on the card of what was staged for the launch that comes next: at `card`, or where the tape has it already. */
+static int show_jobs(gpu *g, const void *staged, size_t bytes, void **card) {
+    int stale;
+    if (!g->taping) return gpu_show(g, *card, staged, bytes);
+    TRY(tape_keep(g->tape, staged, bytes, card, &stale));
+    return stale ? GPU(g, cuMemcpyHtoDAsync, address(*card), staged, bytes, g->work) : MS4_OK;
+}
 static int is_many(const gpu_product *p) { return p->job.n_tokens >= GEMM_FROM; }
 /* The jobs of one kernel, in one launch. */
 static int launch_products(gpu *g, const gpu_product *products, int32_t n, int32_t type, int many) {
@@ -444,7 +504,7 @@ static int launch_products(gpu *g, const gpu_product *products, int32_t n, int32
         n_tokens = job->n_tokens > n_tokens ? job->n_tokens : n_tokens;
         job++;
     }
-    TRY(gpu_show(g, card, jobs, (size_t)n_jobs * sizeof *jobs));
+    TRY(show_jobs(g, jobs, (size_t)n_jobs * sizeof *jobs, &card));
     const mul_args args = { .jobs = card, .n_jobs = n_jobs };
     return gpu_launch(g, (many ? KERNEL_gemm : KERNEL_mul) + type, &args, (gpu_grid){ blocks, 1, 1 },
                       many ? gemm_shared(type) : mul_shared(type, n_tokens));
@@ -509,6 +569,8 @@ void gpu_close(gpu *g) {
     if (!g) return;
     if (g->context && !g->lost && cuda.cuCtxSetCurrent(g->context) == CUDA_SUCCESS) {
         gpu_settle(g);
+        tape_close(g->tape);
+        g->tape = NULL;
         pipe_close(g, &g->up);
         pipe_close(g, &g->aside);
         for (int32_t i = 0; i < g->n_chunks; i++) {
@@ -520,6 +582,7 @@ void gpu_close(gpu *g) {
         if (g->module) cuda.cuModuleUnload(g->module);
     }
     gpu_use_arena(g, NULL);
+    tape_close(g->tape);
     for (host_piece *p = g->pieces; p < g->pieces + MOST_PIECES; p++) gpu_unpin(g, p->at);
     if (g->context && !g->lost) cuda.cuDevicePrimaryCtxRelease(g->id);
     pthread_mutex_destroy(&g->bringing);

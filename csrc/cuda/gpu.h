@@ -1,16 +1,22 @@
 /* gpu.h -- one card in use: its context, its kernels, two streams, its memory, and the pinned memory between host and
  * card.
  *
- * All work goes to one stream, in order; the other one brings experts.  Whoever calls holds the engine's turn, except
- * for gpu_take and gpu_give, which any thread may call that has called gpu_enter.  Pinned and device memory have the
- * same address on both sides.  Errors: MS4_ENOMEM, or MS4_EDEVICE, which lasts: a card that failed once, or that did
- * not answer for too long, is not asked again.
+ * All work goes to one stream, in order, call by call or in graphs (gpu_tape); the other one brings experts.  Whoever
+ * calls holds the engine's turn, except for gpu_take and gpu_give, which any thread may call that has called gpu_enter.
+ * Pinned and device memory have the same address on both sides.  Errors: MS4_ENOMEM, or MS4_EDEVICE, which lasts: a
+ * card that failed once, or that did not answer for too long, is not asked again.
  */
 #ifndef MS4_CUDA_GPU_H
 #define MS4_CUDA_GPU_H
 #include "cuda/arena.h"
 #include "cuda/driver.h"
+#include "quant.h"
+/* Launches are compared byte by byte (tape.h). */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic error "-Wpadded"
 #include "cuda/kernels.h"
+#pragma GCC diagnostic pop
+#include <stdatomic.h>
 
 /* Kernels by number: those of CUDA_ROW_KERNELS, then a product of few and one of many tokens for each type. */
 typedef enum {
@@ -77,6 +83,14 @@ typedef struct { int32_t x, y, z; } gpu_grid;
 /* args: the struct of the kernel.  A grid with a zero in it is no work. */
 int gpu_launch(gpu *g, int32_t kernel, const void *args, gpu_grid grid, size_t shared);
 typedef struct { mul_job job; int32_t type; } gpu_product;
+/* From now on launches are written down, and go to the card as graphs: where the host waits or copies, and at gpu_go;
+ * or, with on == 0 or `safe`, each by itself again.  Between the two the caller keeps the turn, and a step begins with
+ * the first. */
+int gpu_tape(gpu *g, int on);
+int gpu_is_taping(const gpu *g);
+int gpu_go(gpu *g);                                           /* what is written down is under way */
+/* Until a kernel has raised this flag, in pinned memory: raise_flag.  Work behind that kernel goes on. */
+int gpu_poll(gpu *g, atomic_int *flag);
 /* These products, none of which reads what another writes; first_block is filled in here. */
 int gpu_products(gpu *g, const gpu_product *products, int32_t n);
 

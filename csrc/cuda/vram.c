@@ -24,6 +24,8 @@ struct vram {
     policy *counts;
     place *slots;
     int32_t *slot_of;                                         /* by id: -1 is not there */
+    const uint8_t **at, **at_on_card;                         /* by id: where it lies, NULL: not there; and a copy */
+    int32_t at_changed;                                       /* since it was copied */
     uint8_t *where;                                           /* by id: bits of policy.h */
     int32_t *pool;                                            /* by layer: -1 has no experts, or no slots */
     int32_t *pairs;                                           /* n_expert: scratch */
@@ -59,6 +61,8 @@ static void enter(vram *v, int32_t at, int32_t id) {
     v->slots[at].id = id;
     v->slot_of[id] = at;
     v->where[id] = POLICY_RAM | POLICY_VRAM;
+    v->at[id] = v->slots[at].at;
+    v->at_changed = 1;
     v->n_held++;
 }
 static void leave(vram *v, int32_t at) {
@@ -66,6 +70,8 @@ static void leave(vram *v, int32_t at) {
     v->slots[at].id = -1;
     v->slot_of[id] = -1;
     v->where[id] = POLICY_RAM;
+    v->at[id] = NULL;
+    v->at_changed = 1;
     v->n_held--;
 }
 int vram_find(const vram *v, int32_t layer, int32_t expert, ffn_weights *out) {
@@ -74,6 +80,22 @@ int vram_find(const vram *v, int32_t layer, int32_t expert, ffn_weights *out) {
     *out = host_expert(v, id);
     in_slot(&v->slots[at], out);
     return 1;
+}
+static size_t table_bytes(const vram *v) { return (size_t)v->n_layer * (size_t)v->n_expert * sizeof *v->at; }
+int vram_show(vram *v) {
+    if (!v->at_changed) return MS4_OK;
+    TRY(gpu_enter(v->g));
+    TRY(gpu_upload(v->g, v->at_on_card, v->at, table_bytes(v)));
+    v->at_changed = 0;
+    return MS4_OK;
+}
+void vram_ahead(const vram *v, int32_t layer, ffn_ahead *out) {
+    const ffn_weights *w = &v->layers[layer].experts;
+    out->experts = *w;
+    out->up_at = up_to(matrix_bytes(&w->gate));
+    out->down_at = out->up_at + up_to(matrix_bytes(&w->up));
+    if (w->gate.scales || w->up.scales || w->down.scales) return;
+    out->slots = v->at_on_card + (size_t)layer * (size_t)v->n_expert;
 }
 int vram_has_all(const vram *v) { return v->n_held == v->n_experts; }
 void vram_used(vram *v, int32_t layer, const picks *p) {
@@ -348,15 +370,19 @@ void vram_stop(vram *v) {
 static int open_parts(vram *v, uint64_t bytes) {
     const size_t n = (size_t)v->n_layer * (size_t)v->n_expert;
     v->slot_of = memory_take(n, sizeof *v->slot_of);
+    v->at = memory_take(n, sizeof *v->at);
     v->where = memory_take(n, 1);
     v->pool = memory_take((size_t)v->n_layer, sizeof *v->pool);
     v->pairs = memory_take((size_t)v->n_expert, sizeof *v->pairs);
-    FAIL_IF(!v->slot_of || !v->where || !v->pool || !v->pairs, MS4_ENOMEM, "no memory for the table of slots");
+    FAIL_IF(!v->slot_of || !v->at || !v->where || !v->pool || !v->pairs, MS4_ENOMEM,
+            "no memory for the table of slots");
     for (size_t i = 0; i < n; i++) v->slot_of[i] = -1;
     memset(v->where, POLICY_RAM, n);
     TRY(policy_open(v->n_layer, v->n_expert, NULL, &v->counts));
     find_pools(v);
-    TRY(make_slots(v, bytes));
+    TRY(gpu_take(v->g, table_bytes(v), (void **)&v->at_on_card));
+    v->at_changed = 1;
+    TRY(make_slots(v, bytes > table_bytes(v) ? bytes - table_bytes(v) : 0));
     TRY(fill(v));
     return start_thread(v);
 }
@@ -422,8 +448,9 @@ void vram_close(vram *v) {
     vram_stop(v);
     if (!gpu_enter(v->g)) gpu_settle(v->g);
     for (int32_t i = 0; i < v->n_pieces; i++) gpu_give(v->g, v->pieces[i].memory, v->pieces[i].bytes);
+    gpu_give(v->g, v->at_on_card, table_bytes(v));
     if (!v->shares_counts) policy_close(v->counts);
-    void *all[] = { v->slots, v->slot_of, v->where, v->pool, v->pairs };
+    void *all[] = { v->slots, v->slot_of, v->at, v->where, v->pool, v->pairs };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) memory_give(all[i]);
     memory_give(v);
 }

@@ -12,6 +12,7 @@
 #ifndef MS4_CUDA_VRAM_H
 #define MS4_CUDA_VRAM_H
 #include "cuda/gpu.h"
+#include "device.h"
 #include "slots.h"
 #include "step.h"
 typedef struct vram vram;
@@ -30,6 +31,10 @@ uint64_t vram_wanted(const ms4_shape *s, const layer_weights *layers);        /*
 
 /* The expert as it lies on the card; 0: it is not there.  It stays there until the next vram_turn. */
 int vram_find(const vram *v, int32_t layer, int32_t expert, ffn_weights *out);
+/* The same for kernels, by the table that vram_show brings to the card between two steps, if it has changed; out->slots
+ * stays NULL where the experts of a layer are not alike, each having a scale of its own. */
+int vram_show(vram *v);
+void vram_ahead(const vram *v, int32_t layer, ffn_ahead *out);
 int vram_has_all(const vram *v);                              /* every expert has a slot */
 void vram_used(vram *v, int32_t layer, const picks *p);       /* what the router chose */
 struct policy *vram_policy(vram *v);                          /* what was used */

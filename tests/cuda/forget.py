@@ -37,6 +37,7 @@ NOT_FELT = {
     # They wait for g->up.left, recorded in g->work; the copy that follows goes through g->work, too, and so comes after
     # them, and gpu_wait(g) stands before the host reads: the two waits are one order said twice.
     ("gpu_download", 1): "uploads are in the stream that it waits for next",
+    ("gpu_poll", 1): "a flag says when to go on; the driver is asked whether the card has failed",
 }
 # Experts that come and go, sessions in turns, one that is saved and loaded, a prompt that brings experts for a layer
 # alone: the places that wait are on these ways.
