@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pyte
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,17 @@ def test_a_drawing_is_small_and_no_wider_than_the_terminal(name):
     width = float(root.get("width"))
     spans = root.findall(".//{http://www.w3.org/2000/svg}tspan")
     assert spans and all(float(span.get("x")) + float(span.get("textLength")) < width for span in spans)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_every_colour_is_one_that_svg_has(name):
+    colours = re.findall(r"fill:([^;}\"]+)", (FOLDER / name).read_text("utf-8"))
+    assert colours and all(re.fullmatch(r"#([0-9a-f]{3}|[0-9a-f]{6})", colour) for colour in colours), colours
+
+
+def test_bright_colours_have_a_name_of_their_own():
+    bright = {script["colour"](name) for name in pyte.graphics.FG_AIXTERM.values()}
+    assert all(re.fullmatch(r"(#[0-9a-f]{3}|)", colour) for colour in bright), bright
 
 
 @pytest.mark.slow

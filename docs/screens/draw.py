@@ -143,7 +143,8 @@ def colour(name: str) -> str:
     """What pyte calls a colour, as SVG has it; "" for the usual one."""
     named = {"black": "#000", "red": "#c00", "green": "#080", "brown": "#a60", "blue": "#05f", "magenta": "#a0a"}
     named |= {"cyan": "#088", "white": "#888", "default": "", "dim": ""}
-    return named.get(name, f"#{name}")
+    name = name.replace("bfightmagenta", "brightmagenta")  # as pyte spells it
+    return named.get(name.removeprefix("bright"), f"#{name}") if name != "brightblack" else "#777"
 
 
 def runs(row: dict[int, pyte.screens.Char]) -> Iterator[tuple[int, int, pyte.screens.Char, str]]:
