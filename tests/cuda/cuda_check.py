@@ -43,6 +43,8 @@ FAMILIES = {
     )
 }
 SHORT = {"mul": ("mul_", "gemm_q4_k", "gemm_q5_1", "gemm_f16")}
+# Kernels without a check of their own: their outputs are compared in that of another, which cannot do without them.
+WITHIN = {"fold_segments": "attend_segments"}
 KINDS = {"g++": "", "races": "_race", "ASan, UBSan": "_san", "PTX": "_ptx", "PTX sm_100": "_ptx100"}
 
 
@@ -137,17 +139,17 @@ def every_kernel(report: Report, short: bool, families: tuple[str, ...]) -> None
     kinds, names = list(report.compared), kernels()
     print("outputs compared" + "".join(f"{kind:>14}" for kind in kinds))
     for name in names:
-        cells = [str(report.compared[kind][name] or "-") for kind in kinds]
+        cells = [str(report.compared[kind][WITHIN.get(name, name)] or "-") for kind in kinds]
         if not short or any(cell != "-" for cell in cells):
             print(f"  {name:14}" + "".join(f"{cell:>14}" for cell in cells))
     for kind in kinds:
         counts = report.compared[kind]
-        missing = [name for name in names if not counts[name]]
+        missing = [name for name in names if not counts[WITHIN.get(name, name)]]
         if missing and not short and kind not in families:
             report.failed.append(f"not compared ({kind}): {' '.join(missing)}")
         bad = [f for f in report.failed if f.startswith("check_")]
         report.results.append(
-            f"outputs compared ({kind}): {sum(counts.values())} of {len(counts)} of {len(names)} kernels"
+            f"outputs compared ({kind}): {sum(counts.values())} of {len(names) - len(missing)} of {len(names)} kernels"
             + ("" if bad else ", all bits equal")
         )
 
