@@ -27,7 +27,7 @@ static const char *fault(cpu_device *d, picks *p) {
     atomic_store(&calls, 0);
     atomic_store(&late, 0);
     for (int32_t i = 0; i < N_TOKENS * N_USED; i++) p->expert[i] = 1 << 30;    /* no expert */
-    cpu_route(&d->base, &shape, p);
+    cpu_route(&d->base, &shape, NULL, p);
     const int32_t n = atomic_load(&calls);
     if (!stop_at && n != N_TOKENS) return "a token without a choice";
     if (atomic_load(&late) > N_THREADS * CHOOSE_TOKENS) return "choosing went on";      /* an item of each at most */
