@@ -139,7 +139,7 @@ Stats = Annotated[bool, typer.Option("--stats", help="One line of statistics on 
 
 Vram = Annotated[
     int | None,
-    typer.Option("--vram", metavar="N", parser=opt.whole(0, opt.MOST_BYTES), help="Bytes of VRAM; else the card's."),
+    typer.Option("--vram", metavar="N", parser=opt.n_bytes(0), help="Bytes of VRAM; else the card's."),
 ]
 Seconds = Annotated[
     float | None,
@@ -601,9 +601,7 @@ def simulate(
     vram: Vram = None,
     ram: Annotated[
         int | None,
-        typer.Option(
-            "--ram", metavar="N", parser=opt.whole(0, opt.MOST_BYTES), help="Bytes of RAM; else enough for all."
-        ),
+        typer.Option("--ram", metavar="N", parser=opt.n_bytes(0), help="Bytes of RAM; else enough for all."),
     ] = None,
     disk: Annotated[
         float, typer.Option("--disk", metavar="GB/S", parser=opt.real(0, 1000, above=True), help="Speed of the disk.")

@@ -53,6 +53,33 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
+def memory_size(text: str) -> int:
+    """24G (of 1,024³ bytes), 1.5G, 24GB (of 1,000³), 24GiB, 800000."""
+    match = re.fullmatch(r"([0-9]{1,30}(?:\.[0-9]{1,9})?) ?(?:([kKmMgGtT])(i?[bB])?|[bB])?", text)
+    if not match:
+        raise ValueError(f"{text!r} is no size of memory such as 24G, 1.5G or 24GB")
+    unit, of = match[2], (match[3] or "").lower()
+    base = 1000 if of == "b" or not of and unit in ("k", "m", "g", "t") else 1024
+    power = "kmgt".index(unit.lower()) + 1 if unit else 0
+    return int((float if "." in match[1] else int)(match[1]) * base**power)
+
+
+def n_bytes(least: int = 1) -> Callable[[str], int]:
+    """A parser of bytes from `least` to MOST_BYTES."""
+
+    def parse(given: str | int) -> int:
+        text = str(given)
+        try:
+            value = memory_size(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        if not least <= value <= MOST_BYTES:
+            raise typer.BadParameter(f"{text} is outside {least} to {MOST_BYTES} bytes")
+        return value
+
+    return parse
+
+
 def real(least: float, most: float, *, above: bool = False) -> Callable[[str], float]:
     """A parser of numbers from `least` (or above it) to `most`."""
 
@@ -163,7 +190,7 @@ Load = Annotated[
 ]
 Ram = Annotated[
     int | None,
-    typer.Option("--ram", metavar="BYTES", parser=whole(1, 1 << 50), help="Memory to use (24G); else what is free."),
+    typer.Option("--ram", metavar="BYTES", parser=n_bytes(), help="Memory to use (24G); else what is free."),
 ]
 Scale = Annotated[
     str, choice(("plain", "mscale2"), "Softmax scale: 1/sqrt(d), or that times mscale squared.", "--attn-scale")
@@ -174,7 +201,7 @@ Device = Annotated[
 Vram = Annotated[
     int | None,
     typer.Option(
-        "--vram", metavar="BYTES", parser=whole(1 << 20, 1 << 50), help="Of the GPU, at most (24G); else what is free."
+        "--vram", metavar="BYTES", parser=n_bytes(1 << 20), help="Of the GPU, at most (24G); else what is free."
     ),
 ]
 Context = Annotated[

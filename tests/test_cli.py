@@ -101,6 +101,9 @@ def test_a_command_is_neither_quiet_nor_verbose_unless_it_is_told_to_be(name):
         (["run", "x", "--ctx", "0"], r"--ctx: 0 is outside 1 to 1048576"),
         (["run", "x", "--ctx", "-1"], "--ctx: -1 is outside 1 to 1048576"),
         (["run", "x", "--ctx", "1e12"], r"--ctx: 1e12 is not a whole number .*1 to 1048576"),
+        (["run", "x", "--ram", "lots"], r"--ram: lots is no size of memory such as 24G, 1.5G or 24GB"),
+        (["run", "x", "--ram", "0.5"], r"--ram: 0.5 is outside 1 to \d+ bytes"),
+        (["run", "x", "--vram=-1G"], r"--vram: -1G is no size of memory"),
         (["run", "x", "--threads", "0"], r"--threads: 0 is outside 1 to 1024"),
         (["run", "x", "--threads", "100000"], r"--threads: 100000 is outside 1 to 1024"),
         (["run", "x", "-n", "0"], r"--max-tokens: 0 is outside"),
@@ -116,6 +119,28 @@ def test_a_command_is_neither_quiet_nor_verbose_unless_it_is_told_to_be(name):
 )
 def test_wrong_usage_is_one_line(ms4, arguments, says):
     assert refused(ms4(*arguments), 2, says)
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        *(("24G", 24 << 30), ("24g", 24 * 10**9), ("24GB", 24 * 10**9), ("24 GiB", 24 << 30), ("1.5G", 3 << 29)),
+        *(("1T", 1 << 40), ("0.5t", 5 * 10**11), ("800000", 800000), ("800000B", 800000), ("24gb", 24 * 10**9)),
+        *(("1.1M", 1153433), ("4k", 4000), ("4K", 4096), ("4kib", 4096)),
+    ],
+)
+def test_sizes_of_memory_are_spelled_as_people_do(text, value):
+    from ms4.cli.options import memory_size
+
+    assert memory_size(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "G", "1.G", ".5G", "1,5G", "1e9", "-1G", "24GX", "inf", "24 G B", "٣G"])
+def test_what_is_no_size_of_memory(text):
+    from ms4.cli.options import memory_size
+
+    with pytest.raises(ValueError, match="no size of memory"):
+        memory_size(text)
 
 
 def test_sizes_have_units():
