@@ -156,16 +156,11 @@ def learn(a: argparse.Namespace, plan: dict, got: dict, rows: list[dict]) -> Non
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("file")
+    p = bench_stream.parser(__doc__, rounds=1, load="auto")
     p.add_argument("--ram", default="free", help="budgets, such as 8G,12G,18G,free")
     p.add_argument("--limit", help="bytes of a cgroup that plan and run are in")
     p.add_argument("--recalibrate", action="store_true", help="measure the machine again before every plan")
     p.add_argument("--learn", action="store_true", help="keep what each run says for the next plan")
-    for name, value in (("--pp", 512), ("--tg", 32), ("--warm", 16), ("--rounds", 1), ("--threads", 0), ("--seed", 1)):
-        p.add_argument(name, type=int, default=value)
-    p.add_argument("--load", default="auto", help=argparse.SUPPRESS)
-    p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.child:
         return child(a)

@@ -147,15 +147,22 @@ def say(load: str, got: dict, rate: float) -> None:
         print(text, flush=True)
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(description: str, rounds: int, load: str) -> argparse.ArgumentParser:
+    """What a benchmark takes that runs itself again as a child, in a process of its own, for each figure."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("file")
+    numbers = (("--pp", 512), ("--tg", 32), ("--warm", 16), ("--rounds", rounds), ("--threads", 0), ("--seed", 1))
+    for name, value in numbers:
+        p.add_argument(name, type=int, default=value)
+    p.add_argument("--load", default=load, help=argparse.SUPPRESS)
+    p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    return p
+
+
+def main() -> None:
+    p = parser(__doc__, rounds=3, load="stream")
     p.add_argument("--ram", required=True, help="bytes for the process that streams, such as 8G")
     p.add_argument("--limit", help="bytes of a cgroup that both run in")
-    for name, value in (("--pp", 512), ("--tg", 32), ("--warm", 16), ("--rounds", 3), ("--threads", 0), ("--seed", 1)):
-        p.add_argument(name, type=int, default=value)
-    p.add_argument("--load", default="stream", help=argparse.SUPPRESS)
-    p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.child:
         return child(a)
