@@ -9,11 +9,13 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 GIB = 1 << 30
 OF_PEAK = 0.35  # of the tensor cores' int8 peak, in prompts: assumed
 N_NEAR = 4
@@ -98,20 +100,20 @@ def plain(name: str) -> str:
 
 def find(name: str) -> tuple[str, Card]:
     """(its name here, the card).  UnknownError."""
-    known = {plain(key): key for key in cards()}
-    if plain(name) not in known:
-        raise UnknownError(name, near(plain(name), known))
-    key = known[plain(name)]
-    return key, cards()[key]
+    return _find(name, cards())
 
 
 def find_memory(name: str) -> tuple[str, Memory]:
     """(its name here, the memory).  UnknownError."""
-    known = {plain(key): key for key in memories()}
+    return _find(name, memories())
+
+
+def _find(name: str, rows: Mapping[str, T]) -> tuple[str, T]:
+    known = {plain(key): key for key in rows}
     if plain(name) not in known:
         raise UnknownError(name, near(plain(name), known))
     key = known[plain(name)]
-    return key, memories()[key]
+    return key, rows[key]
 
 
 def near(name: str, known: dict[str, str]) -> list[str]:
