@@ -179,13 +179,7 @@ class Web:
         """The object at an address of the hub.  Transient, DownloadError."""
         with self._get(url, {}) as (response, _):
             _check_status(response, on_hub=True, token=self.has_token())
-            _refuse_encoding(response)
-            data = bytearray()
-            with _as_transient():
-                for chunk in response.iter_raw():
-                    data += chunk
-                    if len(data) > MOST_JSON:
-                        raise DownloadError(f"the hub's listing is longer than {MOST_JSON >> 20} MiB")
+            data = _body(response, MOST_JSON, "the hub's listing is longer than")
         try:
             return json.loads(data)
         except ValueError:
@@ -199,14 +193,7 @@ class Web:
                 raise Transient(f"the server answers {code}", _retry_after(response))
             if code != 200:
                 raise UnreachableError(f"the server answers {code}")
-            _refuse_encoding(response)
-            data = bytearray()
-            with _as_transient():
-                for chunk in response.iter_raw():
-                    data += chunk
-                    if len(data) > most:
-                        raise DownloadError(f"more than {most >> 20} MiB")
-        return bytes(data)
+            return _body(response, most, "more than")
 
     def length(self, target: Target) -> int:
         """How many bytes a file has of which nobody has said that; its own count is not looked at.  Transient,
@@ -314,6 +301,18 @@ def _refuse_encoding(response: httpx.Response) -> None:
     encoding = response.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise DownloadError(f"the server sends {visible.line(encoding[:20])}, compressed, which was not asked for")
+
+
+def _body(response: httpx.Response, most: int, longer: str) -> bytes:
+    """All that comes, as it is.  Transient; DownloadError, which begins with `longer`, for more than `most` bytes."""
+    _refuse_encoding(response)
+    data = bytearray()
+    with _as_transient():
+        for chunk in response.iter_raw():
+            data += chunk
+            if len(data) > most:
+                raise DownloadError(f"{longer} {most >> 20} MiB")
+    return bytes(data)
 
 
 def _check_link(response: httpx.Response, sha256: str) -> None:
