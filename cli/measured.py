@@ -93,7 +93,9 @@ def some_machine() -> Machine | None:
 
     rows = read(machine_path())
     rates = [row for key, row in rows.items() if key.startswith("rates ") and _has_rates(row)]
-    disks = [rate.bytes_per_s for key in rows if key.startswith("disk ") and (rate := samples(key).rate)]
+    disks = [
+        rate.bytes_per_s for key, row in rows.items() if key.startswith("disk ") and (rate := _samples_in(row).rate)
+    ]
     if not rates:
         return None
     disk = min(disks, default=DISK_ASSUMED)
@@ -115,9 +117,12 @@ def _name(path: str | os.PathLike[str]) -> str:
 
 
 def samples(key: str) -> Samples:
+    return _samples_in(read(machine_path()).get(key, {}))
+
+
+def _samples_in(row: Row) -> Samples:
     from ms4.models.disk_rate import Samples
 
-    row = read(machine_path()).get(key, {})
     lists = {
         name: tuple(filter(None, row[name]))
         for name in ("slices", "runs", "fresh", "filled")
@@ -137,7 +142,7 @@ def disk(key: str) -> DiskRate | None:
     if rate := samples(key).rate:
         return rate
     there = key.rsplit(" ", 1)[0] + " "
-    others = [samples(other) for other in read(machine_path()) if other.startswith(there)]
+    others = [_samples_in(row) for other, row in read(machine_path()).items() if other.startswith(there)]
     joined = Samples(
         tuple(n for s in others for n in s.slices),
         tuple(n for s in others for n in s.runs),
