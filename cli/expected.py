@@ -19,7 +19,9 @@ from ms4.cli.render import gigabytes
 if TYPE_CHECKING:
     from ms4 import Stats
     from ms4.models import forecast
+    from ms4.models.acquire import Here
     from ms4.models.answer import Statistics
+    from ms4.models.cards import Card
     from ms4.models.clock import Machine
     from ms4.models.forecast import Fit, Other, Plan, Room
     from ms4.models.model import Model
@@ -67,6 +69,14 @@ class HostCard:
     vram: int
     total: int
 
+    @property
+    def speeds(self) -> Card | None:
+        """Its row of the table, with the memory that it has; None: there is none."""
+        from ms4.models import cards
+
+        row = cards.of_driver(self.name, self.total)
+        return replace(row[1], vram=self.total) if row else None
+
 
 def card_here(device: str, vram: int = 0) -> HostCard | None:
     """The GPU that would compute, as its driver describes it; None: the CPU would.  vram: what the user allows."""
@@ -79,6 +89,14 @@ def card_here(device: str, vram: int = 0) -> HostCard | None:
     if float(gpu.capability) < LEAST_CAPABILITY or not has_kernels():
         return None
     return HostCard(gpu.name, min(gpu.free, vram or gpu.free), gpu.total)
+
+
+def this_machine() -> Here:
+    """What a model that is not here yet would run on: as far as it was measured, without measuring."""
+    from ms4.models.acquire import ASSUMED, Here
+
+    machine, card = measured.some_machine() or ASSUMED, card_here("auto")
+    return Here(replace(machine, card=card.speeds), card.vram, card.name) if card else Here(machine)
 
 
 def has_kernels() -> bool:

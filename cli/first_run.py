@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ms4
-from ms4.cli import errors, host, measured, streams, wrap
+from ms4.cli import errors, expected, host, measured, streams, wrap
 from ms4.cli.render import StatusLine, gigabytes, short
 from ms4.models import acquire, hf_cache, repositories, stored
 from ms4.models.clock import DISK_ASSUMED, Machine
 
 if TYPE_CHECKING:
+    from ms4.models.acquire import Here
     from ms4.models.calibration import Rates
     from ms4.models.forecast import Plan
     from ms4.models.repositories import Known
@@ -41,7 +42,7 @@ class Choice:
     name: str
     bytes: int
     n_here: int = 0
-    fits: bool = True  # into memory, all of it
+    fits: bool = True  # into memory and a card's, all of it
 
 
 def begin() -> int:
@@ -76,14 +77,13 @@ def choose(names: Sequence[str]) -> int:
 
 def guide() -> int:
     """Nothing is here yet: what would run, and how fast; then what is asked for."""
-    n_memory, n_free = acquire.memory()
-    choice = suited(n_memory)
-    disk = acquire.free_disk()
-    show(described(choice, n_memory, n_free, disk))
+    (n_memory, n_free), disk, here = acquire.memory(), acquire.free_disk(), expected.this_machine()
+    choice = suited(n_memory, here.vram)
+    show(described(choice, n_memory, n_free, disk, here))
     keys = {"d": "d", "h": "h", "q": "q"}
     if choice.bytes - choice.n_here + acquire.SPARE <= disk:
         keys = {"p": "p", **keys}
-    key = pressed(keys, Speeds(choice, n_free))
+    key = pressed(keys, Speeds(choice, n_free, here))
     if key == "h":
         from ms4.cli import start as beginning
 
@@ -97,7 +97,7 @@ def guide() -> int:
 
 
 # --- what would run here
-def suited(n_memory: int | None) -> Choice:
+def suited(n_memory: int | None, vram: float = 0.0) -> Choice:
     """What was begun; else the largest known file that fits into memory, but none that is larger than the one `ms4
     pull` takes by itself; if none fits, the smallest: its experts stay on the disk."""
     begun = [one for repo in hf_cache.repositories() for one in stored.unfinished(repo)]
@@ -105,39 +105,50 @@ def suited(n_memory: int | None) -> Choice:
     for one in begun:
         for file in known:
             if (one.repo.repo, one.quant) == (repositories.DEFAULT.repo, file.quant):
-                return Choice(one.name, file.bytes, one.bytes, is_in_memory(file, n_memory))
+                return Choice(one.name, file.bytes, one.bytes, is_in_memory(file, n_memory, vram))
     most = max(file.bytes for file in known if file.quant == acquire.LARGEST_BY_ITSELF)
     able = sorted((file for file in known if file.bytes <= most), key=lambda file: file.bytes)
-    fitting = [file for file in able if is_in_memory(file, n_memory)]
+    fitting = [file for file in able if is_in_memory(file, n_memory, vram)]
     best = fitting[-1] if fitting else able[0]
     return Choice(f"{repositories.DEFAULT.repo}:{best.quant}", best.bytes, 0, bool(fitting))
 
 
-def is_in_memory(file: Known, n_memory: int | None) -> bool:
-    return n_memory is None or file.bytes + acquire.ESTIMATE <= n_memory
+def is_in_memory(file: Known, n_memory: int | None, vram: float = 0.0) -> bool:
+    """Whether none of it has to stay on the disk.  vram: bytes of a card."""
+    from ms4.models import small_4
+
+    on_card = acquire.bytes_on_card(small_4.model(file.bytes), vram) if vram else 0.0
+    return n_memory is None or file.bytes - on_card + acquire.ESTIMATE <= n_memory
 
 
-def planned(choice: Choice, n_free: int | None, rates: Rates | None = None) -> Plan:
+def planned(choice: Choice, n_free: int | None, here: Here, rates: Rates | None = None) -> Plan:
     """The plan for that file; without rates only its sizes mean something."""
     from ms4.models import forecast, small_4
 
-    machine = Machine(None, rates.ram, rates.flops, DISK_ASSUMED) if rates else Machine(None, 1.0, 1.0, DISK_ASSUMED)
-    return forecast.make(small_4.model(choice.bytes), forecast.Resources(machine, n_free), N_CTX)
+    ram, flops = (rates.ram, rates.flops) if rates else (1.0, 1.0)
+    machine = Machine(here.machine.card, ram, flops, DISK_ASSUMED)
+    return forecast.make(small_4.model(choice.bytes), forecast.Resources(machine, n_free, vram=here.vram), N_CTX)
 
 
-def described(choice: Choice, n_memory: int | None, n_free: int | None, disk: int) -> list[str]:
+def described(choice: Choice, n_memory: int | None, n_free: int | None, disk: int, here: Here) -> list[str]:
     """The lines of the screen, but for the speed."""
-    made = planned(choice, n_free)
+    made = planned(choice, n_free, here)
     memory = "" if n_memory is None else f", {gigabytes(n_memory)} of memory"
     memory += "" if n_free is None else f" ({gigabytes(n_free)} free)"
     quant = choice.name.rpartition(":")[2]
-    where = "all of it in memory" if made.load == "memory" else "in memory what is needed most, the rest on the disk"
+    on_card = 100 * made.n_vram // max(made.n_experts, 1)
+    card = f"on the card all but experts and {on_card} % of those, " if made.n_vram else ""
+    if made.load == "memory":
+        where = f"{card}the rest in memory" if card else "all of it in memory"
+    else:
+        where = f"{card}in memory what is needed most, the rest on the disk"
     if not made.fits:
         where = f"too large for now: it needs {gigabytes(int(made.needed))} of free memory"
     lines = [
         f"ms4 {ms4.__version__} runs Mistral Small 4 on this machine.",
         "",
         f"machine  {host.processor()}, {ms4.probe().n_threads} threads{memory}, {gigabytes(disk)} of disk free",
+        *([f"card     {here.card}, {gigabytes(int(here.vram))} free"] if here.card else []),
         f"file     {quant}, {gigabytes(choice.bytes)}: {where}, {short(made.n_ctx)} tokens of context",
         f"from     {choice.name.rpartition(':')[0]}, by its model card",
     ]
@@ -155,8 +166,8 @@ def described(choice: Choice, n_memory: int | None, n_free: int | None, disk: in
 class Speeds:
     """How fast it would be, measured meanwhile, unless that is known from earlier."""
 
-    def __init__(self, choice: Choice, n_free: int | None) -> None:
-        self._choice, self._n_free = choice, n_free
+    def __init__(self, choice: Choice, n_free: int | None, here: Here) -> None:
+        self._choice, self._n_free, self._here = choice, n_free, here
         self._found: Rates | None = None
         self._failed = False
         self._thread = threading.Thread(target=self._measure, daemon=True)  # whoever leaves does not wait for it
@@ -183,9 +194,11 @@ class Speeds:
             return "speed    not known: this machine could not be measured"
         if self._found is None:
             return ""
-        made = planned(self._choice, self._n_free, self._found)
+        made = planned(self._choice, self._n_free, self._here, self._found)
         if not made.fits:
             return "speed    not predicted, as it does not fit now"
+        if made.n_vram and self._here.machine.card is None:
+            return "speed    not predicted, as the table of cards does not have this one"
         slow, fast = made.warm.tokens_per_s, made.usual.tokens_per_s
         writes = f"{slow:.1f}" if fast - slow < 0.05 else f"{slow:.1f} to {fast:.1f}"
         disk = "" if made.load == "memory" else f", with a disk of {gigabytes(int(DISK_ASSUMED))}/s"

@@ -100,14 +100,13 @@ def header(question: Question, status: StatusLine) -> tuple[str, GgufFile]:
     if hf_cache.is_offline():
         raise MissingError(f"{name[-80:]} is not on this machine, and the network may not be used", "ms4 ls")
     from ms4.cli.pull import connected
-    from ms4.models.acquire import ASSUMED
 
     status.show(f"asking for the header of {name[-60:]}")
     try:
         with connected() as web:
             if wanted is None:
                 return name, remote.at_address(web, name)
-            return remote.on_hub(web, wanted, measured.some_machine() or ASSUMED)
+            return remote.on_hub(web, wanted, expected.this_machine())
     finally:
         status.clear()
 
@@ -184,11 +183,11 @@ def card_for(question: Question) -> tuple[Card | None, float, list[str]]:
     there = expected.card_here("auto", question.vram or 0)
     if there is None:
         return None, 0.0, []
-    row = cards.of_driver(there.name, there.total)
-    if row is None:
+    known = there.speeds
+    if known is None:
         return None, there.vram, [f"{there.name} is not in the table of cards: speeds are those of the CPU alone"]
-    note = f"{there.name}: its memory as the driver says, its speed by {row[1].source}, {row[1].date}"
-    return replace(row[1], vram=there.total), there.vram, [note]
+    note = f"{there.name}: its memory as the driver says, its speed by {known.source}, {known.date}"
+    return known, there.vram, [note]
 
 
 def measure(

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ms4.cli import errors, measured, render, streams
+from ms4.cli import errors, expected, render, streams
 from ms4.cli.errors import MissingError, UsageError
 from ms4.cli.render import StatusLine, gigabytes
 from ms4.models import hf_cache, repositories, stored, variants
 from ms4.models.variants import Wanted
 
 if TYPE_CHECKING:
+    from ms4.models import forecast
     from ms4.models.acquire import Plan, State
     from ms4.models.web import Web
 
@@ -101,7 +102,7 @@ def _from_hub(web: Web, wanted: Wanted, request: Request) -> int:
     status = StatusLine(request.quiet)
     status.show(f"asking {wanted.repo}")
     try:
-        plan = acquire.plan(web, wanted, request.revision, request.tower, measured.some_machine() or acquire.ASSUMED)
+        plan = acquire.plan(web, wanted, request.revision, request.tower, expected.this_machine())
     finally:
         status.clear()
     if not request.quiet:
@@ -181,6 +182,7 @@ def described(plan: Plan) -> list[str]:
     else:
         memory += f", there are {gigabytes(plan.n_memory)}"
     lines.append(memory)
+    lines += on_card(plan)
     lines += plan.notes
     if plan.n_missing:
         rest = "" if plan.n_missing == plan.bytes else f" of {gigabytes(plan.bytes)}"
@@ -188,15 +190,33 @@ def described(plan: Plan) -> list[str]:
     return lines
 
 
+def on_card(plan: Plan) -> list[str]:
+    """What a card takes of it, in a line; none without one."""
+    made, here = plan.forecast, plan.here
+    if not made.n_vram:
+        return [f"{here.card} has too little free memory for it: the CPU would compute all"] if here.card else []
+    share = 100 * made.n_vram // max(made.n_experts, 1)
+    where = f"{here.card}: all but experts, and {share} % of those, lie on it"
+    if here.machine.card is None:
+        return [f"{where}; how fast that is, is not known, as the table of cards does not have it"]
+    if made.load == "stream" or not made.fits:  # the line about the disk has said how fast
+        return [where]
+    return [f"{where}; {speeds(made, 0)}"]
+
+
+def speeds(made: forecast.Plan, digits: int) -> str:
+    slow, usual = (f"{one.tokens_per_s:.{digits}f}" for one in (made.warm, made.usual))
+    return f"about {slow} tok/s of writing, in coherent text up to {usual} (predicted; ms4 plan says more)"
+
+
 def on_disk(plan: Plan) -> str:
     """Of a model whose experts do not all fit into memory: what that means."""
     made = plan.forecast
     share = 100 * made.n_ram // max(made.n_experts, 1)
-    slow, usual = made.warm.tokens_per_s, made.usual.tokens_per_s
+    others = "the others on the card or on the disk" if made.n_vram else "the others on the disk"
     return (
         f"larger than the {gigabytes(plan.n_memory or 0)} of memory, but it runs: {share} % of the experts in memory, "
-        f"the others on the disk; about {slow:.1f} tok/s of writing, in coherent text up to {usual:.1f} "
-        "(predicted; ms4 plan says more)"
+        f"{others}; {speeds(made, 1)}"
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import ms4
-from ms4.models import forecast, hf_cache, hub, repositories, variants
+from ms4.models import clock, forecast, hf_cache, hub, repositories, variants
 from ms4.models.clock import DISK_ASSUMED, Machine
 from ms4.models.download import DigestError, Download, Progress, Throttle
 from ms4.models.hf_cache import Cached
@@ -34,6 +34,15 @@ LARGEST_BY_ITSELF = "Q4_K_M"  # a larger one is read more slowly for each token:
 SENSIBLE = 3.0  # tokens a second at the least, for which the larger of two files is taken that fit neither
 # Where nobody has measured, a desktop of some years with an NVMe drive: what is said before `ms4 plan` knows better.
 ASSUMED = Machine(None, 20 * GB, 0.5e12, DISK_ASSUMED)
+
+
+@dataclass(frozen=True)
+class Here:
+    """The machine that a model is wanted for.  vram: bytes of its card that may be taken; card: what that is called."""
+
+    machine: Machine = ASSUMED
+    vram: float = 0.0
+    card: str = ""
 
 
 class DoesNotFitError(Exception):
@@ -59,6 +68,7 @@ class Plan:
     n_free_memory: int | None
     n_missing: int  # still to be fetched
     n_free_disk: int
+    here: Here = field(default_factory=Here)
     revision: str = "main"
     notes: tuple[str, ...] = ()
     beginnings: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # what came of the files already
@@ -87,12 +97,17 @@ def memory() -> tuple[int | None, int | None]:
 
 
 def choose(
-    listing: Listing, quant: str, n_memory: int | None, streamed: Callable[[Variant], float] = lambda variant: 0.0
+    listing: Listing,
+    quant: str,
+    n_memory: int | None,
+    streamed: Callable[[Variant], float] = lambda variant: 0.0,
+    on_card: Callable[[Variant], float] = lambda variant: 0.0,
 ) -> Variant:
     """The model to take: the one that was named, else the largest that fits, but none above LARGEST_BY_ITSELF.
 
     Where none fits: the largest that writes at a sensible speed while its experts stay on the disk, else the fastest.
-    streamed: how many tokens a second that is, at the least; 0: it does not run.
+    streamed: how many tokens a second that is, at the least; 0: it does not run.  on_card: bytes that a card holds, so
+    that they need no memory.
     """
     found = variants.variants(listing.files)
     if not found:
@@ -108,7 +123,7 @@ def choose(
     limit = variants.pick(found, LARGEST_BY_ITSELF)
     most = size(listing, limit) if limit else 0
     able = [v for v in found if v.is_complete and (not most or size(listing, v) <= most)]
-    fitting = [v for v in able if n_memory is None or size(listing, v) + ESTIMATE <= n_memory]
+    fitting = [v for v in able if n_memory is None or size(listing, v) - on_card(v) + ESTIMATE <= n_memory]
     speed = {} if fitting else {v: tokens_per_s for v in able if (tokens_per_s := streamed(v)) > 0}
     if speed:
         sensible = [v for v in speed if speed[v] >= SENSIBLE]
@@ -143,15 +158,13 @@ def gigabytes(n: int) -> str:
 # --- the plan
 
 
-def plan(web: Web, wanted: Wanted, revision: str = "main", with_tower: bool = True, machine: Machine = ASSUMED) -> Plan:
-    """Looks at the listing and the headers.  DownloadError, FileError: it cannot be had, or it does not run.
-
-    machine: how fast this one is.
-    """
+def plan(web: Web, wanted: Wanted, revision: str = "main", with_tower: bool = True, here: Here | None = None) -> Plan:
+    """Looks at the listing and the headers.  DownloadError, FileError: it cannot be had, or it does not run."""
+    here = here or Here()
     n_memory, n_free = memory()
     listing = hub.read_listing(web, wanted.repo or repositories.DEFAULT.repo, revision)
     headers = Headers(web, listing)
-    variant = choose(listing, wanted.quant, n_memory, headers.streamed(n_memory, machine))
+    variant = headers.chosen(wanted.quant, n_memory, here)
     gguf = GgufFile.open(headers.shown(variant.names[0]), headers)
     model = forecast.Model.of(gguf)
     notes = list(gguf.warnings)
@@ -162,7 +175,7 @@ def plan(web: Web, wanted: Wanted, revision: str = "main", with_tower: bool = Tr
     names += [tower] if tower else []
     files = tuple(listing.files[name] for name in names)
     n_tower = listing.files[tower].bytes if tower else 0
-    made = predicted(model, n_memory, machine, n_tower)
+    made = predicted(model, n_memory, here, n_tower)
     title = gguf.metadata.get("general.name")
     return Plan(
         listing=listing,
@@ -176,17 +189,25 @@ def plan(web: Web, wanted: Wanted, revision: str = "main", with_tower: bool = Tr
         n_free_memory=n_free,
         n_missing=sum(missing(Cached.of(listing.repo), file) for file in files),
         n_free_disk=free_disk(),
+        here=here,
         revision=revision,
         notes=tuple(notes),
         beginnings={name: bytes(source.data) for name, source in headers.opened.items()},
     )
 
 
-def predicted(model: forecast.Model, n_memory: int | None, machine: Machine, n_tower: int = 0) -> forecast.Plan:
+def predicted(model: forecast.Model, n_memory: int | None, here: Here, n_tower: int = 0) -> forecast.Plan:
     """What a model does in so much memory, of which a tower takes its part."""
     n_ctx = min(N_CTX, model.shape.n_ctx_train)
-    there = forecast.Resources(machine, None if n_memory is None else max(n_memory - n_tower, 1))
+    ram = None if n_memory is None else max(n_memory - n_tower, 1)
+    there = forecast.Resources(here.machine, ram, vram=here.vram)
     return forecast.make(model, there, n_ctx)
+
+
+def bytes_on_card(model: forecast.Model, vram: float) -> float:
+    """Of a model file, how much need not be in memory, as a card has it: all of it, or some experts (forecast.fit)."""
+    n = clock.slots(model.sizes, vram, min(N_CTX, model.shape.n_ctx_train))
+    return model.bytes_file if n and n >= model.sizes.n_layer * model.sizes.n_expert else n * model.sizes.expert
 
 
 class Headers:
@@ -194,25 +215,29 @@ class Headers:
 
     def __init__(self, web: Web, listing: Listing) -> None:
         self._web, self._listing = web, listing
+        self._first: forecast.Model | None = None
         self.opened: dict[str, Beginning] = {}
 
     def shown(self, name: str) -> str:
         return f"{self._listing.repo}/{name}"
 
-    def streamed(self, n_memory: int | None, machine: Machine) -> Callable[[Variant], float]:
-        """How many tokens a second a variant writes while its experts stay on the disk; 0: it does not run.
+    def chosen(self, quant: str, n_memory: int | None, here: Here) -> Variant:
+        """The one that was named, else the one that suits the machine; no header is read where sizes tell."""
 
-        By the header of the first that is asked about: the others differ from it in their size.
-        """
-        models: list[forecast.Model] = []
-
-        def speed(variant: Variant) -> float:
-            if not models:
-                models.append(forecast.Model.of(GgufFile.open(self.shown(variant.names[0]), self)))
-            made = predicted(models[0].scaled(size(self._listing, variant)), n_memory, machine)
+        def streamed(variant: Variant) -> float:
+            made = predicted(self._like(variant), n_memory, here)
             return made.warm.tokens_per_s if made.fits else 0.0
 
-        return speed
+        def on_card(variant: Variant) -> float:
+            return bytes_on_card(self._like(variant), here.vram) if here.vram else 0.0
+
+        return choose(self._listing, quant, n_memory, streamed, on_card)
+
+    def _like(self, variant: Variant) -> forecast.Model:
+        """By the header of the first that is asked about: the others differ from it in their size."""
+        if self._first is None:
+            self._first = forecast.Model.of(GgufFile.open(self.shown(variant.names[0]), self))
+        return self._first.scaled(size(self._listing, variant))
 
     def __call__(self, path: str) -> Source:
         name = path.removeprefix(f"{self._listing.repo}/")

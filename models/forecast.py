@@ -163,8 +163,11 @@ class Fit:
 
     @property
     def needed_whole(self) -> float:
-        """The bytes with which no expert stays on the disk."""
-        return self.dense + self.kv + self.buffers + self.process + self.n_experts * self.expert
+        """The bytes with which no expert stays on the disk.  What a card holds needs no memory."""
+        besides = self.kv + self.buffers + self.process
+        if self.n_vram and self.n_vram >= self.n_experts:
+            return besides
+        return self.dense + besides + (self.n_experts - self.n_vram) * self.expert
 
     @property
     def load(self) -> str:

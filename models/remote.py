@@ -13,7 +13,6 @@ import re
 from urllib.parse import unquote, urlsplit
 
 from ms4.models import acquire, hub, repositories
-from ms4.models.clock import Machine
 from ms4.models.hub import Beginning
 from ms4.models.variants import Wanted
 from ms4.models.web import Target, UnreachableError, Web
@@ -47,10 +46,10 @@ def at_address(web: Web, url: str) -> GgufFile:
     return GgufFile.open(parts._replace(path=path, query="", fragment="").geturl(), opened)
 
 
-def on_hub(web: Web, wanted: Wanted, machine: Machine = acquire.ASSUMED) -> tuple[str, GgufFile]:
+def on_hub(web: Web, wanted: Wanted, here: acquire.Here | None = None) -> tuple[str, GgufFile]:
     """(its name, the header) of a model in a repository; without a quantization, of the one that `ms4 pull` takes."""
     listing = hub.read_listing(web, wanted.repo or repositories.DEFAULT.repo)
     headers = acquire.Headers(web, listing)
     n_memory, _ = acquire.memory()
-    variant = acquire.choose(listing, wanted.quant, n_memory, headers.streamed(n_memory, machine))
+    variant = headers.chosen(wanted.quant, n_memory, here or acquire.Here())
     return f"{listing.repo}:{variant.quant}", GgufFile.open(headers.shown(variant.names[0]), headers)

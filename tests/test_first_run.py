@@ -14,7 +14,8 @@ import pytest
 from bad_hub import Hub
 
 from ms4.cli import first_run, measured
-from ms4.models import acquire, repositories, small_4
+from ms4.models import acquire, cards, repositories, small_4
+from ms4.models.acquire import ASSUMED, Here
 from ms4.models.clock import SMALL_4
 
 ROOT = Path(__file__).parents[1]
@@ -186,6 +187,21 @@ def test_the_largest_that_fits_is_proposed(memory, quant, fits, monkeypatch):
     assert choice == first_run.Choice(f"{repositories.DEFAULT.repo}:{quant}", KNOWN[quant], 0, fits)
 
 
+@pytest.mark.parametrize(
+    ("memory", "vram", "quant", "fits"),
+    [(8, 24, "UD-IQ3_XXS", False), (32, 24, "UD-IQ3_S", True), (64, 24, "Q4_K_M", True), (16, 96, "Q4_K_M", True)],
+)
+def test_with_a_card_the_largest_that_fits_into_both_is(memory, vram, quant, fits, monkeypatch):
+    monkeypatch.setattr(first_run.hf_cache, "repositories", lambda: [])
+    choice = first_run.suited(memory * GB, vram << 30)
+    assert (choice.name.rpartition(":")[2], choice.fits) == (quant, fits)
+    here = Here(ASSUMED, vram << 30, "NVIDIA X")
+    made = first_run.planned(choice, memory * GB, here)
+    assert made.load == ("memory" if fits else "stream") and made.n_vram > 0
+    lines = "\n".join(first_run.described(choice, memory * GB, memory * GB, 500 * GB, here))
+    assert "card     NVIDIA X, " in lines and f"on the card all but experts and {100 * made.n_vram // 4608} %" in lines
+
+
 def test_what_was_begun_goes_on(monkeypatch):
     class Repo:
         repo = repositories.DEFAULT.repo
@@ -195,11 +211,11 @@ def test_what_was_begun_goes_on(monkeypatch):
     monkeypatch.setattr(first_run.stored, "unfinished", lambda repo: [begun])
     choice = first_run.suited(200 * GB)
     assert (choice.name, choice.bytes, choice.n_here) == (f"{Repo.repo}:Q8_0", KNOWN["Q8_0"], 3 * GB)
-    assert "3.0 GB of 126.5 GB are here" in "\n".join(first_run.described(choice, 200 * GB, 200 * GB, 500 * GB))
+    assert "3.0 GB of 126.5 GB are here" in "\n".join(first_run.described(choice, 200 * GB, 200 * GB, 500 * GB, Here()))
 
 
 def test_what_the_disk_has_no_room_for_is_not_offered():
-    lines = first_run.described(first_run.Choice("a/b:Q4_K_M", 72 * GB), 128 * GB, 100 * GB, 20 * GB)
+    lines = first_run.described(first_run.Choice("a/b:Q4_K_M", 72 * GB), 128 * GB, 100 * GB, 20 * GB, Here())
     assert "   p  not now: 72.0 GB are to be fetched; HF_HUB_CACHE=DIR names a larger disk" in lines
 
 
@@ -224,10 +240,18 @@ def test_the_speed_is_that_of_the_plan(monkeypatch, tmp_path):
 
     monkeypatch.setattr(measured, "rates", lambda key: Rates(**RATES))
     choice = first_run.Choice("a/b:Q4_K_M", KNOWN["Q4_K_M"])
-    speeds = first_run.Speeds(choice, 100 * GB)
+    speeds = first_run.Speeds(choice, 100 * GB, Here())
     speeds._thread.join()
-    made = first_run.planned(choice, 100 * GB, Rates(**RATES))
+    made = first_run.planned(choice, 100 * GB, Here(), Rates(**RATES))
     assert made.load == "memory" and f"about {made.warm.tokens_per_s:.1f} tok/s written" in speeds.text()
-    large = first_run.Speeds(replace(choice, bytes=10**14), 4 * GB)
+    large = first_run.Speeds(replace(choice, bytes=10**14), 4 * GB, Here())
     large._thread.join()
     assert "does not fit" in large.text() and "tok/s" not in large.text()
+    card = cards.find("4090")[1]
+    faster = first_run.Speeds(choice, 100 * GB, Here(replace(ASSUMED, card=card), card.vram, "NVIDIA GeForce RTX 4090"))
+    faster._thread.join()
+    warm = first_run.planned(choice, 100 * GB, faster._here, Rates(**RATES)).warm.tokens_per_s
+    assert warm > made.warm.tokens_per_s and f"about {warm:.1f} to " in faster.text()
+    unknown = first_run.Speeds(choice, 100 * GB, Here(ASSUMED, card.vram, "NVIDIA X"))
+    unknown._thread.join()
+    assert "the table of cards does not have this one" in unknown.text()

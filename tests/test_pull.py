@@ -17,7 +17,7 @@ from bad_hub import COMMIT, REPO, Hub
 from fixtures import IMAGE, MMPROJ, MODEL
 
 import ms4 as engine
-from ms4.cli import measured, pull
+from ms4.cli import expected, measured, pull
 from ms4.cli.render import StatusLine
 from ms4.models import acquire, calibration, forecast, hf_cache, mistral4, repositories, stored, variants, web
 from ms4.models.hf_cache import Cached
@@ -202,10 +202,36 @@ def test_where_none_fits_the_largest_is_taken_that_writes_at_a_sensible_speed(fi
 
 def test_what_is_larger_than_memory_is_fetched_if_its_experts_can_stay_on_the_disk(ms4, server, monkeypatch):
     found = forecast.Model.of(GgufFile.open(MODEL))
-    made = acquire.predicted(found, None, acquire.ASSUMED)
+    made = acquire.predicted(found, None, acquire.Here())
     with_memory(monkeypatch, int((made.needed + made.needed_whole) / 2 / 0.75) + MMPROJ.stat().st_size)
     code, _, err = ms4("pull", REPO, "--dry-run")
     assert code == 0 and "but it runs: " in err and "the others on the disk; about " in err, err
+
+
+def test_what_a_card_holds_needs_no_memory(files, server):
+    listing = acquire.hub.read_listing(web.Web(server.url), REPO)
+    large, small = (next(v for v in variants.variants(files) if v.quant == q) for q in ("Q4_K_M", "UD-Q5_K_XL"))
+    n_memory = acquire.size(listing, small) + acquire.ESTIMATE
+    assert acquire.choose(listing, "", n_memory) == small
+    assert acquire.choose(listing, "", n_memory, on_card=lambda v: n_memory if v == large else 0.0) == large
+
+
+def test_the_card_of_this_machine_is_part_of_the_plan(ms4, server, monkeypatch):
+    def planned(name, vram, memory=None):
+        monkeypatch.setattr(expected, "card_here", lambda device: expected.HostCard(name, vram, vram))
+        with_memory(monkeypatch, memory)
+        return ms4("pull", REPO, "--dry-run")[2]
+
+    known, unknown = "NVIDIA GeForce RTX 4090", "NVIDIA X"
+    all_of_it = ": all but experts, and 100 % of those, lie on it"
+    err = planned(known, 24 << 30)
+    assert re.search(f"{known}{all_of_it}; about [0-9]+ tok/s of writing, .*predicted", err), err
+    assert f"{unknown}{all_of_it}; how fast that is, is not known" in planned(unknown, 24 << 30)
+    assert f"{known} has too little free memory for it" in planned(known, 1 << 20)
+    # With all of it on the card, memory is wanted for the rest alone; half a card, and some stay on the disk.
+    whole = forecast.Model.of(GgufFile.open(MODEL))
+    least = acquire.predicted(whole, None, acquire.Here(vram=24 << 30))
+    assert least.needed_whole == least.kv + least.buffers + least.process
 
 
 # --- plans of what is elsewhere
