@@ -156,7 +156,7 @@ def driver():
         ({"MS4_EMU_DEVICES": "0"}, "the NVIDIA driver finds no GPU", False),
         ({"MS4_EMU_DEVICES": "0", "CUDA_VISIBLE_DEVICES": ""}, 'CUDA_VISIBLE_DEVICES is ""', False),
         ({"MS4_EMU_FAIL": "cuInit:1:34"}, "toolkit's stub of it", True),
-        ({"MS4_EMU_FAIL": "cuInit:1:35"}, "driver is too old for the CUDA library", True),
+        ({"MS4_EMU_FAIL": "cuInit:1:804"}, "driver is too old for the CUDA library", True),
         ({"MS4_EMU_FAIL": "cuInit:1:803"}, "are of different versions", True),
         ({"MS4_EMU_FAIL": "cuInit:1:802"}, "not ready yet", True),
         ({"MS4_EMU_FAIL": "cuInit:1:999"}, r"does not start \(cuInit: .+, 999\)", True),

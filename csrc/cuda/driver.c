@@ -34,7 +34,7 @@ static int check_begun(CUresult result) {
         return error_set(MS4_EDEVICE, "the NVIDIA driver finds no GPU");
     case CUDA_ERROR_STUB_LIBRARY:
         return error_set(MS4_EDEVICE, "there is no NVIDIA driver: the library found is the CUDA toolkit's stub of it");
-    case CUDA_ERROR_INSUFFICIENT_DRIVER: case CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE:
+    case CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE:
         return error_set(MS4_EDEVICE, "the NVIDIA driver is too old for the CUDA library beside it (%d)", result);
     case CUDA_ERROR_SYSTEM_DRIVER_MISMATCH:
         return error_set(MS4_EDEVICE, "the NVIDIA driver in the kernel and its library are of different versions");

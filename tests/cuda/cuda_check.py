@@ -5,10 +5,10 @@
 1. the kernels, as g++ compiles them, in the emulation beside the CPU's; 2. the same, looking for barriers that are
 missing; 3. under ASan and UBSan; 4. as nvcc compiles them, as PTX; 5. nvcc for every target: spills, registers,
 instructions, roofline; 6. mutants; 7. waits that the engine forgets; 8. whole models on the emulated driver; 9. the
-emulated driver itself.  Without nvcc, 4, 5 and the second half of 8 are left out, and that is said.  --short: some of 1
-alone, for CI.  --all: three times as many cases in 1, the PTX for cards from 10.0 on in 4, every checkpoint in 8, and
-then tests/test_cuda*.py, where every call of the driver fails once: hours.  The exit status is 1 if anything was not as
-it has to be.
+emulated driver itself, and what both believe of the real one beside NVIDIA's cuda.h.  Without nvcc, 4, 5, the second
+half of 8 and cuda.h are left out, and that is said.  --short: some of 1 alone, for CI.  --all: three times as many
+cases in 1, the PTX for cards from 10.0 on in 4, every checkpoint in 8, and then tests/test_cuda*.py, where every call
+of the driver fails once: hours.  The exit status is 1 if anything was not as it has to be.
 """
 
 import argparse
@@ -31,7 +31,7 @@ BUILD = ROOT / "build" / "cuda"
 LINE = re.compile(r"^(\w+) +(\d+) equal, +(\d+) NaN on both sides, (\d+) wrong$")
 # What the parts say of themselves that belongs into the last lines, too.
 RESULT = re.compile(
-    r"^ *((?:\d+ kernels by targets|SASS of|PTX: |mutants caught|forgotten waits|whole models: ).*)$", re.M
+    r"^ *((?:\d+ kernels by targets|calls, |SASS of|PTX: |mutants caught|forgotten waits|whole models: ).*)$", re.M
 )
 LIMIT = 1800  # seconds of one command
 # Parts of checks that run side by side, those that take longest first; what there is where barriers and addresses are
@@ -187,6 +187,9 @@ def other_parts(report: Report, options: argparse.Namespace, nvcc: str | None) -
             report.python("whole models", "tests/cuda/models.py", *jobs, *more)
     found = sorted((ROOT / "tests").glob("test_cuda*.py"))
     tests = [path for path in found if options.all or path.name == "test_cuda_emulation.py"]
+    if nvcc:
+        with report.part("the driver's calls beside cuda.h"):
+            report.python("prototypes", "tests/cuda/prototypes.py")
     with report.part("tests of the emulated driver" + ", and of an engine on it" * options.all):
         report.python("tests", "-m", "pytest", "-q", "-n", report.jobs, "--dist", "worksteal", *tests)
 
