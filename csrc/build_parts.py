@@ -9,6 +9,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 CSRC = Path("csrc")
@@ -23,6 +24,7 @@ GPU_CODE = CSRC / "cuda" / "kernels.fatbin"
 GPU_ARCHS = ("80", "86", "89", "90", "100", "120")  # and the first one's PTX, which drivers compile for all later ones
 NVCC = ["nvcc", "-fatbin", "-O3", "-std=c++20", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"]
 NVCC += ["-Icsrc", "-Icsrc/cuda", f"-I{GLUE}", "--threads=0"]
+NVCC += ["-allow-unsupported-compiler"]  # of the host's headers nothing but stdint.h and stddef.h is wanted
 
 
 def declarations():
@@ -52,27 +54,44 @@ def write_if_changed(path, text):
     return path
 
 
+def known_archs():
+    """Of GPU_ARCHS those that this nvcc knows, which may be older than the cards."""
+    listed = subprocess.run([NVCC[0], "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    return [arch for arch in GPU_ARCHS if f"sm_{arch}" in listed]
+
+
 def build_gpu_code(usual):
-    """Compiles the kernels for GPUs, if there is nvcc, and if they are older than their sources or for other cards."""
+    """Compiles the kernels for GPUs, if there is nvcc, and if they are older than their sources or for other cards.
+
+    An nvcc that cannot do it (too old for the language or for gcc) is told of, and no reason not to build the rest:
+    NVRTC compiles them where they are needed.  Unless they were asked for: subprocess.CalledProcessError.
+    """
     given = os.environ.get("MS4_CUDA_ARCH")
-    wanted = given or (usual if usual != "native" or Path("/dev/nvidiactl").exists() else "none")
+    has_card = Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
+    wanted = given or (usual if usual != "native" or has_card else "none")
     if wanted == "none" or not shutil.which(NVCC[0]):
         return
-    archs = GPU_ARCHS if wanted == "all" else wanted.split(",")
+    archs = known_archs() if wanted == "all" else wanted.split(",")
+    if wanted == "all" and archs != list(GPU_ARCHS):
+        wanted = ",".join(archs)
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    targets = (
-        ["-arch=native"]
-        if wanted == "native"
-        else [*targets, f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}"]
-    )
+    targets += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs[:1]]
     write_grids()
     sources = [*(CSRC / "cuda").glob("*.cu*"), CSRC / "cuda" / "kernels.h", CSRC / "quant.h", GLUE / "grids.cuh"]
     stamp = GPU_CODE.with_suffix(".archs")
     newest = max(path.stat().st_mtime for path in sources)
     if GPU_CODE.exists() and GPU_CODE.stat().st_mtime > newest and stamp.exists() and stamp.read_text() == wanted:
         return
-    subprocess.run([*NVCC, *targets, "-o", str(GPU_CODE), str(CSRC / "cuda" / "kernels.cu")], check=True)
-    stamp.write_text(wanted)
+    GPU_CODE.unlink(missing_ok=True)  # of older sources: it is not to be used if this fails
+    command = [*NVCC, *(["-arch=native"] if wanted == "native" else targets), "-o", str(GPU_CODE)]
+    made = archs and subprocess.run([*command, str(CSRC / "cuda" / "kernels.cu")])
+    if made and not made.returncode:
+        stamp.write_text(wanted)
+        return
+    stamp.unlink(missing_ok=True)
+    if given and made:
+        made.check_returncode()
+    print("ms4: nvcc made no kernels for GPUs; NVRTC compiles them where they are needed", file=sys.stderr)
 
 
 def link_package(folder):

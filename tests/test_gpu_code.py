@@ -1,6 +1,8 @@
 """The GPU's kernels where none came along: for whom they are compiled, and what is kept."""
 
+import os
 import re
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,3 +113,57 @@ def test_nvrtc_compiles_every_kernel(target):
     types = re.findall(r"\bX\((\w+), \d+, \d+, \d+, ", (ROOT / "csrc/quant.h").read_text())
     names += [f"{kind}_{type}" for kind in ("mul", "gemm") for type in types]
     assert len(names) == 64 and all(re.search(rb"\b" + name.encode() + rb"\b", code) for name in names)
+
+
+@pytest.fixture
+def nvcc(monkeypatch, tmp_path):
+    """nvcc(known, code): from now on nvcc knows these cards and ends so; a list of what it is called with.
+
+    Everything happens in an empty checkout.
+    """
+    for name in ("cuda/kernels.cu", "cuda/kernels.h", "quant.h"):
+        (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "csrc" / name).touch()
+    (tmp_path / "quant").symlink_to(ROOT / "quant")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "csrc"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("MS4_CUDA_ARCH", raising=False)
+    log = tmp_path / "log"
+
+    def install(known, code=0):
+        log.write_text("")
+        script = tmp_path / "nvcc"
+        script.write_text(
+            f'#!/bin/sh\nif [ "$1" = --list-gpu-code ]; then echo {known}; exit; fi\necho "$*" >> {log}\n'
+            f'[ {code} = 0 ] && while [ "$1" ]; do [ "$1" = -o ] && touch "$2"; shift; done\nexit {code}\n'
+        )
+        script.chmod(0o755)
+        return lambda: log.read_text().splitlines()
+
+    return install
+
+
+@pytest.mark.slow
+def test_an_nvcc_that_cannot_do_it_does_not_end_the_build(nvcc, monkeypatch, capfd):
+    import build_parts
+
+    fatbin, archs = Path("csrc/cuda/kernels.fatbin"), Path("csrc/cuda/kernels.archs")
+    called = nvcc("sm_70 sm_80 sm_86 sm_89 sm_90")
+    build_parts.build_gpu_code("all")
+    assert "code=sm_90 " in called()[0] and "sm_100" not in called()[0] and archs.read_text() == "80,86,89,90"
+    os.utime(fatbin, (2e9, 2e9))
+    build_parts.build_gpu_code("all")
+    assert len(called()) == 1
+    os.utime("csrc/quant.h", (3e9, 3e9))
+    called = nvcc("sm_80", code=1)
+    build_parts.build_gpu_code("all")
+    assert len(called()) == 1 and not fatbin.exists() and not archs.exists()
+    assert "nvcc made no kernels for GPUs; NVRTC" in capfd.readouterr().err
+    called = nvcc("sm_52")  # no card of ours
+    build_parts.build_gpu_code("all")
+    assert not called() and not fatbin.exists()
+    monkeypatch.setenv("MS4_CUDA_ARCH", "80")
+    nvcc("sm_80", code=1)
+    with pytest.raises(subprocess.CalledProcessError):
+        build_parts.build_gpu_code("all")
