@@ -91,7 +91,7 @@ def check_gpu() -> Check:
     from ms4.models import gpu_code
 
     try:
-        text += f"; its kernels {gpu_code.origin(gpu.capability)}"
+        text += f"; its kernels {gpu_code.origin(gpu.capability, gpu.driver)}"
     except gpu_code.CompilerError as error:
         return Check("gpu", "warning", f"{text}; {str(error).split('; ')[0]}", gpu_code.INSTALL)
     if link and link.width < link.most:

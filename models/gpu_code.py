@@ -76,20 +76,26 @@ def libraries() -> Iterator[str]:
 
 
 class Nvrtc:
-    """The library, opened."""
+    """The library, opened: the first one whose kernels this driver (of CUDA 12.4, say; "": any) can load.
 
-    def __init__(self) -> None:
+    Drivers take what compilers of their own major version make, and of older ones.
+    """
+
+    def __init__(self, driver: str = "") -> None:
+        too_new = ""
         for name in libraries():
             try:
                 self._lib = ctypes.CDLL(name)
             except OSError:
                 continue
-            break
-        else:
-            raise CompilerError(f"this ms4 came without kernels for this GPU, and there is no NVRTC; {INSTALL}")
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
-        self.version = f"{major.value}.{minor.value}"
+            major, minor = ctypes.c_int(), ctypes.c_int()
+            self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
+            self.version = f"{major.value}.{minor.value}"
+            if not driver or major.value <= int(driver.split(".")[0]):
+                return
+            too_new = self.version
+        why = f"NVRTC {too_new} is too new for this driver (CUDA {driver})" if too_new else "there is no NVRTC"
+        raise CompilerError(f"this ms4 came without kernels for this GPU, and {why}; {INSTALL}")
 
     def _call(self, name: str, *arguments: object) -> None:
         code = getattr(self._lib, name)(*arguments)
@@ -151,9 +157,9 @@ class Nvrtc:
         return room.raw
 
 
-def kept(capability: int, said: Callable[[str], None]) -> Path:
+def kept(capability: int, said: Callable[[str], None], driver: str = "") -> Path:
     """The file with the kernels for this card, which is made, and said so in one line, if it is not there yet."""
-    nvrtc, files = Nvrtc(), sources()
+    nvrtc, files = Nvrtc(driver), sources()
     target = nvrtc.target(capability)
     about = hashlib.sha256(repr((target, nvrtc.version, OPTIONS, sorted(files.items()))).encode()).hexdigest()
     path = places.ours("CACHE") / "gpu" / f"kernels-{target}-{about[:24]}"
@@ -167,12 +173,12 @@ def kept(capability: int, said: Callable[[str], None]) -> Path:
     return path
 
 
-def origin(capability: str) -> str:
+def origin(capability: str, driver: str = "") -> str:
     """Where the kernels for a card of this compute capability (8.6) come from; CompilerError: from nowhere."""
     archs = None if os.environ.get("MS4_GPU_CODE") else built_for()
     if archs is None or runs(int(capability.replace(".", "")), archs):
         return "came with ms4"
-    return f"are compiled when they are first needed (NVRTC {Nvrtc().version})"
+    return f"are compiled when they are first needed (NVRTC {Nvrtc(driver).version})"
 
 
 def ready(said: Callable[[str], None]) -> str:
@@ -189,4 +195,4 @@ def ready(said: Callable[[str], None]) -> str:
         return ""
     capability = int(gpu.capability.replace(".", ""))
     too_old = capability < OLDEST  # the engine says so
-    return "" if too_old or runs(capability, archs) else str(kept(capability, said))
+    return "" if too_old or runs(capability, archs) else str(kept(capability, said, gpu.driver))

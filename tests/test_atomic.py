@@ -78,6 +78,9 @@ def compiled(path, monkeypatch):
     class Compiler:
         version = (12, 8)
 
+        def __init__(self, driver):
+            pass
+
         def target(self, capability):
             return "sm_86"
 

@@ -22,6 +22,9 @@ def fake(monkeypatch, tmp_path):
     class Nvrtc:
         version = property(lambda self: made.version)
 
+        def __init__(self, driver):
+            assert driver == "13.0"
+
         def target(self, capability):
             return f"sm_{capability}"
 
@@ -33,7 +36,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.delenv("MS4_GPU_CODE", raising=False)
     monkeypatch.setattr(gpu_code, "Nvrtc", Nvrtc)
     monkeypatch.setattr(gpu_code, "built_for", lambda: ())
-    monkeypatch.setattr(ms4, "gpu", lambda: SimpleNamespace(capability=made.capability))
+    monkeypatch.setattr(ms4, "gpu", lambda: SimpleNamespace(capability=made.capability, driver="13.0"))
     return made
 
 
@@ -97,6 +100,22 @@ def test_without_a_compiler_the_way_to_one_is_said(monkeypatch):
     monkeypatch.setattr(gpu_code, "libraries", lambda: iter(["/nowhere/libnvrtc.so"]))
     with pytest.raises(gpu_code.CompilerError, match="there is no NVRTC; pip install"):
         gpu_code.Nvrtc()
+
+
+def test_an_nvrtc_that_is_too_new_for_the_driver_is_passed_over(monkeypatch):
+    """What 13.0 makes no driver of CUDA 12 loads."""
+    monkeypatch.setattr(gpu_code, "libraries", lambda: iter(["13.0", "12.9", "11.8"]))
+    monkeypatch.setattr(gpu_code.ctypes, "CDLL", lambda name: name)
+
+    def version(self, name, major, minor):
+        major._obj.value, minor._obj.value = map(int, self._lib.split("."))
+
+    monkeypatch.setattr(gpu_code.Nvrtc, "_call", version)
+    found = [gpu_code.Nvrtc(driver).version for driver in ("", "13.1", "12.2")]
+    assert found == ["13.0", "13.0", "12.9"]
+    monkeypatch.setattr(gpu_code, "libraries", lambda: iter(["13.0"]))
+    with pytest.raises(gpu_code.CompilerError, match=r"NVRTC 13.0 is too new for this driver \(CUDA 12.2\); pip"):
+        gpu_code.Nvrtc("12.2")
 
 
 @pytest.mark.slow
