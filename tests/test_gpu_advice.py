@@ -163,6 +163,8 @@ def driver():
         ({"MS4_EMU_CC": "75"}, "too old: it has compute capability 7.5", True),
         ({"MS4_EMU_FAIL": "cuModuleLoadData:1:209"}, "was built for other GPUs", True),
         ({"MS4_EMU_FAIL": "cuModuleLoadData:1:222"}, "for a newer driver; update the driver", True),
+        ({"MS4_EMU_FAIL": "cuModuleLoadData:1:200"}, "for a newer driver; update the driver", True),
+        ({"MS4_EMU_FAIL": "cuModuleLoadData:1:221"}, "may not compile for it", True),
         ({"MS4_GPU_CODE": "/nowhere"}, "MS4_GPU_CODE=/nowhere: no such file", True),
         ({"MS4_EMU_FAIL": "cuDevicePrimaryCtxRetain:1:46"}, r"the GPU failed \(cuDevicePrimaryCtxRetain", True),
     ],

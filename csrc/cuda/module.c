@@ -8,8 +8,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { NO_BINARY_FOR_GPU = 209, INVALID_PTX = 218, UNSUPPORTED_PTX_VERSION = 222 };
-
 /* The bytes of a file, and a zero behind them (PTX is text); *out NULL: there is no such file. */
 static int read_file(const char *path, char **out, size_t *bytes) {
     FILE *file = fopen(path, "rb");
@@ -49,7 +47,15 @@ int module_open(const char *from, CUmodule *out) {
     TRY(find_code(from, &code));
     CUresult result = cuda.cuModuleLoadData(out, code);
     memory_give(code);
-    FAIL_IF(result == NO_BINARY_FOR_GPU || result == INVALID_PTX || result == UNSUPPORTED_PTX_VERSION, MS4_EDEVICE,
-            "ms4 was built for other GPUs than this one, or for a newer driver; update the driver, or build ms4 anew");
-    return cuda_check("cuModuleLoadData", result);
+    switch (result) {
+    case CUDA_ERROR_INVALID_IMAGE: case CUDA_ERROR_INVALID_SOURCE:        /* of a newer CUDA, in a form it cannot read */
+    case CUDA_ERROR_NO_BINARY_FOR_GPU: case CUDA_ERROR_INVALID_PTX: case CUDA_ERROR_UNSUPPORTED_PTX_VERSION:
+        return error_set(MS4_EDEVICE, "ms4 was built for other GPUs than this one, or for a newer driver; update the "
+                         "driver, or build ms4 anew (%d)", result);
+    case CUDA_ERROR_JIT_COMPILER_NOT_FOUND: case CUDA_ERROR_JIT_COMPILATION_DISABLED:
+        return error_set(MS4_EDEVICE, "ms4 was built for other GPUs than this one, and the driver may not compile for "
+                         "it (libnvidia-ptxjitcompiler.so.1, CUDA_DISABLE_PTX_JIT); build ms4 anew (%d)", result);
+    default:
+        return cuda_check("cuModuleLoadData", result);
+    }
 }
