@@ -48,7 +48,7 @@ int module_open(const char *from, CUmodule *out) {
     CUresult result = cuda.cuModuleLoadData(out, code);
     memory_give(code);
     switch (result) {
-    case CUDA_ERROR_INVALID_IMAGE: case CUDA_ERROR_INVALID_SOURCE:        /* of a newer CUDA, in a form it cannot read */
+    case CUDA_ERROR_INVALID_IMAGE: case CUDA_ERROR_INVALID_SOURCE:       /* of a newer CUDA, in a form it cannot read */
     case CUDA_ERROR_NO_BINARY_FOR_GPU: case CUDA_ERROR_INVALID_PTX: case CUDA_ERROR_UNSUPPORTED_PTX_VERSION:
         return error_set(MS4_EDEVICE, "ms4 was built for other GPUs than this one, or for a newer driver; update the "
                          "driver, or build ms4 anew (%d)", result);
