@@ -159,6 +159,25 @@ def test_pinning_has_a_limit_and_wants_memory_that_is_there():
     assert printed("print(LIB.cuMemHostRegister_v2(c_void_p(1 << 20), c_size_t(4096), 0))") == "1"
 
 
+def test_of_what_only_begins_in_registered_memory_nothing_is_copied():
+    code = "import mmap\nm = mmap.mmap(-1, 16384); y = ctypes.addressof((c_float * 4096).from_buffer(m))\n"
+    code += "d = device(4096); call('cuMemHostRegister_v2', c_void_p(y), c_size_t(8192), 0)\n"
+    code += "print([LIB.cuMemcpyHtoDAsync_v2(c_uint64(d), c_void_p(y), c_size_t(n), None) for n in (8192, 8196)])"
+    assert printed(code) == "[0, 1]"
+
+
+def test_large_memory_is_handed_out_in_pieces_of_2_mib():
+    code = "\ntry:\n    [device(n << 18) for n in ({}, {}, {})]; print(0)\nexcept CudaError as e: print(e)"
+    assert printed(code.format(2, 4, 2), MS4_EMU_VRAM=str(9 << 20)) == "0"
+    assert printed(code.format(3, 3, 2), MS4_EMU_VRAM=str(9 << 20)) == "2"
+
+
+def test_a_context_ends_with_its_last_user():
+    code = "call('cuDevicePrimaryCtxRelease_v2', 0); print(LIB.cuCtxSynchronize())\n"
+    code += "made('cuDevicePrimaryCtxRetain', 0); print(LIB.cuCtxSynchronize())"
+    assert printed(code).split() == ["201", "201"]
+
+
 # --- streams
 
 
@@ -272,6 +291,14 @@ def test_a_graph_is_not_destroyed_before_it_is_done():
 
 
 # --- failures
+
+
+def test_a_stream_is_not_destroyed_before_it_is_done():
+    """Drivers return at once: what comes after may not believe that its work is over."""
+    code = "run(b'add_one', x, 256, n=256); s = stream(); up(device(64), host(64), s)\n"
+    code += "{}call('cuStreamDestroy_v2', s); print('ok')"
+    assert printed(code.format("sync(s); ")) == "ok"
+    dies(code.format(""), "a stream is destroyed that is not done", MS4_EMU_LATE="50")
 
 
 def test_calls_fail_on_demand():

@@ -8,7 +8,9 @@ driver_state &state() {
     static driver_state *d = new driver_state();
     return *d;
 }
-static thread_local bool has_context;
+/* Of the thread: the number of its context, which is gone when the last user has released it; 0: it has none. */
+static thread_local int own_context;
+static bool has_context() { return own_context && state().context_users && own_context == state().n_contexts; }
 
 static uint64_t number_of(const char *name, uint64_t otherwise) {
     const char *text = getenv(name);
@@ -19,8 +21,9 @@ static void write_report() {
     std::lock_guard<std::mutex> guard(d.lock);
     FILE *f = fopen(d.set.report.c_str(), "w");
     if (!f) return perror(d.set.report.c_str());
-    fprintf(f, "calls %llu\nbytes copied %llu\nmost memory %zu\n", (unsigned long long)d.n_calls,
-            (unsigned long long)d.copied, memory_most());
+    fprintf(f, "calls %llu\nbytes copied %llu\nmost memory %zu\ncontexts made %d\n", (unsigned long long)d.n_calls,
+            (unsigned long long)d.copied, memory_most(), d.n_contexts);
+    fprintf(f, "left of memory %zu\nleft pinned %zu\n", memory_used(), memory_pinned());
     for (auto &c : d.calls) fprintf(f, "call %s %llu\n", c.first.c_str(), (unsigned long long)c.second);
     for (auto &p : d.places) {
         fprintf(f, "places %s %zu\n", p.first.c_str(), p.second.size());
@@ -95,7 +98,7 @@ entry::entry(const char *name, bool needs_context, bool takes_memory) : lock(sta
         int otherwise = d.set.fail_lost ? LAUNCH_FAILED : takes_memory ? OUT_OF_MEMORY : UNKNOWN;
         error = d.set.fail_code ? d.set.fail_code : otherwise;
     } else if (d.lost) error = d.lost;
-    else if (!error && needs_context && !has_context) error = INVALID_CONTEXT;
+    else if (!error && needs_context && !has_context()) error = INVALID_CONTEXT;
 }
 
 /* --- the driver and its devices --------------------------------------------------------------------------------- */
@@ -154,10 +157,10 @@ static int attribute_of(int attribute) {
     case 38: return 6 << 20;        /* L2 */
     case 39: return 1536;           /* threads of a multiprocessor */
     case 40: return 2;              /* copy engines */
-    case 19: case 31: case 41: case 78: case 91: case 99: case 113: case 122: return 1;
+    case 19: case 31: case 41: case 78: case 99: case 113: case 122: return 1;
                                     /* maps host memory, kernels side by side, one address space, priorities of streams,
-                                     * pinned memory at the host's address, pinning of what is there, read-only; memory
-                                     * operations of streams */
+                                     * pinning of what is there, read-only; memory operations of streams.  But not (91)
+                                     * at the host's address, as under WSL: kernels do not see what was there */
     case 75: return state().set.capability / 10;
     case 76: return state().set.capability % 10;
     case 81: return 100 << 10;      /* shared memory of a multiprocessor */
@@ -174,7 +177,7 @@ EXPORT int cuDevicePrimaryCtxRetain(void **context, int device) {
     entry e("cuDevicePrimaryCtxRetain", false, true);
     if (e.error) return e.error;
     if (device < 0 || device >= state().set.n_devices) return INVALID_DEVICE;
-    state().context_users++;
+    if (!state().context_users++) state().n_contexts++;
     *context = &state().context_users;
     return OK;
 }
@@ -189,7 +192,8 @@ EXPORT int cuCtxSetCurrent(void *context) {
     entry e("cuCtxSetCurrent", false);
     if (e.error) return e.error;
     if (context && context != &state().context_users) return INVALID_CONTEXT;
-    has_context = context != nullptr;
+    if (context && !state().context_users) return INVALID_CONTEXT;
+    own_context = context ? state().n_contexts : 0;
     return OK;
 }
 EXPORT int cuCtxSynchronize() {
@@ -234,8 +238,9 @@ EXPORT int cuModuleUnload(void *module) {
     entry e("cuModuleUnload");
     return e.error ? e.error : module == &state().module_loaded ? OK : INVALID_HANDLE;
 }
+/* Loads it, where modules are lazy. */
 EXPORT int cuModuleGetFunction(void **function, void *module, const char *name) {
-    entry e("cuModuleGetFunction");
+    entry e("cuModuleGetFunction", true, true);
     if (e.error) return e.error;
     if (module != &state().module_loaded) return INVALID_HANDLE;
     const emu::kernel *k = emu::find(name);
@@ -335,7 +340,7 @@ EXPORT int cuMemHostUnregister(void *at) {
 EXPORT int cuMemHostGetDevicePointer_v2(uint64_t *at, void *host, unsigned) {
     entry e("cuMemHostGetDevicePointer_v2");
     if (e.error) return e.error;
-    if (memory_place(host, 1) != PINNED) return INVALID_VALUE;
+    if (memory_place(host, 1) != PINNED) return INVALID_VALUE;      /* what it got itself: as the address is */
     *at = (uint64_t)(uintptr_t)host;
     return OK;
 }
@@ -353,6 +358,7 @@ static int copy(const char *name, uint64_t to, uint64_t from, size_t n, void *ha
     what.n = n;
     place of_from = memory_place(what.from, n), of_to = memory_place(what.to, n);
     if (of_from != DEVICE && of_to != DEVICE && !strstr(name, "cuMemcpyAsync")) return INVALID_VALUE;
+    if (of_from == STRADDLES || of_to == STRADDLES) return INVALID_VALUE;
     if (of_from == PAGEABLE && !s->capture && (waits || state().random() % 2)) {
         what.bytes.assign(what.from, what.from + n);
         what.from = nullptr;

@@ -19,7 +19,8 @@
  *   MS4_EMU_FORGET=call:n  a mutant: what the n-th place of the program does that calls this (cuStreamSynchronize,
  *                       cuEventSynchronize, cuStreamWaitEvent or cuEventRecord), in order of first calls, has no effect;
  *                       cuStreamQuery and cuEventQuery say that it is over
- *   MS4_EMU_REPORT=file at exit: calls by name, kernels by name, places that wait, bytes copied, most memory in use
+ *   MS4_EMU_REPORT=file at exit: calls by name, kernels by name, places that wait, bytes copied, most memory in use,
+ *                       how often a context was made, memory that was not given back
  */
 #ifndef MS4_EMULATED_DRIVER_H
 #define MS4_EMULATED_DRIVER_H
@@ -108,7 +109,8 @@ struct driver_state {
     bool initialised = false, module_loaded = false;
     int lost = 0;                                   /* the error that all calls give from now on */
     bool hung = false;                              /* nothing is done any more */
-    int context_users = 0, n_waiting = 0;           /* threads of the host that wait */
+    int context_users = 0, n_contexts = 0;          /* of the primary context; how often it was made */
+    int n_waiting = 0;                              /* threads of the host that wait */
     uint64_t numbers = 0;
     stream zero;                                    /* stream 0 */
     std::vector<stream *> streams;                  /* all, stream 0 first */
@@ -121,11 +123,12 @@ struct driver_state {
 driver_state &state();
 
 /* --- memory.cpp ------------------------------------------------------------------------------------------------- */
-enum place { PAGEABLE, PINNED, DEVICE };
+enum place { PAGEABLE, PINNED, DEVICE, STRADDLES };     /* STRADDLES: begins in pinned memory and leaves it */
 int memory_take(uint64_t *at, size_t bytes);
 int memory_give(uint64_t at);
 size_t memory_used();
 size_t memory_most();
+size_t memory_pinned();
 int memory_pin(void *at, size_t bytes, bool own, bool read_only);      /* own: cuMemHostAlloc */
 int memory_unpin(void *at, bool own);
 place memory_place(const void *p, size_t n);        /* ends the process for what is only partly in device memory */

@@ -6,7 +6,12 @@
 
 namespace {
 const size_t PAGE = 4096, ARENA = (size_t)1 << 36, ALIGN = 256;
+const size_t LARGE = (size_t)1 << 20, AT_ONCE = (size_t)2 << 20;       /* what is large takes whole pieces of 2 MiB */
 struct area { char *map; size_t length, bytes; };           /* pages, and what was asked for, at their end */
+size_t takes(size_t bytes) {
+    const size_t unit = bytes < LARGE ? ALIGN : AT_ONCE;
+    return (bytes + unit - 1) / unit * unit;
+}
 struct pinned { size_t bytes; bool own; };
 std::map<uintptr_t, area> &areas() { static auto *all = new std::map<uintptr_t, area>(); return *all; }
 std::map<uintptr_t, pinned> &pins() { static auto *all = new std::map<uintptr_t, pinned>(); return *all; }
@@ -28,7 +33,7 @@ std::pair<uintptr_t, uintptr_t> range_of(const void *p) {
     uintptr_t end = a == areas().end() ? 0 : (a->first + a->second.bytes + 15) / 16 * 16;
     if ((uintptr_t)p < end) return { a->first, end };
     auto pin = find_in(pins(), p);
-    if (pin == pins().end()) return { 0, 0 };
+    if (pin == pins().end() || !pin->second.own) return { 0, 0 };       /* what was registered has another address */
     return { pin->first, pin->first + pin->second.bytes };
 }
 /* Kernels ask for each access, mostly for the same few places. */
@@ -54,7 +59,7 @@ bool has(const void *p, size_t n) {
 int memory_take(uint64_t *at, size_t bytes) {
     if (!bytes) return INVALID_VALUE;
     size_t room = (bytes + ALIGN - 1) / ALIGN * ALIGN, length = (room + PAGE - 1) / PAGE * PAGE;
-    if (used + room > state().set.vram) return OUT_OF_MEMORY;
+    if (used + takes(bytes) > state().set.vram) return OUT_OF_MEMORY;
     if (!arena) {
         void *p = mmap(nullptr, ARENA, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (p == MAP_FAILED) return OUT_OF_MEMORY;
@@ -71,7 +76,7 @@ int memory_take(uint64_t *at, size_t bytes) {
     if (!is_open) mprotect(map, length, PROT_NONE);
     std::lock_guard<std::mutex> guard(lookup);
     areas()[(uintptr_t)p] = { map, length, bytes };
-    used += room;
+    used += takes(bytes);
     most = std::max(most, used);
     *at = (uint64_t)(uintptr_t)p;
     return OK;
@@ -89,7 +94,7 @@ int memory_give(uint64_t at) {
     }
     madvise(of.map, of.length, MADV_DONTNEED);
     mprotect(of.map, of.length, PROT_NONE);             /* the address is not given out again */
-    used -= (of.bytes + ALIGN - 1) / ALIGN * ALIGN;
+    used -= takes(of.bytes);
     std::lock_guard<std::mutex> guard(lookup);
     areas().erase(a);
     changes++;
@@ -97,6 +102,7 @@ int memory_give(uint64_t at) {
 }
 size_t memory_used() { return used; }
 size_t memory_most() { return most; }
+size_t memory_pinned() { return n_pinned; }
 
 /* Whether [at, at + bytes) is mapped, and (writable) may be written. */
 static bool mapped(const char *at, size_t bytes, bool writable) {
@@ -147,7 +153,8 @@ place memory_place(const void *p, size_t n) {
     }
     if (in_arena(p)) stop("a copy of what is not allocated", p, n);
     auto pin = find_in(pins(), p);
-    return pin != pins().end() && (uintptr_t)p + n <= pin->first + pin->second.bytes ? PINNED : PAGEABLE;
+    if (pin == pins().end() || (uintptr_t)p >= pin->first + pin->second.bytes) return PAGEABLE;
+    return (uintptr_t)p + n <= pin->first + pin->second.bytes ? PINNED : STRADDLES;
 }
 void memory_open(bool open) {
     if (open == is_open) return;
