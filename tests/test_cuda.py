@@ -470,7 +470,7 @@ def test_a_kv_cache_that_outgrows_the_card_takes_the_place_of_experts():
     """Sessions, each of which takes a block of positions in every layer, until slots had to make room for them."""
     ids, said, n_steps = np.random.default_rng(3).integers(5, 900, 64), {}, 0
     for device in ("cuda", "cpu"):
-        with Model.open(DEMO / "ms4-demo.gguf", device=device, vram=20 << 20, n_batch=64) as model:
+        with Model.open(DEMO / "ms4-demo.gguf", device=device, vram=24 << 20, n_batch=64) as model:
             with model.session(128) as session:
                 said[device] = [session.feed(ids)]
                 before = given = model.engine.stats()
@@ -485,6 +485,24 @@ def test_a_kv_cache_that_outgrows_the_card_takes_the_place_of_experts():
                     assert given.device == "cuda"
                 said[device].append(session.feed([7]))
     assert all(np.array_equal(a, b) for a, b in zip(said["cpu"], said["cuda"], strict=True))
+
+
+def test_blocks_of_the_kv_cache_leave_nothing_of_the_card_unused(tmp_path):
+    """Drivers hand out large memory 2 MiB at a time, and a block takes 1.1 MiB here."""
+    shape = {"n_layer": 14, "n_expert": 2, "n_used": 1, "n_head": 1, "kv_rank": 256, "d_rope": 64, "d_model": 64}
+    path = write_tiny(tmp_path / "t.gguf", Tiny(**shape, n_vocab=1300))[0]
+    with Model.open(path, device="cuda") as model:
+        sessions = [model.session(128) for _ in range(16)]
+        sessions[0].feed([5])
+        sessions[0].rewind(0)
+        before = ms4.gpu().free
+        logits = [session.feed([5]) for session in sessions]
+        block = 14 * 128 * (2 * (256 + 64) + 12)
+        assert 16 * block < before - ms4.gpu().free < 16 * block + (2 << 20)
+        for session in sessions:
+            session.close()
+        assert before - ms4.gpu().free < block
+    assert all(np.array_equal(logits[0], other) for other in logits)
 
 
 @pytest.mark.parametrize("most", [0, 9 << 20])

@@ -1,30 +1,82 @@
 /* cuda_kv.c -- blocks of the kv cache on the card.  They are read and written by threads that hold no turn, so that
- * goes through a stream and pinned memory of their own. */
+ * goes through a stream and pinned memory of their own.
+ *
+ * Drivers hand out large memory in pieces of 2 MiB, and a block of the real model takes 2.9 MiB: a quarter would be
+ * lost by each.  So large blocks are taken some at a time, as a run. */
 #include "cuda/cuda_device.h"
 #include "memory.h"
 #include <pthread.h>
 #include <string.h>
 
 #define PIECE ((size_t)1 << 20)
+#define LARGE ((size_t)1 << 20)                               /* smaller allocations share what drivers hand out */
+#define RUN 16                                                /* blocks, or fewer where memory is short */
 
+typedef struct run {
+    struct run *next;
+    uint8_t *memory;
+    size_t bytes;                                             /* of a block */
+    uint32_t n, used;                                         /* a bit for each block */
+} run;
 typedef struct {
     kv_memory base;
     gpu *g;
     pthread_mutex_t lock;                                     /* of the next two */
     CUstream stream;
     void *pinned;
+    pthread_mutex_t taking;                                   /* of the runs */
+    run *runs;
 } cuda_kv;
 
+static run *new_run(cuda_kv *kv, size_t bytes) {
+    run *r = memory_take(1, sizeof *r);
+    void *memory = NULL;
+    uint32_t n = RUN;
+    while (r && n && gpu_take(kv->g, n * bytes, &memory)) n /= 2;
+    if (!memory) {
+        memory_give(r);
+        return NULL;
+    }
+    if (n < RUN) gpu_short(kv->g);                            /* nothing is wanted any more */
+    *r = (run){ kv->runs, memory, bytes, n, 0 };
+    return kv->runs = r;
+}
+static uint8_t *take_of_run(cuda_kv *kv, size_t bytes) {
+    run *r = kv->runs;
+    while (r && (r->bytes != bytes || r->used == (1u << r->n) - 1)) r = r->next;
+    if (!r) r = new_run(kv, bytes);
+    if (!r) return NULL;
+    const int at = __builtin_ctz(~r->used);
+    r->used |= 1u << at;
+    return r->memory + (size_t)at * bytes;
+}
+static void give_to_run(cuda_kv *kv, const uint8_t *block) {
+    run **at = &kv->runs;
+    while (block < (*at)->memory || block >= (*at)->memory + (*at)->n * (*at)->bytes) at = &(*at)->next;
+    run *r = *at;
+    r->used &= ~(1u << (size_t)(block - r->memory) / r->bytes);
+    if (r->used) return;
+    *at = r->next;
+    gpu_give(kv->g, r->memory, r->n * r->bytes);
+    memory_give(r);
+}
 static uint8_t *take(kv_memory *m, size_t bytes) {
     cuda_kv *kv = (cuda_kv *)m;
     void *block = NULL;
-    if (!gpu_enter(kv->g)) gpu_take(kv->g, bytes, &block);
+    if (gpu_enter(kv->g)) return NULL;
+    pthread_mutex_lock(&kv->taking);
+    if (bytes >= LARGE) block = take_of_run(kv, bytes);
+    else gpu_take(kv->g, bytes, &block);
+    pthread_mutex_unlock(&kv->taking);
     return block;
 }
 static void give(kv_memory *m, uint8_t *block, size_t bytes) {
     cuda_kv *kv = (cuda_kv *)m;
     gpu_enter(kv->g);
-    gpu_give(kv->g, block, bytes);
+    pthread_mutex_lock(&kv->taking);
+    if (bytes >= LARGE) give_to_run(kv, block);
+    else gpu_give(kv->g, block, bytes);
+    pthread_mutex_unlock(&kv->taking);
 }
 /* Waits for the copy: the block that is copied may be somebody else's, who gives it back. */
 static int copy(kv_memory *m, uint8_t *to, const uint8_t *from, size_t bytes) {
@@ -69,6 +121,7 @@ int cuda_kv_open(gpu *g, kv_memory **out) {
     FAIL_IF(!kv, MS4_ENOMEM, "no memory for the kv cache");
     *kv = (cuda_kv){ .base = { take, give, copy, read_block, write_block }, .g = g };
     pthread_mutex_init(&kv->lock, NULL);
+    pthread_mutex_init(&kv->taking, NULL);
     int status = gpu_pin(g, PIECE, &kv->pinned);
     if (!status) status = KV(kv, cuStreamCreate, &kv->stream, CU_STREAM_NON_BLOCKING);
     if (status) {
@@ -84,5 +137,6 @@ void cuda_kv_close(kv_memory *m) {
     if (!gpu_enter(kv->g) && kv->stream) cuda.cuStreamDestroy(kv->stream);
     gpu_unpin(kv->g, kv->pinned);
     pthread_mutex_destroy(&kv->lock);
+    pthread_mutex_destroy(&kv->taking);
     memory_give(kv);
 }
