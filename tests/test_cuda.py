@@ -466,6 +466,16 @@ def test_a_card_that_lacks_memory_in_an_answer_gives_up_slots(tmp_path):
     assert went_on > n // 2
 
 
+def test_memory_that_the_driver_wants_for_itself_is_made_by_slots():
+    """Kernels are loaded when they are first used, graphs lie on the card: neither of it is asked for by size."""
+    want = run(*ASKED, "--device", "cpu").stdout
+    for call in ("cuModuleGetFunction:7", "cuGraphInstantiateWithFlags:1"):
+        got = run(*ON_THE_CARD, MS4_EMU_FAIL=f"{call}:2")
+        assert got.returncode == 0 and got.stdout == want, got.stderr
+        assert "the GPU has no memory left; experts gave up places there" in got.stderr, got.stderr
+        assert "places for experts given up" in got.stderr.splitlines()[-1]
+
+
 def test_a_kv_cache_that_outgrows_the_card_takes_the_place_of_experts():
     """Sessions, each of which takes a block of positions in every layer, until slots had to make room for them."""
     ids, said, n_steps = np.random.default_rng(3).integers(5, 900, 64), {}, 0

@@ -52,10 +52,17 @@ static void lose(gpu *g) {
     pthread_mutex_unlock(&g->lock);
 }
 const char *gpu_lost(gpu *g) { return atomic_load(&g->lost) ? g->why : NULL; }
-/* A failed call of the driver other than one for want of memory makes the card of no use for good. */
+/* A failed call of the driver other than one for want of memory makes the card of no use for good.  Memory is not only
+ * wanted where we ask for it: graphs take some, and kernels are loaded when they are first used. */
 int gpu_check(gpu *g, const char *call, CUresult result) {
+    enum { ABOUT = 4 << 20 };                                 /* the driver does not say */
     int status = cuda_check(call, result);
     if (status == MS4_EDEVICE) lose(g);
+    if (status == MS4_ENOMEM) {
+        pthread_mutex_lock(&g->lock);
+        g->wanted = ABOUT;
+        pthread_mutex_unlock(&g->lock);
+    }
     return status;
 }
 #define GPU(g, name, ...) gpu_check(g, #name, cuda.name(__VA_ARGS__))
@@ -181,10 +188,11 @@ static host_piece *piece_of(gpu *g, const void *p) {
 int gpu_pin(gpu *g, size_t bytes, void **out) {
     host_piece got = { .bytes = bytes ? bytes : 1 };
     *out = NULL;
-    int status = MS4_ENOMEM;
+    CUresult result = CUDA_ERROR_OUT_OF_MEMORY;               /* of the host's */
     if (!g->unpinned)
-        status = GPU(g, cuMemHostAlloc, &got.at, got.bytes, CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP);
-    if (status && status != MS4_ENOMEM) return status;
+        result = cuda.cuMemHostAlloc(&got.at, got.bytes, CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP);
+    if (result != CUDA_ERROR_OUT_OF_MEMORY) TRY(gpu_check(g, "cuMemHostAlloc", result));
+    const int status = result ? MS4_ENOMEM : MS4_OK;
     got.pinned = !status;
     if (status) got.at = memory_take_pages(got.bytes, 0);
     FAIL_IF(!got.at, MS4_ENOMEM, "no memory for copies to the GPU (%zu bytes); use a smaller batch", bytes);
@@ -427,8 +435,12 @@ static int find(gpu *g, int32_t kernel, loaded **out) {
         k->threads = gemm ? GEMM_THREADS : MUL_THREADS;
         k->bytes = sizeof(mul_args);
     }
-    CUresult result = cuda.cuModuleGetFunction(&k->f, g->module, text);
-    FAIL_IF(result, MS4_EDEVICE, "the GPU's code has no kernel %s; build ms4 anew, or use --device cpu", text);
+    CUfunction f = NULL;
+    CUresult result = cuda.cuModuleGetFunction(&f, g->module, text);
+    FAIL_IF(result == CUDA_ERROR_NOT_FOUND, MS4_EDEVICE,
+            "the GPU's code has no kernel %s; build ms4 anew, or use --device cpu", text);
+    TRY(gpu_check(g, "cuModuleGetFunction", result));
+    k->f = f;
     return MS4_OK;
 }
 int gpu_launch(gpu *g, int32_t kernel, const void *args, gpu_grid grid, size_t shared) {
@@ -459,15 +471,7 @@ int gpu_tape(gpu *g, int on) {
     return MS4_OK;
 }
 int gpu_is_taping(const gpu *g) { return g->taping; }
-int gpu_go(gpu *g) {
-    enum { A_GRAPH = 4 << 20 };                               /* about; the driver does not say */
-    int status = g->taping ? tape_go(g->tape, g->work) : MS4_OK;
-    if (status != MS4_ENOMEM) return status;
-    pthread_mutex_lock(&g->lock);
-    g->wanted = A_GRAPH;
-    pthread_mutex_unlock(&g->lock);
-    return status;
-}
+int gpu_go(gpu *g) { return g->taping ? tape_go(g->tape, g->work) : MS4_OK; }
 int gpu_poll(gpu *g, atomic_int *flag) {
     enum { LOOKS = 4000 };                                    /* between two questions to the driver */
     TRY(gpu_go(g));
