@@ -382,13 +382,16 @@ def test_every_call_may_fail(kind, tiny, tmp_path):
 TOKENS = """
 import sys
 import numpy as np
+import ms4
 from ms4.models.model import Model
+ms4.gpu()
 with Model.open(sys.argv[1], device=sys.argv[2], vram=int(sys.argv[3])) as model, model.session(64) as session:
     session.feed(np.arange(12))
     for i in range(int(sys.argv[4])):
         session.feed([20 + 37 * i % 800])
     stats = model.engine.stats()
     print(model.shape.n_layer, stats.experts_used - stats.pairs_on_gpu)
+ms4.gpu()
 """
 WAITS = ("cuStreamQuery", "cuEventQuery", "cuCtxSetCurrent")  # as often as it takes, and what costs nothing
 
@@ -412,6 +415,7 @@ def test_a_token_takes_one_call_of_the_driver_for_a_layer(tiny, tmp_path):
     n_layer, each, _ = calls_of_a_token(tmp_path / "report", tiny, "cuda", 0)
     copies = {"cuMemcpyHtoDAsync_v2": 3, "cuEventRecord": 2, "cuMemcpyDtoHAsync_v2": 1}  # token, tables, jobs; logits
     assert each == {"cuGraphLaunch": n_layer + 2, "cuLaunchKernel": 2, **copies}
+    assert "\ncontexts made 1\nleft of memory 0\nleft pinned 0\n" in (tmp_path / "report").read_text()
     n_layer, each, _ = calls_of_a_token(tmp_path / "report", tiny, "cuda:safe", 0)
     assert "cuGraphLaunch" not in each and each["cuLaunchKernel"] + each["cuMemcpyHtoDAsync_v2"] > 20 * n_layer
 

@@ -594,6 +594,16 @@ void gpu_close(gpu *g) {
     memory_give(g);
 }
 /* --- for people ------------------------------------------------------------------------------------------------- */
+/* The card's context stays once it was made: that takes tenths of a second, and who asks is about to open the card. */
+static int keep_context(CUdevice id, CUcontext *out) {
+    static pthread_mutex_t making = PTHREAD_MUTEX_INITIALIZER;
+    static CUcontext kept;
+    pthread_mutex_lock(&making);
+    const int status = kept ? MS4_OK : CU(cuDevicePrimaryCtxRetain, &kept, id);
+    *out = kept;
+    pthread_mutex_unlock(&making);
+    return status;
+}
 int ms4_gpu_probe(ms4_gpu *out) {
     CUdevice id;
     CUcontext context;
@@ -607,11 +617,10 @@ int ms4_gpu_probe(ms4_gpu *out) {
     TRY(CU(cuDeviceGetAttribute, &out->minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, id));
     TRY(CU(cuDeviceGetAttribute, &out->n_multiprocessors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, id));
     TRY(CU(cuDeviceGetPCIBusId, out->bus, (int)sizeof out->bus, id));
-    TRY(CU(cuDevicePrimaryCtxRetain, &context, id));
-    int status = CU(cuCtxSetCurrent, context);
-    if (!status) status = CU(cuMemGetInfo, &free_now, &total);
-    cuda.cuDevicePrimaryCtxRelease(id);
+    TRY(keep_context(id, &context));
+    TRY(CU(cuCtxSetCurrent, context));
+    TRY(CU(cuMemGetInfo, &free_now, &total));
     out->free = free_now;
     out->total = total;
-    return status;
+    return MS4_OK;
 }
