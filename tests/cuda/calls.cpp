@@ -47,7 +47,8 @@ static void read_failure(settings *set, const char *text) {
         colon = word.find(':');
     }
     if (colon != std::string::npos) rest = word.substr(colon + 1);
-    set->fail_at = strtoull(word.c_str(), nullptr, 10);
+    set->fail_always = word[0] == '*';
+    set->fail_at = set->fail_always ? 1 : strtoull(word.c_str(), nullptr, 10);
     set->fail_lost = rest == "lost";
     set->fail_hangs = rest == "hang";
     set->fail_code = set->fail_lost || set->fail_hangs ? 0 : atoi(rest.c_str());
@@ -93,7 +94,8 @@ entry::entry(const char *name, bool needs_context, bool takes_memory) : lock(sta
     }
     uint64_t nth = ++d.calls[name], of_all = ++d.n_calls;
     const std::string &call = d.set.fail_call;
-    if (d.set.fail_at && (call.empty() ? of_all : call == name ? nth : 0) == d.set.fail_at) {
+    uint64_t at = call.empty() ? of_all : call == name ? nth : 0;
+    if (d.set.fail_at && (d.set.fail_always ? at >= 1 : at == d.set.fail_at)) {
         if (d.set.fail_lost) work_lose(LAUNCH_FAILED);
         int otherwise = d.set.fail_lost ? LAUNCH_FAILED : takes_memory ? OUT_OF_MEMORY : UNKNOWN;
         error = d.set.fail_code ? d.set.fail_code : otherwise;

@@ -10,15 +10,15 @@
  *   MS4_EMU_CC=86       compute capability; MS4_EMU_DEVICES=n (1); MS4_EMU_THREADS=n  CPU threads of a kernel (2)
  *   MS4_EMU_LATE=ms     copies to the device take so long, in streams beside the one that runs kernels (0)
  *   MS4_EMU_COPIES_FIRST=1  and as long as such a stream has anything to do, nothing else is done
- *   MS4_EMU_FREE=1      cuMemFree, cuMemFreeHost and cuMemHostUnregister wait for nothing: real drivers do wait there, but
- *                       do not promise to; work that comes to that memory later ends the process
- *   MS4_EMU_FAIL=call:n, call:n:code or n, n:code   the n-th call (of that name, or of all) fails with this error (2
- *                       where memory is asked for, 999 else); call `kernel`: the n-th kernel that runs faults; code
- *                       `lost`: that call and all later ones fail, and what was queued is never done; kernel:n:hang:
- *                       that kernel never ends, and nothing behind it begins
+ *   MS4_EMU_FREE=1      cuMemFree, cuMemFreeHost and cuMemHostUnregister wait for nothing: real drivers do wait there,
+ *                       but do not promise to; work that comes to that memory later ends the process
+ *   MS4_EMU_FAIL=call:n, call:n:code or n, n:code   the n-th call (of that name, or of all; *: every one) fails with
+ *                       this error (2 where memory is asked for, 999 else); call `kernel`: the n-th kernel that runs
+ *                       faults; code `lost`: that call and all later ones fail, and what was queued is never done;
+ *                       kernel:n:hang: that kernel never ends, and nothing behind it begins
  *   MS4_EMU_FORGET=call:n  a mutant: what the n-th place of the program does that calls this (cuStreamSynchronize,
- *                       cuEventSynchronize, cuStreamWaitEvent or cuEventRecord), in order of first calls, has no effect;
- *                       cuStreamQuery and cuEventQuery say that it is over
+ *                       cuEventSynchronize, cuStreamWaitEvent or cuEventRecord), in order of first calls, has no
+ *                       effect; cuStreamQuery and cuEventQuery say that it is over
  *   MS4_EMU_REPORT=file at exit: calls by name, kernels by name, places that wait, bytes copied, most memory in use,
  *                       how often a context was made, memory that was not given back
  */
@@ -100,7 +100,7 @@ struct settings {
     size_t forget_place;
     uint64_t fail_at;
     int fail_code;
-    bool fail_lost, fail_hangs, frees_early, copies_first;
+    bool fail_always, fail_lost, fail_hangs, frees_early, copies_first;
 };
 struct driver_state {
     std::mutex lock;
