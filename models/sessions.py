@@ -182,7 +182,7 @@ class Recorder:
         first, rest = self.path.read_bytes().split(b"\n", 1)
         begin = json.loads(first) | {"id": made.id, "created": made._begin["created"], "forked": self.id}
         with atomic.replacing(made.path, 0o600, durable=True) as file:
-            file.write(json.dumps(begin, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n" + rest)
+            file.write(as_lines(begin) + rest)
         made._file = os.open(made.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         return made
 
@@ -240,26 +240,42 @@ class Recorder:
 
     def _put(self, **event: Any) -> None:
         """Writes a line, whole or not at all, and waits until the disk has it.  OSError: it is not there."""
-        lines = [event]
         if self._file is None:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._file = os.open(self.path, flags, 0o600)
-            lines = [self._begin, *self._before, event]
-        data = b"".join(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n" for line in lines)
+            self._begin_with(event)
+            return
+        data = as_lines(event)
         size = os.fstat(self._file).st_size
         try:
-            done = 0
-            while done < len(data):
-                done += os.write(self._file, data[done:])
-            os.fsync(self._file)
+            write_all(self._file, data)
         except OSError:
             os.ftruncate(self._file, size)
-            if not size:
-                os.unlink(self.path)
-                self.close()
             raise
+
+    def _begin_with(self, event: Mapping[str, Any]) -> None:
+        """Makes the file, which gets its name when its first lines are in it: a kill leaves all of them, or no file."""
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with atomic.renamed(self.path) as new:
+            file = os.open(new, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                write_all(file, as_lines(self._begin, *self._before, event))
+            except BaseException:
+                os.close(file)
+                raise
+        self._file = file
+        atomic.sync(self.path.parent)
         self._before = []
+
+
+def as_lines(*events: Mapping[str, Any]) -> bytes:
+    return b"".join(json.dumps(e, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n" for e in events)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Writes all of it, and waits until the disk has it."""
+    done = 0
+    while done < len(data):
+        done += os.write(fd, data[done:])
+    os.fsync(fd)
 
 
 def budgeted(budget: int | None) -> dict[str, int]:
@@ -437,9 +453,10 @@ def find(name: str | None, where: Path | None = None) -> Path:
     """
     known = paths(where)
     if name is None:
-        if not known:
+        last = next((path for path in known if path.stat().st_size), None)  # a disk that failed may leave empty ones
+        if last is None:
             raise UnknownSessionError("there is no session yet")
-        return known[0]
+        return last
     matching = [path for path in known if path.stem.startswith(name) or path.stem.endswith(f"-{name}")]
     if not matching:
         matching = [s.path for s in sessions(where) if isinstance(s, Session) and s.name == name][:1]

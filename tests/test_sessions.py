@@ -65,6 +65,25 @@ def test_what_was_written_is_replayed(tmp_path):
     assert os.stat(recorder.path).st_mode & 0o777 == 0o600
 
 
+def test_a_file_has_its_first_lines_before_it_has_its_name(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sessions.os, "fsync", lambda fd: seen.append((files(), os.fstat(fd).st_size)))
+    path = recorded(1)
+    assert seen[0][0] == [] and seen[0][1] == path.stat().st_size and files() == [path]
+    assert path.stat().st_mode & 0o777 == 0o600 and len(list(path.parent.iterdir())) == 1
+
+
+def test_an_empty_file_is_not_the_last_session():
+    path = recorded(1)
+    empty = path.with_name("20990101-000000-aaaa.jsonl")
+    empty.touch()
+    os.utime(path, (0, 0))
+    assert sessions.find(None) == path
+    path.unlink()
+    with pytest.raises(sessions.UnknownSessionError, match="no session yet"):
+        sessions.find(None)
+
+
 def test_a_budget_of_thought_and_used_random_numbers_are_replayed(tmp_path):
     recorder = Recorder("m.gguf", "0", None, "high", tmp_path, budget=1024)
     recorder.turn("a", (5, 2), "b", "", "stop", drawn=(7, 2))
