@@ -169,6 +169,8 @@ class Memory:
         self._kv = KvFiles.of(engine.require(), engine.attn_scale, images.mmproj)
         if session is not None:
             self._guard(lambda: setattr(self, "_recorder", Recorder.onto(session)))
+            if self._recorder is not None and self._recorder.id != session.id:
+                tell(f"session {session.id} goes on elsewhere; here it goes on as {self._recorder.id}")
 
     def begin(self, dialogue: Dialogue, budget: int | None = None) -> None:
         """From here on it is another conversation; its file comes with its first turn.  budget: tokens of thought."""

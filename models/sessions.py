@@ -22,6 +22,7 @@ when the session goes on.
 from __future__ import annotations
 
 import base64
+import fcntl
 import io
 import json
 import os
@@ -79,6 +80,7 @@ class Session:
     turns: list[Turn] = field(default_factory=list)
     name: str | None = None  # that its user gave it
     n_bytes: int = 0  # of its whole lines
+    n_read: int = 0  # bytes of the file when it was read
     torn: bool = False  # its last line was cut
 
     @property
@@ -169,22 +171,34 @@ class Recorder:
 
     @classmethod
     def onto(cls, session: Session) -> Recorder:
-        """One that goes on where a session has ended; a torn last line is cut off."""
+        """One that goes on where a session has ended; a torn last line is cut off.
+
+        If another process has it open, or has added to it since it was read, this one goes on in a copy.
+        """
         made = cls(session.model, "", session.system, session.effort)
-        made.id, made.path = session.id, session.path
-        made._file = os.open(session.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        os.ftruncate(made._file, session.n_bytes)
+        file = os.open(session.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        if not locked(file) or os.fstat(file).st_size != session.n_read:
+            os.close(file)
+            made._copy(session.path, session.n_bytes)
+            return made
+        made.id, made.path, made._file = session.id, session.path, file
+        os.ftruncate(file, session.n_bytes)
         return made
 
     def fork(self) -> Recorder:
         """One that goes on from here in a file of its own, which begins with a copy of this one."""
         made = Recorder("", "", None, "none", self.path.parent)
-        first, rest = self.path.read_bytes().split(b"\n", 1)
-        begin = json.loads(first) | {"id": made.id, "created": made._begin["created"], "forked": self.id}
-        with atomic.replacing(made.path, 0o600, durable=True) as file:
-            file.write(as_lines(begin) + rest)
-        made._file = os.open(made.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        made._copy(self.path)
         return made
+
+    def _copy(self, path: Path, n_bytes: int | None = None) -> None:
+        """Begins with what is in another session's file, or its first bytes."""
+        first, rest = path.read_bytes()[:n_bytes].split(b"\n", 1)
+        begin = json.loads(first) | {"id": self.id, "created": self._begin["created"], "forked": path.stem}
+        with atomic.replacing(self.path, 0o600, durable=True) as file:
+            file.write(as_lines(begin) + rest)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        locked(self._file)
 
     def turn(
         self,
@@ -262,6 +276,7 @@ class Recorder:
                 os.close(file)
                 raise
         self._file = file
+        locked(file)
         atomic.sync(self.path.parent)
         self._before = []
 
@@ -276,6 +291,17 @@ def write_all(fd: int, data: bytes) -> None:
     while done < len(data):
         done += os.write(fd, data[done:])
     os.fsync(fd)
+
+
+def locked(fd: int) -> bool:
+    """Takes a file for this process, until it is closed; False if another one has it.  Some file systems know no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def budgeted(budget: int | None) -> dict[str, int]:
@@ -366,7 +392,7 @@ def read(path: Path) -> Session:
         at += len(line)
     if session is None:
         raise SessionError(f"{shown(path.name)}: empty")
-    session.n_bytes = at
+    session.n_bytes, session.n_read = at, len(data)
     return session
 
 

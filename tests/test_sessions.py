@@ -73,6 +73,24 @@ def test_a_file_has_its_first_lines_before_it_has_its_name(monkeypatch):
     assert path.stat().st_mode & 0o777 == 0o600 and len(list(path.parent.iterdir())) == 1
 
 
+def test_two_that_go_on_with_one_session_part_company():
+    path = recorded(1)
+    session = sessions.read(path)
+    late = sessions.read(path)
+    first, second = Recorder.onto(session), Recorder.onto(session)
+    assert first.path == path and second.path != path
+    first.turn("first", (5, 2), "", "", "stop")
+    second.turn("second", (5, 2), "", "", "stop")
+    first.close()
+    third = Recorder.onto(late)  # which was read before the first one added to it
+    third.turn("third", (5, 2), "", "", "stop")
+    said = [[turn.message for turn in sessions.read(one.path).turns][1:] for one in (first, second, third)]
+    assert said == [["first"], ["second"], ["third"]] and len(files()) == 3
+    third.close()
+    again = Recorder.onto(sessions.read(third.path))
+    assert again.path == third.path
+
+
 def test_an_empty_file_is_not_the_last_session():
     path = recorded(1)
     empty = path.with_name("20990101-000000-aaaa.jsonl")
@@ -263,6 +281,17 @@ def test_an_option_that_is_left_out_or_stands_last(ms4, arguments):
     """Without arguments, a chat; where nobody can choose a session, one line."""
     code, out, err = ms4("chat", *arguments, stdin=b"")
     assert code == (2 if arguments and files() else 5 if arguments else 0) and "internal error" not in err
+
+
+def test_who_goes_on_with_a_session_that_is_open_is_told(ms4):
+    chat(ms4, lines=LINES[:1])
+    (path,) = files()
+    other = Recorder.onto(sessions.read(path))
+    code, _, err = ms4("run", "-m", MODEL, "-n", "2", "-c", "More.")
+    other.close()
+    (copy,) = [p for p in files() if p != path]
+    assert code == 0 and f"session {path.stem} goes on elsewhere; here it goes on as {copy.stem}" in err
+    assert len(sessions.read(path).turns) == 1 and len(sessions.read(copy).turns) == 2
 
 
 def test_a_number_behind_c_is_no_question(ms4):
