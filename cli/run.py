@@ -259,6 +259,11 @@ class Job:
     sampling: Sampling = Sampling()
     read: list[ms4.Stats | None] = field(default_factory=lambda: [None])  # the counters behind the prompt
 
+    @property
+    def remembers(self) -> bool:
+        """True if another call may go on from here."""
+        return self.request.resume is not None or self.writer.output.terminal
+
     def answer(self, asked: Asked) -> int:
         """Renders the prompt, answers it, and judges how that ended."""
         from ms4.models.answer import Answer, ContextError
@@ -308,7 +313,7 @@ class Job:
 
     def record(self, asked: Asked, tokenizer: "Tokenizer", answer: "Answer", pieces: remembered.Pieces) -> None:
         """Writes the turn into its session: that of -c, or at a terminal a new one."""
-        if not answer.ids or self.request.resume is None and not self.writer.output.terminal:
+        if not answer.ids or not self.remembers:
             return
         dialogue = asked.dialogue(tokenizer, self.images.measure)
         if asked.session is None:
@@ -351,7 +356,7 @@ class Job:
                 timeline = scheduler.open(answer.n_ctx)
                 self.memory.restore(timeline, answer.prompt)
                 done = follow(scheduler, answer, timeline, rows, self.status, show, self.writer.hides_thoughts)
-            if self.request.resume is not None or len(answer.prompt.ids) >= LONG:
+            if self.remembers or len(answer.prompt.ids) >= LONG:
                 self.memory.keep(timeline)
         return done, answered
 

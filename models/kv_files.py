@@ -29,7 +29,7 @@ from ms4.models.timeline import Timeline, common_prefix
 MAGIC = b"ms4kv1\n\0"
 HEADER = struct.Struct("<8sQ32s")
 MOST_KEYS = 1 << 24
-WORTH = 256  # positions: fewer are computed sooner than looked for
+WORTH = 16  # positions: fewer are computed in a second, even where experts come from the disk
 LIMIT = 20 << 30  # bytes of all files
 SPARE = 2 << 30  # bytes that stay free on the disk
 TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# kv caches of ms4; they may be deleted.\n"

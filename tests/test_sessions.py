@@ -283,11 +283,25 @@ def test_an_option_that_is_left_out_or_stands_last(ms4, arguments):
     assert code == (2 if arguments and files() else 5 if arguments else 0) and "internal error" not in err
 
 
+@pytest.mark.slow
+def test_a_short_conversation_is_not_read_again_either(ms4):
+    """Neither by the next chat nor by run -c, each of which reads what is new."""
+    chat(ms4, lines=["Spell the word planet.\n"])
+    read = []
+    for _ in range(2):
+        code, out, _ = ms4("run", "-q", "-n", "4", "-c", "--format", "json", "More.")
+        usage = json.loads(out)["usage"]
+        read.append(usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"])
+        assert code == 0 and usage["prompt_tokens"] > 60
+    assert max(read) < 30, read
+
+
+@pytest.mark.slow
 def test_who_goes_on_with_a_session_that_is_open_is_told(ms4):
     chat(ms4, lines=LINES[:1])
     (path,) = files()
     other = Recorder.onto(sessions.read(path))
-    code, _, err = ms4("run", "-m", MODEL, "-n", "2", "-c", "More.")
+    code, _, err = ms4("run", "-n", "2", "-c", "More.")
     other.close()
     (copy,) = [p for p in files() if p != path]
     assert code == 0 and f"session {path.stem} goes on elsewhere; here it goes on as {copy.stem}" in err
@@ -435,7 +449,7 @@ def test_what_was_kept_is_found_by_its_tokens(engine, tmp_path):
         timeline = timeline_of(engine, [])
         assert kept.restore(timeline, np.array(other)) == n == timeline.session.length
         assert np.array_equal(timeline.session.feed(other[n:]), timeline_of(engine, other[:n]).session.feed(other[n:]))
-    assert kept.restore(timeline_of(engine, []), np.array(ids[:200])) == 0  # not worth it
+    assert kept.restore(timeline_of(engine, []), np.array(ids[:15])) == 0  # not worth it
     assert kept.restore(timeline_of(engine, []), np.array(some_ids(engine, 400, 2))) == 0
     assert KvFiles.of(MODEL, "another tower", where=tmp_path).restore(timeline_of(engine, []), np.array(ids)) == 0
 
