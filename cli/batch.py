@@ -460,7 +460,7 @@ class Work:
             self.lines.add(item, code, None)
             return
         text, calls = "".join(result.text), result.calls
-        code, message = verdict(done, bool(text or calls), self.job.strict)
+        code, message = verdict(done, bool(text or calls), self.job.strict, self.model.engine.shape.n_ctx_train)
         if not result.complete and code in (errors.OK, errors.INCOMPLETE):
             code, message = errors.FORM, message or "the answer does not complete the schema"
         if message:

@@ -182,6 +182,11 @@ def context_within(most: int, n_ctx: int) -> int:
     return min(n_ctx, most)
 
 
+def more_context(n_ctx: int, most: int) -> str:
+    """What to do about a context that is full; most: tokens that the model allows."""
+    return "--ctx allows more" if n_ctx < most else "the model itself holds no more"
+
+
 def usable(vocabulary: "Vocabulary") -> "Tokenizer":
     """The tokenizer of a vocabulary that text can be made of."""
     from ms4.models.tokenizer import Tokenizer

@@ -601,10 +601,12 @@ class Talk:
                 "stopped; what there is is kept, /continue goes on" if kept else "stopped; the message is taken back"
             )
         elif done.reason == "context":
+            n_ctx, most = done.statistics.n_ctx, self.scheduler.engine.shape.n_ctx_train
             if not self.interactive:
-                raise IncompleteError(f"the context of {done.statistics.n_ctx} tokens is full", "a larger --ctx")
+                raise IncompleteError(f"the context of {n_ctx} tokens is full", loading.more_context(n_ctx, most))
             self.full = True
-            self.tell(f"the context of {done.statistics.n_ctx} tokens is full; /compact makes room, --ctx allows more")
+            more = loading.more_context(n_ctx, most)
+            self.tell(f"the context of {n_ctx} tokens is full; /compact makes room, {more}")
         elif done.reason == "length":
             self.say("cut by --max-tokens; /continue goes on")
         s = done.statistics

@@ -294,7 +294,8 @@ class Job:
         with deadline(answer, self.end) as late:
             done, answered = self.follow(answer, pieces)
         self.record(asked, tokenizer, answer, pieces)
-        code, message = verdict(done, answered or bool(request.prefill), request.strict)
+        most = self.model.engine.shape.n_ctx_train
+        code, message = verdict(done, answered or bool(request.prefill), request.strict, most)
         if late() and done.reason == "interrupted":
             code, message = errors.INCOMPLETE, f"--timeout {request.timeout:g} cut the answer"
         elif held and not held.complete and code in (errors.OK, errors.INCOMPLETE):
@@ -400,13 +401,13 @@ def no_room(error: "ContextError", most: int) -> IncompleteError:
     )
 
 
-def verdict(done: "Done", answered: bool, strict: bool) -> tuple[int, str]:
-    """(exit code, what to say) for the way in which a generation ended."""
+def verdict(done: "Done", answered: bool, strict: bool, most: int) -> tuple[int, str]:
+    """(exit code, what to say) for the way in which a generation ended; most: tokens that the model allows."""
     s = done.statistics
     if done.reason == "interrupted":
         return errors.INTERRUPTED, ""
     if done.reason == "context":
-        return errors.INCOMPLETE, f"the context of {s.n_ctx} tokens is full; --ctx allows more"
+        return errors.INCOMPLETE, f"the context of {s.n_ctx} tokens is full; {loading.more_context(s.n_ctx, most)}"
     if not answered and s.n_thinking and done.reason == "stop":
         return errors.INCOMPLETE, f"the model ended by itself after {s.n_thinking} tokens of thought, without an answer"
     if not answered and s.n_thinking and done.reason != "tool_calls":

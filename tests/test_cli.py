@@ -594,11 +594,14 @@ def test_thoughts_stay_off_stdout(monkeypatch):
 
 
 def test_thought_without_an_answer_is_incomplete():
-    from ms4.cli.run import verdict
+    from ms4.cli.run import verdict as judged
     from ms4.models.answer import Done, Statistics
 
     def done(reason, n_thinking=0):
         return Done(reason, Statistics(9, 0, 50, n_thinking, 1.0, 1.0, 49, 58, 100))
+
+    def verdict(done, answered, strict):
+        return judged(done, answered, strict, 1 << 18)
 
     assert verdict(done("stop"), True, False) == (0, "")
     assert verdict(done("length", 50), False, False)[0] == 3

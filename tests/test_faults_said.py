@@ -36,7 +36,19 @@ MODEL = str(ROOT / "tests" / "data" / "bravo-Q4_K_M.gguf")
     ],
 )
 def test_c4_what_ended_a_thought_is_what_is_said(reason, answered, code, says):
-    assert one_shot.verdict(Done(reason, statistics(n_thinking=7, n_answer=7)), answered, strict=False) == (code, says)
+    done = Done(reason, statistics(n_thinking=7, n_answer=7))
+    assert one_shot.verdict(done, answered, strict=False, most=1 << 18) == (code, says)
+
+
+def test_c4_no_context_is_advised_that_the_model_does_not_have():
+    said = one_shot.verdict(Done("context", statistics()), True, strict=False, most=32768)[1]
+    assert said == "the context of 32768 tokens is full; the model itself holds no more"
+
+
+@pytest.mark.slow
+def test_c4_nor_in_a_chat(ms4):
+    code, _, err = ms4("chat", "-q", "-m", MODEL, "--greedy", "--no-session", stdin=b"Spell the word planet.\n")
+    assert code == 3 and err.endswith("the context of 1024 tokens is full\nhint: the model itself holds no more\n")
 
 
 # --- C7: the note about the demonstration
