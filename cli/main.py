@@ -44,6 +44,7 @@ class Command(TyperCommand):
         typed.refuse_torn(args, ours)
         if "--resume" in ours:
             args = typed.fill_resume(args)
+        typed.refuse_missing(args, ours, ctx.command_path)
         if "--template" in ours and "-t" in args:
             from ms4.cli import templates
 

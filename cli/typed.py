@@ -35,6 +35,21 @@ def refuse_torn(args: Sequence[str], ours: Mapping[str, str | None]) -> None:
             raise UsageError(reason, "type the quotes again, as \" or '")
 
 
+def refuse_missing(args: Sequence[str], ours: Mapping[str, str | None], command: str) -> None:
+    """UsageError for an option without its value: at the end, or before another option, which would be the value."""
+    rest = list(args)
+    while rest and rest[0] != "--":
+        name = rest.pop(0)
+        if ours.get(name) is None:
+            continue
+        said = f"{name} needs {ours[name]} behind it"
+        if not rest:
+            raise UsageError(said, f"{command} --help")
+        if (value := rest.pop(0)) in ours:
+            meant = f"   or, if it is meant, {name}={value}" if name.startswith("--") else ""
+            raise UsageError(f"{said}, and {value} is an option", f"{command} --help{meant}")
+
+
 def refuse_empty(params: Sequence[Any], given: Mapping[str, Any], command: str) -> None:
     """UsageError for an empty value where something is to be named, as by a variable that is not set: -m "$MODEL"."""
     for param in params:

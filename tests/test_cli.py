@@ -90,7 +90,7 @@ def test_a_command_is_neither_quiet_nor_verbose_unless_it_is_told_to_be(name):
     [
         (["walk"], "no such command walk"),
         (["run", "--speed", "x"], "no such option: --speed"),
-        (["run", "-n"], "-n requires an argument"),
+        (["run", "-n"], "-n needs N behind it"),
         (["run", "x", "--temp", "nan"], r"--temp: nan is outside 0 to 10"),
         (["run", "x", "--temp", "inf"], r"--temp: inf is outside 0 to 10"),
         (["run", "x", "--temp=-1"], r"--temp: -1 is outside 0 to 10"),

@@ -64,6 +64,22 @@ def test_c5_an_empty_value_names_nothing(ms4, option):
 @pytest.mark.parametrize(
     "arguments, said, hint",
     [
+        (["run", "hi", "-n"], "-n needs N behind it", "ms4 run --help"),
+        (["chat", "-m"], "-m needs PATH|NAME behind it", "ms4 chat --help"),
+        (["run", "hi", "-i"], "-i needs PATH... behind it", "ms4 run --help"),
+        (["run", "-s", "--greedy", "hi"], "-s needs TEXT|@FILE behind it, and --greedy is an option", "ms4 run --help"),
+        (["run", "--stop", "-q", "hi"], "--stop needs TEXT behind it, and -q is an option", "ms4 run --help   or, if"),
+    ],
+)
+def test_c5_a_value_that_is_missing_is_not_taken_from_the_next_option(ms4, arguments, said, hint):
+    code, out, err = ms4(*arguments)
+    assert (code, out) == (2, "") and err.startswith(f"ms4: error: {said}\nhint: {hint}"), err
+    assert ms4("run", "-m", test_cli.MODEL, "--show-prompt", "--stop=-q", "-s", "-1", "--", "-n")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, said, hint",
+    [
         (["Explain"], "no such command Explain", 'ms4 run "Explain"   or'),
         (["explain"], "no such command explain", 'ms4 run "explain"   or'),
         (["Run", "hi"], "no such command Run", "ms4 run hi   or"),
