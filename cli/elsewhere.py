@@ -224,7 +224,10 @@ def command_hint(args: Sequence[str], ours: Sequence[str]) -> str:
     if first.startswith("-"):
         if row := _OPTIONS.get(first.partition("=")[0]):
             return f"{row.ours}; ms4 --help"
-        return f"options go after a command: ms4 run {' '.join(map(quoted, args))[:120]}   or   ms4 --help"
+        named = [at for at, word in enumerate(args) if word in ours][:1]
+        words = [word for at, word in enumerate(args) if at not in named]
+        line = " ".join(["ms4", args[named[0]] if named else "run", *map(quoted, words)])
+        return f"options go after a command: {line[:120]}   or   ms4 --help"
     if first.lower().endswith(".gguf"):
         return f"ms4 chat -m {quoted(first)}   or   ms4 info {quoted(first)}"
     if first in _COMMANDS:

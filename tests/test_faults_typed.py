@@ -87,6 +87,8 @@ def test_c5_a_value_that_is_missing_is_not_taken_from_the_next_option(ms4, argum
         ([""], "no such command ", "ms4 run"),
         (["version", "--json"], "version takes no options", "ms4 version; as JSON, ms4 doctor --json"),
         (["-V"], "no such option: -V", "ms4 --version"),
+        (["-q", "chat", "a.pdf"], "no such option: -q", "options go after a command: ms4 chat -q a.pdf   or"),
+        (["-q", "hi"], "no such option: -q", "options go after a command: ms4 run -q hi   or"),
         (["\u2014version"], "no such option: \u2014version", "ms4 --version, with plain hyphens"),
         (["\u2013h"], "no such option: \u2013h", "ms4 -h, with plain hyphens"),
         (["run", "-V"], "no such option: -V", "ms4 --version, without a command"),
