@@ -62,6 +62,7 @@ CODES = {
     "ms4.models.document.EncodingError": UNREADABLE,
     "ms4.models.document.PasswordError": UNREADABLE,
     "ms4.models.untrusted.InputError": UNREADABLE,
+    "ms4.models.sessions.NoSessionError": MISSING,
     "ms4.models.sessions.UnknownSessionError": MISSING,
     "ms4.models.sessions.SessionError": UNREADABLE,
     "ms4.models.answer.ContextError": INCOMPLETE,
@@ -78,6 +79,7 @@ CODES = {
 }
 ENCODING_HINT = "--encoding NAME says what it is (latin-1, utf-16), --lossy shows what is no text as U+FFFD"
 HINTS = {
+    "ms4.models.sessions.NoSessionError": "ms4 chat begins one",
     "ms4.models.sessions.UnknownSessionError": "ms4 sessions ls lists them",
     "ms4.models.sessions.SessionError": "ms4 sessions ls lists the others",
     "ms4.models.document.EncodingError": ENCODING_HINT,

@@ -235,7 +235,7 @@ class Talk:
         if system is not None and system != session.system:
             self.set_system(system)
         n = len(session.all_turns)
-        self.say(f"session {session.id}: {n} turn{'' if n == 1 else 's'}, the last one:")
+        self.say(f"session {session.id}: {n} turn{'' if n == 1 else 's'}{', the last one:' if n else ''}")
         for turn in session.turns[-1:]:
             self.tell(errors.escape(f"> {words_of(turn.message)}"))
             self.tell(visible.text(turn.text.strip()))

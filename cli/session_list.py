@@ -40,7 +40,10 @@ def carry_out(action: str, names: Sequence[str], *, as_json: bool, yes: bool) ->
 def ls(as_json: bool) -> int:
     output = streams.Output()
     rows = []
-    for session in sessions.sessions():
+    known = list(sessions.sessions())
+    if not known and not as_json:
+        errors.note("no session yet; ms4 chat begins one")
+    for session in known:
         if isinstance(session, SessionError):
             errors.note(str(session))
         elif as_json:
@@ -108,10 +111,20 @@ def search(words: str, as_json: bool) -> int:
     hits = SessionIndex.open().search(words)
     if as_json:
         output.write(json.dumps([{"id": id, "where": where} for id, where in hits], ensure_ascii=False) + "\n")
+    if not hits and not as_json:
+        errors.note("no session has all of these words")
     for id, where in [] if as_json else hits:
         output.write(f"{id}  {errors.escape(where)}\n")
     output.close()
     return errors.OK
+
+
+def named(path: Path) -> str:
+    """One line about a session, also if it cannot be read."""
+    try:
+        return described(sessions.read(path))
+    except SessionError as error:
+        return errors.escape(str(error))
 
 
 def remove(found: Sequence[Path], yes: bool) -> int:
@@ -120,7 +133,7 @@ def remove(found: Sequence[Path], yes: bool) -> int:
         if not streams.is_terminal(sys.stdin):
             raise UsageError("nothing is removed without being asked", "--yes")
         for path in found:
-            print(described(sessions.read(path)), file=sys.stderr)
+            print(named(path), file=sys.stderr)
         print("remove? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             return errors.OK

@@ -54,6 +54,10 @@ class UnknownSessionError(SessionError):
     """No session is meant, or more than one."""
 
 
+class NoSessionError(UnknownSessionError):
+    """There is none at all."""
+
+
 @dataclass
 class Turn:
     message: Content
@@ -481,7 +485,7 @@ def find(name: str | None, where: Path | None = None) -> Path:
     if name is None:
         last = next((path for path in known if path.stat().st_size), None)  # a disk that failed may leave empty ones
         if last is None:
-            raise UnknownSessionError("there is no session yet")
+            raise NoSessionError("there is no session yet")
         return last
     matching = [path for path in known if path.stem.startswith(name) or path.stem.endswith(f"-{name}")]
     if not matching:

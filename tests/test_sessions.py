@@ -332,11 +332,23 @@ def test_sessions_are_listed_shown_searched_and_removed(ms4):
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2
     code, out, err = ms4("sessions", "rm", older["id"])
     assert code == 2 and "--yes" in err
+    damaged = sessions.paths()[0].with_name("20200101-000000-aaaa.jsonl")
+    damaged.write_text("nothing\n")
+    code, out, err = ms4("sessions", "rm", "20200101", stdin=b"y\n", terminal=("stdin",))
+    assert code == 0 and "line 1 is damaged" in err and not damaged.exists()
     code, out, err = ms4("sessions", "rm", "--yes", older["id"])
     assert (code, out) == (0, "") and len(files()) == 1
     code, out, err = ms4("sessions", "show", older["id"])
     assert code == 5 and "no session" in err
-    assert ms4("sessions", "search", "47")[1] == ""
+    assert ms4("sessions", "search", "47")[1:] == ("", "ms4: no session has all of these words\n")
+
+
+def test_where_there_is_no_session_it_is_said_how_one_begins(ms4):
+    assert ms4("sessions") == (0, "", "ms4: no session yet; ms4 chat begins one\n")
+    assert ms4("sessions", "--json")[1:] == ("[]\n", "")
+    for command in ("chat", "run"):
+        code, _, err = ms4(command, "-c")
+        assert code == 5 and err == "ms4: error: there is no session yet\nhint: ms4 chat begins one\n"
 
 
 def test_an_export_can_be_asked(ms4, tmp_path):
