@@ -298,7 +298,7 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def locked(fd: int) -> bool:
-    """Takes a file for this process until it is closed; False if another one has it.  Some file systems know no locks."""
+    """Takes a file for this process until it is closed; False if another has it.  Some file systems know no locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
