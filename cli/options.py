@@ -280,10 +280,10 @@ class EngineOptions:
 
 def model_path(name: str) -> str:
     """The path of a model: that of a file, or of what lies under this name in the cache of Hugging Face."""
+    if not os.path.lexists(name):
+        name = os.path.expanduser(typed.local_path(name))  # as the shell leaves it in --model=~/a.gguf
     if os.path.lexists(name):
-        return name
-    name = os.path.expanduser(typed.local_path(name))  # as the shell leaves it in --model=~/a.gguf
-    if os.path.lexists(name):
+        typed.refuse_folder(name)
         return name
     if "://" in name and name.lower().endswith(".gguf"):
         raise MissingError(f"{name[-120:]}: not on this machine", "ms4 plan ADDRESS says what it is, curl gets it")

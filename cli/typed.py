@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ms4.cli.errors import UsageError
+from ms4.cli.errors import MissingError, UsageError
 
 # Typographic quotes -> what may end what they begin.
 QUOTES = {"\u201c": "\u201c\u201d", "\u201d": "\u201d", "\u201e": "\u201c\u201d", "\u2018": "\u2019"}
@@ -75,6 +75,23 @@ def refuse_model(words: Sequence[str]) -> None:
         if word.lower().endswith(".gguf") and os.path.isfile(word):
             rest = " ".join(shlex.quote(other) for other in words if other is not word)
             raise UsageError(f"{word} is a model, not a word of the prompt", f"ms4 run -m {shlex.quote(word)} {rest}")
+
+
+def refuse_folder(path: str) -> None:
+    """MissingError for a folder in the place of a model, with the model in it, if there is one."""
+    if not os.path.isdir(path):
+        return
+    try:
+        names = sorted(os.listdir(path))
+    except OSError:
+        names = []
+    models = [name for name in names if name.lower().endswith(".gguf") and "mmproj" not in name.lower()]
+    hint = "ms4 ls lists the models that are here by name"
+    if models:
+        hint = f"-m {shlex.quote(os.path.join(path, models[0]))}"
+    elif any(name.endswith(".safetensors") for name in names):
+        hint = f"ms4 convert {shlex.quote(path)} model.gguf   makes one of it"
+    raise MissingError(f"{path}: is a directory; give the .gguf file in it", hint)
 
 
 def local_path(text: str) -> str:

@@ -552,7 +552,8 @@ def _read_tensor(header: _Header, number: int) -> _Record:
         raise header.fail(f"tensor {name} has a dimension of zero: {_times(dims)}")
     if n_weights > 8 * header.size:
         raise header.fail(
-            f"tensor {name} is too large: its dimensions {_times(dims)} need more bytes than the file has"
+            f"tensor {name} is too large: its dimensions {_times(dims)} need more bytes than the file has "
+            "(interrupted download?)"
         )
     if kind not in BLOCKS:
         raise header.fail(f"tensor {name} has type {kind}, which ms4 does not support; use another quantization")

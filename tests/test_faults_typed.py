@@ -77,6 +77,19 @@ def test_c5_a_value_that_is_missing_is_not_taken_from_the_next_option(ms4, argum
     assert ms4("run", "-m", test_cli.MODEL, "--show-prompt", "--stop=-q", "-s", "-1", "--", "-n")[0] == 0
 
 
+def test_b3_a_folder_in_the_place_of_a_model_names_what_is_in_it(ms4, tmp_path):
+    def hint_for(*names):
+        for name in names:
+            (tmp_path / name).touch()
+        code, out, err = ms4("run", "-m", str(tmp_path), "Hi")
+        assert (code, out) == (5, "") and err.startswith(f"ms4: error: {tmp_path}: is a directory"), err
+        return err.split("hint: ")[1].rstrip("\n")
+
+    assert "ms4 ls" in hint_for("notes.txt")
+    assert hint_for("m.safetensors", "mmproj-F16.gguf") == f"ms4 convert {tmp_path} model.gguf   makes one of it"
+    assert hint_for("b.gguf", "a file.gguf") == f"-m '{tmp_path}/a file.gguf'"
+
+
 @pytest.mark.parametrize(
     "arguments, said, hint",
     [
