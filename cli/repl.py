@@ -11,7 +11,7 @@ import difflib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -156,6 +156,16 @@ def note(part: Attachment, images: ImageInput) -> str:
     cost = image_notes.price(part, images)
     doubt, images.doubt = images.doubt, ""
     return f"{cost}; {doubt}" if doubt else cost
+
+
+@contextlib.contextmanager
+def unseen(ctrl_c: Interrupt) -> Iterator[None]:
+    """Inside, what cannot be shown is no error once the process is being ended: its terminal may be gone."""
+    try:
+        yield
+    except (errors.CliError, OSError):
+        if not ctrl_c.ended:
+            raise
 
 
 class Talk:
@@ -476,7 +486,7 @@ class Talk:
         """
         from ms4.models.interrupt import Interrupt
 
-        with Interrupt() as ctrl_c:  # until the turn is kept
+        with Interrupt(until_kept=True) as ctrl_c:
             kept = self._turn(message, cut, ctrl_c)
         chat_compact.go_on(self)
         return kept
@@ -561,11 +571,12 @@ class Talk:
             if self.read is None and not isinstance(event, Prefill):
                 self.read = self.scheduler.engine.stats()
             pieces(event)
-            if isinstance(event, Text):
-                thoughts.end()
-                screen.text(event.text)
-            elif isinstance(event, Thinking):
-                thoughts.add(event.text)
+            with unseen(ctrl_c):
+                if isinstance(event, Text):
+                    thoughts.end()
+                    screen.text(event.text)
+                elif isinstance(event, Thinking):
+                    thoughts.add(event.text)
 
         def stand() -> str:
             return self.bar(pace(), thoughts.status())
@@ -577,16 +588,20 @@ class Talk:
         if self.editor:
             self.editor.hurried_by(hurry, thoughts.fold if live else None)
         rows_below = self.editor.live(self.output, stand) if self.editor and live else contextlib.nullcontext()
-        with rows_below:
+        done: Done | None = None
+        with unseen(ctrl_c), rows_below:
             try:
                 hidden = thoughts.folded and not live
                 with ctrl_c.leaving():
-                    return follow(self.scheduler, answer, self.timeline, rows, self.status, show, hidden)
+                    done = follow(self.scheduler, answer, self.timeline, rows, self.status, show, hidden)
             finally:
                 if self.editor:
                     self.editor.hurried_by(None)
                 thoughts.end()
                 screen.end()
+        if done is None:  # it failed while the process was being ended
+            raise KeyboardInterrupt
+        return done
 
     def bar(self, rate: float = 0.0, status: str = "") -> str:
         """The bottom line."""

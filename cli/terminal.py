@@ -12,9 +12,9 @@ from types import FrameType
 from typing import Any, TextIO
 
 from ms4.cli import streams
+from ms4.models.interrupt import ENDING
 
 SAVE, RESTORE, ALL_ROWS = "\x1b7", "\x1b8", "\x1b[r"  # the cursor; that all rows scroll
-ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from ms4 import StopFlag
+
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupt:
@@ -21,10 +24,16 @@ class Interrupt:
 
     A second one raises KeyboardInterrupt, but only inside `leaving`, where that leaves nothing half done.  For the main
     thread only: elsewhere Python cannot handle signals.
+
+    until_kept: what ends the process from outside (SIGTERM, or SIGHUP of a window that is closed) raises the flag, too,
+    and does so at the end of the block, in which what there is of the answer can be kept.
     """
 
-    def __init__(self, stop: StopFlag | None = None) -> None:
+    def __init__(self, stop: StopFlag | None = None, until_kept: bool = False) -> None:
         self.flag = StopFlag() if stop is None else stop
+        self.ended = 0  # the signal that ends the process
+        self._ending = ENDING if until_kept else ()
+        self._old_endings: dict[int, Any] = {}
         self._n_signals = 0
         self._may_leave = False
 
@@ -35,6 +44,9 @@ class Interrupt:
         self._old_handler = signal.signal(signal.SIGINT, self._on_signal)
         self._old_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._watcher.start()
+        for number in self._ending:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                self._old_endings[number] = signal.signal(number, self._on_end)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -43,6 +55,9 @@ class Interrupt:
         self._watcher.join()
         self._reader.close()
         signal.signal(signal.SIGINT, self._old_handler or signal.SIG_DFL)
+        self._restore_endings()
+        if self.ended:
+            signal.raise_signal(self.ended)
 
     @contextmanager
     def leaving(self) -> Iterator[None]:
@@ -59,6 +74,17 @@ class Interrupt:
         self.flag.set()
         self._leave()
 
+    def _on_end(self, number: int, frame: FrameType | None) -> None:
+        if self.ended:  # it takes too long for somebody
+            self._restore_endings()
+            signal.raise_signal(number)
+        self.ended = number
+        self.flag.set()
+
+    def _restore_endings(self) -> None:
+        for number, handler in self._old_endings.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
     def _leave(self) -> None:
         if self._may_leave and self._n_signals > 1:
             self._may_leave = False
@@ -66,7 +92,7 @@ class Interrupt:
 
     def _watch(self) -> None:
         while numbers := self._reader.recv(64):
-            if signal.SIGINT in numbers:
+            if {signal.SIGINT, *self._ending} & {*numbers}:
                 self.flag.set()
 
 

@@ -40,6 +40,35 @@ def test_a_flag_that_is_raised_already_does_not_make_the_first_ctrl_c_the_second
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_the_process_raises_the_flag_and_waits_for_the_end_of_the_block(number):
+    seen = []
+    before = signal.signal(number, lambda number, frame: seen.append(number))
+    try:
+        with Interrupt(until_kept=True) as ctrl_c:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            assert ctrl_c.flag.is_set() and not seen
+            if number == signal.SIGHUP:  # the second time does not wait
+                os.kill(os.getpid(), number)
+                time.sleep(0.01)
+                assert seen == [number]
+        assert seen[0] == number
+    finally:
+        signal.signal(number, before)
+
+
+def test_what_ends_the_process_and_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        with Interrupt(until_kept=True) as ctrl_c:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.01)
+        assert not ctrl_c.flag.is_set()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_without_ctrl_c_nothing_is_stopped():
     with interruptible() as stop:
         pass

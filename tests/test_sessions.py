@@ -557,6 +557,23 @@ def killed_chats(n):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_answer_that_is_ended_from_outside_is_kept(number):
+    """A window that is closed, a machine that is shut down: what was asked and written is there the next day."""
+    code = "import sys; from ms4.cli import start; sys.exit(start.main())"
+    command = [sys.executable, "-c", code, "chat", "-q", "-m", MODEL]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdin.write(b"Spell the word planet.\n")
+    process.stdin.flush()
+    assert process.stdout.read(1)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == -number
+    turn = only_turn()
+    assert turn.message == "Spell the word planet." and turn.cut and turn.text
+
+
+@pytest.mark.slow
 @pytest.mark.rare
 def test_a_hundred_killed_chats_leave_files_that_can_be_read():
     assert killed_chats(100) > 0
