@@ -69,6 +69,8 @@ class EditedLines:
 
         self._keyboard = Keyboard(shown)
         self._folds = Folds()
+        if streams.is_plain():
+            os.environ["TERM"] = "dumb"  # where it has no name, prompt_toolkit would draw on it
         # An output of its own, not an argument: with one, prompt_toolkit draws on dumb terminals, too.
         output = PlainTextOutput(shown) if streams.is_plain() else create_output(stdout=shown)
         with create_app_session(input=self._keyboard, output=output):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # at run time only where bytes become text: `ms4 --version` s
 
 PATIENCE = 0.5  # seconds before something is said about waiting
 MOST_INPUT = 16 << 20  # bytes read from stdin
+DUMB = ("dumb", "unknown")  # terminals that show what is written, and no more
 
 
 class PatientInput(io.RawIOBase):
@@ -100,7 +101,7 @@ def columns(stream: TextIO) -> int:
 
 def is_plain() -> bool:
     """True if the terminal cannot move its cursor or change its style."""
-    return os.environ.get("TERM", "") in ("", "dumb")
+    return os.environ.get("TERM", "") in ("", *DUMB)
 
 
 def use_colour(stream: TextIO | None) -> bool:

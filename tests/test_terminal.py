@@ -176,7 +176,7 @@ def test_a9_two_pastes_of_one_size_stay_apart_and_one_is_taken_back_whole(person
 
 
 @SLOW
-@pytest.mark.parametrize("terminal", ["dumb", "xterm"])
+@pytest.mark.parametrize("terminal", ["dumb", "xterm", "", "unknown"])
 def test_a8_what_is_typed_before_there_is_a_prompt_is_sent(tmp_path, terminal):
     one = Person(tmp_path, ["First.", "Second."], TERM=terminal)
     one.types("one\r")
