@@ -319,17 +319,19 @@ def effective(given: Iterable[str], found: Iterable[Layer]) -> dict[str, tuple[S
 
 def value_for(param: Any, name: str, setting: Setting, ctx: Any) -> Any:
     """The value for the parser of a command, after a look at it: an error names the place it comes from."""
+    from ms4.cli.options import AtMost
+
     value: Any = setting.value
     if name in ("quiet", "verbose"):  # one option with two names, and neither of them
         return (name == "quiet") if value else None
     try:
-        param.process_value(ctx, value)
+        made = param.process_value(ctx, value)
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
         where = setting.where if setting.where == name else f"{setting.where}: {name}"
         raise UsageError(f"{where}: {error.message}", "ms4 config show --origin") from None  # type: ignore[attr-defined]
-    return value
+    return AtMost(made) if name == "ctx" else value  # of a file for all models, a typed --ctx is for this one
 
 
 def defaults(command: str, params: Sequence[Any], given: Mapping[str, Any], ctx: Any) -> dict[str, Any]:

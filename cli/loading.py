@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import ms4
 from ms4.cli import card, errors, expected, options, render, state
 from ms4.cli.errors import INTERRUPTED, UsageError
-from ms4.cli.options import N_CTX_DEFAULT, EngineOptions
+from ms4.cli.options import N_CTX_DEFAULT, AtMost, EngineOptions
 from ms4.cli.render import StatusLine
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def context_for(model: "Model", n_ctx: int) -> int:
 
 def context_within(most: int, n_ctx: int) -> int:
     """The same, of a model that allows `most`."""
-    if n_ctx > most and n_ctx != N_CTX_DEFAULT:
+    if n_ctx > most and n_ctx != N_CTX_DEFAULT and not isinstance(n_ctx, AtMost):
         raise UsageError(f"--ctx {n_ctx}: the model allows at most {most} tokens")
     return min(n_ctx, most)
 

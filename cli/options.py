@@ -48,9 +48,13 @@ def whole(least: int, most: int) -> Callable[[str], int]:
             raise typer.BadParameter(f"{error}, {least} to {most}") from None
         if not least <= value <= most:
             raise typer.BadParameter(f"{text} is outside {least} to {most}")
-        return value
+        return AtMost(value) if isinstance(given, AtMost) else value
 
     return parse
+
+
+class AtMost(int):
+    """A size that nobody typed for this call: where there is less, it is that."""
 
 
 def memory_size(text: str) -> int:
@@ -89,8 +93,10 @@ def real(least: float, most: float, *, above: bool = False) -> Callable[[str], f
         except ValueError:
             between = f"{'above ' if above else ''}{least:g} to {most:g}"
             raise typer.BadParameter(f"{text} is not a number such as 0.7, {between}") from None
-        if not (least < value if above else least <= value) or not value <= most:
-            raise typer.BadParameter(f"{text} is outside {'above ' if above else ''}{least:g} to {most:g}")
+        if above and value <= least:
+            raise typer.BadParameter(f"{text} is not above {least:g}")
+        if not least <= value <= most:
+            raise typer.BadParameter(f"{text} is outside {least:g} to {most:g}")
         return value
 
     return parse

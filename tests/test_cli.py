@@ -94,7 +94,7 @@ def test_a_command_is_neither_quiet_nor_verbose_unless_it_is_told_to_be(name):
         (["run", "x", "--temp", "nan"], r"--temp: nan is outside 0 to 10"),
         (["run", "x", "--temp", "inf"], r"--temp: inf is outside 0 to 10"),
         (["run", "x", "--temp=-1"], r"--temp: -1 is outside 0 to 10"),
-        (["run", "x", "--top-p", "0"], r"--top-p: 0 is outside above 0 to 1"),
+        (["run", "x", "--top-p", "0"], r"--top-p: 0 is not above 0"),
         (["run", "x", "--top-p", "1.1"], r"--top-p: 1.1 is outside"),
         (["run", "x", "--min-p", "x"], r"--min-p: x is not a number such as 0.7, 0 to 1"),
         (["run", "x", "--seed", str(2**64)], r"--seed: \d+ is outside 0 to 18446744073709551615"),

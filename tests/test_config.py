@@ -49,6 +49,16 @@ def test_a_flag_beats_the_environment_and_that_a_profile_a_project_and_the_user(
     assert ms4(*counted, "--ctx", "2k")[0] == 0
 
 
+def test_a_context_that_was_not_typed_for_this_model_is_at_most_that(ms4, places, monkeypatch):
+    user, _ = places
+    user.write_text('ctx = "64k"')
+    run = ("run", "-q", "-m", MODEL, "-n", "1", "--greedy", "hello")
+    assert ms4(*run)[0] == 0
+    monkeypatch.setenv("MS4_CTX", "1M")
+    assert ms4(*run)[0] == 0
+    assert ms4(*run, "--ctx", "64k")[0] == 2
+
+
 def test_an_answer_is_written_as_the_file_says(ms4, places):
     user, _ = places
     typed = ms4("run", "-m", MODEL, "--greedy", "-n", "3", "-s", "Be brief.", "--format", "json", "hello")
