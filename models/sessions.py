@@ -44,6 +44,7 @@ FORMAT = 1
 MOST_BYTES = 1 << 30  # of a file that is read
 ID_LETTERS = "0123456789abcdefghjkmnpqrstvwxyz"
 EFFORTS = ("none", "high")
+AHEAD = 3600 * 10**9  # nanoseconds by which the clock of a server may differ
 
 
 class SessionError(InputError):
@@ -457,14 +458,16 @@ def ids_in(event: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def paths(where: Path | None = None) -> list[Path]:
-    """The files of all sessions, those that went on last first."""
+    """The files of all sessions, those that went on last first; behind them those of a clock that was wrong."""
     found = []
+    now = time.time_ns()
     try:
         for path in (where or folder()).glob("*.jsonl"):
-            found.append((path.stat().st_mtime_ns, path))
+            at = path.stat().st_mtime_ns
+            found.append((at < now + AHEAD, at, path))
     except OSError:
         pass
-    return [path for _, path in sorted(found, reverse=True)]
+    return [path for _, _, path in sorted(found, reverse=True)]
 
 
 def sessions(where: Path | None = None) -> Iterator[Session | SessionError]:

@@ -102,6 +102,13 @@ def test_an_empty_file_is_not_the_last_session():
         sessions.find(None)
 
 
+def test_a_clock_that_was_ahead_does_not_hide_the_last_session():
+    ahead, last = recorded(1), recorded(1)
+    for hours, wanted in ((0.5, ahead), (48, last)):
+        os.utime(ahead, (time.time() + 3600 * hours,) * 2)
+        assert sessions.find(None) == wanted
+
+
 def test_a_budget_of_thought_and_used_random_numbers_are_replayed(tmp_path):
     recorder = Recorder("m.gguf", "0", None, "high", tmp_path, budget=1024)
     recorder.turn("a", (5, 2), "b", "", "stop", drawn=(7, 2))
