@@ -32,6 +32,7 @@ from ms4.cli import (
     render,
     streams,
     terminal,
+    typed,
     wrap,
 )
 from ms4.cli.asked import Asked, system_text
@@ -90,6 +91,7 @@ def chat(settings: ChatSettings, engine: EngineOptions) -> int:
     system = system_text(settings.system, settings.rule) if settings.system is not None else None
     status = render.StatusLine(engine.quiet)
     images = settings.images.open(engine.require())
+    typed.refuse_messages(settings.files)
     attached = [part for path in settings.files for part in attachments.open_path(path, settings.pdf, settings.rule)]
     prices = [note(part, images) for part in attached]
     if attached or system:  # what is too long before the first word is refused before the weights are loaded

@@ -94,6 +94,14 @@ def refuse_folder(path: str) -> None:
     raise MissingError(f"{path}: is a directory; give the .gguf file in it", hint)
 
 
+def refuse_messages(words: Sequence[str]) -> None:
+    """UsageError for a message among the files of a chat, as `ollama run` and others take one."""
+    text = " ".join(words)
+    if re.search(r"\s", text) and not any(os.path.lexists(word.partition(":")[0]) or "://" in word for word in words):
+        said = f"no file {words[0]}: a chat takes files to attach, and messages at its prompt"
+        raise UsageError(said, f"ms4 run {shlex.quote(text[:120])}   or   ms4 chat")
+
+
 def local_path(text: str) -> str:
     """The path in a file:// address of this machine; anything else as it is."""
     if not text.lower().startswith("file://"):

@@ -77,6 +77,18 @@ def test_c5_a_value_that_is_missing_is_not_taken_from_the_next_option(ms4, argum
     assert ms4("run", "-m", test_cli.MODEL, "--show-prompt", "--stop=-q", "-s", "-1", "--", "-n")[0] == 0
 
 
+@pytest.mark.parametrize("words", [["what is this?"], ["what", "is", "this?"]])
+def test_c5_a_message_among_the_files_of_a_chat_is_named_as_such(ms4, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = ms4("chat", *words)
+    assert (code, out) == (2, "") and err == (
+        f"ms4: error: no file {words[0]}: a chat takes files to attach, and messages at its prompt\n"
+        "hint: ms4 run 'what is this?'   or   ms4 chat\n"
+    )
+    (tmp_path / "is").touch()
+    assert "no such file" in ms4("chat", "what", "is")[2] and "no such file" in ms4("chat", "nofile.txt")[2]
+
+
 def test_b3_a_folder_in_the_place_of_a_model_names_what_is_in_it(ms4, tmp_path):
     def hint_for(*names):
         for name in names:
