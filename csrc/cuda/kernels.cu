@@ -4,6 +4,7 @@
 #include "attend_patches.cuh"
 #include "float.cuh"
 #include "gemm.cuh"
+#include "highest.cuh"
 #include "mul.cuh"
 #include "patches.cuh"
 #include "route.cuh"

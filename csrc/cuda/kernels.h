@@ -126,6 +126,29 @@ typedef struct {
     int32_t *flag, k, words;
 } tell_args;
 
+/* --- sampling --------------------------------------------------------------------------------------------------- */
+/* Of each part of each row the k highest logits among the ids below `among`, in the order of their places, of equal
+ * ones the first; one that is not finite is above all others, whatever its id.  ids: of the logits, or NULL, where they
+ * are their places in the row.  to, to_ids: k for each part, part after part and row after row.  Grid
+ * (highest_parts(n, k), n_rows). */
+typedef struct {
+    const float *logits;
+    const int32_t *ids;
+    float *to;
+    int32_t *to_ids;
+    size_t stride;                                            /* of logits and ids */
+    int32_t n_rows, n, among, k;                              /* k or more of the n logits are among */
+} highest_args;
+#define HIGHEST_THREADS 512
+#define HIGHEST_MOST 8192      /* logits of a part */
+#define HIGHEST_K 256          /* k: at most, so that every part has so many */
+/* So many that a part is about as long as what all of them keep: the next launch then takes as long as this one. */
+static inline int32_t highest_parts(int32_t n, int32_t k) {
+    int64_t length = 2048;
+    while (length < HIGHEST_MOST && length * length < (int64_t)n * k) length *= 2;
+    return (int32_t)((n + length - 1) / length);
+}
+
 /* --- attention -------------------------------------------------------------------------------------------------- */
 /* Where a row of the step lies in the kv cache: its block (all layers; kv_cache.c has the picture) and its number in
  * it.  In a layer: KV_ROWS rows of rank + d_rope int16_t, then KV_ROWS times three floats. */
@@ -219,7 +242,8 @@ typedef struct {
 #define CUDA_ROW_KERNELS(X) \
     X(norm_rows, norm_args, 256) X(quantize_rows, quantize_args, 256) X(act_rows, act_args, 256) \
     X(bias_rows, bias_args, 256) X(gather_rows, gather_args, 256) X(sum_pairs, sum_args, 256) \
-    X(choose_experts, choose_args, 32) X(tell_choice, tell_args, 256) X(latents_rows, latents_args, 64) \
+    X(choose_experts, choose_args, 32) X(tell_choice, tell_args, 256) \
+    X(highest_rows, highest_args, HIGHEST_THREADS) X(latents_rows, latents_args, 64) \
     X(queries_rows, queries_args, 128) X(query_16_rows, query_16_args, 32) X(attend_segments, segments_args, 256) \
     X(fold_segments, fold_args, 128) X(attend_rows, attend_rows_args, 256) X(rotate_patches, rotate_args, 128) \
     X(attend_patches, attend_patches_args, 128) X(merge_patches, merge_args, 128)

@@ -1,4 +1,4 @@
-/* check_rows.cpp -- kernels that take each row on its own (rows.cuh, route.cuh) against the CPU's. */
+/* check_rows.cpp -- kernels that take each row on its own (rows.cuh, route.cuh, highest.cuh) against the CPU's. */
 #include "check.h"
 
 static const int widths[] = { 4096, 1024, 256, 32, 64, 96, 288, 2048, 1000, 37, 4128 };
@@ -203,8 +203,73 @@ static void check_tell() {
     }
     emu::released = nullptr;
 }
+/* What sampling may choose from, in the order of ids: the k highest of those below `among`, of equal ones the first. */
+static void highest_of(const float *logits, int among, int k, int32_t *ids, float *out) {
+    std::vector<int32_t> order;
+    for (int i = 0; i < among; i++) order.push_back(i);
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+    std::sort(order.begin(), order.begin() + k);
+    for (int i = 0; i < k; i++) out[i] = logits[ids[i] = order[(size_t)i]];
+}
+/* Launch after launch, the first one of so many parts, until one part is left. */
+struct ranking { buffer<float> logits; buffer<int32_t> ids; };
+static ranking rank_rows(const highest_args &first, int parts) {
+    highest_args a = first;
+    std::vector<ranking> kept;
+    for (;; parts = highest_parts(a.n, a.k)) {
+        const size_t count = (size_t)(a.n_rows * parts * a.k);
+        kept.push_back({ buffer<float>(count, 4), buffer<int32_t>(count, 4) });
+        a.to = kept.back().logits;
+        a.to_ids = kept.back().ids;
+        launch("highest_rows", a, dim3((unsigned)parts, (unsigned)a.n_rows));
+        expect(kept.back().logits.intact() && kept.back().ids.intact(), "writes only what it keeps");
+        if (parts == 1) return std::move(kept.back());
+        a.logits = a.to;
+        a.ids = a.to_ids;
+        a.n = parts * a.k;
+        a.stride = (size_t)a.n;
+    }
+}
+/* Numbers that are not finite by kinds: none; some anywhere; one alone, be it among those that may be chosen or not. */
+static bool spoil(float *row, int n, int kind) {
+    if (kind == 1) for (int i = 0; i < n; i++) if (rnd() % 50 == 0) row[i] = rnd() & 1 ? NAN : -INFINITY;
+    if (kind) row[rnd() % (uint32_t)n] = rnd() % 3 ? rnd() & 1 ? NAN : -NAN : rnd() & 1 ? INFINITY : -INFINITY;
+    return kind != 0;
+}
+static void check_highest() {
+    static const int lengths[] = { 1, 31, 32, 33, 511, 512, 513, 1400, 2048, 2049, 5000, HIGHEST_MOST, 20000 };
+    const int n_lengths = (int)(sizeof lengths / sizeof *lengths);
+    for (int round = 0; round < 6 * n_lengths * repeat; round++) {
+        const bool whole = round == 40 || round == 50;                     /* the vocabulary of the real model */
+        const int n = whole ? 131072 : lengths[round % n_lengths], rows = whole ? 1 : between(1, 3);
+        const int k = std::min(n, whole ? round == 40 ? 1 : HIGHEST_K : round % 3 ? between(1, 50) : HIGHEST_K);
+        const int among = round % 4 ? n : between(k, n), bad = round % 5 == 4 ? between(1, 2) : 0;
+        const int kind = round / n_lengths % 3;
+        int parts = round % 2 || whole ? highest_parts(n, k) : between(highest_parts(n, k), std::min(n / k, 30));
+        const size_t stride = (size_t)n + rnd() % 3;
+        now_trying("%d rows of %d logits, %d among, k %d, parts %d, kind %d, bad %d", rows, n, among, k, parts, kind,
+                   bad);
+        buffer<float> logits((size_t)rows * stride, 4), want((size_t)k);
+        buffer<int32_t> want_ids((size_t)k);
+        for (size_t i = 0; i < logits.count; i++) logits[i] = a_logit(kind);
+        std::vector<bool> spoilt;
+        for (int t = 0; t < rows; t++) spoilt.push_back(spoil(logits + (size_t)t * stride, n, rnd() & 1 ? bad : 0));
+        ranking got = rank_rows({ logits, nullptr, nullptr, nullptr, stride, rows, n, among, k }, parts);
+        for (int t = 0; t < rows; t++) {
+            const float *found = got.logits + t * k;
+            bool finite = true;
+            for (int i = 0; i < k; i++) finite &= std::isfinite(found[i]);
+            expect(finite != spoilt[(size_t)t], "a number that is not finite shows, and no other");
+            if (spoilt[(size_t)t]) continue;
+            highest_of(logits + (size_t)t * stride, among, k, want_ids, want);
+            same_ints("id", got.ids + t * k, want_ids.p, (size_t)k);
+            same("logit", found, want, (size_t)k);
+        }
+    }
+}
 int main(int argc, char **argv) {
     return run_checks(argc, argv, { { "norm_rows", check_norm }, { "act_rows", check_act }, { "bias_rows", check_bias },
                                     { "gather_rows", check_gather }, { "sum_pairs", check_sum_pairs },
-                                    { "choose_experts", check_choose }, { "tell_choice", check_tell } });
+                                    { "choose_experts", check_choose }, { "tell_choice", check_tell },
+                                    { "highest_rows", check_highest } });
 }
