@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 COUNTERS = (
     "experts_used pairs_on_gpu uploads bytes_uploaded evictions downloads bytes_downloaded bytes_streamed "
-    "bytes_prefill bytes_decode bytes_on_gpu bytes_disk"
+    "bytes_prefill bytes_decode bytes_on_gpu bytes_fetched bytes_disk"
 ).split()
 
 
@@ -28,6 +28,8 @@ def line(s: ms4.Stats) -> str:
     if s.bytes_streamed:
         parts.append(f"{gigabytes(s.bytes_streamed)} brought for one layer")
     parts += tiers(s)
+    if s.bytes_fetched:
+        parts.append(f"{gigabytes(s.bytes_fetched)} fetched from it")
     if s.bus_bytes_per_s:
         parts.append(f"bus {gigabytes(round(s.bus_bytes_per_s))}/s: prompts bring experts from {s.stream_from} rows on")
     parts.append(f"{gigabytes(s.pinned_bytes)} pinned")

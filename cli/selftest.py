@@ -34,6 +34,7 @@ REAL = Tiny(
 )  # fmt: skip
 SPREAD = Tiny(n_layer=4, n_expert=64, n_used=4, d_model=256, d_expert=256, default_type="Q4_K")
 WEIGHTY = Tiny(d_model=256, d_expert=1024)  # experts that many rows of a prompt want
+PADDED = Tiny(n_layer=1, n_vocab=6000, n_unused=4600)  # so many logits that the highest are found in two launches
 N_REPEATED = 50
 N_ROUNDS = 4
 MEASURED = 1 << 30  # bytes of host memory read to measure it
@@ -102,6 +103,25 @@ def of_tiny(name: str, tiny: Tiny, n_prompt: int, device: str) -> Verdict:
             with opened(path, device=on) as (_, session):
                 said.append(answer(session, n_prompt, tiny.n_vocab))
     return compare(name, said[0], said[1])
+
+
+def of_highest(device: str) -> Verdict:
+    """What steps bring home to those who want no other logits: of many rows, and of a single token."""
+    ids, said = np.random.default_rng(SEED).integers(0, PADDED.n_vocab, 20), []
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_tiny(Path(folder) / "model.gguf", PADDED)[0]
+        for on in ("cpu", device):
+            with opened(path, device=on) as (model, session):
+                rows = []
+                for part in (ids[:-1], ids[-1:]):
+                    span = ms4.Span(session, part, None, len(part), None, 40, model.vocabulary.n_used)
+                    (found,) = model.engine.step([span])
+                    if isinstance(found, ms4.EngineError):
+                        raise found
+                    assert isinstance(found, ms4.Highest)
+                    rows.append(np.hstack([found.logits, found.ids.view(np.float32)]))
+                said.append(np.concatenate(rows))
+    return compare("the highest logits alone", said[0], said[1])
 
 
 def of_places(name: str, share: float, device: str, files: Files) -> Verdict:
@@ -199,6 +219,7 @@ def checks(device: str, files: Files) -> list[tuple[str, Callable[[], Verdict]]]
     places = {"all experts on the card": 0.0, "half of the experts on the card": 0.5, "no experts on the card": 1.0}
     return [
         *((name, partial(of_tiny, name, *what, device)) for name, what in tiny.items()),
+        ("the highest logits alone", partial(of_highest, device)),
         ("vision tower", partial(of_tower, device, files)),
         *((name, partial(of_places, name, share, device, files)) for name, share in places.items()),
         ("few experts on the card", partial(of_moves, device, files)),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # at run time only where arrays are made: `ms4 --version` sta
 
 __version__ = "0.1.0"
 ROW = -1  # in `Session.feed`: this position takes the next row of `rows`
+MOST_HIGHEST: int = lib.MS4_MOST_HIGHEST  # of a `Span`
 NOT_FINITE = "the model gave a logit that is not a finite number; the file is damaged (compare its checksum)"
 LOAD = {"auto": 0, "map": 1, "copy": 2, "stream": 3}
 DEVICE = {"cpu": 0, "auto": 1, "cuda": 2, "cuda:safe": 3}
@@ -196,7 +197,7 @@ def flag_of(stop: StopFlag | None) -> Any:
 class Span:
     """Tokens to be appended to a session in a step: ids int32 [n]; ROW takes the next row of rows float32 [k, d_model].
 
-    The logits of the last n_logits positions are wanted.
+    The logits of the last n_logits positions are wanted; with n_highest, of their first n_among the highest alone.
     """
 
     session: Session
@@ -204,6 +205,22 @@ class Span:
     rows: np.ndarray | None = None
     n_logits: int = 1
     stop: StopFlag | None = None
+    n_highest: int = 0  # at most MOST_HIGHEST
+    n_among: int = 0
+
+
+@dataclass(frozen=True)
+class Highest:
+    """The highest logits of each row, float32 [n, n_highest], and their ids, int32: ascending; of equal ones the first.
+
+    With top_k = n_highest, or if it is 1 and the temperature 0, they are all that choosing a token takes.
+    """
+
+    logits: np.ndarray
+    ids: np.ndarray
+
+    def __getitem__(self, row: int) -> Highest:
+        return Highest(self.logits[row], self.ids[row])
 
 
 class Engine:
@@ -278,20 +295,24 @@ class Engine:
         """The most tokens of a step."""
         return self.stats().n_batch
 
-    def step(self, spans: Sequence[Span]) -> list[np.ndarray | EngineError]:
+    def step(self, spans: Sequence[Span]) -> list[np.ndarray | Highest | EngineError]:
         """Appends the spans, of different sessions, all at once: at most n_batch tokens together.
 
-        For each its logits, float32 [n_logits, n_vocab], or why its session is as it was before: Canceled or NotFinite.
-        Any other failure is raised, and then nothing was appended.  Ctrl-C does not interrupt it; a stop flag does.
+        For each its logits, float32 [n_logits, n_vocab], or the highest of them, where it wants no others; or why its
+        session is as it was before: Canceled or NotFinite.  Any other failure is raised, and then nothing was appended.
+        Ctrl-C does not interrupt it; a stop flag does.
         """
         import numpy as np
 
         keep: list[Any] = []
         table = ffi.new("ms4_span[]", len(spans))
-        n_logits = [span.n_logits for span in spans]
+        n_logits = [0 if span.n_highest else span.n_logits for span in spans]
         out = np.empty((sum(n_logits), self.shape.n_vocab), np.float32)
-        logits = [out[end - n : end] for end, n in zip(accumulate(n_logits), n_logits, strict=True)]
-        for row, span, room in zip(table, spans, logits, strict=True):
+        rooms: list[np.ndarray | Highest] = [
+            room_of(span) if span.n_highest else out[end - n : end]
+            for span, end, n in zip(spans, accumulate(n_logits), n_logits, strict=True)
+        ]
+        for row, span, room in zip(table, spans, rooms, strict=True):
             keep += span_row(row, span, room, self.shape.d_model)
         status = lib.ms4_step(self._live(), table, len(spans))
         alone = (lib.MS4_OK, lib.MS4_ECANCELED, lib.MS4_ENUMBER)
@@ -301,7 +322,7 @@ class Engine:
         said = {lib.MS4_ECANCELED: "canceled", status: message}
         return [
             failure(row.status, said.get(row.status, NOT_FINITE)) if row.status else room  # type: ignore[misc]
-            for row, room in zip(table, logits, strict=True)
+            for row, room in zip(table, rooms, strict=True)
         ]
 
     def watch(self, routed: Callable[[int, np.ndarray | None], None] | None) -> None:
@@ -420,7 +441,14 @@ class Engine:
         self.close()
 
 
-def span_row(row: Any, span: Span, room: np.ndarray, d_model: int) -> list[Any]:
+def room_of(span: Span) -> Highest:
+    import numpy as np
+
+    shape = (span.n_logits, span.n_highest)
+    return Highest(np.empty(shape, np.float32), np.empty(shape, np.int32))
+
+
+def span_row(row: Any, span: Span, room: np.ndarray | Highest, d_model: int) -> list[Any]:
     """Fills a row of the C table; what must stay alive while it is used."""
     import numpy as np
 
@@ -436,10 +464,13 @@ def span_row(row: Any, span: Span, room: np.ndarray, d_model: int) -> list[Any]:
             raise ValueError(f"rows of {rows.shape}; expected (n, {d_model})")
         row.rows, row.n_rows = ffi.from_buffer("float[]", rows), rows.shape[0]
         keep += [rows, row.rows]
-    row.n_logits = len(room)
-    if len(room):
-        row.logits = ffi.from_buffer("float[]", room, require_writable=True)
-    return [*keep, row.logits]
+    row.n_logits, row.n_highest, row.n_among = span.n_logits, span.n_highest, span.n_among
+    logits = room.logits if isinstance(room, Highest) else room
+    if len(logits):
+        row.logits = ffi.from_buffer("float[]", logits, require_writable=True)
+    if len(logits) and isinstance(room, Highest):
+        row.ids = ffi.from_buffer("int32_t[]", room.ids, require_writable=True)
+    return [*keep, row.logits, row.ids]
 
 
 class _Handle:
@@ -517,6 +548,7 @@ class Session(_Handle):
                 (logits,) = self.engine.step([span])
                 if isinstance(logits, EngineError):
                     raise logits
+                assert isinstance(logits, np.ndarray)
                 found.append(logits)
         except BaseException:
             if self._handle is not None:

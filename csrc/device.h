@@ -39,6 +39,16 @@ typedef struct {
 } ffn_ahead;
 static inline int ffn_share_has(const ffn_share *s) { return s->every || s->n_groups; }    /* anything to compute */
 
+/* What is wanted of a row of logits: all of it, or, k > 0, the k highest of the first `among`, and their ids, in the
+ * order of the ids; of equal ones the first.  Where a number of the row is not finite, one of these is not. */
+typedef struct { float *out; int32_t *ids, k, among; } row_wanted;
+/* Rows from the first on that want the same; `width` floats each, in one piece, where they want all. */
+static inline int32_t wanted_alike(const row_wanted *w, int32_t n, size_t width) {
+    int32_t i = 1;
+    while (i < n && w[i].k == w->k && (w->k ? w[i].among == w->among : w[i].out == w->out + (size_t)i * width)) i++;
+    return i;
+}
+
 /* Patches of an image, columns side by side, rows one below the other; both are multiples of merge. */
 typedef struct {
     int32_t columns, rows, merge, n_head;
@@ -74,7 +84,7 @@ struct device_ops {
     int (*fetch)(device *d, device *other, const ffn_share *share);
     /* H += weight * PAIRS, ascending by expert. */
     int (*sum_pairs)(device *d, const picks *p);
-    int (*logits)(device *d, const matrix *m, int32_t n, float *out);                  /* X -> n rows of out; waits */
+    int (*logits)(device *d, const matrix *m, const row_wanted *w, int32_t n);         /* of n rows of X; waits */
 
     /* --- the tower */
     /* Q, K: 2D rope, Q scaled; every patch to all -> X. */

@@ -10,10 +10,11 @@
 
 /* Host arrays of a step, and what the router chose in a layer; they grow to the largest step seen. */
 typedef struct {
-    float *rope, *scale, *logits;
+    float *rope, *scale;
     int32_t *keep;
+    row_wanted *wanted;
     picks picks;
-    int32_t n_tokens, n_logits;                               /* room for so many; rows of logits */
+    int32_t n_tokens;                                         /* room for so many */
 } step_room;
 
 struct ms4_engine {

@@ -170,6 +170,7 @@ typedef struct {
     uint64_t bytes_streamed;     /* of experts brought for one layer of a prompt */
     uint64_t pinned_bytes, unpinned_bytes;  /* of host memory for copies to it; that the system would not pin */
     uint64_t bytes_on_gpu;       /* of bytes_prefill and bytes_decode, what the GPU read in its own memory */
+    uint64_t bytes_fetched;      /* copied from it to host memory: logits, rows for experts elsewhere, saved caches */
     uint64_t evictions;          /* experts that lost their place there to another */
     uint64_t downloads, bytes_downloaded;   /* of them, those that came down into RAM, where that is short */
     uint64_t uploads_failed, slots_given_up;     /* not brought for want of something; places, for want of memory */
@@ -229,6 +230,8 @@ typedef struct {
     size_t n_rows;
     float *logits;               /* room for n_logits x n_vocab floats: those after the last n_logits positions */
     size_t n_logits;             /* 0 to n */
+    int32_t n_highest, n_among;  /* 0: all of them; else only the n_highest highest of the first n_among of a row */
+    int32_t *ids;                /* and room for n_logits x n_highest ids: ascending; of equal logits the first */
     const int32_t *stop;         /* or NULL */
     int32_t status;              /* out: MS4_OK, or why the session is as it was before */
 } ms4_span;
@@ -269,6 +272,9 @@ int32_t ms4_vision_on_gpu(const ms4_vision *vision);     /* 0: the CPU computes 
 void ms4_vision_progress(const ms4_vision *vision, uint64_t *done, uint64_t *total);   /* layers; from any thread */
 
 /* --- choosing tokens ---------------------------------------------------------------------- */
+/* From so many of the highest logits, and their ids, it follows what greedy choice and top-k choose from all: with
+ * n_vocab = top_k they are a row of their own.  More than so many a span may not ask for. */
+#define MS4_MOST_HIGHEST 256
 typedef struct {                 /* each on what the one before left, in this order */
     double temperature;          /* 0: the highest logit, of equal ones the first; nothing else counts then */
     int32_t top_k;               /* the so many highest; 0: all */

@@ -12,8 +12,9 @@
  */
 #include "error.h"
 #include "memory.h"
-#include "ops.h"
+#include "sample.h"
 #include <float.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -285,22 +286,31 @@ static int draw(row *r, const ms4_sampling *how, double uniform, int32_t *id) {
     if (!cut && total[0] < wanted) row_weigh(r, how->temperature, 0, total);
     return draw_nucleus(r, wanted, uniform, id);
 }
-/* The same with what top-k leaves: a row of its own, in the order of ids. */
-static int draw_from(const row *r, uint64_t last, size_t k, const ms4_sampling *how, double uniform, int32_t *id) {
-    row few;
+/* The k highest of a row that has been looked at, in the order of ids; 0 < k <= n. */
+static int copy_highest(const row *r, size_t k, float *logits, int32_t *ids) {
+    candidate *c;
+    TRY(take_highest(r, k, &c));
+    const uint64_t last = c[k - 1].key;
+    memory_give(c);
+    for (size_t b = 0, n = 0; b < r->n_blocks; b++) {
+        if (r->tops[b] < logit_of(last)) continue;
+        for (size_t i = b * WEIGH_BLOCK, end = i + block_length(r, b); i < end; i++) {
+            if (key_of(r->logits[i], i) > last) continue;
+            logits[n] = r->logits[i];
+            ids[n++] = (int32_t)i;
+        }
+    }
+    return MS4_OK;
+}
+/* The same with what top-k leaves: a row of its own. */
+static int draw_from(const row *r, size_t k, const ms4_sampling *how, double uniform, int32_t *id) {
+    row few = { 0 };
     float *logits = memory_take(k, sizeof *logits + sizeof(int32_t));
     FAIL_IF(!logits, MS4_ENOMEM, NO_MEMORY);
     int32_t *ids = (int32_t *)(logits + k);
-    int status = row_open(&few, r->ops, k);
+    int status = copy_highest(r, k, logits, ids);
+    if (!status) status = row_open(&few, r->ops, k);
     if (!status) {
-        for (size_t b = 0, n = 0; b < r->n_blocks; b++) {
-            if (r->tops[b] < logit_of(last)) continue;
-            for (size_t i = b * WEIGH_BLOCK, end = i + block_length(r, b); i < end; i++) {
-                if (key_of(r->logits[i], i) > last) continue;
-                logits[n] = r->logits[i];
-                ids[n++] = (int32_t)i;
-            }
-        }
         row_look(&few, logits);
         status = draw(&few, how, uniform, id);
         if (!status) *id = ids[*id];
@@ -310,17 +320,38 @@ static int draw_from(const row *r, uint64_t last, size_t k, const ms4_sampling *
     return status;
 }
 static int choose(row *r, const ms4_sampling *how, double uniform, int32_t *id) {
-    candidate *c;
     size_t k = (size_t)how->top_k;
     if (how->temperature == 0) {
         *id = row_best(r);
         return MS4_OK;
     }
-    if (k == 0 || k >= r->n) return draw(r, how, uniform, id);
-    TRY(take_highest(r, k, &c));
-    uint64_t last = c[k - 1].key;
-    memory_give(c);
-    return draw_from(r, last, k, how, uniform, id);
+    return k == 0 || k >= r->n ? draw(r, how, uniform, id) : draw_from(r, k, how, uniform, id);
+}
+/* Greedy ones want one. */
+static int highest_of(row *r, const float *logits, size_t among, size_t k, float *out, int32_t *ids) {
+    int finite = row_look(r, logits);
+    if (among < r->n) {
+        r->n = among;
+        r->n_blocks = (among + WEIGH_BLOCK - 1) / WEIGH_BLOCK;
+        row_look(r, logits);
+    }
+    for (size_t i = 0; i < k && !finite; i++) {
+        out[i] = NAN;
+        ids[i] = (int32_t)i;
+    }
+    if (!finite) return MS4_OK;
+    if (k > 1) return copy_highest(r, k, out, ids);
+    ids[0] = row_best(r);
+    out[0] = logits[ids[0]];
+    return MS4_OK;
+}
+int sample_highest(const struct ms4_ops *ops, const float *logits, size_t n, size_t among, size_t k, float *out,
+                   int32_t *ids) {
+    row r;
+    int status = row_open(&r, ops, n);
+    if (!status) status = highest_of(&r, logits, among, k, out, ids);
+    row_close(&r);
+    return status;
 }
 
 /* --- log-probabilities -------------------------------------------------------------------- */

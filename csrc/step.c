@@ -13,7 +13,7 @@
 
 /* --- room --------------------------------------------------------------------------------- */
 void step_room_close(step_room *r) {
-    void *all[] = { r->rope, r->scale, r->logits, r->keep, r->picks.expert, r->picks.weight, r->picks.row,
+    void *all[] = { r->rope, r->scale, r->wanted, r->keep, r->picks.expert, r->picks.weight, r->picks.row,
                     r->picks.token, r->picks.pair_weight, r->picks.first, r->picks.used };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) memory_give(all[i]);
     *r = (step_room){ 0 };
@@ -33,6 +33,7 @@ static int room_for(step_room *r, const ms4_shape *s, size_t n) {
     TRY(renew(&r->rope, n * (size_t)s->d_rope, sizeof *r->rope));
     TRY(renew(&r->scale, n, sizeof *r->scale));
     TRY(renew(&r->keep, n, sizeof *r->keep));
+    TRY(renew(&r->wanted, n, sizeof *r->wanted));
     TRY(renew(&r->picks.expert, pairs, sizeof(int32_t)));
     TRY(renew(&r->picks.weight, pairs, sizeof(float)));
     TRY(renew(&r->picks.row, pairs, sizeof(int32_t)));
@@ -131,35 +132,24 @@ static int run_layers(run *r) {
     }
     return DO(e->home, wait);
 }
-/* The logits of all spans, in one product; straight into the caller's memory if that lies in one piece. */
+/* Numbers that a span gets for each of its rows of logits. */
+static size_t logits_width(const run *r, const ms4_span *s) {
+    return (size_t)(s->n_highest ? s->n_highest : r->e->shape.n_vocab);
+}
+/* What is wanted of the logits of all spans, in one product. */
 static int logits(run *r) {
     ms4_engine *e = r->e;
     step *st = &r->st;
-    const size_t n_vocab = (size_t)e->shape.n_vocab;
-    float *out = NULL, *next = NULL;
-    int in_one = 1;
+    row_wanted *next = e->room.wanted;
     if (!st->n || all_stopped(r)) return MS4_OK;
     for (int32_t i = 0; i < st->n_spans; i++) {
         const ms4_span *s = r->part[i];
-        if (!s->n_logits) continue;
-        if (!out) out = s->logits;
-        in_one &= !next || next == s->logits;
-        next = s->logits + s->n_logits * n_vocab;
+        for (size_t t = 0, width = logits_width(r, s); t < s->n_logits; t++)
+            *next++ = (row_wanted){ s->logits + t * width, s->n_highest ? s->ids + t * width : NULL, s->n_highest,
+                                    s->n_among };
     }
-    if (!in_one && st->n > e->room.n_logits) {
-        e->room.n_logits = 0;
-        TRY(renew(&e->room.logits, (size_t)st->n * n_vocab, sizeof(float)));
-        e->room.n_logits = st->n;
-    }
-    if (!in_one) out = e->room.logits;
     TRY(DO(e->home, norm, BUF_H, &e->at_home->output_norm, e->shape.norm_eps, BUF_X, st->n));
-    TRY(DO(e->home, logits, &e->at_home->output, st->n, out));
-    for (int32_t i = 0; i < st->n_spans && !in_one; i++) {
-        const ms4_span *s = r->part[i];
-        if (s->n_logits)
-            memcpy(s->logits, out + (size_t)st->spans[i].first * n_vocab, s->n_logits * n_vocab * sizeof(float));
-    }
-    return MS4_OK;
+    return DO(e->home, logits, &e->at_home->output, e->room.wanted, st->n);
 }
 static int all_finite(const float *x, size_t n) {
     uint32_t most = 0;
@@ -174,7 +164,7 @@ static void conclude(run *r) {
     for (int32_t i = 0; i < r->st.n_spans; i++) {
         ms4_span *s = r->part[i];
         if (is_stopped(s)) s->status = error_set(MS4_ECANCELED, "canceled");
-        else if (!all_finite(s->logits, s->n_logits * (size_t)r->e->shape.n_vocab))
+        else if (!all_finite(s->logits, s->n_logits * logits_width(r, s)))
             s->status = error_set(MS4_ENUMBER, LOGITS_NOT_FINITE);
         else atomic_fetch_add(&s->session->length, (int)s->n);
     }
@@ -218,7 +208,11 @@ static int check_span(const ms4_engine *e, const ms4_span *s) {
     FAIL_IF(s->n > (size_t)(s->session->n_ctx - length), MS4_EFULL,
             "%zu tokens after %d do not fit into a context of %d", s->n, length, s->session->n_ctx);
     FAIL_IF(s->n_logits > s->n, MS4_EARG, "the logits of %zu of %zu positions", s->n_logits, s->n);
-    FAIL_IF(s->n_logits && !s->logits, MS4_EARG, "no room for the logits");
+    FAIL_IF(s->n_logits && (!s->logits || (s->n_highest && !s->ids)), MS4_EARG, "no room for the logits");
+    FAIL_IF(s->n_highest < 0 || s->n_highest > MS4_MOST_HIGHEST
+                || (s->n_highest && (s->n_among < s->n_highest || s->n_among > e->shape.n_vocab)),
+            MS4_EARG, "the %d highest of %d logits; at most %d, of %d", s->n_highest, s->n_among, MS4_MOST_HIGHEST,
+            e->shape.n_vocab);
     for (size_t i = 0; i < s->n; i++) {
         FAIL_IF(s->tokens[i] != MS4_ROW && (s->tokens[i] < 0 || s->tokens[i] >= e->shape.n_vocab), MS4_EARG,
                 "token id %d: the vocabulary has 0 to %d", s->tokens[i], e->shape.n_vocab - 1);

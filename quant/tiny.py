@@ -86,6 +86,7 @@ class Tiny:
     router_norm: bool = True  # the weights of the chosen experts add up to one
     router_scale: float = 1.0
     n_vocab: int = 1400
+    n_unused: int = 0  # of them, which only fill up the vocabulary
     parts: int = 1
     seed: int = 0
 
@@ -159,16 +160,17 @@ def learn_tokens(n: int, text: bytes) -> tuple[bytes, ...]:
     return tuple(tokens)
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, n_vocab: int) -> None:
-    ordinary = learn_tokens(n_vocab - N_CONTROL, TEXT)
+def _add_vocabulary(writer: gguf.GGUFWriter, n_vocab: int, n_unused: int) -> None:
+    ordinary = learn_tokens(n_vocab - n_unused - N_CONTROL, TEXT)
+    unused = [f"[PAD{i}]" for i in range(n_vocab - n_unused, n_vocab)]
     control = [*CONTROL, *(f"<SPECIAL_{i}>" for i in range(len(CONTROL), N_CONTROL))]
     known = set(ordinary)
     splits = [(t[:i], t[i:]) for t in ordinary for i in range(1, len(t)) if t[:i] in known and t[i:] in known]
 
     add_vocabulary(
         writer,
-        [*control, *map(spell, ordinary)],
-        [3] * len(control) + [1] * len(ordinary),
+        [*control, *map(spell, ordinary), *unused],
+        [3] * len(control) + [1] * len(ordinary) + [5] * len(unused),
         [f"{spell(a)} {spell(b)}" for a, b in splits],
     )
 
@@ -318,7 +320,7 @@ def write_tiny(path: str | os.PathLike[str], tiny: Tiny | None = None) -> list[s
         per_part = -(-sum(len(part) for part in probe.tensors) // t.parts)
     w = gguf.GGUFWriter(path, t.architecture, split_max_tensors=per_part)
     _add_keys(w, t)
-    _add_vocabulary(w, t.n_vocab)
+    _add_vocabulary(w, t.n_vocab, t.n_unused)
     _Tensors(w, t).all()
     w.write_header_to_file()
     w.write_kv_data_to_file()

@@ -28,6 +28,7 @@ def test_the_line_holds_everything_that_was_moved_read_and_done_without():
         bytes_prefill=4 * 10**9,
         bytes_decode=6 * 10**9,
         bytes_on_gpu=7 * 10**9,
+        bytes_fetched=8 * 10**6,
         bytes_disk=5 * 10**8,
         bus_bytes_per_s=24.3e9,
         stream_from=41,
@@ -35,8 +36,8 @@ def test_the_line_holds_everything_that_was_moved_read_and_done_without():
     )
     assert card.line(some) == (
         "GPU 21.0 GB, 1290 of 4608 experts with 74 % of their work · 81 brought (1.1 GB), 79 put out · 3.0 GB brought "
-        "for one layer · weights read: 7.0 GB by the GPU, 3.0 GB by the CPU, 500.0 MB from the disk · bus 24.3 GB/s: "
-        "prompts bring experts from 41 rows on · 1.0 GB pinned"
+        "for one layer · weights read: 7.0 GB by the GPU, 3.0 GB by the CPU, 500.0 MB from the disk · 8.0 MB fetched "
+        "from it · bus 24.3 GB/s: prompts bring experts from 41 rows on · 1.0 GB pinned"
     )
     less = replace(some, unpinned_bytes=10**7, slots_given_up=12, uploads_failed=3)
     assert card.line(less) == card.line(some) + (

@@ -104,12 +104,32 @@ def test_a_stopped_span_is_left_as_it_was_and_the_others_go_on(model):
         assert np.array_equal(one.feed([4]), alone(model, [1, 2, 3], [4])[1][0])
 
 
-def test_a_number_that_is_not_finite_harms_only_its_own_span(model):
+@pytest.mark.parametrize("k", [0, 1, 20])
+def test_a_number_that_is_not_finite_harms_only_its_own_span(model, k):
     rows = np.full((1, model.shape.d_model), np.nan, np.float32)
     with model.session(64) as one, model.session(64) as two:
-        got = model.engine.step([Span(one, np.array([ms4.ROW]), rows), Span(two, ids(2, 5))])
+        spoilt = Span(one, np.array([ms4.ROW]), rows, n_highest=k, n_among=k)
+        got = model.engine.step([spoilt, Span(two, ids(2, 5))])
         assert isinstance(got[0], ms4.NotFinite) and one.length == 0
         assert np.array_equal(got[1][0], alone(model, ids(2, 5))[0][-1])
+
+
+def test_a_span_that_wants_the_highest_logits_gets_those_in_any_company(model):
+    wants = [(1, N_VOCAB), (40, N_VOCAB), (0, 0), (256, 999), (1, 1), (40, N_VOCAB)]
+    parts = [ids(seed, 3 + seed) for seed in range(len(wants))]
+    with ExitStack() as stack:
+        sessions = [stack.enter_context(model.session(64)) for _ in wants]
+        together = zip(sessions, parts, wants, strict=True)
+        got = model.engine.step([Span(s, part, n_logits=2, n_highest=k, n_among=n) for s, part, (k, n) in together])
+    for part, (k, n), found in zip(parts, wants, got, strict=True):
+        want = alone(model, part)[0][-2:]
+        if not k:
+            assert np.array_equal(found, want)
+            continue
+        assert found.ids.shape == found.logits.shape == (2, k)
+        for row, these, logits in zip(want, found.ids, found.logits, strict=True):
+            assert np.array_equal(these, np.sort(np.argsort(-row[:n], kind="stable")[:k]))
+            assert logits.tobytes() == row[these].tobytes()
 
 
 def test_wrong_steps_are_refused_whole(model):
@@ -120,6 +140,9 @@ def test_wrong_steps_are_refused_whole(model):
             ([fine, fine], "twice"),
             ([fine, Span(one, np.array([N_VOCAB]))], "token id 1400"),
             ([fine, Span(one, ids(0, 3), n_logits=4)], "logits of 4 of 3"),
+            ([fine, Span(one, ids(0, 3), n_highest=257, n_among=999)], "the 257 highest of 999 logits; at most 256"),
+            ([fine, Span(one, ids(0, 3), n_highest=9, n_among=8)], "9 highest of 8"),
+            ([fine, Span(one, ids(0, 3), n_highest=9, n_among=N_VOCAB + 1)], "of 1401"),
             ([fine, Span(one, np.array([], np.int32))], "one or more"),
         ):
             with pytest.raises(ValueError, match=says):

@@ -56,7 +56,7 @@ static int wait(device *d) {
 static void close_device(device *base) {
     cpu_device *d = (cpu_device *)base;
     cpu_room *rooms[] = { &d->jobs, &d->hidden_f, &d->hidden_q, &d->spans, &d->row_spans, &d->absorbed, &d->absorbed_d,
-                          &d->partial, &d->keys };
+                          &d->partial, &d->keys, &d->logits };
     for (size_t i = 0; i < sizeof rooms / sizeof *rooms; i++) memory_give(rooms[i]->at);
     for (int i = 0; i < N_BUFFERS; i++) {
         memory_give(d->rows[i].room_f.at);

@@ -27,6 +27,7 @@ typedef struct {
     cpu_room jobs, hidden_f, hidden_q;                        /* run_ffn.c */
     cpu_room spans, row_spans, absorbed, absorbed_d, partial; /* run_attend.c */
     cpu_room keys;                                            /* run_patches.c */
+    cpu_room logits;                                          /* of rows whose logits are not wanted where they lie */
     float **scratch;                                          /* by thread */
     size_t scratch_floats;
 } cpu_device;
@@ -63,7 +64,7 @@ int cpu_latents(device *, const step *, int32_t, const vector *, float);
 int cpu_queries(device *, const step *);
 int cpu_keep(device *, const int32_t *, int32_t);
 int cpu_products(device *, const product *, int32_t, int32_t);                                 /* run_products.c */
-int cpu_logits(device *, const matrix *, int32_t, float *);
+int cpu_logits(device *, const matrix *, const row_wanted *, int32_t);
 int cpu_attend(device *, const step *, int32_t, const matrix *, const matrix *);               /* run_attend.c */
 int cpu_route(device *, const ms4_shape *, const ffn_ahead *, picks *);                        /* run_ffn.c */
 int cpu_ffn(device *, const ffn_share *, const picks *);

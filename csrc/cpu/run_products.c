@@ -1,5 +1,8 @@
 /* run_products.c -- shares matrix products out over the pool: an item is a chunk of rows times a tile of tokens. */
 #include "cpu_device.h"
+#include "error.h"
+#include "sample.h"
+#include <string.h>
 
 #define MAX_CHUNK_ROWS 256
 #define MAX_PRODUCTS 4         /* of one run */
@@ -87,9 +90,18 @@ int cpu_products(device *base, const product *p, int32_t n_products, int32_t n) 
     run_products(d, &run, n_products);
     return MS4_OK;
 }
-int cpu_logits(device *base, const matrix *m, int32_t n, float *out) {
-    const cpu_device *d = (const cpu_device *)base;
-    product_run run = { .n_tokens = n, .products = { { m, cpu_x(d, BUF_X, 0), out, (size_t)m->n_rows, 0 } } };
+/* Straight into the caller's memory if all is wanted, and that lies in one piece. */
+int cpu_logits(device *base, const matrix *m, const row_wanted *w, int32_t n) {
+    cpu_device *d = (cpu_device *)base;
+    const size_t width = (size_t)m->n_rows, bytes = width * sizeof(float);
+    const int straight = !w->k && wanted_alike(w, n, width) == n;
+    if (!straight) TRY(cpu_need(&d->logits, (size_t)n * bytes));
+    float *out = straight ? w->out : d->logits.at;
+    product_run run = { .n_tokens = n, .products = { { m, cpu_x(d, BUF_X, 0), out, width, 0 } } };
     run_products(d, &run, 1);
+    for (const row_wanted *end = w + n; !straight && w < end; w++, out += width) {
+        if (!w->k) memcpy(w->out, out, bytes);
+        else TRY(sample_highest(d->ops, out, width, (size_t)w->among, (size_t)w->k, w->out, w->ids));
+    }
     return MS4_OK;
 }

@@ -131,6 +131,7 @@ int card_measure(card *c, double *vram, double *bus) {
 }
 void card_count(card *c, ms4_stats *out) {
     out->vram_bytes = gpu_used(c->g);
+    out->bytes_fetched = gpu_fetched(c->g);
     gpu_count_pinned(c->g, &out->pinned_bytes, &out->unpinned_bytes);
     if (c->slots) vram_count(c->slots, out);
 }

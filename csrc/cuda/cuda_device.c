@@ -38,8 +38,8 @@ static int wait(device *base) {
 static void close_device(device *base) {
     cuda_device *d = (cuda_device *)base;
     gpu_buffer *rooms[] = { &d->tables.room, &d->queries, &d->queries_d, &d->latent, &d->partial, &d->gate, &d->up,
-                            &d->hidden, &d->pairs, &d->logits, &d->kept, &d->rope, &d->routing, &d->choice,
-                            &d->streamed };
+                            &d->hidden, &d->pairs, &d->logits, &d->ranked, &d->kept, &d->rope, &d->routing,
+                            &d->choice, &d->streamed };
     gpu_enter(d->g);
     gpu_settle(d->g);                                         /* not gpu_wait: who closes need not hold the turn */
     for (size_t i = 0; i < sizeof rooms / sizeof *rooms; i++) gpu_drop(d->g, rooms[i]);
@@ -56,6 +56,7 @@ static void close_device(device *base) {
     gpu_unpin(d->g, d->x_pinned.at);
     gpu_unpin(d->g, d->told.at);
     gpu_unpin(d->g, d->brought.at);
+    gpu_unpin(d->g, d->few.at);
     memory_give(d->shorts);
     memory_give(d->products);
     memory_give(d);

@@ -42,6 +42,8 @@ typedef struct {
     size_t partial_bytes;                                     /* that results by segment may take together */
     gpu_buffer queries, queries_d, latent, partial;           /* attention: 16-bit, its scales; floats; by segment */
     gpu_buffer gate, up, hidden, pairs;                       /* feed-forward: by job; results by pair */
+    gpu_buffer ranked;                                        /* the highest logits and their ids, of two launches */
+    gpu_pinned_room few;                                      /* the last of them */
     gpu_buffer logits, kept, rope;                            /* rope: the tower's */
     gpu_buffer streamed;                                      /* two experts that do not stay */
     CUevent begun[2], arrived[2], used[2];                    /* of each: on its way; there; it may be overwritten */
@@ -80,7 +82,7 @@ int cuda_write(device *, buffer, int32_t, const float *);                       
 int cuda_read(device *, buffer, int32_t, float *);
 int cuda_norm(device *, buffer, const vector *, float, buffer, int32_t);
 int cuda_products(device *, const product *, int32_t, int32_t);
-int cuda_logits(device *, const matrix *, int32_t, float *);
+int cuda_logits(device *, const matrix *, const row_wanted *, int32_t);
 int cuda_embed(device *, const matrix *, const int32_t *, const float *, int32_t, int32_t);
 int cuda_keep(device *, const int32_t *, int32_t);
 int cuda_latents(device *, const step *, int32_t, const vector *, float);                      /* cuda_attend.c */

@@ -3,6 +3,7 @@
 #include "memory.h"
 #include <string.h>
 
+_Static_assert(MS4_MOST_HIGHEST <= HIGHEST_K, "a span may not ask for more than a launch can keep");
 #define LOGIT_BYTES ((size_t)16 << 20)                        /* of the logits that are on the card together */
 
 /* --- rows in and out -------------------------------------------------------------------------------------------- */
@@ -108,9 +109,49 @@ int cuda_products(device *base, const product *p, int32_t n_products, int32_t n)
     }
     return gpu_products(d->g, d->products, n_products);
 }
-int cuda_logits(device *base, const matrix *m, int32_t n, float *out) {
+/* --- logits ----------------------------------------------------------------------------------------------------- */
+/* *out, on the card: the highest of n rows of logits there, and behind them all their ids; launch by launch, each from
+ * what the one before has kept. */
+static int rank_rows(cuda_device *d, const float *logits, const row_wanted *w, int32_t n, int32_t width, float **out) {
+    highest_args args = { .logits = logits, .stride = (size_t)width, .n_rows = n, .n = width, .among = w->among,
+                          .k = w->k };
+    const size_t most = 2 * (size_t)n * (size_t)highest_parts(width, w->k) * (size_t)w->k;
+    TRY(gpu_need(d->g, &d->ranked, 2 * most * sizeof(float)));
+    float *to = d->ranked.at, *other = to + most;
+    for (;;) {
+        const int32_t parts = highest_parts(args.n, args.k);
+        args.to = to;
+        args.to_ids = (int32_t *)to + (size_t)n * (size_t)parts * (size_t)w->k;
+        TRY(gpu_launch(d->g, KERNEL_highest_rows, &args, (gpu_grid){ parts, n, 1 }, 0));
+        *out = to;
+        if (parts == 1) return MS4_OK;
+        args.logits = args.to;
+        args.ids = args.to_ids;
+        args.n = parts * w->k;
+        args.stride = (size_t)args.n;
+        to = other;
+        other = *out;
+    }
+}
+/* What n rows of logits on the card want that want the same. */
+static int bring_logits(cuda_device *d, const float *logits, const row_wanted *w, int32_t n, int32_t width) {
+    const size_t k = (size_t)w->k, count = (size_t)n * k, bytes = 2 * count * sizeof(float);
+    float *highest;
+    if (!k) return gpu_download(d->g, w->out, logits, (size_t)n * (size_t)width * sizeof *logits);
+    TRY(gpu_pinned(d->g, &d->few, bytes));
+    TRY(rank_rows(d, logits, w, n, width, &highest));
+    TRY(gpu_fetch(d->g, d->few.at, highest, bytes));
+    TRY(gpu_wait(d->g));
+    highest = d->few.at;
+    for (const row_wanted *end = w + n; w < end; w++, highest += k) {
+        memcpy(w->out, highest, k * sizeof *w->out);
+        memcpy(w->ids, highest + count, k * sizeof *w->ids);
+    }
+    return MS4_OK;
+}
+int cuda_logits(device *base, const matrix *m, const row_wanted *w, int32_t n) {
     cuda_device *d = (cuda_device *)base;
-    const size_t width = (size_t)m->n_rows, row_bytes = width * sizeof *out;
+    const size_t width = (size_t)m->n_rows, row_bytes = width * sizeof(float);
     const int32_t most = row_bytes < LOGIT_BYTES ? (int32_t)(LOGIT_BYTES / row_bytes) : 1;
     TRY(gpu_need(d->g, &d->logits, (size_t)int_min(n, most) * row_bytes));
     for (int32_t t = 0; t < n; t += most) {
@@ -119,7 +160,11 @@ int cuda_logits(device *base, const matrix *m, int32_t n, float *out) {
         const void *x = operand(d, m, BUF_X, t, &stride);
         const gpu_product p = cuda_product(m, x, stride, d->logits.at, width, part);
         TRY(gpu_products(d->g, &p, 1));
-        TRY(gpu_download(d->g, out + (size_t)t * width, d->logits.at, (size_t)part * row_bytes));
+        for (int32_t i = 0, alike; i < part; i += alike) {
+            alike = wanted_alike(w + t + i, part - i, width);
+            const float *logits = (const float *)d->logits.at + (size_t)i * width;
+            TRY(bring_logits(d, logits, w + t + i, alike, m->n_rows));
+        }
     }
     return MS4_OK;
 }

@@ -42,6 +42,7 @@ struct gpu {
     host_piece pieces[MOST_PIECES];
     arena *arena;                                             /* or NULL */
     int64_t patience;                                         /* ns */
+    uint64_t fetched;                                         /* bytes that came home */
     loaded kernels[N_KERNELS];
 };
 /* From now on nobody asks the card for anything. */
@@ -281,10 +282,12 @@ int gpu_show(gpu *g, void *card, const void *staged, size_t bytes) {
 }
 int gpu_fetch(gpu *g, void *pinned, const void *card, size_t bytes) {
     if (!bytes) return MS4_OK;
+    g->fetched += bytes;
     TRY(gpu_go(g));
     TRY(GPU(g, cuMemcpyDtoHAsync, pinned, address(card), bytes, g->work));
     return settle(g, g->work);
 }
+uint64_t gpu_fetched(const gpu *g) { return g->fetched; }
 /* --- between host and card ------------------------------------------------------------------------------------- */
 static int pipe_open(gpu *g, pipe *p, CUstream stream) {
     p->stream = stream;
@@ -341,6 +344,7 @@ int gpu_upload(gpu *g, void *to, const void *from, size_t bytes) {
 int gpu_download(gpu *g, void *to, const void *from, size_t bytes) {
     uint8_t *out = to;
     const uint8_t *at = from;
+    g->fetched += bytes;
     TRY(gpu_go(g));
     for (size_t part; bytes; out += part, at += part, bytes -= part) {
         part = bytes < CHUNK ? bytes : CHUNK;

@@ -77,6 +77,7 @@ int gpu_pinned(gpu *g, gpu_pinned_room *room, size_t bytes);  /* at least so man
 int gpu_stage(gpu *g, size_t bytes, void **out, void **card);
 int gpu_show(gpu *g, void *card, const void *staged, size_t bytes);           /* pinned -> card */
 int gpu_fetch(gpu *g, void *pinned, const void *card, size_t bytes);          /* card -> pinned; does not wait */
+uint64_t gpu_fetched(const gpu *g);                           /* bytes, by gpu_fetch and gpu_download; with the turn */
 
 /* --- work */
 typedef struct { int32_t x, y, z; } gpu_grid;

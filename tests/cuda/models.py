@@ -3,12 +3,13 @@
     python tests/cuda/models.py [--jobs N] [--ptx] [--all]
 
 A run is the demonstration checkpoint reading an image and a prompt, writing some tokens, two sessions in one step, one
-of them saved and loaded into the other: every logit, the tower's rows and the saved bytes go into one hash.  It is made
-for each placement of experts (as the engine places them by use, half of them kept from the card, all of them), each
-limit of VRAM and each kernel table that this CPU has, with the kernels as g++ compiles them and (--ptx) as nvcc does,
-these beside the best kernel table alone.  Then a few small checkpoints, whose hashes stand in tests/data/logits.sha256.
---all: every one of them, and nvcc's kernels beside every table.  Exits 1 if a hash is another, or if a run did not do
-what it is there for: experts computed on the card, or none; experts that moved.
+of them saved and loaded into the other, steps that give the highest logits alone: every logit and id, the tower's rows
+and the saved bytes go into one hash.  It is made for each placement of experts (as the engine places them by use, half
+of them kept from the card, all of them), each limit of VRAM and each kernel table that this CPU has, with the kernels
+as g++ compiles them and (--ptx) as nvcc does, these beside the best kernel table alone.  Then a few small checkpoints,
+whose hashes stand in tests/data/logits.sha256.  --all: every one of them, and nvcc's kernels beside every table.  Exits
+1 if a hash is another, or if a run did not do what it is there for: experts computed on the card, or none; experts that
+moved.
 """
 
 import argparse
@@ -67,6 +68,11 @@ def everything(model: Any, vision: Any) -> str:
         file.seek(0)
         two.load(file.fileno())
         parts.append(two.feed(ids[41:44]))
+        few = [ms4.Span(two, ids[44:45], n_highest=1, n_among=1200), ms4.Span(one, ids[44:46], None, 2, None, 40, 1200)]
+        for found in model.engine.step(few):
+            parts += [found.logits, found.ids]
+        (found,) = model.engine.step([ms4.Span(one, ids[46:47], n_highest=40, n_among=1200)])
+        parts += [found.logits, found.ids]
     for part in parts:
         out.update(np.ascontiguousarray(part).tobytes())
     return out.hexdigest()
