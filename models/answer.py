@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ms4 import StopFlag
+from ms4 import Highest, StopFlag
 from ms4.models.answer_parser import MAX_TOOL_CALLS, AnswerParser, Text, Thinking, ToolCall
 from ms4.models.constraint import Constraint
 from ms4.models.control import Control
@@ -156,15 +156,29 @@ class Answer:
         self._thinks_until: float | None = None  # of time.monotonic
         self._parser = AnswerParser(tokenizer, stop=stop, max_tool_calls=max_tool_calls, opens=prompt.opens)
 
-    def choose(self, logits: np.ndarray) -> list[Event]:
+    @property
+    def n_among(self) -> int:
+        """So many ids may come: what only fills up the vocabulary is no answer, however likely a model finds it."""
+        return self._tokenizer.n_used
+
+    @property
+    def n_highest(self) -> int:
+        """How many of the highest logits among those `choose` takes next; 0: it takes all logits."""
+        if self._logprobs is not None or (self._constraint is not None and not self._parser.thinking):
+            return 0
+        n = self._sampler.n_highest
+        return n if n < self.n_among else 0
+
+    def choose(self, logits: np.ndarray | Highest) -> list[Event]:
         """Chooses the token after which these logits stand, and takes it."""
-        # What only fills up the vocabulary is no answer, however likely a model that never learnt it finds it.
-        logits = logits[: self._tokenizer.n_used]
-        if self._thought_enough():
-            end = int(Control.THINK_END)
-            return self.take(
-                Choice(end, math.nan) if self._logprobs is None else described(end, logits, self._logprobs)
-            )
+        enough = self._thought_enough()
+        if enough and self._logprobs is None:
+            return self.take(Choice(int(Control.THINK_END), math.nan))
+        if isinstance(logits, Highest):
+            return self.take(self._sampler.pick_highest(logits))
+        logits = logits[: self.n_among]
+        if enough and self._logprobs is not None:
+            return self.take(described(int(Control.THINK_END), logits, self._logprobs))
         if self._constraint is None or self._parser.thinking:
             return self.take(self._sampler.pick(logits, self._logprobs))
         choice = self._sampler.pick(self._constraint.narrow(logits))

@@ -106,9 +106,20 @@ class Sampler:
         self._random = np.random.PCG64(self.seed)
         self._random.advance(n_drawn)
 
+    @property
+    def n_highest(self) -> int:
+        """On so many of the highest logits alone depends what it picks; 0: on all, or on more than a step can give."""
+        if self.params.temperature == 0:
+            return 1
+        return self.params.top_k if self.params.top_k <= ms4.MOST_HIGHEST else 0
+
     def pick(self, logits: np.ndarray, n_top: int | None = None) -> Choice:
         """The next token.  n_top: also its log-probability, and those of the n_top most likely."""
         return self.pick_rows(logits[None], n_top)[0]
+
+    def pick_highest(self, highest: ms4.Highest) -> Choice:
+        """The same token, from the `n_highest` alone."""
+        return Choice(int(highest.ids[self.pick(highest.logits).id]), math.nan)
 
     def pick_rows(self, logits: np.ndarray, n_top: int | None = None) -> list[Choice]:
         """A token for each row, with the random numbers that picking one after the other would take."""

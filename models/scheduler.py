@@ -21,7 +21,7 @@ from types import TracebackType
 import numpy as np
 
 import ms4
-from ms4 import Canceled, Span
+from ms4 import Canceled, Highest, Span
 from ms4.models.answer import Answer, Done, Event, Note, Prefill
 from ms4.models.timeline import BLOCK, Timeline, common_prefix
 
@@ -29,6 +29,8 @@ from ms4.models.timeline import BLOCK, Timeline, common_prefix
 # once; but whoever decodes waits for all of them.  256 are two blocks of the kv cache, and enough that every expert
 # of a layer is used by several tokens.  In a step without decodes nobody waits, so the prompts get all of n_batch.
 PROMPT_CHUNK = 256
+
+Result = np.ndarray | Highest | BaseException  # of a span
 
 
 class Running:
@@ -211,7 +213,7 @@ class Scheduler:
             self._settle(running, span, result, seconds)
         return True
 
-    def _step(self, spans: list[Span]) -> list[np.ndarray | BaseException]:
+    def _step(self, spans: list[Span]) -> list[Result]:
         """The engine's results.  If a step fails as a whole, each span has a step of its own: the fault is in one."""
         if not spans:
             return []
@@ -220,7 +222,7 @@ class Scheduler:
         except Exception as error:
             return [error] if len(spans) == 1 else [result for span in spans for result in self._step([span])]
 
-    def _gpu_failed(self, results: list[np.ndarray | BaseException]) -> bool:
+    def _gpu_failed(self, results: list[Result]) -> bool:
         """If so, leaves it; the results count for nothing, and whoever was under way begins anew on the CPU."""
         errors = [result for result in results if isinstance(result, (ms4.DeviceError, MemoryError))]
         if not errors or not self.engine.on_gpu:
@@ -313,15 +315,12 @@ class Scheduler:
         if running.image_rows is not None:
             first, last = np.searchsorted(prompt.rows, (start, end))
             rows = running.image_rows[first:last] if last > first else None
-        last_one = end == running.total
-        stop = running.answer.stop_flag
-        return Span(running.timeline.session, running.tokens[start:end], rows, int(last_one), stop)
+        return span_of(running, running.tokens[start:end], rows, int(end == running.total))
 
     def _decode_span(self, running: Running) -> Span:
-        ids = np.array(running.answer.ids[-1:], np.int32)
-        return Span(running.timeline.session, ids, None, 1, running.answer.stop_flag)
+        return span_of(running, np.array(running.answer.ids[-1:], np.int32), None, 1)
 
-    def _settle(self, running: Running, span: Span, result: np.ndarray | BaseException, seconds: float) -> None:
+    def _settle(self, running: Running, span: Span, result: Result, seconds: float) -> None:
         """What a step gave one answer."""
         answer, timeline = running.answer, running.timeline
         running.chunk = 0
@@ -380,6 +379,12 @@ class Scheduler:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def span_of(running: Running, ids: np.ndarray, rows: np.ndarray | None, n_logits: int) -> Span:
+    """Its next part of a step, with the logits that its answer chooses from, and no others."""
+    answer = running.answer
+    return Span(running.timeline.session, ids, rows, n_logits, answer.stop_flag, answer.n_highest, answer.n_among)
 
 
 def holds_more(timeline: Timeline, keys: np.ndarray, held: int) -> bool:

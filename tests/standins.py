@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from ms4 import ROW, Canceled, EngineError
+from ms4 import ROW, Canceled, EngineError, Highest
 from ms4.models.answer import Statistics
 from ms4.models.control import Control
 from ms4.models.tokenizer import Tokenizer
@@ -175,12 +175,21 @@ class ScriptedEngine:
 
     def result(self, span):
         try:
-            return span.session.feed(span.ids, span.rows, n_logits=span.n_logits, stop=span.stop)
+            logits = span.session.feed(span.ids, span.rows, n_logits=span.n_logits, stop=span.stop)
         except EngineError as error:
             return error
         except AssertionError as error:
             self.faults.append(error)
             raise
+        return highest(logits, span.n_highest, span.n_among) if span.n_highest else logits
+
+
+def highest(logits, k, among):
+    """What a step gives to a span that wants no more."""
+    rows = [row[:among] for row in logits]
+    found = [[np.argmax(row)] if k == 1 else np.sort(np.argsort(-row, kind="stable")[:k]) for row in rows]
+    ids = np.array(found, np.int32).reshape(len(rows), k)
+    return Highest(np.take_along_axis(logits, ids, 1), ids)
 
 
 class Stream(io.TextIOWrapper):

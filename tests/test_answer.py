@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from standins import logits_for, tekken
+from standins import highest, logits_for, tekken
 
 from ms4 import NotFinite
 from ms4.models import answer as answers
@@ -122,6 +122,25 @@ def test_without_them_none_are_computed(monkeypatch):
     one = answer()
     events_of(one, "a", Control.EOS)
     assert one.ids == [1097, Control.EOS] and asked == [None, None]
+
+
+def test_an_answer_says_whether_the_highest_logits_are_enough():
+    assert (answer().n_highest, answer().n_among, answer(logprobs=0).n_highest) == (1, 131072, 0)
+    ruled = answer(constraint=SimpleNamespace(take=lambda id: None))
+    wants = []
+    for id in (Control.THINK, 1097, Control.THINK_END, 1097):  # a thought is free
+        wants.append(ruled.n_highest)
+        ruled.take(Choice(id, 0.0))
+    assert wants == [0, 1, 1, 0]
+
+
+def test_of_the_highest_logits_alone_an_answer_takes_the_same_token():
+    one = answer()
+    for id in (Control.THINK, 1100):
+        one.choose(highest(logits_for(id)[None], one.n_highest, one.n_among)[0])
+    one.hurried = True
+    one.choose(highest(logits_for(1100)[None], one.n_highest, one.n_among)[0])
+    assert one.ids == [Control.THINK, 1100, Control.THINK_END]
 
 
 def test_a_logit_that_is_not_finite_is_never_a_token():

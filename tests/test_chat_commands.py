@@ -401,7 +401,7 @@ def test_what_is_set_holds_for_the_next_answer(talk):
 class Scripted:
     """Chooses the ids of some texts, one answer after the other."""
 
-    n_drawn = 0
+    n_drawn = n_highest = 0
 
     def __init__(self, tokenizer, *texts):
         self.ids = [id for text in texts for id in (*tokenizer.encode(text), int(Control.EOS))]

@@ -18,7 +18,11 @@ import test_hashes
 import ms4
 from ms4.cli import expected, selftest
 from ms4.models import clock, forecast, pixtral
+from ms4.models.answer import Answer
 from ms4.models.model import Model
+from ms4.models.prompt import Prompt
+from ms4.models.sampling import Sampler, SamplingParams
+from ms4.models.scheduler import Scheduler
 from ms4.models.tokenizer import Tokenizer
 from ms4.quant.gguf_file import GgufFile
 from ms4.quant.tiny import Tiny, write_tiny
@@ -119,6 +123,65 @@ def test_sessions_share_and_come_back_from_files(share, tiny, tmp_path, rng):
         stats = gpu.engine.stats()
     assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
     assert (stats.pairs_on_gpu == 0) == (share == 1) and (stats.pairs_on_gpu < stats.experts_used) == (share > 0)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A vocabulary so large that one launch does not find the highest logits."""
+    return write_tiny(tmp_path_factory.mktemp("wide") / "t.gguf", Tiny(n_layer=1, n_vocab=4500, n_unused=3100))[0]
+
+
+def the_highest(engine, wants, n_vocab):
+    """Steps in which each session wants so many of the highest logits, in company and then alone; what they gave."""
+    found, random = [], np.random.default_rng(2)
+    sessions = [engine.session(64) for _ in wants]
+    for n in (7, 1, 1):
+        ids = random.integers(5, 900, (len(wants), n))
+        found += engine.step([ms4.Span(s, ids[i], None, 1, None, wants[i], n_vocab) for i, s in enumerate(sessions)])
+    before = engine.stats().bytes_fetched
+    for k, session in zip(wants, sessions, strict=True):
+        found += engine.step([ms4.Span(session, np.array([9]), None, 1, None, k, n_vocab)])
+        found.append(engine.stats().bytes_fetched - before)
+        before += found[-1]
+        session.close()
+    return found
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:safe"])
+@pytest.mark.parametrize("n_among", [4500, 1400])
+def test_the_highest_logits_are_those_of_the_cpu_and_no_others_come_home(n_among, device, wide):
+    wants = (1, 40, 0, 256, 1, 1, 3)
+    with Model.open(wide) as cpu, Model.open(wide, device=device) as gpu:
+        want, got = (the_highest(model.engine, wants, n_among) for model in (cpu, gpu))
+    fetched = [part for part in got if isinstance(part, int)]
+    assert fetched == [8 * k or 4 * 4500 for k in wants]  # a logit and its id; or all logits
+    for theirs, ours in zip(want, got, strict=True):
+        if isinstance(ours, ms4.Highest):
+            assert np.array_equal(theirs.ids, ours.ids) and theirs.logits.tobytes() == ours.logits.tobytes()
+        elif not isinstance(ours, int):
+            assert theirs.tobytes() == ours.tobytes()
+
+
+GREEDY, TOP_K, ALL = {"temperature": 0.0}, {"temperature": 1.5, "top_k": 40}, {"temperature": 1.5}
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:safe"])
+@pytest.mark.parametrize("hows", [[GREEDY], [TOP_K], [TOP_K | {"top_p": 0.7, "min_p": 0.01}], [GREEDY, ALL, TOP_K]])
+def test_answers_that_need_few_logits_are_those_of_the_cpu_and_fetch_no_others(hows, device, wide):
+    said, n = {}, 12
+    for on in ("cpu", device):
+        with Model.open(wide, device=on) as model, Scheduler(model.engine) as scheduler:
+            tokenizer, prompt = Tokenizer(model.vocabulary), Prompt(list(range(1000, 1020)))
+            samplers = [Sampler(SamplingParams(**how, seed=4)) for how in hows]
+            answers = [Answer(prompt, sampler, tokenizer, 64, max_tokens=n) for sampler in samplers]
+            before = model.engine.stats().bytes_fetched
+            for running in [scheduler.submit(answer, scheduler.open(64)) for answer in answers]:
+                list(running)
+            fetched = model.engine.stats().bytes_fetched - before
+            said[on] = [answer.ids for answer in answers]
+    assert said[device] == said["cpu"] and all(said["cpu"])
+    n_all = sum(len(ids) for ids, how in zip(said[device], hows, strict=True) if how is ALL)
+    assert n_all * 4500 * 4 <= fetched < (n_all + 1) * 4500 * 4  # and a prompt's choice of experts
 
 
 def test_files_of_sessions_are_the_same(tiny, tmp_path):
@@ -264,6 +327,7 @@ def test_selftest_says_what_it_compared(tiny, monkeypatch, capsysbinary):
         ("", lambda: selftest.of_tower("cuda")),
         ("", lambda: selftest.of_unpinned("cuda", selftest.Files(str(tiny), ""))),
         ("", lambda: selftest.of_streams("cuda")),
+        ("", lambda: selftest.of_highest("cuda")),
     ]
     monkeypatch.setattr(selftest, "checks", lambda device, files: few)
     monkeypatch.setattr(selftest, "N_REPEATED", 3)
@@ -273,7 +337,7 @@ def test_selftest_says_what_it_compared(tiny, monkeypatch, capsysbinary):
     assert lines[1].startswith("emulated GPU 0, 8.6") and lines[2].startswith("ok  Q5_K: 33600 numbers, all bits equal")
     assert re.search("pinned: .*; [1-9][0-9]* MB refused, 0 MB pinned", lines[4])
     assert re.search("; [1-9][0-9]* experts brought to stay, [1-9][0-9]* MB for prompts", lines[5])
-    assert "GB/s" in lines[-2] and lines[-1].startswith("4 of 4 have the bits of the CPU")
+    assert "GB/s" in lines[-2] and lines[-1].startswith("5 of 5 have the bits of the CPU")
     assert re.search("a small layer [1-9][0-9]* us$", lines[-2])
 
 
@@ -388,7 +452,8 @@ ms4.gpu()
 with Model.open(sys.argv[1], device=sys.argv[2], vram=int(sys.argv[3])) as model, model.session(64) as session:
     session.feed(np.arange(12))
     for i in range(int(sys.argv[4])):
-        session.feed([20 + 37 * i % 800])
+        k = int(sys.argv[5])
+        model.engine.step([ms4.Span(session, [20 + 37 * i % 800], n_highest=k, n_among=model.shape.n_vocab)])
     stats = model.engine.stats()
     print(model.shape.n_layer, stats.experts_used - stats.pairs_on_gpu)
 ms4.gpu()
@@ -396,11 +461,11 @@ ms4.gpu()
 WAITS = ("cuStreamQuery", "cuEventQuery", "cuCtxSetCurrent")  # as often as it takes, and what costs nothing
 
 
-def calls_of_a_token(report, path, device, vram, n=8):
+def calls_of_a_token(report, path, device, vram, n=8, n_highest=0):
     """Layers; calls of the driver for each of n tokens, by name, waits left out; and pairs that the CPU computed."""
     counts, pairs = [], []
     for n_tokens in (4, 4 + n):
-        code = [sys.executable, "-c", TOKENS, str(path), device, str(vram), str(n_tokens)]
+        code = [sys.executable, "-c", TOKENS, str(path), device, *map(str, (vram, n_tokens, n_highest))]
         done = subprocess.run(code, capture_output=True, text=True, env=emulated(MS4_EMU_REPORT=str(report)))
         assert done.returncode == 0, done.stderr
         n_layer, n_pairs = map(int, done.stdout.split())
@@ -416,6 +481,8 @@ def test_a_token_takes_one_call_of_the_driver_for_a_layer(tiny, tmp_path):
     copies = {"cuMemcpyHtoDAsync_v2": 3, "cuEventRecord": 2, "cuMemcpyDtoHAsync_v2": 1}  # token, tables, jobs; logits
     assert each == {"cuGraphLaunch": n_layer + 2, "cuLaunchKernel": 2, **copies}
     assert "\ncontexts made 1\nleft of memory 0\nleft pinned 0\n" in (tmp_path / "report").read_text()
+    fewer = calls_of_a_token(tmp_path / "report", tiny, "cuda", 0, n_highest=40)[1]
+    assert fewer == each | {"cuLaunchKernel": 3}  # behind the graphs: norm, product, and what finds the highest
     n_layer, each, _ = calls_of_a_token(tmp_path / "report", tiny, "cuda:safe", 0)
     assert "cuGraphLaunch" not in each and each["cuLaunchKernel"] + each["cuMemcpyHtoDAsync_v2"] > 20 * n_layer
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from standins import highest
 
 import ms4
 from ms4 import NotFinite
@@ -201,6 +202,25 @@ CUTS = [
     {"min_p": 1e-9, "top_p": 0.999},
     {"top_k": 50, "top_p": 0.9, "min_p": 0.02},
 ]
+
+
+def test_from_the_highest_alone_come_the_same_tokens(rng):
+    settings = [{"temperature": 0.0, "top_k": 7}, {"top_k": 1}, {"top_k": 40}, {"top_k": 50, "top_p": 0.9}]
+    settings += [{"top_k": 256, "top_p": 0.5, "min_p": 0.02}, {"top_k": 40, "min_p": 0.3, "temperature": 0.1}]
+    for how in settings:
+        for kind in KINDS:
+            values = some_logits(rng, kind, 3000) - np.float32(3)  # of equal ones some may be 0 and some -0
+            values[rng.random(3000) < 0.1] *= -1
+            all_of_them, few = (Sampler(SamplingParams(**{**OFF, **how}, seed=5)) for _ in range(2))
+            (given,) = highest(values[None], few.n_highest, 3000).ids
+            for _ in range(40):
+                assert few.pick_highest(ms4.Highest(values[given], given)) == all_of_them.pick(values), (how, kind)
+            assert few.n_drawn == all_of_them.n_drawn
+
+
+@pytest.mark.parametrize("how", [{}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 257}])
+def test_what_depends_on_all_logits_is_not_drawn_from_few(how):
+    assert Sampler(SamplingParams(**how)).n_highest == 0
 
 
 @pytest.mark.slow

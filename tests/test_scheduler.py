@@ -89,7 +89,9 @@ def test_an_answer_from_beginning_to_end(desk):
     assert (s.n_prompt, s.n_cached, s.n_answer, s.n_decode) == (20, 0, 9, 8)
     assert s.n_context == timeline.length == timeline.session.length == 28  # the last token is never fed
     assert s.s_prefill > 0 and s.s_decode > 0
-    assert [[len(span.ids), span.n_logits] for step in engine.steps for span in step] == [[20, 1]] + [[1, 1]] * 8
+    spans = [span for step in engine.steps for span in step]
+    assert [[len(span.ids), span.n_logits] for span in spans] == [[20, 1]] + [[1, 1]] * 8
+    assert {(span.n_highest, span.n_among) for span in spans} == {(1, 131072)}  # it is a greedy one
 
 
 def test_events_end_after_done(desk):

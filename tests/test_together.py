@@ -61,7 +61,10 @@ class Recorder:
 
 
 class Endless(Sampler):
-    """Greedy among the ordinary tokens: no answer ends by itself.  It keeps what it was given."""
+    """Greedy among the ordinary tokens: no answer ends by itself.  It keeps what it was given, which is
+    all logits."""
+
+    n_highest = 0
 
     def __init__(self):
         super().__init__(SamplingParams(temperature=0.0))
