@@ -1,8 +1,9 @@
 /* checkarena.c -- memory that is pinned where it lies, before a driver that is made up here and refuses at times.
  *
  * Whatever the ranges, in whatever order they are wanted: what is registered are whole pages of the ranges, no byte of
- * it twice, and never more than was allowed; what is called pinned lies in one registration; after a refusal nobody is
- * asked again; and at the end nothing is registered any more.
+ * it twice, and never more than was allowed; what is called pinned lies in one registration; where a range says how
+ * large its chunks are, each registration is one of these; what is given back is not registered, nor is anything at the
+ * end; and after a refusal nobody is asked again.
  *
  *     checkarena SEED N_ROUNDS            prints "ok", or the first thing that was wrong
  */
@@ -17,7 +18,7 @@
 
 struct cuda_driver cuda;
 static struct { uintptr_t at, end; } region[MOST_REGIONS];
-static int n_regions, n_asked, n_refused;
+static int n_regions, n_asked, n_refused, n_given;
 static uint32_t noise, fails;
 static uint64_t total;
 static arena_range range[12];
@@ -45,6 +46,11 @@ static CUresult add(void *p, size_t bytes, unsigned how) {
             is_ours |= (uintptr_t)range[i].at < page + PAGE && page < (uintptr_t)range[i].at + range[i].bytes;
         if (!is_ours) wrong("registered what is none of ours");
     }
+    for (size_t i = 0; i < n_ranges; i++) {
+        const uintptr_t from = (uintptr_t)range[i].at;
+        if (!range[i].chunk || at < from || at >= from + range[i].bytes) continue;
+        if ((at - from) % range[i].chunk || bytes != range[i].chunk) wrong("registered something else than a chunk");
+    }
     if (fails && any_number() % fails == 0) return n_refused++, CUDA_ERROR_OUT_OF_MEMORY;
     region[n_regions].at = at;
     region[n_regions++].end = end;
@@ -68,7 +74,12 @@ static void make_ranges(arena_range *out) {
     for (size_t i = 0; i < n; i++) {
         size_t bytes = any_number() % 4 ? 1 + any_number() % (40 * PAGE) : 1;
         if (any_number() % 3 == 0) bytes += PAGE - (at + bytes) % PAGE;        /* to the end of a page */
-        out[i] = (arena_range){ (const uint8_t *)at, bytes };
+        const size_t chunk = any_number() % 3 ? 0 : PAGE * (1 + any_number() % 5);
+        if (chunk) {
+            at = (at + PAGE - 1) / PAGE * PAGE;
+            bytes = chunk * (1 + any_number() % 8);
+        }
+        out[i] = (arena_range){ (const uint8_t *)at, bytes, chunk };
         at += bytes + (any_number() % 3 ? any_number() % PAGE : any_number() % (9 * PAGE));
     }
     for (size_t i = n; i > 1; i--) {
@@ -78,11 +89,20 @@ static void make_ranges(arena_range *out) {
         out[j] = one;
     }
 }
+/* All chunks that some bytes of a range touch. */
+static void give_back(arena *a, const arena_range *r, size_t from, size_t n) {
+    const uint64_t before = total;
+    arena_unpin(a, r->at + from, n);
+    for (size_t done = 0; done < n; done += 1000)
+        if (arena_pinned(a, r->at + from + done, 1)) wrong("pinned, and was given back");
+    n_given += before > total;
+}
 /* Some bytes of a range: pinned, in parts of one registration each, or not. */
 static void want(arena *a, const arena_range *r, uint64_t most, size_t *n_there) {
     const size_t from = any_number() % r->bytes, n = 1 + any_number() % (r->bytes - from);
     uint64_t pinned, refused;
     if (any_number() % 4) arena_pin(a, r->at + from, n);
+    else if (any_number() % 2) give_back(a, r, from, n);
     for (size_t done = 0, part; done < n; done += part) {
         const uintptr_t at = (uintptr_t)r->at + from + done;
         int there = 0;
@@ -115,7 +135,7 @@ int main(int argc, char **argv) {
         arena_close(a, 0);
         if (n_regions || total) wrong("something stays registered");
     }
-    if (!n_there || !n_asked) wrong("nothing was pinned");
+    if (!n_there || !n_asked || !n_given) wrong("nothing was pinned");
     puts("ok");
     return 0;
 }

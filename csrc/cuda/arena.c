@@ -10,7 +10,7 @@
 #define ARENA_CHUNK ((uintptr_t)64 << 20)
 #endif
 
-typedef struct { uintptr_t at, end; size_t first; } run;      /* first: its first chunk */
+typedef struct { uintptr_t at, end; size_t first, chunk; } run;       /* first: its first chunk; chunk: bytes of each */
 struct arena {
     run *runs;
     _Atomic uint8_t *is_pinned;                               /* by chunk */
@@ -23,22 +23,25 @@ static int by_address(const void *a, const void *b) {
     const run *x = a, *y = b;
     return x->at < y->at ? -1 : x->at > y->at;
 }
-/* Whole pages; runs that share one, or touch, become one. */
+/* Whole pages; runs that share one, or touch, become one, if nobody has said what their chunks are. */
 static void merge(arena *a, const arena_range *ranges, size_t n) {
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
     for (size_t i = 0; i < n; i++) {
         const uintptr_t at = (uintptr_t)ranges[i].at, end = at + ranges[i].bytes;
-        a->runs[i] = (run){ at / page * page, (end + page - 1) / page * page, 0 };
+        a->runs[i] = (run){ at / page * page, (end + page - 1) / page * page, 0, ranges[i].chunk };
     }
     qsort(a->runs, n, sizeof *a->runs, by_address);
     for (size_t i = 0; i < n; i++) {
         run *last = a->n_runs ? &a->runs[a->n_runs - 1] : NULL;
-        if (last && a->runs[i].at <= last->end) last->end = a->runs[i].end > last->end ? a->runs[i].end : last->end;
+        const int is_own = a->runs[i].chunk || (last && last->chunk);
+        if (last && !is_own && a->runs[i].at <= last->end)
+            last->end = a->runs[i].end > last->end ? a->runs[i].end : last->end;
         else a->runs[a->n_runs++] = a->runs[i];
     }
-    for (size_t i = 0; i < a->n_runs; i++) {
-        a->runs[i].first = a->n_chunks;
-        a->n_chunks += (a->runs[i].end - a->runs[i].at + ARENA_CHUNK - 1) / ARENA_CHUNK;
+    for (run *r = a->runs; r < a->runs + a->n_runs; r++) {
+        if (!r->chunk) r->chunk = ARENA_CHUNK;
+        r->first = a->n_chunks;
+        a->n_chunks += (r->end - r->at + r->chunk - 1) / r->chunk;
     }
 }
 int arena_open(const arena_range *ranges, size_t n, int read_only, uint64_t most, arena **out) {
@@ -67,9 +70,9 @@ static const run *run_of(const arena *a, uintptr_t at) {
 }
 /* The chunk that begins at *at, or in which it lies; *end: where it ends. */
 static size_t chunk_of(const run *r, uintptr_t at, uintptr_t *begin, uintptr_t *end) {
-    const size_t i = (at - r->at) / ARENA_CHUNK;
-    *begin = r->at + i * ARENA_CHUNK;
-    *end = *begin + ARENA_CHUNK < r->end ? *begin + ARENA_CHUNK : r->end;
+    const size_t i = (at - r->at) / r->chunk;
+    *begin = r->at + i * r->chunk;
+    *end = *begin + r->chunk < r->end ? *begin + r->chunk : r->end;
     return r->first + i;
 }
 void arena_close(arena *a, int lost) {
@@ -96,6 +99,17 @@ void arena_pin(arena *a, const void *p, size_t bytes) {
             a->pinned += end - begin;
             atomic_store_explicit(&a->is_pinned[i], 1, memory_order_release);
         }
+    }
+}
+void arena_unpin(arena *a, const void *p, size_t bytes) {
+    const uintptr_t at = (uintptr_t)p, stop = at + bytes;
+    const run *r = run_of(a, at);
+    for (uintptr_t next = at, begin, end; r && next < stop && next < r->end; next = end) {
+        const size_t i = chunk_of(r, next, &begin, &end);
+        if (!a->is_pinned[i]) continue;
+        atomic_store_explicit(&a->is_pinned[i], 0, memory_order_release);
+        cuda.cuMemHostUnregister((void *)begin);
+        a->pinned -= end - begin;
     }
 }
 size_t arena_pinned(const arena *a, const void *p, size_t bytes) {

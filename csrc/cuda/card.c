@@ -76,7 +76,7 @@ int card_pin(card *c, const ms4_shape *s, const layer_weights *layers, int read_
         const matrix *parts[] = { &layers[i].experts.gate, &layers[i].experts.up, &layers[i].experts.down };
         for (int j = 0; j < 3 && layers[i].has_experts; j++)
             ranges[n++] = (arena_range){ parts[j]->data, (size_t)(s->n_expert - 1) * parts[j]->slice_bytes
-                                                             + (size_t)matrix_bytes(parts[j]) };
+                                                             + (size_t)matrix_bytes(parts[j]), 0 };
     }
     int status = arena_open(ranges, n, read_only, most, &a);
     memory_give(ranges);
