@@ -89,6 +89,23 @@ def test_a_card_takes_its_part_and_the_rest_need_not_lie_in_memory_twice():
     assert of(56 * GB).warm.tokens_per_s < made.warm.tokens_per_s
 
 
+def test_a_prompt_with_a_card_waits_for_its_copies_and_then_for_the_disk():
+    """What the card has not is copied to it once, and read before, as far as it is not in memory."""
+    file = MODEL.scaled(42 * 10**9)
+    here = replace(HOST, card=CARDS["3090"])
+    made = forecast.make(file, forecast.Resources(here, 16 * GB, True, CARDS["3090"].vram), 8192)
+    assert made.load == "stream" and made.n_vram > 0 and made.n_disk > 0
+    sizes, n = file.sizes, forecast.N_PROMPT
+    used = (35 * sizes.distinct(n) + sizes.n_used) * sizes.expert  # the last layer is computed for one token
+    copied = (1 - made.n_vram / N_ALL) * used / here.link
+    assert n * (made.prompt.dense + made.prompt.context + made.prompt.bus) == pytest.approx(copied)
+    read = made.n_disk / N_ALL * used / here.disk
+    assert 0.3 * read < n * made.prompt.disk < read  # beside copies and attention
+    assert made.prompt.limit == "disk" and made.prompt.misses == 0
+    fast = forecast.make(file, forecast.Resources(replace(here, disk=1e15), 16 * GB, True, CARDS["3090"].vram), 8192)
+    assert fast.prompt.bus == made.prompt.bus and fast.prompt.disk == 0
+
+
 def test_a_correction_scales_every_time():
     made = of(32 * GB)
     twice = made.corrected(2.0, 0.5)
