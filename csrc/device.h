@@ -18,7 +18,7 @@ typedef struct device device;
 typedef struct { const matrix *m; buffer x, y; int32_t add, x_row, y_row; } product;
 
 /* One expert, and its pairs first .. first + n - 1.  away: its weights lie in host memory, and the device, which cannot
- * look there, is to bring them. */
+ * look there, is to bring them; `brought` says when that memory may change. */
 typedef struct { ffn_weights w; int32_t first, n, away; } ffn_group;
 /* What one device computes of a feed-forward step.  `every` goes through all rows [row, row + n) and is added to H at
  * once.  The groups are in ascending order of their experts.  whole: there are no other shares, so their results, times
@@ -68,6 +68,7 @@ struct device_ops {
     int (*norm)(device *d, buffer x, const vector *w, float eps, buffer y, int32_t n); /* y = rms_norm(x) * w */
     int (*products)(device *d, const product *p, int32_t n_products, int32_t n);       /* none reads another's y */
     int (*ffn)(device *d, const ffn_share *share, const picks *p);                     /* X -> H, or PAIRS */
+    int (*brought)(device *d);                        /* waits until nothing is on its way from host memory any more */
 
     /* --- the text model */
     /* Rows of m, or where a token is MS4_ROW the next of the caller's rows, into rows first .. first + n - 1 of H. */

@@ -76,7 +76,8 @@ static void note_card(ms4_engine *e, const ms4_options *o) {
     }
 }
 /* Memory that is ours anyway may all be pinned; the page cache is everybody's, and what is pinned of it nobody gets. */
-static int pin(ms4_engine *e) {
+static int pin(ms4_engine *e, slots *from_disk) {
+    if (from_disk) return card_pin_slots(e->card, from_disk);
     const int mapped = files_load(e->files) == MS4_LOAD_MAP;
     return card_pin(e->card, &e->shape, e->weights.layers, mapped, mapped ? allowance_room() / 4 * 3 : UINT64_MAX);
 }
@@ -96,7 +97,7 @@ static int open_home(ms4_engine *e, const ms4_options *o, slots *from_disk) {
     if (status) return cpu_device_open(e->ops, e->pool, &e->home);
     e->home = e->card->device;
     e->at_home = &e->card->weights.text;
-    if (!from_disk) TRY(pin(e));
+    TRY(pin(e, from_disk));
     card_count(e->card, &e->stats);
     note_card(e, o);
     return MS4_OK;

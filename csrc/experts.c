@@ -24,6 +24,7 @@ struct experts {
     experts_counts counts;
     double ns_step, ns_cpu;                                    /* of the last step; of the CPU for experts in it */
     int32_t n_layer, n_expert, n_devices, layer;
+    int32_t turn;                                              /* the share that the last part was of */
     int32_t stream_from;                                       /* rows: policy_stream_from for this layer */
 };
 
@@ -100,7 +101,7 @@ static int32_t locate(const experts *store, int32_t expert, ffn_group *g) {
         store->place ? store->place[(size_t)store->layer * (size_t)store->n_expert + (size_t)expert] : 0;
     if (!store->on_card) return at;
     if (!at && vram_find(store->on_card, store->layer, expert, &g->w)) return 0;
-    g->away = !store->place && !store->slots && g->n >= store->stream_from && store->picks->n > 1;
+    g->away = !store->place && g->n >= store->stream_from && store->picks->n > 1;
     return !g->away;
 }
 /* Puts an expert into the share of who computes it, and among those that the disk has to bring. */
@@ -109,7 +110,7 @@ static void share_out(experts *store, const picks *p, int32_t id, ffn_share *all
     const int32_t device = locate(store, id, &g), on_card = store->on_card && !device;
     const uint64_t bytes = store->layers[store->layer].bytes_per_expert;
     if (!store->slots && (!on_card || g.away)) g.w = group_of(store, id, p).w;
-    if (store->slots && !on_card) {
+    if (store->slots && (!on_card || g.away)) {
         store->share_of[*n_wanted] = (uint8_t)device;
         store->wanted[(*n_wanted)++] = id;
     }
@@ -146,6 +147,7 @@ int experts_take(experts *store, int32_t layer, const picks *p, ffn_share shares
     int32_t n_wanted = 0;
     store->layer = layer;
     store->picks = p;
+    store->turn = -1;
     if (store->on_card) store->stream_from = vram_stream_from(store->on_card);
     for (int32_t i = 0; i < store->n_devices; i++)
         all[i] = (ffn_share){ .on = store->devices[i], .groups = store->groups[i], .n = p->n };
@@ -158,27 +160,51 @@ int experts_take(experts *store, int32_t layer, const picks *p, ffn_share shares
     store->counts.bytes += (uint64_t)p->n_used * w->bytes_per_expert;
     return MS4_OK;
 }
-/* The next part of a share whose experts come from slots.  What goes with `every` does not wait. */
-static int part_from_slots(experts *store, ffn_share *share, ffn_share *part) {
+/* Host memory that the card brings from is not read any more, so that slots may be given to others. */
+static int let_bring(const experts *store) {
+    return store->on_card ? DO(store->devices[0], brought) : MS4_OK;
+}
+/* Of a share: what lies on the card, which is its first part's, and what has come into slots and was not given yet. */
+static int part_from_slots(experts *store, const ffn_share *share, ffn_share *part) {
+    const int on_card = store->on_card && share->on == store->devices[0];
     int32_t device = 0, n;
     while (store->devices[device] != share->on) device++;
     part->groups = store->part;
     part->n_groups = 0;
-    TRY(slots_next(store->slots, device, !share->every, store->ids, &n));
-    for (int32_t i = 0; i < n; i++) store->part[part->n_groups++] = group_of(store, store->ids[i], store->picks);
+    for (int32_t i = 0; i < share->n_groups && on_card; i++)
+        if (!share->groups[i].away) part->groups[part->n_groups++] = share->groups[i];
+    if (on_card) TRY(let_bring(store));
+    TRY(slots_next(store->slots, device, store->ids, &n));
+    for (int32_t i = 0; i < n; i++) {
+        part->groups[part->n_groups] = group_of(store, store->ids[i], store->picks);
+        part->groups[part->n_groups++].away = on_card;
+    }
     return MS4_OK;
 }
-int experts_ready(experts *store, ffn_share *share, ffn_share *part) {
+static int take_part(experts *store, ffn_share *share, ffn_share *part) {
     *part = *share;
-    const int on_card = store->on_card && share->on == store->devices[0];
-    if (store->slots && !on_card) TRY(part_from_slots(store, share, part));
+    if (store->slots) TRY(part_from_slots(store, share, part));
     share->every = NULL;
     share->n_groups = 0;
     return MS4_OK;
 }
+int experts_ready(experts *store, ffn_share *shares, int32_t n, ffn_share *part) {
+    for (int32_t left = 1; left;) {
+        for (int32_t i = 0; i < n; i++) {
+            store->turn = (store->turn + 1) % n;
+            TRY(take_part(store, &shares[store->turn], part));
+            if (ffn_share_has(part)) return MS4_OK;
+        }
+        left = 0;
+        if (store->slots) TRY(slots_wait(store->slots, &left));
+    }
+    return MS4_OK;
+}
 void experts_give(experts *store, int32_t layer, const picks *p) {
     (void)layer; (void)p;
-    if (store->slots) slots_drop(store->slots);
+    if (!store->slots) return;
+    let_bring(store);                                          /* a card that is lost says so when it is asked next */
+    slots_drop(store->slots);
 }
 
 static int add_device(experts *store, int32_t at, device *d) {

@@ -1,13 +1,14 @@
 /* experts.h -- which expert lies where, and the one door to their weights.
  *
- * A layer asks who computes what, has it computed share by share, part by part, and gives the experts back:
+ * A layer asks who computes what, has it computed part by part, and gives the experts back:
  *     experts_take(store, layer, p, shares, &n);
- *     while (experts_ready(store, &shares[i], &part), ffn_share_has(&part)) ... part ...;
+ *     while (experts_ready(store, shares, n, &part), ffn_share_has(&part)) ... part ...;
  *     experts_give(store, layer, p);
  * A share is what one device computes; a part is what of it can be computed now.  An expert belongs to the home device
  * unless experts_place says otherwise, and lies in host memory: with the rest of its file, or, if the file stays on the
- * disk, in one of the slots.  A card computes those that lie in its own slots, the CPU the others.  The layer does not
- * notice: results are the same to the last bit.
+ * disk, in one of the slots.  A card computes those that lie in its own slots and those that many rows of a step want,
+ * which it brings for that layer alone, the CPU the others.  The layer does not notice: results are the same to the
+ * last bit.
  */
 #ifndef MS4_EXPERTS_H
 #define MS4_EXPERTS_H
@@ -29,10 +30,10 @@ void experts_ahead(const experts *store, int32_t layer, ffn_ahead *out);
 /* Says who computes the experts of these picks: the home device first, then others.  Never waits.  n_shares is at least
  * 1; shares[0].whole: there is one, and it comes in one part. */
 int experts_take(experts *store, int32_t layer, const picks *p, ffn_share shares[MAX_SHARES], int32_t *n_shares);
-/* The next part of a share: what is there already, and then, waiting for it, what comes.  `every` goes with the first
- * part.  n_groups 0 and no `every`: nothing is left.  The weights of a part stay where it says until this is called
- * again, or the experts are given back; so the parts of one share are taken to the end before those of another. */
-int experts_ready(experts *store, ffn_share *share, ffn_share *part);
+/* The next part of one of the shares, in turn, home first: what is there already, and then, waiting for it, what comes.
+ * `every` goes with the first part of its share.  n_groups 0 and no `every`: nothing is left.  The weights of a part
+ * stay where it says until its device has computed with them, or has brought them (device.h). */
+int experts_ready(experts *store, ffn_share *shares, int32_t n, ffn_share *part);
 void experts_give(experts *store, int32_t layer, const picks *p);      /* the store may move them now */
 
 /* Puts experts on devices: place has n_layer x n_expert numbers, 0 home, i > 0 others[i - 1].  NULL: all home. */

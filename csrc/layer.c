@@ -45,22 +45,19 @@ static int attention(step *st, device *d, int32_t layer, const layer_weights *w,
     TRY(DO(d, attend, st, layer, &w->k_b, &w->v_b));
     return DO(d, products, &out, 1, st->n);
 }
-/* One share, part by part, as its weights come; from another device the results come home. */
-static int run_share(device *d, experts *store, const picks *p, ffn_share *share) {
+/* What the other devices need, then all shares, part by part, as their weights come, those of other devices with their
+ * results, and then the sum if it is not there yet. */
+static int run_shares(device *d, experts *store, const picks *p, ffn_share *shares, int32_t n) {
+    for (int32_t i = 1; i < n; i++) TRY(DO(d, send, shares[i].on, &shares[i], p));
     for (;;) {
         ffn_share part;
-        TRY(experts_ready(store, share, &part));
-        if (!ffn_share_has(&part)) return MS4_OK;
+        TRY(experts_ready(store, shares, n, &part));
+        if (!ffn_share_has(&part)) break;
         const int64_t start = now_ns();
         TRY(DO(part.on, ffn, &part, p));
         experts_took(store, &part, now_ns() - start);
         if (part.on != d) TRY(DO(d, fetch, part.on, &part));
     }
-}
-/* What the other devices need, then our own share, then theirs, then the sum if it is not there yet. */
-static int run_shares(device *d, experts *store, const picks *p, ffn_share *shares, int32_t n) {
-    for (int32_t i = 1; i < n; i++) TRY(DO(d, send, shares[i].on, &shares[i], p));
-    for (int32_t i = 0; i < n; i++) TRY(run_share(d, store, p, &shares[i]));
     return shares[0].whole ? MS4_OK : DO(d, sum_pairs, p);
 }
 static int moe(const step *st, device *d, int32_t layer, const layer_weights *w, experts *store, picks *p) {

@@ -44,6 +44,8 @@ struct slots {
     int32_t n_layer, n_expert, n_pools, n_wanted, n_soon, layer;
     double (*value)(const void *, int32_t, int32_t);
     const void *context;
+    slots_leaving *leaves;                                    /* NULL, or who is asked before memory is given back */
+    void *who;
     const atomic_int *stop;
     uint64_t turn, clock, seen, least;                        /* turn: counts layers; clock: uses */
     _Atomic int64_t waiting_since;                            /* 0: nobody waits; read by others, too */
@@ -98,10 +100,14 @@ static void clear(slots *s, slot *at) {
     at->id = -1;
     atomic_store_explicit(&at->job.state, DISK_IDLE, memory_order_relaxed);
 }
+static int may_leave(const slots *s, const uint8_t *memory, size_t bytes) {
+    return !s->leaves || s->leaves(s->who, memory, bytes);
+}
 /* Gives its memory back, too. */
 static void drop(slots *s, pool_of *p, slot *at) {
+    uint8_t *memory = p->memory + (size_t)(at - p->slot) * p->slot_bytes;
     clear(s, at);
-    memory_drop_pages(p->memory + (size_t)(at - p->slot) * p->slot_bytes, p->slot_bytes);
+    if (may_leave(s, memory, p->slot_bytes)) memory_drop_pages(memory, p->slot_bytes);
     p->n_used--;
 }
 static double value_of(const slots *s, const slot *at) {
@@ -118,8 +124,8 @@ static int is_better_victim(const slots *s, const slot *a, const slot *b) {
     if (a->value != b->value) return a->value < b->value;
     return distance(s, a->id) > distance(s, b->id);
 }
-/* An expert that may leave, marked `most` at most; of the wanted only those of other shares than `share`. */
-static slot *victim(slots *s, pool_of *p, int most, int32_t share) {
+/* An expert that may leave, marked `most` at most. */
+static slot *victim(slots *s, pool_of *p, int most) {
     slot *best = NULL;
     for (slot *at = p->slot; p->rated != s->turn && at < p->slot + p->n; at++)
         if (at->id >= 0) at->value = value_of(s, at);
@@ -127,25 +133,20 @@ static slot *victim(slots *s, pool_of *p, int most, int32_t share) {
     for (slot *at = p->slot; at < p->slot + p->n; at++) {
         if (at->id < 0 || at->held || s->mark[at->id] > most || state_of(at) == DISK_READING) continue;
         if (state_of(at) == DISK_FAILED) return at;
-        if (s->mark[at->id] == WANTED) {
-            int32_t i = 0;
-            while (s->wanted[i] != at->id) i++;
-            if (s->share[i] == share) continue;
-        }
         if (!best || is_better_victim(s, at, best)) best = at;
     }
     return best;
 }
 /* A slot for an expert: one that holds nothing, or that of who leaves; NULL: none now.  (Where all that may be used are
  * held, because there were more when that began, there is one more, so that nobody waits for a card.) */
-static slot *slot_for(slots *s, int32_t id, int most, int32_t share) {
+static slot *slot_for(slots *s, int32_t id, int most) {
     pool_of *p = pool_at(s, id);
     slot *at = p->slot;
     if (p->n_used < p->n_most || (p->n_used == p->n_held && p->n_used < p->n)) {
         while (at->id >= 0) at++;
         p->n_used++;
     } else {
-        at = victim(s, p, most, share);
+        at = victim(s, p, most);
         if (!at) return NULL;
         clear(s, at);
     }
@@ -168,8 +169,8 @@ static void lay_out(const slots *s, slot *at) {
         to += room_of(from->bytes[i]);
     }
 }
-static int start(slots *s, int32_t id, int most, int32_t share) {
-    slot *at = slot_for(s, id, most, share);
+static int start(slots *s, int32_t id, int most) {
+    slot *at = slot_for(s, id, most);
     if (!at) return 0;
     lay_out(s, at);
     at->ahead = s->mark[id] == SOON;
@@ -187,23 +188,21 @@ static int32_t n_held(const slots *s, const int32_t *ids, int32_t n, int mark, i
     }
     return held;
 }
-/* Starts what can be started: those of this share, of the others, and then those that will be wanted.  What one does
- * not get a slot for, the next one does not either.  More than MOST_READING at a time would push out what is of use,
- * and not be there sooner. */
-static void start_all(slots *s, int32_t share) {
+/* Starts what can be started, in the order of the file: what is wanted, then what will be.  What one does not get a
+ * slot for, the next one does not either.  More than MOST_READING at a time would push out what is of use, and not be
+ * there sooner. */
+static void start_all(slots *s) {
     int32_t more = MOST_READING - n_held(s, s->wanted, s->n_wanted, WANTED, 0);
-    for (int others = 0; others < 2; others++)
-        for (int32_t i = 0; i < s->n_wanted && more > 0; i++) {
-            const int32_t id = s->wanted[i];
-            if ((s->share[i] != share) != others || s->mark[id] != WANTED || slot_at(s, id)) continue;
-            more = start(s, id, SOON, share) ? more - 1 : 0;
-        }
+    for (int32_t i = 0; i < s->n_wanted && more > 0; i++) {
+        const int32_t id = s->wanted[i];
+        if (s->mark[id] == WANTED && !slot_at(s, id)) more = start(s, id, SOON) ? more - 1 : 0;
+    }
     if (more < 1 || !s->n_soon) return;
     const int32_t n_slots = pool_at(s, s->soon[0])->n_most / 4;
     more = (n_slots < MOST_READING ? n_slots : MOST_READING) - n_held(s, s->soon, s->n_soon, SOON, 1);
     for (int32_t i = 0; i < s->n_soon && more > 0; i++)
         if (s->mark[s->soon[i]] == SOON && !slot_at(s, s->soon[i]))
-            more = start(s, s->soon[i], NOTHING, share) ? more - 1 : 0;
+            more = start(s, s->soon[i], NOTHING) ? more - 1 : 0;
 }
 void slots_want(slots *s, int32_t layer, const int32_t *ids, const uint8_t *share, int32_t n, const atomic_int *stop,
                 int32_t *n_there) {
@@ -228,7 +227,7 @@ void slots_want(slots *s, int32_t layer, const int32_t *ids, const uint8_t *shar
         else drop(s, pool_at(s, id), at);                     /* failed when nobody waited: tried again */
     }
     s->counts.n_wanted += (uint64_t)n;
-    start_all(s, 0);
+    start_all(s);
 }
 static int fail(const slots *s, const slot *at) {
     const disk_job *job = &at->job;
@@ -242,13 +241,28 @@ static int is_missing(const slots *s, int32_t id) {
     const slot *at = slot_at(s, id);
     return !at || state_of(at) == DISK_READING;
 }
-/* Gives what is there; left: how many of the share are not.  If some are not, at most MOST_GIVEN: reads are started
- * between parts, and a long part would leave the disk idle. */
-static int collect(slots *s, int32_t share, int32_t *ids, int32_t *n, int32_t *left) {
-    *n = *left = 0;
+/* How many of the wanted have not been given; *n_missing: those of them that are not there. */
+static int32_t n_left(const slots *s, int32_t *n_missing) {
+    int32_t left = 0;
+    *n_missing = 0;
+    for (int32_t i = 0; i < s->n_wanted; i++) {
+        if (s->mark[s->wanted[i]] != WANTED) continue;
+        left++;
+        *n_missing += is_missing(s, s->wanted[i]);
+    }
+    return left;
+}
+/* What was given to this share (-1: to any) is not in use any more. */
+static void take_back(slots *s, int32_t share) {
     for (int32_t i = 0; i < s->n_wanted; i++)
-        *left += s->share[i] == share && s->mark[s->wanted[i]] == WANTED && is_missing(s, s->wanted[i]);
-    const int32_t most = *left ? MOST_GIVEN : s->n_wanted;
+        if (s->mark[s->wanted[i]] == GIVEN && (share < 0 || s->share[i] == share)) s->mark[s->wanted[i]] = NOTHING;
+}
+/* While some are missing, at most MOST_GIVEN: reads are started between parts, and a long part would leave the disk
+ * idle. */
+static int collect(slots *s, int32_t share, int32_t *ids, int32_t *n) {
+    int32_t n_missing;
+    const int32_t left = n_left(s, &n_missing), most = n_missing ? MOST_GIVEN : left;
+    *n = 0;
     for (int32_t i = 0; i < s->n_wanted && *n < most; i++) {
         const int32_t id = s->wanted[i];
         slot *at = slot_at(s, id);
@@ -264,33 +278,23 @@ static int collect(slots *s, int32_t share, int32_t *ids, int32_t *n, int32_t *l
     }
     return MS4_OK;
 }
-/* Is anything of this share on its way? */
-static int is_reading(const slots *s, int32_t share) {
-    for (int32_t i = 0; i < s->n_wanted; i++)
-        if (s->share[i] == share && s->mark[s->wanted[i]] == WANTED && slot_at(s, s->wanted[i])) return 1;
-    return 0;
+int slots_next(slots *s, int32_t share, int32_t *ids, int32_t *n) {
+    take_back(s, share);
+    TRY(collect(s, share, ids, n));
+    start_all(s);
+    return MS4_OK;
 }
-/* Nothing of the share is on its way, for want of a slot: takes one from another share, which will read it again. */
-static void take_from_others(slots *s, int32_t share) {
-    for (int32_t i = 0; i < s->n_wanted; i++)
-        if (s->share[i] == share && s->mark[s->wanted[i]] == WANTED && start(s, s->wanted[i], WANTED, share)) return;
-}
-int slots_next(slots *s, int32_t share, int wait, int32_t *ids, int32_t *n) {
-    int32_t left;
+int slots_wait(slots *s, int32_t *left) {
+    int32_t n_missing;
     int64_t since = 0;
-    int status;
-    for (int32_t i = 0; i < s->n_wanted; i++)
-        if (s->mark[s->wanted[i]] == GIVEN) s->mark[s->wanted[i]] = NOTHING;
-    for (;;) {
-        status = collect(s, share, ids, n, &left);
-        if (!status) start_all(s, share);
-        if (status || *n || !left || !wait) break;
-        if (!is_reading(s, share)) take_from_others(s, share);
+    int status = MS4_OK;
+    take_back(s, -1);
+    while ((*left = n_left(s, &n_missing)) > 0 && n_missing == *left && !status) {
+        start_all(s);                                         /* there is a slot: nothing that is wanted has one */
         if (!since) atomic_store(&s->waiting_since, since = now_ns());
         disk_wait(s->disk, &s->seen, LOOK_MS);
         if (s->stop && atomic_load_explicit(s->stop, memory_order_relaxed))
             status = error_set(MS4_ECANCELED, "canceled");
-        if (status) break;
     }
     atomic_store(&s->waiting_since, 0);
     if (since) s->counts.ns_waited += (uint64_t)(now_ns() - since);
@@ -321,6 +325,17 @@ void slots_rate(slots *s, double (*value)(const void *, int32_t, int32_t), const
     s->value = value;
     s->context = context;
 }
+void slots_watch(slots *s, slots_leaving *leaves, void *context) {
+    s->leaves = leaves;
+    s->who = context;
+}
+const uint8_t *slots_memory(const slots *s, int32_t pool, uint64_t *bytes, uint64_t *slot_bytes) {
+    if (pool >= s->n_pools) return NULL;
+    const pool_of *p = &s->pools[pool];
+    *bytes = (uint64_t)p->n * p->slot_bytes;
+    *slot_bytes = p->slot_bytes;
+    return p->memory;
+}
 typedef struct { double value; int32_t id; } rated;
 static int by_value(const void *a, const void *b) {
     const rated *x = a, *y = b;
@@ -336,14 +351,14 @@ int slots_fill(slots *s) {
     }
     qsort(all, (size_t)n, sizeof *all, by_value);
     for (int32_t i = 0; i < n; i++)
-        if (pool_at(s, all[i].id)->n_used < pool_at(s, all[i].id)->n_most) start(s, all[i].id, NOTHING, 0);
+        if (pool_at(s, all[i].id)->n_used < pool_at(s, all[i].id)->n_most) start(s, all[i].id, NOTHING);
     memory_give(all);
     return MS4_OK;
 }
 /* Gives back what is too much, but for what is being read or held. */
 static void trim(slots *s, pool_of *p) {
     while (p->n_used > p->n_most) {
-        slot *at = victim(s, p, SOON, 0);
+        slot *at = victim(s, p, SOON);
         if (!at) break;
         drop(s, p, at);
     }
@@ -481,7 +496,8 @@ void slots_close(slots *s) {
     if (!s) return;
     disk_close(s->disk);
     for (pool_of *p = s->pools; p && p < s->pools + s->n_pools; p++) {
-        memory_give_pages(p->memory, (size_t)p->n * p->slot_bytes);
+        const size_t bytes = (size_t)p->n * p->slot_bytes;
+        if (may_leave(s, p->memory, bytes)) memory_give_pages(p->memory, bytes);
         memory_give(p->slot);
     }
     void *all[] = { s->places, s->pools, s->slot_of, s->mark, s->share, s->wanted, s->soon };

@@ -5,11 +5,13 @@
  * is never exceeded.  An expert is read once, however many wait for it, and is there only when all of it has been read.
  *
  * For each layer of a step:
- *     slots_want(s, layer, ids, share, n, &n_there);
- *     while (!slots_next(s, share, wait, ids, &n) && n) ... slots_at(s, layer, ids[i], ...) ...;
+ *     slots_want(s, layer, ids, share, n, stop, &n_there);
+ *     do {
+ *         while (!slots_next(s, share, ids, &n) && n) ... slots_at(s, layer, ids[i], ...) ...;       of any share
+ *     } while (!slots_wait(s, &left) && left);
  *     slots_drop(s);
- * What slots_next gives stays until it is called again, or the wants are dropped.  Everything else may be moved, that
- * which is wanted and was not given last of all: so one slot in each pool is enough.
+ * What slots_next gives stays until it is called again for that share, somebody waits, or the wants are dropped.  Who
+ * waits holds nothing: so one slot in each pool is enough.
  *
  * One thread at a time (the engine's turn); only the threads of the disk work beside it, and only on what is read.
  */
@@ -37,6 +39,13 @@ uint64_t slots_all(const ms4_shape *s, const layer_weights *layers);           /
 void slots_rate(slots *s, double (*value)(const void *context, int32_t layer, int32_t expert), const void *context);
 /* Reads, while nobody waits for it, those of the highest values above 0 into slots that hold nothing. */
 int slots_fill(slots *s);
+/* Who is asked before memory of slots is given back to the system: where, and how many bytes.  0: it has to stay, and
+ * never goes. */
+typedef int slots_leaving(void *context, const uint8_t *at, size_t bytes);
+void slots_watch(slots *s, slots_leaving *leaves, void *context);
+/* Where the slots of a pool lie, side by side, each of slot_bytes, whole blocks of FILES_ALIGN; NULL: there are not so
+ * many pools. */
+const uint8_t *slots_memory(const slots *s, int32_t pool, uint64_t *bytes, uint64_t *slot_bytes);
 /* Other bytes than before, and never less than slots_least; what is too much is given back to the system at once, but
  * for what is being read. */
 void slots_fit(slots *s, uint64_t bytes);
@@ -45,9 +54,12 @@ void slots_fit(slots *s, uint64_t bytes);
  * missing.  n_there: how many of them are there.  stop: NULL, or a flag that ends waiting. */
 void slots_want(slots *s, int32_t layer, const int32_t *ids, const uint8_t *share, int32_t n, const atomic_int *stop,
                 int32_t *n_there);
-/* Those of a share that are there and have not been given, ascending; n 0: all have been.  wait: until there is one.
- * MS4_EIO names file, layer and expert that could not be read; MS4_ECANCELED: stopped. */
-int slots_next(slots *s, int32_t share, int wait, int32_t *ids, int32_t *n);
+/* Those of a share that are there and have not been given, ascending; n 0: none is there now.  MS4_EIO names file,
+ * layer and expert that could not be read. */
+int slots_next(slots *s, int32_t share, int32_t *ids, int32_t *n);
+/* Until slots_next has something for one of the shares.  left: how many have not been given yet; 0: all have been.
+ * MS4_ECANCELED: stopped. */
+int slots_wait(slots *s, int32_t *left);
 void slots_drop(slots *s);
 /* These experts of a layer will be wanted next, in this order: read where there is room, until the next call. */
 void slots_soon(slots *s, int32_t layer, const int32_t *ids, int32_t n);

@@ -25,7 +25,7 @@
 static uint8_t *const base[N_FILES] = { (uint8_t *)0x10000000, (uint8_t *)0x20000000 };   /* nobody looks there */
 static atomic_int failing, late;                              /* of 100 reads; longest delay in microseconds */
 static _Atomic uint32_t noise;
-static long traded;
+static long traded, n_gone;
 
 static uint8_t byte_at(int32_t file, uint64_t at) {
     uint64_t h = (at / 8 + 1) * 0x9e3779b97f4a7c15u ^ (uint64_t)file << 60;
@@ -83,13 +83,15 @@ static void make_layers(layer_weights *w) {
         at[i % N_FILES] += 2 * m[0]->slice_bytes * N_EXPERT;
     }
 }
+enum { USED = 1, BACK };                                       /* given, and then in use or not any more */
+
 /* --- the model ------------------------------------------------------------------------------- */
 typedef struct {
     slots *s;
     layer_weights w[N_LAYER];
     uint64_t least, all, budget;
     int32_t ids[N_EXPERT], n, n_there, layer;
-    uint8_t share[N_EXPERT], given[N_EXPERT], there[N_EXPERT];
+    uint8_t share[N_EXPERT], given[N_EXPERT];                  /* given: 0, USED, or BACK */
     int32_t held_layer, held;                                  /* an expert; layer 0: none is held */
     struct disk_job *job;                                      /* of what the card brings; NULL: nothing */
     ffn_weights to, from;
@@ -122,31 +124,50 @@ static void check_count(const check *c) {
     if (n.bytes > c->budget + (c->held_layer ? c->least : 0)) wrong("more bytes in use than the budget");
     if (n.bytes_there > n.bytes || n.n_hits > n.n_wanted) wrong("counts that cannot be");
 }
-/* What one call gave: ascending, wanted, of this share, and for the first time.  Returns the place after the last. */
+/* What one call gave: ascending, wanted, of this share, and for the first time. */
 static void check_given(check *c, int32_t share, const int32_t *ids, int32_t n) {
     int32_t place = 0;
     for (int32_t i = 0; i < n; i++) {
         while (place < c->n && c->ids[place] != ids[i]) place++;
         if (place == c->n) wrong("given in another order, or not wanted");
         if (c->share[place] != share) wrong("given to another share");
-        if (c->given[place]++) wrong("given twice");
-        check_bytes(c, c->layer, ids[i]);
+        if (c->given[place]) wrong("given twice");
+        c->given[place] = USED;
     }
 }
-static int take_share(check *c, int32_t share) {
-    int32_t ids[N_EXPERT], n, wait = (int32_t)(any_number() % 2);
-    for (int turn = 0;; turn++) {
-        int status = slots_next(c->s, share, wait, ids, &n);
-        if (status) return status;
-        check_given(c, share, ids, n);
-        check_count(c);
-        if (any_number() % 4 == 0) usleep(any_number() % 50);
-        for (int32_t i = 0; i < n; i++) check_bytes(c, c->layer, ids[i]);  /* still there */
-        if (wait && !n) break;
-        wait = 1;
-    }
+/* What has been given and not been taken back is still there. */
+static void check_used(const check *c) {
     for (int32_t i = 0; i < c->n; i++)
-        if (c->share[i] == share && !c->given[i]) wrong("not given");
+        if (c->given[i] == USED) check_bytes(c, c->layer, c->ids[i]);
+}
+static void taken_back(check *c, int32_t share) {
+    for (int32_t i = 0; i < c->n; i++)
+        if (c->given[i] == USED && (share < 0 || c->share[i] == share)) c->given[i] = BACK;
+}
+static int32_t n_not_given(const check *c) {
+    int32_t n = 0;
+    for (int32_t i = 0; i < c->n; i++) n += c->given[i] == 0;
+    return n;
+}
+/* Shares in any order, each given what it gets while others still hold theirs; who waits holds nothing. */
+static int take_all(check *c, int32_t n_shares) {
+    int32_t ids[N_EXPERT], n, left = 1;
+    while (left) {
+        for (uint32_t turn = 1 + any_number() % 5; turn > 0; turn--) {
+            const int32_t share = (int32_t)(any_number() % (uint32_t)n_shares);
+            taken_back(c, share);
+            int status = slots_next(c->s, share, ids, &n);
+            if (status) return status;
+            check_given(c, share, ids, n);
+            check_count(c);
+            if (any_number() % 4 == 0) usleep(any_number() % 50);
+            check_used(c);
+        }
+        taken_back(c, -1);
+        int status = slots_wait(c->s, &left);
+        if (status) return status;
+        if (left != n_not_given(c)) wrong("another number is left than was not given");
+    }
     return MS4_OK;
 }
 static void check_failure(int status) {
@@ -171,10 +192,10 @@ static int one_layer(check *c, int32_t n_shares) {
         static const int32_t every[N_EXPERT] = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 };
         slots_soon(c->s, c->layer + 1, every, N_EXPERT);
     } else slots_soon(c->s, 0, NULL, 0);
-    int status = MS4_OK;
-    for (int32_t share = 0; share < n_shares && !status; share++) status = take_share(c, share);
+    const int status = take_all(c, n_shares);
     if (status) check_failure(status);
     slots_drop(c->s);
+    c->n = 0;
     check_count(c);
     return status != MS4_OK;
 }
@@ -218,6 +239,18 @@ static void one_trade(check *c) {
         c->held = expert;
     }
 }
+/* Memory goes back that nobody uses. */
+static int leaves(void *context, const uint8_t *at, size_t bytes) {
+    const check *c = context;
+    for (int32_t i = 0; i < c->n; i++)
+        for (int32_t part = 0; part < 3 && c->given[i] == USED; part++) {
+            const uint8_t *used = slots_at(c->s, c->layer, c->ids[i], part);
+            if (used >= at && used < at + bytes) wrong("memory goes back that is in use");
+        }
+    if (!bytes || bytes % FILES_ALIGN || (uintptr_t)at % FILES_ALIGN) wrong("other memory goes back than slots");
+    n_gone++;
+    return any_number() % 8 > 0;                               /* where it stays, it is used all the same */
+}
 static double any_value(const void *context, int32_t layer, int32_t expert) {
     (void)context; (void)layer; (void)expert;
     return any_number() % 5;
@@ -233,6 +266,7 @@ static void open_check(check *c) {
     if (slots_open(&shape, c->w, NULL, c->least - 1, &c->s) != MS4_ENOMEM) wrong("opened with less than the least");
     if (slots_open(&shape, c->w, NULL, c->budget, &c->s)) wrong(ms4_error());
     if (any_number() % 2) slots_rate(c->s, any_value, NULL);
+    slots_watch(c->s, leaves, c);
 }
 int main(int argc, char **argv) {
     if (argc != 3) return 2;
@@ -260,6 +294,7 @@ int main(int argc, char **argv) {
         slots_close(c.s);
     }
     if (traded < n / 100) wrong("hardly anything was traded");
+    if (n_gone < n / 10) wrong("hardly any memory went back");
     if (!failed || failed > layers / 2) wrong("no read failed, or most");
     puts("ok");
     return 0;

@@ -1,4 +1,7 @@
-"""Experts that stay on a disk which fails: run by test_stream.py with faultinj.so preloaded.  Prints "ok"."""
+"""Experts that stay on a disk which fails: run with faultinj.so preloaded.  Prints "ok".
+
+python tests/faulty_reads.py MODEL EVERY [VRAM]     every so manieth read fails; with a GPU that has so many bytes
+"""
 
 import ctypes
 import errno
@@ -12,12 +15,21 @@ from ms4.models.model import Model
 SHORT, EMPTY, LATE = -1, -2, -3
 ALWAYS = 1 << 30
 IDS = np.random.default_rng(7).integers(0, 1400, 12)
+CARD = {"device": "cuda", "vram": int(sys.argv[3])} if len(sys.argv) > 3 else {}
 fault = ctypes.CDLL(None)
+
+
+def opened(path):
+    """With a card, nothing moves but what a prompt brings for a layer: all that has two rows."""
+    model = Model.open(path, load="stream", threads=2, **CARD)
+    if CARD:
+        model.engine.fix_rates(1.0, 2)
+    return model
 
 
 def answer(path, before=lambda: None, n_bytes=1):
     """A prompt and two tokens more, with room for one expert of each size; what it cost and whether O_DIRECT worked."""
-    with Model.open(path, load="stream", threads=2) as model, model.session(32) as session:
+    with opened(path) as model, model.session(32) as session:
         model.engine.fix_slots(n_bytes)
         before()
         got = [*session.feed(IDS, all_logits=True), session.feed([5]), session.feed([6])]
@@ -26,7 +38,7 @@ def answer(path, before=lambda: None, n_bytes=1):
 
 def failure(path, kind, nth, times):
     """What is said when reads go wrong; afterwards the same session answers, if the disk does."""
-    with Model.open(path, load="stream", threads=2) as model, model.session(32) as session:
+    with opened(path) as model, model.session(32) as session:
         model.engine.fix_slots(1)
         fault.fault_set(kind, nth, times)
         try:
@@ -48,6 +60,7 @@ def main(path):
     answer(path)
     n_calls = fault.fault_calls()
     assert n_calls > 40 and stats.direct == 1, (n_calls, stats.direct)
+    assert (stats.bytes_streamed > 0) == bool(CARD)
 
     def same(kind, nth, times, n_bytes=1):
         fault.fault_set(kind, nth, times)  # also while the dense parts are read

@@ -183,6 +183,29 @@ def test_slots_are_like_the_model_of_them_for_long(n, flags, tmp_path, rng):
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
+WRONG = {
+    "what another share holds is let go": ("    take_back(s, share);", "    take_back(s, -1);"),
+    "what is held for a share may leave": (" || s->mark[at->id] > most", ""),
+    "nobody is told of memory that goes back": ("if (may_leave(s, memory, p->slot_bytes)) memory", "memory"),
+    "it is given before all of it is there": ("|| state_of(at) == DISK_READING;", ";"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", WRONG)
+def test_the_model_of_slots_has_teeth(what, tmp_path, rng):
+    right, wrong = WRONG[what]
+    source = (ROOT / "csrc" / "slots.c").read_text()
+    assert source.count(right) == 1
+    (tmp_path / "slots.c").write_text(source.replace(right, wrong))
+    program = compiled((SLOTS[0], str(tmp_path / "slots.c"), *SLOTS[2:]), tmp_path / "checkslots", *SMALL, "-w")
+    try:
+        done = subprocess.run([program, str(rng.integers(1 << 32)), "2000"], capture_output=True, text=True, timeout=40)
+    except subprocess.TimeoutExpired:
+        return
+    assert (done.returncode, done.stdout) != (0, "ok\n")
+
+
 # --- faults -------------------------------------------------------------------------------------------------------
 
 

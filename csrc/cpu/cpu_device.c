@@ -79,7 +79,7 @@ static int read_rows(device *base, buffer b, int32_t n, float *to) {
 }
 static const struct device_ops calls = {
     .name = "cpu", .begin = begin, .wait = wait, .close = close_device, .write = write_rows, .read = read_rows,
-    .norm = cpu_norm, .products = cpu_products, .ffn = cpu_ffn,
+    .norm = cpu_norm, .products = cpu_products, .ffn = cpu_ffn, .brought = wait,
     .embed = cpu_embed, .latents = cpu_latents, .queries = cpu_queries, .attend = cpu_attend, .keep = cpu_keep,
     .route = cpu_route, .send = cpu_send, .fetch = cpu_fetch, .sum_pairs = cpu_sum_pairs, .logits = cpu_logits,
     .attend_patches = cpu_attend_patches, .merge_patches = cpu_merge_patches, .bias = cpu_bias,

@@ -2,6 +2,7 @@
 #include "cuda/card.h"
 #include "clock.h"
 #include "memory.h"
+#include <unistd.h>
 
 #define N_CTX_USUAL 32768                                     /* positions that memory is set aside for */
 #define LEAST_BATCH 32
@@ -66,22 +67,50 @@ int card_open(const ms4_options *o, const ms4_shape *s, const text_weights *host
     *out = c;
     return MS4_OK;
 }
-int card_pin(card *c, const ms4_shape *s, const layer_weights *layers, int read_only, uint64_t most) {
+/* Ranges for so many parts of memory. */
+static int room_ranges(size_t n, arena_range **out) {
+    *out = memory_take(n, sizeof **out);
+    FAIL_IF(!*out, MS4_ENOMEM, "no memory for the table of pinned memory");
+    return MS4_OK;
+}
+static int use_ranges(card *c, arena_range *ranges, size_t n, int read_only, uint64_t most) {
     arena *a;
+    int status = arena_open(ranges, n, read_only, most, &a);
+    memory_give(ranges);
+    if (!status) gpu_use_arena(c->g, a);
+    return status;
+}
+int card_pin(card *c, const ms4_shape *s, const layer_weights *layers, int read_only, uint64_t most) {
+    arena_range *ranges;
     size_t n = 0;
     if (!c->slots || vram_has_all(c->slots)) return MS4_OK;
-    arena_range *ranges = memory_take(3 * (size_t)s->n_layer, sizeof *ranges);
-    FAIL_IF(!ranges, MS4_ENOMEM, "no memory for the table of pinned memory");
+    TRY(room_ranges(3 * (size_t)s->n_layer, &ranges));
     for (int32_t i = 0; i < s->n_layer; i++) {
         const matrix *parts[] = { &layers[i].experts.gate, &layers[i].experts.up, &layers[i].experts.down };
         for (int j = 0; j < 3 && layers[i].has_experts; j++)
             ranges[n++] = (arena_range){ parts[j]->data, (size_t)(s->n_expert - 1) * parts[j]->slice_bytes
                                                              + (size_t)matrix_bytes(parts[j]), 0 };
     }
-    int status = arena_open(ranges, n, read_only, most, &a);
-    memory_give(ranges);
-    if (!status) gpu_use_arena(c->g, a);
-    return status;
+    return use_ranges(c, ranges, n, read_only, most);
+}
+/* Pages that are pinned stay with the card when the system takes them back, and it would go on reading there. */
+static int leave_slot(void *g, const uint8_t *at, size_t bytes) { return gpu_unpin_there(g, at, bytes); }
+
+int card_pin_slots(card *c, slots *from_disk) {
+    arena_range *ranges;
+    const uint8_t *at;
+    size_t n = 0;
+    uint64_t bytes, slot_bytes;
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);    /* larger ones are pinned if a slot is whole ones */
+    if (!c->slots || vram_has_all(c->slots)) return MS4_OK;
+    while (slots_memory(from_disk, (int32_t)n, &bytes, &slot_bytes)) n++;
+    TRY(room_ranges(n, &ranges));
+    n = 0;
+    for (int32_t i = 0; (at = slots_memory(from_disk, i, &bytes, &slot_bytes)); i++)
+        if (slot_bytes % page == 0) ranges[n++] = (arena_range){ at, (size_t)bytes, (size_t)slot_bytes };
+    TRY(use_ranges(c, ranges, n, 0, UINT64_MAX));
+    slots_watch(from_disk, leave_slot, c->g);
+    return MS4_OK;
 }
 /* Bytes of the buffers of an image of n patches, and a little more (vision.c). */
 static uint64_t image_bytes(const ms4_vision_shape *s, uint64_t n) {

@@ -26,6 +26,9 @@ void card_close(card *c);
 /* The experts' host memory may be pinned where it lies, unless all have slots; read_only: it is a mapped file; most:
  * bytes. */
 int card_pin(card *c, const ms4_shape *s, const layer_weights *layers, int read_only, uint64_t most);
+/* The same for the memory that slots of experts lie in which stay on the disk: each by itself, as long as it is theirs.
+ * The card, in use or retired, outlives them. */
+int card_pin_slots(card *c, slots *from_disk);
 /* Memory ran out in a step, between whose calls this is: gives up slots, so that there is room for what it asked for.
  * 0: there was no want of memory of the card, or it has no slots to give up. */
 int card_shrink(card *c);

@@ -48,6 +48,7 @@ static void close_device(device *base) {
         gpu_event_close(d->g, d->arrived[i]);
         gpu_event_close(d->g, d->used[i]);
     }
+    gpu_event_close(d->g, d->asked);
     for (int i = 0; i < N_BUFFERS; i++) {
         gpu_drop(d->g, &d->rows[i].room_f);
         gpu_drop(d->g, &d->rows[i].room_q);
@@ -63,7 +64,7 @@ static void close_device(device *base) {
 }
 static const struct device_ops calls = {
     .name = "cuda", .begin = begin, .wait = wait, .close = close_device, .write = cuda_write, .read = cuda_read,
-    .norm = cuda_norm, .products = cuda_products, .ffn = cuda_ffn,
+    .norm = cuda_norm, .products = cuda_products, .ffn = cuda_ffn, .brought = cuda_brought,
     .embed = cuda_embed, .latents = cuda_latents, .queries = cuda_queries, .attend = cuda_attend, .keep = cuda_keep,
     .route = cuda_route, .send = cuda_send, .fetch = cuda_fetch, .sum_pairs = cuda_sum_pairs, .logits = cuda_logits,
     .attend_patches = cuda_attend_patches, .merge_patches = cuda_merge_patches, .bias = cuda_bias,

@@ -48,6 +48,9 @@ typedef struct {
     gpu_buffer streamed;                                      /* two experts that do not stay */
     CUevent begun[2], arrived[2], used[2];                    /* of each: on its way; there; it may be overwritten */
     size_t streamed_bytes[2];                                 /* of each, whose time has not been taken yet; 0: none */
+    int32_t next_place, was_used[2];                          /* in turn; `used` of each has been recorded */
+    int32_t bringing;                                         /* not all that was asked for is known to be here */
+    CUevent asked;                                            /* behind all that was */
     const float *rope_of;                                     /* the host's table that `rope` is a copy of */
     gpu_buffer routing;                                       /* a copy of pairs_here, for many pairs */
     gpu_pinned_room chosen;                                   /* the ids that the router chose, then pairs_here */
@@ -90,6 +93,7 @@ int cuda_queries(device *, const step *);
 int cuda_attend(device *, const step *, int32_t, const matrix *, const matrix *);
 int cuda_route(device *, const ms4_shape *, const ffn_ahead *, picks *);                       /* cuda_ffn.c */
 int cuda_ffn(device *, const ffn_share *, const picks *);
+int cuda_brought(device *);
 int cuda_send(device *, device *, const ffn_share *, const picks *);
 int cuda_fetch(device *, device *, const ffn_share *);
 int cuda_sum_pairs(device *, const picks *);

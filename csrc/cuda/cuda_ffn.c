@@ -238,12 +238,15 @@ static size_t aligned(const matrix *m) { return ((size_t)matrix_bytes(m) + 255) 
 static size_t group_bytes(const ffn_group *g) { return aligned(&g->w.gate) + aligned(&g->w.up) + aligned(&g->w.down); }
 
 /* Two places in turn: while the card computes with what is in one, the next expert is on its way to the other. */
-static int stream_one(cuda_device *d, const ffn_group *g, float *pairs, uint8_t *to, int32_t at, int again) {
+static int stream_one(cuda_device *d, const ffn_group *g, float *pairs) {
+    const int32_t at = d->next_place;
+    uint8_t *to = (uint8_t *)d->streamed.at + (at ? d->streamed.bytes / 512 * 256 : 0);
     ffn_weights w = g->w;
     matrix *parts[] = { &w.gate, &w.up, &w.down };
     for (int i = 0; i < 3; i++) gpu_pin_there(d->g, parts[i]->data, (size_t)matrix_bytes(parts[i]));
-    if (again) TRY(gpu_hold(d->g, d->used[at]));
+    if (d->was_used[at]) TRY(gpu_hold(d->g, d->used[at]));
     TRY(gpu_brought(d->g, d->begun[at]));
+    d->bringing = 1;
     for (int i = 0; i < 3; to += aligned(parts[i]), i++) {
         TRY(gpu_bring(d->g, to, parts[i]->data, (size_t)matrix_bytes(parts[i])));
         parts[i]->data = to;
@@ -253,7 +256,10 @@ static int stream_one(cuda_device *d, const ffn_group *g, float *pairs, uint8_t 
     TRY(gpu_await(d->g, d->arrived[at]));
     ffn_job job = job_of(d, g, &w, pairs);
     TRY(run_jobs(d, &job, 1));
-    return gpu_worked(d->g, d->used[at]);
+    TRY(gpu_worked(d->g, d->used[at]));
+    d->was_used[at] = 1;
+    d->next_place = !at;
+    return MS4_OK;
 }
 /* How long the last ones took, once they are there: all work of the layer before has been waited for. */
 static int time_streamed(cuda_device *d) {
@@ -267,7 +273,6 @@ static int time_streamed(cuda_device *d) {
 }
 static int stream(cuda_device *d, const ffn_share *share, float *pairs) {
     size_t bytes = 0;
-    int32_t n = 0;
     for (const ffn_group *g = share->groups; g < share->groups + share->n_groups; g++)
         if (g->away && group_bytes(g) > bytes) bytes = group_bytes(g);
     if (!bytes) return MS4_OK;
@@ -276,15 +281,20 @@ static int stream(cuda_device *d, const ffn_share *share, float *pairs) {
         TRY(gpu_clock(d->g, &d->arrived[i]));
         TRY(gpu_event(d->g, &d->used[i]));
     }
+    if (!d->asked) TRY(gpu_event(d->g, &d->asked));
     TRY(time_streamed(d));
     TRY(gpu_need(d->g, &d->streamed, 2 * bytes));
-    TRY(gpu_worked(d->g, d->used[0]));                        /* and the second place, as all work is in one order */
-    TRY(gpu_hold(d->g, d->used[0]));
-    for (const ffn_group *g = share->groups; g < share->groups + share->n_groups; g++) {
-        if (!g->away || cuda_stopped(d)) continue;
-        TRY(stream_one(d, g, pairs, (uint8_t *)d->streamed.at + (n % 2 ? bytes : 0), n % 2, n > 1));
-        n++;
-    }
+    for (const ffn_group *g = share->groups; g < share->groups + share->n_groups; g++)
+        if (g->away && !cuda_stopped(d)) TRY(stream_one(d, g, pairs));
+    return MS4_OK;
+}
+/* Events of single copies would not do: where something failed, none may be behind the last one. */
+int cuda_brought(device *base) {
+    cuda_device *d = (cuda_device *)base;
+    if (!d->bringing) return MS4_OK;
+    TRY(gpu_brought(d->g, d->asked));
+    TRY(gpu_until(d->g, d->asked));
+    d->bringing = 0;
     return MS4_OK;
 }
 /* --- the whole ---------------------------------------------------------------------------------------------------- */

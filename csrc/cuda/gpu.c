@@ -243,6 +243,10 @@ void gpu_use_arena(gpu *g, arena *a) {
 void gpu_pin_there(gpu *g, const void *at, size_t bytes) {
     if (g->arena && !g->safe && !g->unpinned) arena_pin(g->arena, at, bytes);
 }
+int gpu_unpin_there(gpu *g, const void *at, size_t bytes) {
+    if (g->arena && !gpu_enter(g)) arena_unpin(g->arena, at, bytes);
+    return !g->lost;
+}
 int gpu_pinned(gpu *g, gpu_pinned_room *room, size_t bytes) {
     if (bytes <= room->bytes) return MS4_OK;
     TRY(gpu_wait(g));
@@ -400,6 +404,7 @@ int gpu_is_over(gpu *g, CUevent event, int *over) {
     *over = result == CUDA_SUCCESS;
     return result == CUDA_ERROR_NOT_READY ? MS4_OK : gpu_check(g, "cuEventQuery", result);
 }
+int gpu_until(gpu *g, CUevent event) { return wait_for(g, NULL, event); }
 int gpu_time(gpu *g, CUevent from, CUevent to, size_t bytes) {
     float ms = 0;
     TRY(GPU(g, cuEventElapsedTime, &ms, from, to));

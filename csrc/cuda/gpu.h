@@ -70,6 +70,9 @@ void gpu_count_pinned(gpu *g, uint64_t *pinned, uint64_t *refused);           /*
 /* What gpu_bring brings from there goes by itself, where gpu_pin_there has pinned it.  It is the card's from now on. */
 void gpu_use_arena(gpu *g, arena *a);
 void gpu_pin_there(gpu *g, const void *at, size_t bytes);     /* as far as the system lets us */
+/* That memory is to be given back, and nothing is on its way from there.  0: the card is lost, may be at work there,
+ * and holds those pages. */
+int gpu_unpin_there(gpu *g, const void *at, size_t bytes);
 typedef struct { void *at; size_t bytes; } gpu_pinned_room;   /* that only grows; its old content is lost then */
 int gpu_pinned(gpu *g, gpu_pinned_room *room, size_t bytes);  /* at least so many; waits where it grows */
 /* Pinned, zeroed, aligned to 64; card (or NULL): as much memory of the card, for gpu_show.  Good until the next
@@ -105,6 +108,7 @@ int gpu_await(gpu *g, CUevent event);                         /* work that comes
 int gpu_worked(gpu *g, CUevent event);                        /* recorded behind all work */
 int gpu_hold(gpu *g, CUevent event);                          /* what is brought after waits for it */
 int gpu_is_over(gpu *g, CUevent event, int *over);
+int gpu_until(gpu *g, CUevent event);                         /* it is over */
 /* Between two clocks, both over, so many bytes came to the card; *bytes, *ns: of all that since the last call. */
 int gpu_time(gpu *g, CUevent from, CUevent to, size_t bytes);
 void gpu_timed(gpu *g, double *bytes, double *ns);

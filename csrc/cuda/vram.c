@@ -301,11 +301,12 @@ static int make_slots(vram *v, uint64_t bytes) {
 /* An expert out of the slots of the disk, which read it first: its addresses are good until the next is asked for. */
 static int read_expert(vram *v, int32_t id, ffn_weights *out) {
     const int32_t layer = id / v->n_expert, expert = id % v->n_expert;
-    int32_t n_there, n, got;
+    int32_t n_there, n, got, left;
     *out = host_expert(v, id);
     if (!v->from_disk) return MS4_OK;
     slots_want(v->from_disk, layer, &expert, NULL, 1, NULL, &n_there);
-    TRY(slots_next(v->from_disk, 0, 1, &got, &n));
+    TRY(slots_wait(v->from_disk, &left));
+    TRY(slots_next(v->from_disk, 0, &got, &n));
     slots_point(v->from_disk, layer, expert, out);
     return MS4_OK;
 }

@@ -12,7 +12,7 @@ size_t takes(size_t bytes) {
     const size_t unit = bytes < LARGE ? ALIGN : AT_ONCE;
     return (bytes + unit - 1) / unit * unit;
 }
-struct pinned { size_t bytes; bool own; };
+struct pinned { size_t bytes; bool own, read_only; };
 std::map<uintptr_t, area> &areas() { static auto *all = new std::map<uintptr_t, area>(); return *all; }
 std::map<uintptr_t, pinned> &pins() { static auto *all = new std::map<uintptr_t, pinned>(); return *all; }
 char *arena;
@@ -119,6 +119,17 @@ static bool mapped(const char *at, size_t bytes, bool writable) {
     if (f) fclose(f);
     return reached >= at + bytes;
 }
+/* Are all of these pages there?  Of memory of the process's own those are not that it has given back. */
+static bool resident(char *at, size_t bytes) {
+    std::vector<unsigned char> pages((bytes + PAGE - 1) / PAGE);
+    if (mincore(at, bytes, pages.data())) return false;
+    for (unsigned char page : pages) if (!(page & 1)) return false;
+    return true;
+}
+/* Pinning makes them be there. */
+static void touch(const char *at, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += PAGE) (void)*(const volatile char *)(at + i);
+}
 int memory_pin(void *at, size_t bytes, bool own, bool read_only) {
     if (!bytes || !at) return INVALID_VALUE;
     if (n_pinned + bytes > state().set.pinned) return OUT_OF_MEMORY;
@@ -126,8 +137,9 @@ int memory_pin(void *at, size_t bytes, bool own, bool read_only) {
     auto next = pins().lower_bound((uintptr_t)at), before = find_in(pins(), at);
     if ((next != pins().end() && next->first < (uintptr_t)at + bytes)
         || (before != pins().end() && before->first + before->second.bytes > (uintptr_t)at)) return ALREADY_REGISTERED;
+    if (!own && !read_only) touch((const char *)at, bytes);
     std::lock_guard<std::mutex> guard(lookup);
-    pins()[(uintptr_t)at] = { bytes, own };
+    pins()[(uintptr_t)at] = { bytes, own, read_only };
     n_pinned += bytes;
     return OK;
 }
@@ -135,6 +147,8 @@ int memory_unpin(void *at, bool own) {
     auto pin = pins().find((uintptr_t)at);
     if (pin == pins().end() || pin->second.own != own) return own ? INVALID_VALUE : NOT_REGISTERED;
     n_pinned -= pin->second.bytes;
+    if (!own && !pin->second.read_only && !resident((char *)at, pin->second.bytes))
+        stop("memory was given back while it was pinned", at, pin->second.bytes);
     if (own) {
         const size_t length = (pin->second.bytes + PAGE - 1) / PAGE * PAGE;
         madvise(at, length, MADV_DONTNEED);
