@@ -177,6 +177,26 @@ def of_streams(device: str) -> Verdict:
     return compare("copies beside the work", said[0], said[1], moved)
 
 
+def of_disk(device: str) -> Verdict:
+    """Prompts whose experts are read from the disk and go on to the card, out of few places and out of many."""
+    said = []
+    settings: tuple[dict[str, object], ...] = ({}, {"device": device, "vram": 25 << 20, "load": "stream"})
+    ids = np.random.default_rng(SEED).integers(0, WEIGHTY.n_vocab, (N_ROUNDS, 80))
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_tiny(Path(folder) / "model.gguf", WEIGHTY)[0]
+        for how in settings:
+            with opened(path, n_batch=128, **how) as (model, session):
+                for i, turn in enumerate(ids):
+                    if how:
+                        model.engine.fix_slots(1 if i % 2 else 1 << 30)
+                    session.rewind(0)
+                    said.append(session.feed(turn))
+                stats = model.engine.stats()
+    half = len(said) // 2
+    more = f"; {stats.bytes_disk / 1e6:.0f} MB read, {stats.bytes_streamed / 1e6:.0f} MB brought"
+    return compare("experts from the disk", np.stack(said[:half]), np.stack(said[half:]), more)
+
+
 def of_unpinned(device: str, files: Files) -> Verdict:
     """As where the system pins no memory."""
     said = []
@@ -224,6 +244,7 @@ def checks(device: str, files: Files) -> list[tuple[str, Callable[[], Verdict]]]
         *((name, partial(of_places, name, share, device, files)) for name, share in places.items()),
         ("few experts on the card", partial(of_moves, device, files)),
         ("copies beside the work", partial(of_streams, device)),
+        ("experts from the disk", partial(of_disk, device)),
         ("memory that is not pinned", partial(of_unpinned, device, files)),
         ("the same token again", partial(of_repeats, device, files)),
     ]

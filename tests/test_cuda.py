@@ -327,6 +327,7 @@ def test_selftest_says_what_it_compared(tiny, monkeypatch, capsysbinary):
         ("", lambda: selftest.of_tower("cuda")),
         ("", lambda: selftest.of_unpinned("cuda", selftest.Files(str(tiny), ""))),
         ("", lambda: selftest.of_streams("cuda")),
+        ("", lambda: selftest.of_disk("cuda")),
         ("", lambda: selftest.of_highest("cuda")),
     ]
     monkeypatch.setattr(selftest, "checks", lambda device, files: few)
@@ -337,7 +338,8 @@ def test_selftest_says_what_it_compared(tiny, monkeypatch, capsysbinary):
     assert lines[1].startswith("emulated GPU 0, 8.6") and lines[2].startswith("ok  Q5_K: 33600 numbers, all bits equal")
     assert re.search("pinned: .*; [1-9][0-9]* MB refused, 0 MB pinned", lines[4])
     assert re.search("; [1-9][0-9]* experts brought to stay, [1-9][0-9]* MB for prompts", lines[5])
-    assert "GB/s" in lines[-2] and lines[-1].startswith("5 of 5 have the bits of the CPU")
+    assert re.search("from the disk: .*; [1-9][0-9]* MB read, [1-9][0-9]* MB brought", lines[6])
+    assert "GB/s" in lines[-2] and lines[-1].startswith("6 of 6 have the bits of the CPU")
     assert re.search("a small layer [1-9][0-9]* us$", lines[-2])
 
 
