@@ -13,6 +13,7 @@ from ms4.cli import host
 INSTALL = "install NVIDIA's driver: sudo ubuntu-drivers install, or https://www.nvidia.com/drivers"
 UPDATE = "update NVIDIA's driver: https://www.nvidia.com/drivers"
 CONTAINER = "give the container the card: docker run --gpus all, podman run --device nvidia.com/gpu=all"
+AGAIN = "sudo modprobe -r nvidia_uvm; sudo modprobe nvidia_uvm; it is missing, or did not survive the sleep"
 NONE_SEEN = "there is no NVIDIA card on the bus of this machine"
 # What the engine says, and what helps whatever the machine looks like.
 KNOWN = {
@@ -21,6 +22,7 @@ KNOWN = {
     "stub of it": "take the stubs folder of the CUDA toolkit out of LD_LIBRARY_PATH",
     "not ready yet": "sudo systemctl start nvidia-fabricmanager",
     "driver is too old": UPDATE,
+    "cuDevicePrimaryCtxRetain": "another program may have it to itself: nvidia-smi; sudo nvidia-smi -c 0 lets all in",
 }
 
 
@@ -65,6 +67,8 @@ def advice(message: str, root: str = "") -> str:
         return ""
     if closed := refused(root):
         return closed
+    if "cuInit" in message and os.path.exists(f"{root}/dev/nvidiactl"):
+        return AGAIN
     if os.path.exists(f"{root}/dev/dxg"):
         return "install NVIDIA's driver in Windows; WSL gets it from there"
     seen = card_on_bus(root)

@@ -47,6 +47,14 @@ def machine(root, *files, card=None):
         ('the NVIDIA driver shows no GPU: CUDA_VISIBLE_DEVICES is ""', (), True, "unset CUDA_VISIBLE_DEVICES"),
         ("the NVIDIA driver is too old: it has no cuMemAlloc_v2", (), True, "update NVIDIA's driver"),
         ("the NVIDIA driver in the kernel and its library are of different versions", (), True, "restart the machine"),
+        (
+            "the NVIDIA driver does not start (cuInit: unknown error, 999)",
+            ("dev/nvidiactl",),
+            True,
+            "modprobe nvidia_uvm",
+        ),
+        ("the NVIDIA driver does not start (cuInit: unknown error, 999)", (), True, "sudo modprobe nvidia;"),
+        ("the GPU failed (cuDevicePrimaryCtxRetain: busy or unavailable, 46)", (), True, "nvidia-smi -c 0"),
         ("the GPU is too old: it has compute capability 7.5, and ms4 takes 8.0 or newer", (), True, ""),
     ],
 )
