@@ -22,7 +22,7 @@ CFLAGS = ["-std=gnu11", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-c
 CFLAGS += ["-Wall", "-Wextra", "-MMD"]
 GPU_CODE = CSRC / "cuda" / "kernels.fatbin"
 GPU_ARCHS = ("80", "86", "89", "90", "100", "120")  # and the first one's PTX, which drivers compile for all later ones
-NVCC = ["nvcc", "-fatbin", "-O3", "-std=c++20", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"]
+NVCC = ["nvcc", "-fatbin", "-O3", "-std=c++17", "-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"]
 NVCC += ["-Icsrc", "-Icsrc/cuda", f"-I{GLUE}", "--threads=0"]
 NVCC += ["-allow-unsupported-compiler"]  # of the host's headers nothing but stdint.h and stddef.h is wanted
 
