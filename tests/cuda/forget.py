@@ -40,7 +40,8 @@ NOT_FELT = {
     ("gpu_poll", 1): "a flag says when to go on; the driver is asked whether the card has failed",
 }
 # Experts that come and go, sessions in turns, one that is saved and loaded, a prompt that brings experts for a layer
-# alone: the places that wait are on these ways.
+# alone, out of a file in memory, and out of three slots that others are read into then: the places that wait are on
+# these ways.
 PROGRAM = """
 import hashlib, sys, tempfile
 import numpy as np
@@ -67,6 +68,14 @@ with tempfile.TemporaryDirectory() as folder:
     path = write_tiny(folder + "/t.gguf", Tiny(d_model=256, d_expert=1024))[0]
     with Model.open(path, device="cuda", vram=25 << 20, n_batch=128) as model, model.session(200) as one:
         out.update(one.feed(np.arange(5, 125)).tobytes())
+        assert model.engine.stats().bytes_streamed
+    path = write_tiny(folder + "/s.gguf", Tiny(n_layer=3, n_expert=16, n_used=4, d_model=256, d_expert=256))[0]
+    card = {"device": "cuda", "load": "stream", "vram": 18 << 20, "n_batch": 64}
+    with Model.open(path, **card) as model, model.session(100) as one:
+        stats = model.engine.stats()
+        model.engine.fix_rates(1.0, 2)
+        model.engine.fix_slots(3 * stats.slot_bytes // stats.slots)
+        out.update(one.feed(np.arange(5, 45)).tobytes())
         assert model.engine.stats().bytes_streamed
 print(out.hexdigest())
 """
