@@ -101,6 +101,8 @@ def _from_hub(web: Web, wanted: Wanted, request: Request) -> int:
 
     status = StatusLine(request.quiet)
     status.show(f"asking {wanted.repo}")
+    if not request.quiet:
+        web.trying_again = lambda reason: errors.note(f"{reason}; trying again")
     try:
         plan = acquire.plan(web, wanted, request.revision, request.tower, expected.this_machine())
     finally:

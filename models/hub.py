@@ -24,8 +24,11 @@ _SAFE_NAME = re.compile(r"(?!/)(?!.*(?:^|/)\.{0,2}(?:/|$))[^\\\0-\x1f\x7f:]{1,40
 
 
 def endpoint() -> str:
-    """HF_ENDPOINT, else the hub of Hugging Face."""
-    return (os.environ.get("HF_ENDPOINT", "").strip() or OFFICIAL).rstrip("/")
+    """HF_ENDPOINT, else the hub of Hugging Face.  DownloadError, if that is no address."""
+    named = (os.environ.get("HF_ENDPOINT", "").strip() or OFFICIAL).rstrip("/")
+    if not re.match(r"https?://[^/]", named):
+        raise DownloadError(f"HF_ENDPOINT={named}: not an address such as {OFFICIAL}")
+    return named
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class ChangedError(DownloadError):
 
 
 class Transient(Exception):
-    """An attempt that failed.  wait: seconds that the server asks for.  offline: it did not leave this machine."""
+    """An attempt that failed.  wait: seconds that the server asks for.  offline: there is nobody who could answer."""
 
     def __init__(self, reason: str, wait: float = 0.0, offline: bool = False) -> None:
         super().__init__(visible.line(reason))
@@ -128,6 +128,8 @@ def _as_transient() -> Iterator[None]:
             ) from e
         if _is_offline(e):
             raise Transient(f"no network, or no such server ({text})", offline=True) from e
+        if _caused_by(e, errno.ECONNREFUSED):
+            raise Transient(f"nobody answers there ({text})", offline=True) from e
         silent = isinstance(e, httpx.TimeoutException)
         raise Transient("the server is silent" if silent else f"no connection, or it was cut ({text})") from e
     except httpx.InvalidURL as e:
@@ -136,9 +138,14 @@ def _as_transient() -> Iterator[None]:
 
 def _is_offline(error: BaseException) -> bool:
     """Whether no name could be resolved, or no network be reached: the system's own words, below those of httpx."""
+    return _caused_by(error, errno.ENETUNREACH, errno.ENETDOWN) or _caused_by(error, kind=socket.gaierror)
+
+
+def _caused_by(error: BaseException, *numbers: int, kind: type[BaseException] = OSError) -> bool:
+    """Whether an error of this kind, with one of these numbers, is behind it; no number: any."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, socket.gaierror) or getattr(cause, "errno", None) in (errno.ENETUNREACH, errno.ENETDOWN):
+        if isinstance(cause, kind) and (not numbers or getattr(cause, "errno", None) in numbers):
             return True
         cause = cause.__cause__ or cause.__context__
     return False
@@ -151,6 +158,7 @@ class Web:
         self.patience = patience or Patience()
         self._hub = _url(endpoint)
         self._token = token
+        self.trying_again: Callable[[Transient], None] = lambda reason: None  # is told once that somebody waits
         timeout = httpx.Timeout(self.patience.silence, connect=self.patience.connect, pool=None)
         headers = {"Accept-Encoding": "identity", "User-Agent": f"ms4/{ms4.__version__}"}
         try:
@@ -169,6 +177,8 @@ class Web:
             except Transient as e:
                 if n_failed >= (self.patience.n_offline if e.offline else self.patience.n_first):
                     raise given_up(e, n_failed) from e
+                if n_failed == 1 and not e.offline:
+                    self.trying_again(e)
                 sleep(max(self.patience.wait(n_failed), min(e.wait, self.patience.longest_wait)))
         raise AssertionError("patience allows no attempt")
 

@@ -162,9 +162,14 @@ def test_b13_a_model_is_named_by_addresses_of_files_and_a_home(monkeypatch, tmp_
 
 
 @pytest.mark.parametrize(
-    "cause", [socket.gaierror(socket.EAI_AGAIN, "Temporary failure"), OSError(errno.ENETUNREACH, "unreachable")]
+    "cause, said",
+    [
+        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure"), "no network, or no such server"),
+        (OSError(errno.ENETUNREACH, "unreachable"), "no network, or no such server"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "nobody answers there"),
+    ],
 )
-def test_c1_without_a_network_nobody_waits_for_more_attempts(cause):
+def test_c1_without_a_network_nobody_waits_for_more_attempts(cause, said):
     waited, n_asked = [], 0
 
     def ask():
@@ -177,7 +182,30 @@ def test_c1_without_a_network_nobody_waits_for_more_attempts(cause):
                 raise httpx.ConnectError(str(error)) from error
 
     client = web.Web("https://hub.invalid")
-    with pytest.raises(web.DownloadError, match="no network, or no such server") as caught:
+    with pytest.raises(web.DownloadError, match=said) as caught:
         client.patiently(ask, waited.append)
     client.close()
     assert n_asked == 2 and sum(waited) < 1 and "ms4 ls" in caught.value.hint
+
+
+def test_c1_who_waits_for_another_attempt_is_told_once():
+    told, n_asked = [], 0
+
+    def ask():
+        nonlocal n_asked
+        n_asked += 1
+        raise web.Transient("the server is silent")
+
+    client = web.Web("https://hub.invalid")
+    client.trying_again = lambda reason: told.append(str(reason))
+    with pytest.raises(web.DownloadError, match="6 attempts failed"):
+        client.patiently(ask, lambda seconds: None)
+    client.close()
+    assert n_asked == 6 and told == ["the server is silent"]
+
+
+def test_c1_a_hub_that_is_no_address_is_named(ms4, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "mirror.example")
+    code, out, err = ms4("pull", "Q4_K_M")
+    assert (code, out) == (1, "")
+    assert err == "ms4: error: HF_ENDPOINT=mirror.example: not an address such as https://huggingface.co\n"
