@@ -94,7 +94,9 @@ def completer() -> Completer:
         def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
             begun, words = completions(document.text_before_cursor)
             if PATH in words:
-                yield from paths.get_completions(Document(begun), event)
+                for found in paths.get_completions(Document(begun), event):
+                    end = "/" if found.display_text.endswith("/") else ""  # Tab once more goes into the folder
+                    yield Completion(found.text + end, found.start_position, found.display)
             for word, meaning in words.items():
                 if word != PATH:
                     yield Completion(word, -len(begun), display_meta=meaning)

@@ -114,6 +114,7 @@ def compact(talk: Talk, hint: str) -> bool:
         talk.tell(f"the summary of {len(answer.ids)} tokens makes nothing shorter; nothing was changed")
         return False
     talk.memory.compact(n, message, answer.ids, text)
+    talk.recount()
     talk.warned = 0
     n_older = len(unfolded(old[:n]))
     replaced = f"this summary takes the place of {n_older} turn{'' if n_older == 1 else 's'}"

@@ -202,6 +202,7 @@ class Talk:
         self.cut: remembered.Cut | None = None  # the last answer, if it can go on
         self.editor: lines.EditedLines | None = None
         self.model = ""  # its name, for the bottom line
+        self.n_context: int | None = None  # tokens of the conversation, where the timeline holds another one
         self.last: Statistics | None = None
         self.last_disk, self.last_card = "", ("", "")  # in short, and all
         self.read: Stats | None = None  # the engine's counters when the last prompt had been read
@@ -247,6 +248,7 @@ class Talk:
         if system is not None and system != session.system:
             self.set_system(system)
         n = len(session.all_turns)
+        self.recount()
         self.say(f"session {session.id}: {n} turn{'' if n == 1 else 's'}{', the last one:' if n else ''}")
         for turn in session.turns[-1:]:
             self.tell(errors.escape(f"> {words_of(turn.message)}"))
@@ -417,6 +419,7 @@ class Talk:
     def new(self, _: str) -> None:
         self.cut = None
         self.dialogue.turns.clear()
+        self.recount()
         self.memory.begin(self.dialogue, self.think_budget)
         self.tell("a new conversation")
 
@@ -426,6 +429,7 @@ class Talk:
             return
         self.cut = None
         n = self.dialogue.undo(int(value or 1))
+        self.recount()
         self.memory.undo(n)
         self.tell(f"took back {n} turn{'' if n == 1 else 's'}" if n else "there is nothing to take back")
 
@@ -449,6 +453,7 @@ class Talk:
             message = self.dialogue.turns[-1].message
             self.cut = None
             self.memory.undo(self.dialogue.undo())
+            self.recount()
             images = [] if isinstance(message, str) else [c["image"] for c in message if c["type"] == "image"]
             self.attached = [*images, *self.attached]
             self.editor.offer(text_of(message))
@@ -494,7 +499,7 @@ class Talk:
         return kept
 
     def _turn(self, message: Content, cut: remembered.Cut | None, ctrl_c: Interrupt) -> bool:
-        before, self.read = self.scheduler.engine.stats(), None
+        before, self.read, self.n_context = self.scheduler.engine.stats(), None, None
         ids, pieces = (cut.ids, cut.pieces) if cut else ((), remembered.Pieces())
         try:
             with ctrl_c.leaving():
@@ -608,7 +613,12 @@ class Talk:
     def bar(self, rate: float = 0.0, status: str = "") -> str:
         """The bottom line."""
         rate = rate or (self.last.decode_per_second if self.last and self.last.n_decode else 0.0)
-        return bottom_line(self.model, self.effort(), self.timeline.length, self.timeline.n_ctx, rate, status)
+        n = self.timeline.length if self.n_context is None else self.n_context
+        return bottom_line(self.model, self.effort(), n, self.timeline.n_ctx, rate, status)
+
+    def recount(self) -> None:
+        """The conversation is another one than that of the last answer."""
+        self.n_context = chat_compact.size(self) if self.dialogue.turns else 0
 
     def conclude(self, done: Done, kept: bool) -> None:
         if done.reason == "interrupted":

@@ -287,6 +287,31 @@ def test_from_a_pipe_a_failed_export_ends_the_chat(talk):
 # --- /copy
 
 
+def test_the_bottom_line_counts_the_conversation_not_what_was_read_before(talk):
+    one = talk()
+    one.send("one two three")
+    first = one.timeline.length
+    one.send("four five six")
+    assert f"ctx {one.timeline.length}/" in one.bar() and one.timeline.length > first
+    one.undo("")
+    assert first <= one.n_context <= first + 2 and f"ctx {one.n_context}/" in one.bar()
+    one.new("")
+    assert "ctx 0/" in one.bar()
+    one.send("seven")
+    assert f"ctx {one.timeline.length}/" in one.bar()
+
+
+def test_tab_goes_into_a_folder(tmp_path, monkeypatch):
+    from prompt_toolkit.completion import CompleteEvent
+    from prompt_toolkit.document import Document
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes.txt").touch()
+    found = chat_commands.completer().get_completions(Document("Read @no"), CompleteEvent())
+    assert sorted(one.text for one in found) == ["tes.txt", "tes/"]
+
+
 @pytest.fixture
 def copied(monkeypatch, tmp_path):
     """copied(names of programs) -> what the stand-ins for them got; only these are there."""
