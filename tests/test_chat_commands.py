@@ -466,12 +466,14 @@ def test_older_turns_become_a_summary_that_the_session_knows(talk):
     assert [turn.text for turn in session.turns] == [SUMMARY, "Third.", "Fourth."]
     assert [turn.message for turn in session.all_turns] == [LONG + "1", LONG + "2", "3", "4"]
     assert session.title.startswith("one two") and SUMMARY not in session_list.as_markdown(session, False)
+    path = one.memory.path
+    one.close()
     again = talk(session=session)
     assert again.dialogue.turns == one.dialogue.turns
     assert again.dialogue.prompt().ids == one.dialogue.prompt().ids
     again.command("/undo 3")
     assert [turn.answer for turn in again.dialogue.turns] == before[:2]
-    assert [turn.message for turn in sessions.read(one.memory.path).turns] == [LONG + "1", LONG + "2"]
+    assert [turn.message for turn in sessions.read(path).turns] == [LONG + "1", LONG + "2"]
 
 
 def test_what_cannot_be_made_shorter_stays(talk):
