@@ -84,7 +84,7 @@ def test_a_flag_beats_a_template_and_that_the_environment_and_files(ms4, put, mo
 def test_t_with_a_number_is_the_number_of_threads(ms4, put, prompt):
     put("t", 'system = "Be terse."')
     assert "terse" not in prompt("-t", "2", "hi") and "terse" in prompt("-t", "2", "-t", "t", "hi")
-    assert "-t" in prompt("-s", "-t", "t")  # the value of another option
+    assert "-t" in prompt("--system=-t", "t")  # the value of another option
     assert "[INST]-t t[/INST]" in prompt("--", "-t", "t")
     code, _, err = ms4("bench", "-m", MODEL, "-t", "t")
     assert code == 2 and "t is not a whole number" in err.replace("'", "")
