@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ms4.cli import attachments, errors, session_list, streams
 from ms4.cli.errors import CliError, MissingError, UsageError
 from ms4.cli.writers import last_block
+from ms4.models import atomic
 from ms4.models.untrusted import shown
 
 if TYPE_CHECKING:
@@ -105,8 +106,8 @@ def export(talk: Talk, value: str) -> None:
         session = session_of(talk)
         text = write(session)
         try:
-            with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
+            with atomic.creating(path) as file:
+                file.write(text.encode("utf-8", "backslashreplace"))
         except FileExistsError:
             raise UsageError(f"{shown(path)} is there already", "another name") from None
         n = len(session.all_turns)

@@ -16,7 +16,7 @@ from typing import Any
 from ms4.cli import config, config_command, errors
 from ms4.cli.config import Key, Layer, Setting
 from ms4.cli.errors import CliError, MissingError, UsageError
-from ms4.models import places
+from ms4.models import atomic, places
 
 NAME = re.compile(r"[A-Za-z_][\w.-]{0,79}", re.ASCII)
 INPUT = "input"  # the variable that stands for stdin and what was typed
@@ -260,8 +260,8 @@ def write(path: Path, table: Mapping[str, Any], defaults: Mapping[str, str]) -> 
         document["defaults"] = dict(defaults)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(tomlkit.dumps(document))
+        with atomic.creating(path) as file:
+            file.write(tomlkit.dumps(document).encode())
     except FileExistsError:
         raise UsageError(f"there is a template {path.stem} already", f"ms4 templates edit {path.stem}, or rm") from None
     except OSError as error:

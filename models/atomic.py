@@ -52,6 +52,16 @@ def replacing(
         sync(os.path.dirname(path))
 
 
+@contextmanager
+def creating(path: str | os.PathLike[str], mode: int = 0o666) -> Iterator[BinaryIO]:
+    """As `replacing`, where nothing is replaced: FileExistsError, if there is something of that name."""
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    with renamed(path) as new, open(os.open(new, flags, mode), "wb") as file:
+        yield file
+
+
 def sync(folder: str | os.PathLike[str]) -> None:
     """Waits until the disk has the names of a folder."""
     fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)

@@ -127,3 +127,19 @@ def test_what_is_only_remembered_is_let_go(tmp_path, monkeypatch):
     with contextlib.redirect_stderr(io.StringIO()) as said:
         assert state.first_today("tips") and state.first_today("tips")
     assert said.getvalue() == ""
+
+
+def test_a_new_file_replaces_nothing_and_half_of_it_is_never_there(tmp_path):
+    path = tmp_path / "file"
+    with pytest.raises(OSError, match="No space"), atomic.creating(path) as file:
+        file.write(b"half")
+        full()
+    assert [*tmp_path.iterdir()] == []
+    with atomic.creating(path) as file:
+        file.write(b"whole")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    for name in (path, link, tmp_path):
+        with pytest.raises(FileExistsError), atomic.creating(name):
+            pytest.fail("it is there already")
+    assert path.read_bytes() == b"whole"
