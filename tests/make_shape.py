@@ -45,7 +45,7 @@ AT_ONCE = 1 << 26  # bytes that are written by one call
 def keys(w: gguf.GGUFWriter, s: Widths, layers: int, vocab: int) -> None:
     k = "mistral4."
     for name, value in {
-        "block_count": layers, "context_length": 262144, "embedding_length": s.d_model,
+        "block_count": layers, "context_length": 1048576, "embedding_length": s.d_model,
         "feed_forward_length": s.d_dense, "vocab_size": vocab,
         "attention.head_count": s.n_head, "attention.head_count_kv": 1,
         "attention.q_lora_rank": s.q_rank, "attention.kv_lora_rank": s.kv_rank, "rope.dimension_count": s.d_rope,
