@@ -170,3 +170,20 @@ def test_experts_are_pinned_where_they_lie_when_a_prompt_brings_them(load):
     assert int(free[0]) > 20_000_000 and free[1] == "0" and free[3] == free[4]
     assert int(tight[0]) < 10_000_000 < int(tight[1]) and tight[2] == free[2]
     assert "could not be pinned" not in tight[3] and "could not be pinned" in tight[4]
+
+
+def test_steps_take_no_more_of_the_card_than_was_set_aside(tmp_path):
+    """A longer step leaves less for slots: as much as its buffers take, or a little more."""
+    path = write_tiny(tmp_path / "t.gguf", Tiny(n_expert=64, n_layer=4))[0]
+    ids = np.random.default_rng(5).integers(0, 900, 96)
+    opened, grown = [], []
+    for n in (32, 96):
+        with Model.open(path, device="cuda", vram=16 << 20, n_batch=n) as model, model.session(128) as session:
+            opened.append(model.engine.stats())
+            session.feed(ids[:n])
+            now = model.engine.stats()
+        assert 0 < now.vram_slots < now.experts and not now.slots_given_up and now.vram_bytes <= 16 << 20
+        grown.append(now.vram_bytes - opened[-1].vram_bytes)
+    of_slot = (opened[0].vram_bytes - opened[1].vram_bytes) / (opened[0].vram_slots - opened[1].vram_slots)
+    less, taken = opened[0].vram_bytes - opened[1].vram_bytes, grown[1] - grown[0]
+    assert 0 < taken - of_slot < less < 2 * taken, (less, taken, of_slot)

@@ -1,59 +1,30 @@
 /* card.c -- puts a model on a card: says how its memory is divided, and opens what lives there. */
 #include "cuda/card.h"
 #include "clock.h"
+#include "cuda/divide.h"
 #include "memory.h"
 #include <unistd.h>
 
-#define N_CTX_USUAL 32768                                     /* positions that memory is set aside for */
-#define LEAST_BATCH 32
-#define MOST_BATCH 32768                                      /* rows are the second number of some grids */
 #define MOST_PIXELS 1540                                      /* of a side of an image, as images are scaled */
 
-/* Bytes that the buffers of a step of n tokens take, and a little more: what cuda_device.c and its neighbours need. */
-static uint64_t step_bytes(const ms4_shape *s, const layer_weights *layers, uint64_t n) {
-    const uint64_t d = (uint64_t)s->d_model, heads = (uint64_t)s->n_head, rank = (uint64_t)s->kv_rank;
-    const uint64_t k = (uint64_t)s->n_expert_used, rope = (uint64_t)s->d_rope;
-    const uint64_t widest = (uint64_t)(s->d_dense > s->d_expert + s->d_shared ? s->d_dense : s->d_expert + s->d_shared);
-    const uint64_t floats = 3 * d + rank + rope + (uint64_t)s->q_rank + heads * (uint64_t)(s->d_nope + s->d_rope)
-                          + heads * (uint64_t)s->d_value + heads * (rank + (rank + rope) / 2 + 3)
-                          + (uint64_t)s->n_expert + (k + 1) * widest * 2 + 2 * k * d + rope + 64;
-    const uint64_t quantized = 320 * ((d + (uint64_t)s->q_rank + heads * (uint64_t)s->d_value
-                                       + (k + 1) * widest) / SUPERBLOCK + k + 4);
-    return n * (4 * floats + quantized) + 4 * (uint64_t)s->n_vocab * (n < 32 ? n : 32) + ((uint64_t)8 << 20)
-         + 2 * vram_wanted(s, layers) / ((uint64_t)s->n_expert * (uint64_t)s->n_layer + 1);
-}
-static uint64_t kv_bytes(const ms4_shape *s, uint64_t n) {
-    const uint64_t row = 2 * (uint64_t)(s->kv_rank + s->d_rope) + KV_SCALES * sizeof(float);
-    return (n + SEGMENT_KEYS - 1) / SEGMENT_KEYS * SEGMENT_KEYS * row * (uint64_t)s->n_layer;
-}
-/* Bytes for slots: what is left when steps and the kv cache have their part, each at most a quarter. */
-static int divide(card *c, const ms4_shape *s, const layer_weights *layers, int32_t *n_batch, int may_shrink,
-                  uint64_t *slots) {
-    const uint64_t room = gpu_room(c->g);
-    const int32_t n_ctx = int_min(s->n_ctx_train, N_CTX_USUAL);
-    *n_batch = int_min(*n_batch, MOST_BATCH);
-    while (may_shrink && *n_batch > LEAST_BATCH && step_bytes(s, layers, (uint64_t)*n_batch) > room / 4) *n_batch /= 2;
-    const uint64_t aside = step_bytes(s, layers, (uint64_t)*n_batch), kv = kv_bytes(s, (uint64_t)n_ctx);
-    FAIL_IF(aside + kv_bytes(s, 1) > room, MS4_ENOMEM, "no room on the GPU for the buffers of a step: %llu MB are "
-            "needed beside the dense weights, %llu MB are left; use a larger --vram or --device cpu",
-            (unsigned long long)(aside >> 20), (unsigned long long)(room >> 20));
-    c->aside = aside + (kv < room / 4 ? kv : room / 4);
-    *slots = c->aside < room ? room - c->aside : 0;
-    return MS4_OK;
-}
 static int open_parts(card *c, const ms4_options *o, const ms4_shape *s, const text_weights *host,
                       const struct ms4_ops *ops, slots *from_disk, int32_t *n_batch) {
     const gpu_options how = { .code = o->code, .most = o->vram, .safe = o->device == MS4_DEVICE_CUDA_SAFE,
                               .patience = o->patience, .unpinned = o->unpinned };
-    uint64_t bytes = 0;
     FAIL_IF(s->kv_rank > MOST_RANK, MS4_EDEVICE, "the GPU takes latents of %d numbers at most; this model has %d",
             MOST_RANK, s->kv_rank);
     TRY(gpu_open(&how, &c->g));
     TRY(cuda_text_open(c->g, host, s, ops, &c->weights));
     TRY(cuda_kv_open(c->g, &c->kv));
     TRY(cuda_device_open(c->g, ops, &c->device));
-    TRY(divide(c, s, host->layers, n_batch, !o->n_batch, &bytes));
-    return s->n_dense_layer < s->n_layer ? vram_open(c->g, s, host->layers, from_disk, bytes, &c->slots) : MS4_OK;
+    const divide_what what = { .room = gpu_room(c->g), .experts = vram_wanted(s, host->layers),
+                               .partial = ((cuda_device *)c->device)->partial_bytes, .n_batch = *n_batch,
+                               .may_choose = !o->n_batch };
+    divided parts;
+    TRY(divide(s, host->layers, &what, &parts));
+    c->aside = parts.aside;
+    *n_batch = parts.n_batch;
+    return s->n_dense_layer < s->n_layer ? vram_open(c->g, s, host->layers, from_disk, parts.slots, &c->slots) : MS4_OK;
 }
 int card_open(const ms4_options *o, const ms4_shape *s, const text_weights *host, const struct ms4_ops *ops,
               slots *from_disk, int32_t *n_batch, card **out) {
