@@ -355,7 +355,9 @@ def idle_bytes(sizes: Sizes, machine: Machine, engine: Engine) -> float:
 
 # --- what fits
 RESERVE = 0.08  # of VRAM: the driver's own, a desktop, and what must never be over-committed
-BUFFERS = 1.2 * GB  # rows of a step, k_b and v_b as floats, staging
+BUFFERS = 0.45 * GB  # k_b and v_b as floats, staging, what else is there once
+ROW = 380_000  # bytes of a token in the buffers of a step: csrc/cuda/divide.c
+N_CTX_USUAL = 32768  # positions that have their place in VRAM before slots do
 
 
 RAM_RESERVE = 4 * GB  # of host memory: the system, the process, and what lies there beside experts
@@ -367,7 +369,16 @@ def places(sizes: Sizes, ram: float, *, card: bool, n_context: int) -> int:
     return max(0, min(int(left // sizes.expert), sizes.n_layer * sizes.n_expert)) if sizes.expert else 0
 
 
+def chunk(sizes: Sizes, vram: float) -> int:
+    """Tokens of a prompt that are computed together, as csrc/cuda/divide.c chooses."""
+    n, room = 2048, (1 - RESERVE) * vram - sizes.every - sizes.output - BUFFERS
+    while sizes.experts > 0.75 * room and n < 8192 and 2 * n * ROW <= room / 10:
+        n *= 2
+    return n
+
+
 def slots(sizes: Sizes, vram: float, n_context: int) -> int:
     """How many experts fit into so many bytes of VRAM, beside all that every token reads and the kv cache."""
-    left = (1 - RESERVE) * vram - sizes.every - sizes.output - n_context * sizes.kv - BUFFERS
+    aside = chunk(sizes, vram) * ROW + max(n_context, N_CTX_USUAL) * sizes.kv
+    left = (1 - RESERVE) * vram - sizes.every - sizes.output - BUFFERS - aside
     return max(0, min(int(left // sizes.expert), sizes.n_layer * sizes.n_expert)) if sizes.expert else 0

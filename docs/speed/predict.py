@@ -163,8 +163,9 @@ def cards() -> str:
             fixed = clock.decode(SMALL_4, here, MS4, *clock.at_hit_rate(SMALL_4, slots / n), n_context=CONTEXT)
             speeds = [written(name, "decayed", here)[1] for name in ("coherent", "demonstration")]
             lent = max(slots - 2 * SMALL_4.n_expert, 0) / n  # two layers' worth of slots take what is on its way
+            chunk = clock.chunk(SMALL_4, clock.CARDS[card].vram)
             prompts = [
-                clock.prefill(SMALL_4, here, MS4, tokens, min(tokens, 4096), resident=lent)
+                clock.prefill(SMALL_4, here, MS4, tokens, min(tokens, chunk), resident=lent)
                 for tokens in (512, 4096, 16384)
             ]
             lines.append(
