@@ -1,4 +1,4 @@
-"""How the memory of a card is divided: the length of a prompt's steps, what they and the kv cache get, and the slots."""
+"""How the memory of a card is divided: how long steps are, what they and the kv cache get, and the slots."""
 
 import subprocess
 
