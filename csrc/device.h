@@ -30,12 +30,14 @@ typedef struct {
     int32_t row, n, n_groups, whole;
 } ffn_share;
 /* What a device may begin with once the router has chosen, before the host has heard of it: the experts of a layer that
- * lie on it.  experts: their shapes and types; in a slot gate comes first, up and down so many bytes further. */
+ * lie on it.  experts: their shapes and types; in a slot gate comes first, up and down so many bytes further.  all: no
+ * expert of the layer lies elsewhere, so nobody has to hear of the choice before the step is over. */
 typedef struct {
     ffn_weights experts;
     size_t up_at, down_at;
     const uint8_t *const *slots;                               /* by expert, on the device: NULL is elsewhere */
     const ffn_weights *every;                                  /* NULL: none */
+    int32_t layer, all;
 } ffn_ahead;
 static inline int ffn_share_has(const ffn_share *s) { return s->every || s->n_groups; }    /* anything to compute */
 
@@ -78,8 +80,11 @@ struct device_ops {
     int (*attend)(device *d, const step *st, int32_t layer, const matrix *k_b, const matrix *v_b);   /* Q, cache -> O */
     /* Rows of H and X, ascending, to the front. */
     int (*keep)(device *d, const int32_t *rows, int32_t n);
-    /* ROUTER -> picks; waits.  What of `ahead` is begun here, ffn has not to do again; slots NULL: nothing. */
+    /* ROUTER -> picks; waits.  What of `ahead` is begun here, ffn has not to do again; slots NULL: nothing.  Where that
+     * has all, it may leave the picks out and not wait: p->late, of `n` and `k` alone. */
     int (*route)(device *d, const ms4_shape *s, const ffn_ahead *ahead, picks *p);
+    /* The picks of a layer that route left out in this step, for which wait or logits has waited since. */
+    int (*recall)(device *d, const ms4_shape *s, int32_t layer, picks *p);
     /* X, to `other`, as far as it needs it; and from there PAIRS. */
     int (*send)(device *d, device *other, const ffn_share *share, const picks *p);
     int (*fetch)(device *d, device *other, const ffn_share *share);

@@ -11,7 +11,7 @@
 /* Host arrays of a step, and what the router chose in a layer; they grow to the largest step seen. */
 typedef struct {
     float *rope, *scale;
-    int32_t *keep;
+    int32_t *keep, *late;
     row_wanted *wanted;
     picks picks;
     int32_t n_tokens;                                         /* room for so many */

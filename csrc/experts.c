@@ -140,6 +140,7 @@ static int32_t want(experts *store, const picks *p, int32_t n) {
 void experts_ahead(const experts *store, int32_t layer, ffn_ahead *out) {
     *out = (ffn_ahead){ 0 };
     if (store->on_card && !store->place) vram_ahead(store->on_card, layer, out);
+    out->layer = layer;
 }
 int experts_take(experts *store, int32_t layer, const picks *p, ffn_share shares[MAX_SHARES], int32_t *n_shares) {
     const layer_weights *w = &store->layers[layer];

@@ -82,7 +82,7 @@ class Stats:
     pinned_bytes: int  # of host memory for copies to the GPU
     unpinned_bytes: int  # of it that the system would not pin
     bytes_on_gpu: int  # of bytes_prefill and bytes_decode, what the GPU read in its own memory
-    bytes_fetched: int  # copied from it to host memory: logits, rows for experts elsewhere, saved caches
+    bytes_fetched: int  # copied from it to host memory: logits, choices, rows for other experts, caches
     evictions: int  # experts that lost their place there to another
     downloads: int  # of them, those that came down into RAM, where that is short
     bytes_downloaded: int

@@ -60,7 +60,7 @@ static int run_shares(device *d, experts *store, const picks *p, ffn_share *shar
     }
     return shares[0].whole ? MS4_OK : DO(d, sum_pairs, p);
 }
-static int moe(const step *st, device *d, int32_t layer, const layer_weights *w, experts *store, picks *p) {
+static int moe(step *st, device *d, int32_t layer, const layer_weights *w, experts *store, picks *p) {
     const product route = { .m = &w->router, .x = BUF_X, .y = BUF_ROUTER };
     ffn_share shares[MAX_SHARES];
     ffn_ahead ahead;
@@ -69,7 +69,12 @@ static int moe(const step *st, device *d, int32_t layer, const layer_weights *w,
     p->n = st->n;
     experts_ahead(store, layer, &ahead);
     ahead.every = w->has_every ? &w->every : NULL;
+    if (st->watch->call) ahead.all = 0;            /* who watches hears of every layer in its turn */
     TRY(DO(d, route, st->shape, &ahead, p));
+    if (p->late) {
+        st->late[st->n_late++] = layer;
+        return DO(d, ffn, &(ffn_share){ .on = d, .every = ahead.every, .n = st->n, .whole = 1 }, p);
+    }
     if (st->watch->call) st->watch->call(layer, p->n, p->expert, st->watch->user);
     TRY(experts_take(store, layer, p, shares, &n));
     if (w->has_every) shares[0].every = &w->every;
@@ -83,4 +88,12 @@ int layer_forward(step *st, device *home, int32_t layer, const layer_weights *w,
     TRY(DO(home, norm, BUF_H, &w->ffn_norm, st->shape->norm_eps, BUF_X, st->n));
     if (w->has_experts) return moe(st, home, layer, w, store, p);
     return DO(home, ffn, &(ffn_share){ .on = home, .every = &w->every, .n = st->n, .whole = 1 }, NULL);
+}
+int layer_recall(const step *st, device *home, int32_t layer, experts *store, picks *p) {
+    ffn_share shares[MAX_SHARES];
+    int32_t n = 0;
+    TRY(DO(home, recall, st->shape, layer, p));
+    TRY(experts_take(store, layer, p, shares, &n));
+    experts_give(store, layer, p);
+    return MS4_OK;
 }

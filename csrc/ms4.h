@@ -170,7 +170,7 @@ typedef struct {
     uint64_t bytes_streamed;     /* of experts brought for one layer of a prompt */
     uint64_t pinned_bytes, unpinned_bytes;  /* of host memory for copies to it; that the system would not pin */
     uint64_t bytes_on_gpu;       /* of bytes_prefill and bytes_decode, what the GPU read in its own memory */
-    uint64_t bytes_fetched;      /* copied from it to host memory: logits, rows for experts elsewhere, saved caches */
+    uint64_t bytes_fetched;      /* copied from it to host memory: logits, choices, rows for other experts, caches */
     uint64_t evictions;          /* experts that lost their place there to another */
     uint64_t downloads, bytes_downloaded;   /* of them, those that came down into RAM, where that is short */
     uint64_t uploads_failed, slots_given_up;     /* not brought for want of something; places, for want of memory */

@@ -13,7 +13,7 @@
 
 /* --- room --------------------------------------------------------------------------------- */
 void step_room_close(step_room *r) {
-    void *all[] = { r->rope, r->scale, r->wanted, r->keep, r->picks.expert, r->picks.weight, r->picks.row,
+    void *all[] = { r->rope, r->scale, r->wanted, r->keep, r->late, r->picks.expert, r->picks.weight, r->picks.row,
                     r->picks.token, r->picks.pair_weight, r->picks.first, r->picks.used };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) memory_give(all[i]);
     *r = (step_room){ 0 };
@@ -34,6 +34,7 @@ static int room_for(step_room *r, const ms4_shape *s, size_t n) {
     TRY(renew(&r->scale, n, sizeof *r->scale));
     TRY(renew(&r->keep, n, sizeof *r->keep));
     TRY(renew(&r->wanted, n, sizeof *r->wanted));
+    TRY(renew(&r->late, (size_t)s->n_layer, sizeof *r->late));
     TRY(renew(&r->picks.expert, pairs, sizeof(int32_t)));
     TRY(renew(&r->picks.weight, pairs, sizeof(float)));
     TRY(renew(&r->picks.row, pairs, sizeof(int32_t)));
@@ -130,18 +131,18 @@ static int run_layers(run *r) {
         for (int32_t i = 0; i < st->n_spans; i++)
             atomic_fetch_add(&r->part[i]->session->done, (uint64_t)r->part[i]->n);
     }
-    return DO(e->home, wait);
+    return MS4_OK;
 }
 /* Numbers that a span gets for each of its rows of logits. */
 static size_t logits_width(const run *r, const ms4_span *s) {
     return (size_t)(s->n_highest ? s->n_highest : r->e->shape.n_vocab);
 }
-/* What is wanted of the logits of all spans, in one product. */
+/* What is wanted of the logits of all spans, in one product.  All work of the step is done then. */
 static int logits(run *r) {
     ms4_engine *e = r->e;
     step *st = &r->st;
     row_wanted *next = e->room.wanted;
-    if (!st->n || all_stopped(r)) return MS4_OK;
+    if (!st->n || all_stopped(r)) return DO(e->home, wait);
     for (int32_t i = 0; i < st->n_spans; i++) {
         const ms4_span *s = r->part[i];
         for (size_t t = 0, width = logits_width(r, s); t < s->n_logits; t++)
@@ -262,6 +263,7 @@ static int prepare(run *r) {
     st->rope = e->room.rope;
     st->scale = e->room.scale;
     st->keep = e->room.keep;
+    st->late = e->room.late;
     buffer_shape shapes[N_BUFFERS];
     shapes_of(e, st->n, shapes);
     /* One span: its own flag ends work at once.  Several: looked at between layers. */
@@ -277,6 +279,8 @@ static int compute_once(run *r) {
     TRY(embed(r));
     TRY(run_layers(r));
     TRY(logits(r));
+    for (int32_t i = 0; i < r->st.n_late; i++)
+        TRY(layer_recall(&r->st, r->e->home, r->st.late[i], r->e->experts, &r->e->room.picks));
     TRY(files_check(r->e->files));
     conclude(r);
     return MS4_OK;
@@ -289,7 +293,7 @@ static int compute(run *r) {
         r->spans[i].status = MS4_OK;
         kv_cache_cut(&r->spans[i].session->kv, atomic_load(&r->spans[i].session->length));
     }
-    r->st.n_spans = r->st.n = r->st.n_out = 0;
+    r->st.n_spans = r->st.n = r->st.n_out = r->st.n_late = 0;
     experts_count(r->e->experts);
     TRY(experts_on_card(r->e->experts, r->e->card->slots, r->e->other));
     engine_say(r->e, "the GPU has no memory left", "experts gave up places there, and the CPU computes more of them");

@@ -18,7 +18,8 @@ typedef struct {
     float *rope;               /* n x d_rope: cos, sin of each pair at the row's position, from doubles of the host */
     float *scale;              /* n: attn_scale times the query temperature at the row's position */
     int32_t *keep;             /* n: scratch, for the rows that go on */
-    int32_t n_spans, n, n_out;
+    int32_t *late;             /* n_late of n_layer: the layers whose picks are still to be heard */
+    int32_t n_spans, n, n_out, n_late;
 } step;
 
 /* The buffers of a device, by name; a program (step.c, vision.c) says how wide a row of each is.  "Blocks" are the same
@@ -50,6 +51,7 @@ typedef struct {
     int32_t *first;            /* by expert: its first pair; one more at the end */
     int32_t *used;             /* the experts that have pairs, ascending */
     int32_t n, k, n_used;      /* tokens; experts of each; experts in use */
+    int32_t late;              /* all but n and k is still to come (device.h, recall) */
 } picks;
 /* From n, k, expert and weight, which a device has filled in, all the rest. */
 void picks_group(picks *p, int32_t n_expert);

@@ -153,8 +153,9 @@ def test_the_highest_logits_are_those_of_the_cpu_and_no_others_come_home(n_among
     wants = (1, 40, 0, 256, 1, 1, 3)
     with Model.open(wide) as cpu, Model.open(wide, device=device) as gpu:
         want, got = (the_highest(model.engine, wants, n_among) for model in (cpu, gpu))
+        choices = 8 * gpu.shape.n_layer * gpu.shape.n_expert_used if device == "cuda" else 0  # written straight there
     fetched = [part for part in got if isinstance(part, int)]
-    assert fetched == [8 * k or 4 * 4500 for k in wants]  # a logit and its id; or all logits
+    assert fetched == [(8 * k or 4 * 4500) + choices for k in wants]  # a logit and its id; or all logits
     for theirs, ours in zip(want, got, strict=True):
         if isinstance(ours, ms4.Highest):
             assert np.array_equal(theirs.ids, ours.ids) and theirs.logits.tobytes() == ours.logits.tobytes()
@@ -443,58 +444,6 @@ def test_every_call_may_fail(kind, tiny, tmp_path):
             assert failed.returncode == 0 and failed.stdout, (name, at, failed.stderr[-500:])
             said = failed.stdout.splitlines()
             assert all(line == "done" or re.match(r"(open|step): \S", line) for line in said), (name, at, said)
-
-
-TOKENS = """
-import sys
-import numpy as np
-import ms4
-from ms4.models.model import Model
-ms4.gpu()
-with Model.open(sys.argv[1], device=sys.argv[2], vram=int(sys.argv[3])) as model, model.session(64) as session:
-    session.feed(np.arange(12))
-    for i in range(int(sys.argv[4])):
-        k = int(sys.argv[5])
-        model.engine.step([ms4.Span(session, [20 + 37 * i % 800], n_highest=k, n_among=model.shape.n_vocab)])
-    stats = model.engine.stats()
-    print(model.shape.n_layer, stats.experts_used - stats.pairs_on_gpu)
-ms4.gpu()
-"""
-WAITS = ("cuStreamQuery", "cuEventQuery", "cuCtxSetCurrent")  # as often as it takes, and what costs nothing
-
-
-def calls_of_a_token(report, path, device, vram, n=8, n_highest=0):
-    """Layers; calls of the driver for each of n tokens, by name, waits left out; and pairs that the CPU computed."""
-    counts, pairs = [], []
-    for n_tokens in (4, 4 + n):
-        code = [sys.executable, "-c", TOKENS, str(path), device, *map(str, (vram, n_tokens, n_highest))]
-        done = subprocess.run(code, capture_output=True, text=True, env=emulated(MS4_EMU_REPORT=str(report)))
-        assert done.returncode == 0, done.stderr
-        n_layer, n_pairs = map(int, done.stdout.split())
-        counts.append({name: calls for name, calls in calls_of(report).items() if name not in WAITS})
-        pairs.append(n_pairs)
-    each = {name: (calls - counts[0].get(name, 0)) / n for name, calls in counts[1].items()}
-    return n_layer, {name: calls for name, calls in each.items() if calls}, (pairs[1] - pairs[0]) / n
-
-
-def test_a_token_takes_one_call_of_the_driver_for_a_layer(tiny, tmp_path):
-    """A graph from the sum of a layer to the experts of the next, and a part at either end; then the logits."""
-    n_layer, each, _ = calls_of_a_token(tmp_path / "report", tiny, "cuda", 0)
-    copies = {"cuMemcpyHtoDAsync_v2": 3, "cuEventRecord": 2, "cuMemcpyDtoHAsync_v2": 1}  # token, tables, jobs; logits
-    assert each == {"cuGraphLaunch": n_layer + 2, "cuLaunchKernel": 2, **copies}
-    assert "\ncontexts made 1\nleft of memory 0\nleft pinned 0\n" in (tmp_path / "report").read_text()
-    fewer = calls_of_a_token(tmp_path / "report", tiny, "cuda", 0, n_highest=40)[1]
-    assert fewer == each | {"cuLaunchKernel": 3}  # behind the graphs: norm, product, and what finds the highest
-    n_layer, each, _ = calls_of_a_token(tmp_path / "report", tiny, "cuda:safe", 0)
-    assert "cuGraphLaunch" not in each and each["cuLaunchKernel"] + each["cuMemcpyHtoDAsync_v2"] > 20 * n_layer
-
-
-def test_what_the_cpu_computes_of_a_token_takes_one_copy_more(tmp_path):
-    """Experts that come and go do not change that: where they lie is a table on the card."""
-    n_layer, each, pairs = calls_of_a_token(tmp_path / "report", DEMO / "ms4-demo.gguf", "cuda", 20 << 20)
-    assert pairs > 0 and each["cuGraphLaunch"] == n_layer + 2 and each["cuLaunchKernel"] == 2
-    assert "cuGraphInstantiateWithFlags" not in each and "cuGraphExecKernelNodeSetParams_v2" not in each
-    assert each["cuMemcpyHtoDAsync_v2"] >= 3 + pairs
 
 
 # --- what goes on without the card, or with less of it

@@ -51,6 +51,7 @@ int cpu_route(device *base, const ms4_shape *s, const ffn_ahead *ahead, picks *p
     if (d->stop && atomic_load(d->stop))       /* tokens were left out: any choice will do, as long as it is one */
         for (int32_t i = 0; i < p->n * p->k; i++) p->expert[i] = i % p->k;
     picks_group(p, s->n_expert);
+    p->late = 0;
     return MS4_OK;
 }
 /* --- gate and up ------------------------------------------------------------------------------ */

@@ -99,7 +99,7 @@ static int tables(cuda_device *d, const step *st) {
     for (int32_t i = 0; i < st->n_spans; i++) fill_span(d, st, i, &host, card.blocks, &n_blocks);
     memcpy(host.scale, st->scale, (size_t)st->n * sizeof *st->scale);
     memcpy(host.rope, st->rope, (size_t)st->n * (size_t)st->shape->d_rope * sizeof *st->rope);
-    int status = gpu_upload(d->g, t->room.at, built, bytes);
+    int status = gpu_upload_first(d->g, t->room.at, built, bytes);
     memory_give(built);
     t->rope = card.rope;
     t->scale = card.scale;

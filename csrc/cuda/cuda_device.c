@@ -10,6 +10,7 @@ static int begin(device *base, const buffer_shape shapes[N_BUFFERS], const atomi
     d->stop = stop;
     d->tables.ready = 0;
     d->ahead = NULL;
+    d->late = 0;
     d->rope_of = NULL;
     TRY(gpu_enter(d->g));
     TRY(gpu_tape(d->g, 0));
@@ -30,10 +31,11 @@ static int begin(device *base, const buffer_shape shapes[N_BUFFERS], const atomi
     return gpu_tape(d->g, 1);
 }
 static int wait(device *base) {
-    gpu *g = ((cuda_device *)base)->g;
-    TRY(gpu_enter(g));
-    TRY(gpu_tape(g, 0));
-    return gpu_wait(g);
+    cuda_device *d = (cuda_device *)base;
+    TRY(gpu_enter(d->g));
+    TRY(gpu_tape(d->g, 0));
+    TRY(cuda_bring_choices(d));
+    return gpu_wait(d->g);
 }
 static void close_device(device *base) {
     cuda_device *d = (cuda_device *)base;
@@ -56,6 +58,7 @@ static void close_device(device *base) {
     gpu_unpin(d->g, d->chosen.at);
     gpu_unpin(d->g, d->x_pinned.at);
     gpu_unpin(d->g, d->told.at);
+    gpu_unpin(d->g, d->choices.at);
     gpu_unpin(d->g, d->brought.at);
     gpu_unpin(d->g, d->few.at);
     memory_give(d->shorts);
@@ -67,6 +70,7 @@ static const struct device_ops calls = {
     .norm = cuda_norm, .products = cuda_products, .ffn = cuda_ffn, .brought = cuda_brought,
     .embed = cuda_embed, .latents = cuda_latents, .queries = cuda_queries, .attend = cuda_attend, .keep = cuda_keep,
     .route = cuda_route, .send = cuda_send, .fetch = cuda_fetch, .sum_pairs = cuda_sum_pairs, .logits = cuda_logits,
+    .recall = cuda_recall,
     .attend_patches = cuda_attend_patches, .merge_patches = cuda_merge_patches, .bias = cuda_bias,
 };
 int cuda_device_open(gpu *g, const struct ms4_ops *ops, device **out) {

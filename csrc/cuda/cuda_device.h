@@ -56,8 +56,10 @@ typedef struct {
     gpu_pinned_room chosen;                                   /* the ids that the router chose, then pairs_here */
     int32_t *ids, sees_pairs;                                 /* kernels see `chosen` */
     cuda_pairs pairs_here, pairs_seen;                        /* pinned; what kernels read, one or the other */
-    gpu_buffer choice;                                        /* of a single row: ids, then weights */
-    gpu_pinned_room told, brought;                            /* what the card tells the host of it; rows of the CPU */
+    gpu_buffer choice;                                        /* of a single row, by layer: ids, then weights */
+    gpu_pinned_room choices;                                  /* the host's copy of `choice`, for recall */
+    int32_t late;                                             /* it is still to be made */
+    gpu_pinned_room told, brought;                            /* what the card tells the host of one; rows of the CPU */
     float *ahead;                                             /* results of experts that ffn has not to begin; NULL */
     gpu_pinned_room x_pinned;
     const block_q8 *x_here;                                   /* pinned: X of this layer's choice, or NULL */
@@ -92,6 +94,8 @@ int cuda_latents(device *, const step *, int32_t, const vector *, float);       
 int cuda_queries(device *, const step *);
 int cuda_attend(device *, const step *, int32_t, const matrix *, const matrix *);
 int cuda_route(device *, const ms4_shape *, const ffn_ahead *, picks *);                       /* cuda_ffn.c */
+int cuda_recall(device *, const ms4_shape *, int32_t, picks *);
+int cuda_bring_choices(cuda_device *d);                       /* before the host waits for the end of a step */
 int cuda_ffn(device *, const ffn_share *, const picks *);
 int cuda_brought(device *);
 int cuda_send(device *, device *, const ffn_share *, const picks *);

@@ -175,15 +175,13 @@ static ffn_job job_of(const cuda_device *d, const ffn_group *g, const ffn_weight
 typedef struct { atomic_int *flag; int32_t *ids; float *weights; block_q8 *x; } told;
 static int room_told(cuda_device *d, size_t k, told *out) {
     const size_t at = (64 + 2 * k * sizeof(int32_t) + 63) / 64 * 64;
-    TRY(gpu_need(d->g, &d->choice, 2 * k * sizeof(int32_t)));
     TRY(gpu_pinned(d->g, &d->told, at + d->rows[BUF_X].blocks * sizeof(block_q8)));
     uint8_t *base = d->told.at;
     int32_t *ids = (int32_t *)(void *)(base + 64);
     *out = (told){ (atomic_int *)(void *)base, ids, (float *)(ids + k), (block_q8 *)(void *)(base + at) };
     return MS4_OK;
 }
-static int tell(cuda_device *d, const picks *p, const told *to) {
-    const int32_t *ids = d->choice.at;
+static int tell(cuda_device *d, const picks *p, const int32_t *ids, const told *to) {
     const size_t bytes = d->rows[BUF_PAIRS].width ? d->rows[BUF_X].blocks * sizeof(block_q8) : 0;
     const tell_args args = { .ids = ids, .weights = (const float *)(ids + p->k), .x = d->rows[BUF_X].q,
                              .told_ids = to->ids, .told_weights = to->weights, .told_x = to->x,
@@ -192,9 +190,8 @@ static int tell(cuda_device *d, const picks *p, const told *to) {
     return gpu_launch(d->g, KERNEL_tell_choice, &args, (gpu_grid){ 1, 1, 1 }, 0);
 }
 /* The shared expert, and those of the chosen that lie here. */
-static int begin_ahead(cuda_device *d, const ffn_ahead *a, const picks *p) {
+static int begin_ahead(cuda_device *d, const ffn_ahead *a, const picks *p, const int32_t *ids) {
     const size_t width = d->rows[BUF_H].width;
-    const int32_t *ids = d->choice.at;
     int32_t n = 0;
     if (!d->rows[BUF_PAIRS].width) TRY(gpu_need(d->g, &d->pairs, (size_t)p->k * width * sizeof(float)));
     float *pairs = d->rows[BUF_PAIRS].width ? cuda_row(d, BUF_PAIRS, 0) : d->pairs.at;
@@ -209,29 +206,59 @@ static int begin_ahead(cuda_device *d, const ffn_ahead *a, const picks *p) {
     d->ahead = status ? NULL : pairs;
     return status;
 }
-static int route_ahead(cuda_device *d, const ms4_shape *s, const ffn_ahead *a, picks *p, const told *to) {
-    const size_t k = (size_t)p->k;
-    atomic_store(to->flag, 0);
-    TRY(choose(d, s, p, d->choice.at));
-    TRY(tell(d, p, to));
-    TRY(begin_ahead(d, a, p));
-    TRY(gpu_poll(d->g, to->flag));
-    memcpy(p->expert, to->ids, k * sizeof *p->expert);
-    memcpy(p->weight, to->weights, k * sizeof *p->weight);
+static void take_picks(const ms4_shape *s, const int32_t *ids, const float *weights, picks *p) {
+    memcpy(p->expert, ids, (size_t)p->k * sizeof *p->expert);
+    memcpy(p->weight, weights, (size_t)p->k * sizeof *p->weight);
     picks_group(p, s->n_expert);
-    d->pairs_seen = (cuda_pairs){ .weight = (float *)d->choice.at + k };
+}
+static size_t choice_at(int32_t layer, int32_t k) { return 2 * (size_t)layer * (size_t)k; }
+
+/* to NULL: nobody waits to hear of it. */
+static int route_ahead(cuda_device *d, const ms4_shape *s, const ffn_ahead *a, picks *p, const told *to) {
+    int32_t *ids = (int32_t *)d->choice.at + choice_at(a->layer, p->k);
+    if (to) atomic_store(to->flag, 0);
+    TRY(choose(d, s, p, ids));
+    if (to) TRY(tell(d, p, ids, to));
+    TRY(begin_ahead(d, a, p, ids));
+    d->pairs_seen = (cuda_pairs){ .weight = (float *)(ids + p->k) };
+    if (!to) {
+        p->late = d->late = 1;
+        return MS4_OK;
+    }
+    TRY(gpu_poll(d->g, to->flag));
+    gpu_stretch(d->g, a->layer + 1);
+    take_picks(s, to->ids, to->weights, p);
     return MS4_OK;
 }
 int cuda_route(device *base, const ms4_shape *s, const ffn_ahead *ahead, picks *p) {
     cuda_device *d = (cuda_device *)base;
     told to;
     d->ahead = NULL;
+    p->late = 0;
     if (gpu_is_taping(d->g) && ahead->slots) {
+        const size_t bytes = choice_at(s->n_layer, p->k) * sizeof *p->expert;
+        TRY(gpu_need(d->g, &d->choice, bytes));
+        TRY(gpu_pinned(d->g, &d->choices, bytes));
+        if (ahead->all) return route_ahead(d, s, ahead, p, NULL);
         TRY(room_told(d, (size_t)p->k, &to));
         if (gpu_is_pinned(d->g, d->told.at)) return route_ahead(d, s, ahead, p, &to);
     }
     TRY(gpu_tape(d->g, 0));                                   /* what comes now depends on the choice */
     return route(d, s, p);
+}
+/* All layers at once, behind the last of them. */
+int cuda_bring_choices(cuda_device *d) {
+    if (!d->late) return MS4_OK;
+    d->late = 0;
+    return gpu_fetch(d->g, d->choices.at, d->choice.at, d->choice.bytes);
+}
+int cuda_recall(device *base, const ms4_shape *s, int32_t layer, picks *p) {
+    const cuda_device *d = (const cuda_device *)base;
+    const int32_t *ids = (const int32_t *)d->choices.at + choice_at(layer, p->k);
+    p->n = 1;
+    p->late = 0;
+    take_picks(s, ids, (const float *)(ids + p->k), p);
+    return MS4_OK;
 }
 /* --- experts that do not stay ------------------------------------------------------------------------------------- */
 static size_t aligned(const matrix *m) { return ((size_t)matrix_bytes(m) + 255) / 256 * 256; }
@@ -306,7 +333,7 @@ int cuda_ffn(device *base, const ffn_share *share, const picks *p) {
     if (d->ahead) {                                           /* one row, for which no expert is brought */
         float *pairs = d->ahead;
         d->ahead = NULL;
-        return share->whole && share->n_groups ? add_pairs(d, p, pairs) : MS4_OK;
+        return share->whole ? add_pairs(d, p, pairs) : MS4_OK;
     }
     if (share->whole && share->n_groups)
         TRY(gpu_need(d->g, &d->pairs, (size_t)p->n * (size_t)p->k * width * sizeof(float)));
@@ -340,8 +367,8 @@ int cuda_send(device *base, device *other, const ffn_share *share, const picks *
     else if (blocks) TRY(gpu_download(d->g, to->q, x->q, bytes));
     return floats ? gpu_download(d->g, to->f, x->f, (size_t)p->n * x->width * sizeof *x->f) : MS4_OK;
 }
-/* The rows of a single token: nobody writes to `brought` again before the card has told of the next layer's choice, and
- * so has read it. */
+/* The rows of a single token: nobody writes to `brought` again before the card has told of the choice of a layer to
+ * come, and so has read it. */
 static int fetch_few(cuda_device *d, const cpu_device *from, const ffn_share *share) {
     const size_t width = d->rows[BUF_PAIRS].width;
     for (const ffn_group *g = share->groups; g < share->groups + share->n_groups; g++) {

@@ -136,10 +136,11 @@ static int rank_rows(cuda_device *d, const float *logits, const row_wanted *w, i
 /* What n rows of logits on the card want that want the same. */
 static int bring_logits(cuda_device *d, const float *logits, const row_wanted *w, int32_t n, int32_t width) {
     const size_t k = (size_t)w->k, count = (size_t)n * k, bytes = 2 * count * sizeof(float);
-    float *highest;
+    float *highest = NULL;
+    if (k) TRY(gpu_pinned(d->g, &d->few, bytes));
+    if (k) TRY(rank_rows(d, logits, w, n, width, &highest));
+    TRY(cuda_bring_choices(d));
     if (!k) return gpu_download(d->g, w->out, logits, (size_t)n * (size_t)width * sizeof *logits);
-    TRY(gpu_pinned(d->g, &d->few, bytes));
-    TRY(rank_rows(d, logits, w, n, width, &highest));
     TRY(gpu_fetch(d->g, d->few.at, highest, bytes));
     TRY(gpu_wait(d->g));
     highest = d->few.at;
@@ -166,5 +167,5 @@ int cuda_logits(device *base, const matrix *m, const row_wanted *w, int32_t n) {
             TRY(bring_logits(d, logits, w + t + i, alike, m->n_rows));
         }
     }
-    return MS4_OK;
+    return gpu_tape(d->g, 0);
 }

@@ -343,6 +343,9 @@ static int pipe_fetch(gpu *g, pipe *p, uint8_t *to, const uint8_t *from, size_t 
 }
 int gpu_upload(gpu *g, void *to, const void *from, size_t bytes) {
     TRY(gpu_go(g));
+    return gpu_upload_first(g, to, from, bytes);
+}
+int gpu_upload_first(gpu *g, void *to, const void *from, size_t bytes) {
     return pipe_copy(g, &g->up, to, from, bytes);
 }
 int gpu_download(gpu *g, void *to, const void *from, size_t bytes) {
@@ -462,7 +465,8 @@ int gpu_launch(gpu *g, int32_t kernel, const void *args, gpu_grid grid, size_t s
     }
     if (g->taping) {
         const tape_launch how = { .f = k->f, .shared = shared, .grid = grid, .threads = k->threads };
-        return tape_put(g->tape, &how, args, k->bytes);
+        TRY(tape_put(g->tape, &how, args, k->bytes));
+        return tape_is_long(g->tape) ? gpu_go(g) : MS4_OK;
     }
     void *parameters[] = { (void *)args };
     TRY(GPU(g, cuLaunchKernel, k->f, (unsigned)grid.x, (unsigned)grid.y, (unsigned)grid.z, (unsigned)k->threads, 1, 1,
@@ -480,6 +484,9 @@ int gpu_tape(gpu *g, int on) {
     return MS4_OK;
 }
 int gpu_is_taping(const gpu *g) { return g->taping; }
+void gpu_stretch(gpu *g, int32_t n) {
+    if (g->taping) tape_stretch(g->tape, n);
+}
 int gpu_go(gpu *g) { return g->taping ? tape_go(g->tape, g->work) : MS4_OK; }
 int gpu_poll(gpu *g, atomic_int *flag) {
     enum { LOOKS = 4000 };                                    /* between two questions to the driver */

@@ -56,6 +56,8 @@ uint64_t gpu_used(gpu *g);
 uint64_t gpu_short(gpu *g);                                   /* bytes that were not to be had, since the last call */
 int gpu_copy(gpu *g, void *to, const void *from, size_t bytes);               /* on the card */
 int gpu_upload(gpu *g, void *to, const void *from, size_t bytes);             /* `from` may change afterwards */
+/* The same, before all that is written down and not under way yet (gpu_tape), which has nothing to do with it. */
+int gpu_upload_first(gpu *g, void *to, const void *from, size_t bytes);
 int gpu_download(gpu *g, void *to, const void *from, size_t bytes);           /* waits */
 typedef struct { void *at; size_t bytes; } gpu_buffer;        /* memory that only grows; its old content is lost then */
 int gpu_need(gpu *g, gpu_buffer *room, size_t bytes);         /* at least so many */
@@ -92,6 +94,7 @@ typedef struct { mul_job job; int32_t type; } gpu_product;
  * the first. */
 int gpu_tape(gpu *g, int on);
 int gpu_is_taping(const gpu *g);
+void gpu_stretch(gpu *g, int32_t n);                          /* tape_stretch */
 int gpu_go(gpu *g);                                           /* what is written down is under way */
 /* Until a kernel has raised this flag, in pinned memory: raise_flag.  Work behind that kernel goes on. */
 int gpu_poll(gpu *g, atomic_int *flag);

@@ -5,6 +5,9 @@
 
 #define KEPT_PIECE ((size_t)256 << 10)                        /* memory of the card is taken in pieces of so much */
 #define MOST_PIECES 64
+#define STRETCH 4                                             /* parts, if nobody but tape_is_long ends them */
+#define FIRST_PART 64                                         /* launches; each part has so many times what the .. */
+#define NEXT_PART 4                                           /* .. one before it had: the card is busy meanwhile */
 
 /* One launch, and what it reads beside its argument: `card` holds a copy of `kept`. */
 typedef struct {
@@ -25,7 +28,7 @@ typedef struct {
 struct tape {
     gpu *g;
     part *parts;
-    int32_t current, n_parts;
+    int32_t current, n_parts, begun;                          /* begun: the stretch's first part */
     struct { uint8_t *at; size_t bytes; } pieces[MOST_PIECES];
     size_t used;                                              /* of the last piece */
     int32_t n_pieces;
@@ -57,14 +60,25 @@ void tape_close(tape *t) {
     memory_give(t);
 }
 void tape_begin(tape *t) {
-    t->current = 0;
+    t->current = t->begun = 0;
     for (part *p = t->parts; p < t->parts + t->n_parts; p++) p->next = 0;
 }
-/* Room for one more of *n, which has *room: twice as many. */
+/* Parts that a step before had there stay as they are. */
+void tape_stretch(tape *t, int32_t n) {
+    if (STRETCH * n > t->current) t->current = STRETCH * n;
+    t->begun = t->current;
+}
+int tape_is_long(const tape *t) {
+    const int32_t nth = t->current - t->begun;
+    int32_t most = FIRST_PART;
+    for (int32_t i = 0; i < nth && i < STRETCH; i++) most *= NEXT_PART;
+    return nth + 1 < STRETCH && t->current < t->n_parts && t->parts[t->current].next >= most;
+}
+/* Room for an n-th in *array, which has *room: at least twice as many. */
 static int grow(void *array, int32_t n, int32_t *room, size_t size) {
     void **at = array;
     if (n < *room) return MS4_OK;
-    const int32_t wanted = *room ? 2 * *room : 16;
+    const int32_t wanted = 2 * (n < 8 ? 8 : n);
     void *larger = memory_take((size_t)wanted, size);
     FAIL_IF(!larger, MS4_ENOMEM, "no memory for the launches of a step");
     if (*room) memcpy(larger, *at, (size_t)*room * size);

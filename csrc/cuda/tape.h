@@ -4,6 +4,9 @@
  * its graph is made once; arguments that differ are set in it, and where there are other kernels, it is made anew.  A
  * graph is a chain: each kernel comes after the one before, as in a stream.  Whoever calls holds the engine's turn, and
  * a step begins when all work of the one before is done.
+ *
+ * A part that nobody ends may be a whole step.  The card would wait for all of it to be written down, so a few shorter
+ * ones go before it (tape_is_long).
  */
 #ifndef MS4_CUDA_TAPE_H
 #define MS4_CUDA_TAPE_H
@@ -16,6 +19,10 @@ typedef struct { CUfunction f; size_t shared; gpu_grid grid; int32_t threads; } 
 int tape_open(gpu *g, tape **out);
 void tape_close(tape *t);                                     /* all work is done, or the card is lost */
 void tape_begin(tape *t);                                     /* the first part of a step */
+/* The parts that follow are those of stretch n > 0 of the step, in which n ascends: so they are found again, however
+ * many came before. */
+void tape_stretch(tape *t, int32_t n);
+int tape_is_long(const tape *t);                              /* time to end this part */
 int tape_put(tape *t, const tape_launch *how, const void *args, size_t bytes);
 /* Memory of the card for what the next launch reads; stale: the caller fills it with `from`, before tape_go. */
 int tape_keep(tape *t, const void *from, size_t bytes, void **card, int *stale);

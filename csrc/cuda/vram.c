@@ -28,6 +28,7 @@ struct vram {
     int32_t at_changed;                                       /* since it was copied */
     uint8_t *where;                                           /* by id: bits of policy.h */
     int32_t *pool;                                            /* by layer: -1 has no experts, or no slots */
+    int32_t *n_in;                                            /* by layer: experts in slots */
     int32_t *pairs;                                           /* n_expert: scratch */
     piece pieces[MOST_PIECES];
     int32_t in_pool[POLICY_POOLS];                            /* slots */
@@ -63,6 +64,7 @@ static void enter(vram *v, int32_t at, int32_t id) {
     v->where[id] = POLICY_RAM | POLICY_VRAM;
     v->at[id] = v->slots[at].at;
     v->at_changed = 1;
+    v->n_in[id / v->n_expert]++;
     v->n_held++;
 }
 static void leave(vram *v, int32_t at) {
@@ -72,6 +74,7 @@ static void leave(vram *v, int32_t at) {
     v->where[id] = POLICY_RAM;
     v->at[id] = NULL;
     v->at_changed = 1;
+    v->n_in[id / v->n_expert]--;
     v->n_held--;
 }
 int vram_find(const vram *v, int32_t layer, int32_t expert, ffn_weights *out) {
@@ -96,6 +99,7 @@ void vram_ahead(const vram *v, int32_t layer, ffn_ahead *out) {
     out->down_at = out->up_at + up_to(matrix_bytes(&w->up));
     if (w->gate.scales || w->up.scales || w->down.scales) return;
     out->slots = v->at_on_card + (size_t)layer * (size_t)v->n_expert;
+    out->all = v->n_in[layer] == v->n_expert;
 }
 int vram_has_all(const vram *v) { return v->n_held == v->n_experts; }
 void vram_used(vram *v, int32_t layer, const picks *p) {
@@ -374,8 +378,9 @@ static int open_parts(vram *v, uint64_t bytes) {
     v->at = memory_take(n, sizeof *v->at);
     v->where = memory_take(n, 1);
     v->pool = memory_take((size_t)v->n_layer, sizeof *v->pool);
+    v->n_in = memory_take((size_t)v->n_layer, sizeof *v->n_in);
     v->pairs = memory_take((size_t)v->n_expert, sizeof *v->pairs);
-    FAIL_IF(!v->slot_of || !v->at || !v->where || !v->pool || !v->pairs, MS4_ENOMEM,
+    FAIL_IF(!v->slot_of || !v->at || !v->where || !v->pool || !v->n_in || !v->pairs, MS4_ENOMEM,
             "no memory for the table of slots");
     for (size_t i = 0; i < n; i++) v->slot_of[i] = -1;
     memset(v->where, POLICY_RAM, n);
@@ -451,7 +456,7 @@ void vram_close(vram *v) {
     for (int32_t i = 0; i < v->n_pieces; i++) gpu_give(v->g, v->pieces[i].memory, v->pieces[i].bytes);
     gpu_give(v->g, v->at_on_card, table_bytes(v));
     if (!v->shares_counts) policy_close(v->counts);
-    void *all[] = { v->slots, v->slot_of, v->at, v->where, v->pool, v->pairs };
+    void *all[] = { v->slots, v->slot_of, v->at, v->where, v->pool, v->n_in, v->pairs };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) memory_give(all[i]);
     memory_give(v);
 }
