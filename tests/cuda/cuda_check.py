@@ -4,11 +4,12 @@
 
 1. the kernels, as g++ compiles them, in the emulation beside the CPU's; 2. the same, looking for barriers that are
 missing; 3. under ASan and UBSan; 4. as nvcc compiles them, as PTX; 5. nvcc for every target: spills, registers,
-instructions, roofline; 6. mutants; 7. waits that the engine forgets; 8. whole models on the emulated driver; 9. the
-emulated driver itself, and what both believe of the real one beside NVIDIA's cuda.h.  Without nvcc, 4, 5, the second
-half of 8 and cuda.h are left out, and that is said.  --short: some of 1 alone, for CI.  --all: three times as many
-cases in 1, the PTX for cards from 10.0 on in 4, every checkpoint in 8, and then tests/test_cuda*.py, where every call
-of the driver fails once: hours.  The exit status is 1 if anything was not as it has to be.
+instructions, roofline; 6. mutants; 7. waits that the engine forgets, and mistakes of the host around what the router
+chose; 8. whole models on the emulated driver; 9. the emulated driver itself, and what both believe of the real one
+beside NVIDIA's cuda.h.  Without nvcc, 4, 5, the second half of 8 and cuda.h are left out, and that is said.  --short:
+some of 1 alone, for CI.  --all: three times as many cases in 1, the PTX for cards from 10.0 on in 4, every checkpoint
+in 8, and then tests/test_cuda*.py, where every call of the driver fails once: hours.  The exit status is 1 if anything
+was not as it has to be.
 """
 
 import argparse
@@ -31,7 +32,9 @@ BUILD = ROOT / "build" / "cuda"
 LINE = re.compile(r"^(\w+) +(\d+) equal, +(\d+) NaN on both sides, (\d+) wrong$")
 # What the parts say of themselves that belongs into the last lines, too.
 RESULT = re.compile(
-    r"^ *((?:\d+ kernels by targets|calls, |SASS of|PTX: |mutants caught|forgotten waits|whole models: ).*)$", re.M
+    r"^ *((?:\d+ kernels by targets|calls, |SASS of|PTX: |mutants caught|forgotten waits|mistakes of|whole models: )"
+    r".*)$",
+    re.M,
 )
 LIMIT = 1800  # seconds of one command
 # Parts of checks that run side by side, those that take longest first; what there is where barriers and addresses are
@@ -178,9 +181,10 @@ def other_parts(report: Report, options: argparse.Namespace, nvcc: str | None) -
     jobs: list[object] = ["--jobs", report.jobs]
     with report.part("mutants of kernels"):
         report.python("mutants", "tests/cuda/mutants.py", *jobs)
-    with report.part("waits that the engine forgets"):
+    with report.part("waits that the engine forgets, and mistakes of the host"):
         if report.make("driver"):
             report.python("forgotten waits", "tests/cuda/forget.py", *jobs)
+            report.python("mistakes of the host", "tests/cuda/host_mutants.py", *jobs)
     with report.part("whole models on the emulated card"):
         if report.make("driver", *["driver-ptx"] * bool(nvcc)):
             more = ["--ptx"] * bool(nvcc) + ["--all"] * options.all

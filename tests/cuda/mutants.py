@@ -103,6 +103,7 @@ BY_HAND = [
         "    if (tid == (int)blockDim.x - 1) raise_flag(a.flag);",
         "tell: the flag before the rest",
     ),
+    ("route.cuh", "if (!tid) raise_flag(a.flag);", "", "tell: no flag"),
     ("highest.cuh", "rooms + 32 * (bit & 1)", "rooms", "highest: counts into the room that others still read"),
     ("highest.cuh", "__popc(same & below) < left", "__popc(same & ~below) <= left", "highest: the last of equal ones"),
     ("highest.cuh", "left -= __popc(same);", "", "highest: ties beyond 32"),
