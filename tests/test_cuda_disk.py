@@ -159,6 +159,46 @@ def test_reads_that_fail_stop_short_or_come_late(tiny, tmp_path):
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
+AFTER_A_READ = """
+import ctypes, errno, sys
+import numpy as np
+import ms4
+from ms4.models.model import Model
+ids, fault, n_failed = np.random.default_rng(8).integers(5, 900, 40), ctypes.CDLL(None), 0
+with Model.open(sys.argv[1], device="cuda", load="stream", vram=int(sys.argv[2]), n_batch=64) as model:
+    with model.session(100) as session:
+        stats = model.engine.stats()
+        one = stats.slot_bytes // stats.slots
+        model.engine.fix_rates(1.0, 12)  # about half of the experts are the CPU's
+        for n in range(8, 40, 6):
+            model.engine.fix_slots(8 * one)
+            session.rewind(0)
+            session.feed(ids)  # from now on they are pinned
+            session.rewind(0)
+            fault.fault_set(errno.EIO, n, 1 << 30)
+            try:
+                session.feed(ids)
+            except ms4.EngineError as error:
+                n_failed += "cannot be read at byte" in str(error)
+            fault.fault_set(0, 0, 0)
+            model.engine.fix_slots(1)  # memory goes back, and is unpinned before
+        session.rewind(0)
+        print(n_failed, session.feed(ids, all_logits=True).sum(dtype=float).hex(), sep="|")
+"""
+
+
+def test_memory_that_goes_back_after_a_failed_read_is_brought_from_no_more(tiny, want, tmp_path):
+    """A read of the CPU's share fails while the card brings another expert, of a driver that waits for nothing."""
+    library = compiled(["tests/faultinj.c"], tmp_path / "faultinj.so", "-shared", "-fPIC", "-ldl")
+    before = os.environ.get("LD_PRELOAD", "").split()
+    env = emulated(LD_PRELOAD=" ".join([*before, library]), MS4_EMU_FREE="1", MS4_EMU_LATE="40")
+    command = [sys.executable, "-c", AFTER_A_READ, str(tiny), str(VRAM)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    n_failed, bits = done.stdout.strip().split("|")
+    assert int(n_failed) > 2 and bits == want[: len(IDS)].sum(dtype=float).hex()
+
+
 FAILS = """
 import sys
 import numpy as np

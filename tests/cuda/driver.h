@@ -11,7 +11,8 @@
  *   MS4_EMU_LATE=ms     copies to the device take so long, in streams beside the one that runs kernels (0)
  *   MS4_EMU_COPIES_FIRST=1  and as long as such a stream has anything to do, nothing else is done
  *   MS4_EMU_FREE=1      cuMemFree, cuMemFreeHost and cuMemHostUnregister wait for nothing: real drivers do wait there,
- *                       but do not promise to; work that comes to that memory later ends the process
+ *                       but do not promise to; work that comes to that memory later ends the process, and so does
+ *                       cuMemHostUnregister of what a copy still is to be made from
  *   MS4_EMU_FAIL=call:n, call:n:code or n, n:code   the n-th call (of that name, or of all; *: every one) fails with
  *                       this error (2 where memory is asked for, 999 else); call `kernel`: the n-th kernel that runs
  *                       faults; code `lost`: that call and all later ones fail, and what was queued is never done;
@@ -140,6 +141,7 @@ bool work_done(stream *s, uint64_t number);         /* all up to it, or the devi
 /* Waits until done() or the device is lost; gives up the lock meanwhile. */
 void work_wait(std::unique_lock<std::mutex> &lock, const std::function<bool()> &done);
 void work_wait_all(std::unique_lock<std::mutex> &lock);
+bool work_reads(const void *at, size_t n);                  /* a copy that is not done yet, from there */
 void work_lose(int code);
 
 /* --- calls.cpp -------------------------------------------------------------------------------------------------- */

@@ -149,6 +149,8 @@ int memory_unpin(void *at, bool own) {
     n_pinned -= pin->second.bytes;
     if (!own && !pin->second.read_only && !resident((char *)at, pin->second.bytes))
         stop("memory was given back while it was pinned", at, pin->second.bytes);
+    if (!own && work_reads(at, pin->second.bytes))
+        stop("memory is unpinned from which a copy is still to be made", at, pin->second.bytes);
     if (own) {
         const size_t length = (pin->second.bytes + PAGE - 1) / PAGE * PAGE;
         madvise(at, length, MADV_DONTNEED);

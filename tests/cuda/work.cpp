@@ -55,6 +55,14 @@ void work_wait_all(std::unique_lock<std::mutex> &lock) {
         return true;
     });
 }
+bool work_reads(const void *at, size_t n) {
+    for (stream *s : state().streams)
+        for (auto &queued : s->queue) {
+            const op &what = queued.second;
+            if (what.kind == op::COPY && what.from >= (const char *)at && what.from < (const char *)at + n) return true;
+        }
+    return false;
+}
 void work_lose(int code) {
     driver_state &d = state();
     d.lost = code;
