@@ -465,7 +465,7 @@ def test_a_card_that_fails_in_an_answer_costs_no_token(call, kind, tmp_path):
     want = run(*ASKED, "--device", "cpu").stdout
     assert run(*ON_THE_CARD, MS4_EMU_REPORT=str(tmp_path / "report")).stdout == want
     n = calls_of(tmp_path / "report")[call]
-    for at in (n * 2 // 3, n * 9 // 10):
+    for at in (n // 3, n // 2):  # what moves when differs from run to run, and so does how many calls there are
         got = run(*ON_THE_CARD, MS4_EMU_FAIL=f"{call}:{at}{kind}")
         assert got.returncode == 0 and got.stdout == want, got.stderr
         said = [line for line in got.stderr.splitlines() if "goes on" in line]
