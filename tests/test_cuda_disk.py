@@ -159,6 +159,24 @@ def test_reads_that_fail_stop_short_or_come_late(tiny, tmp_path):
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
+def test_an_allocation_that_fails_in_a_prompt_leaves_every_slot_free(tiny, want, monkeypatch):
+    with Model.open(tiny, **CARD) as model, model.session(100) as session:
+        model.engine.fix_rates(*STILL)
+        model.engine.fix_slots(1)
+        n_failed = 0
+        for n in range(1, 1000, 9):
+            monkeypatch.setenv("MS4_FAIL_ALLOC", str(n))
+            try:
+                session.feed(IDS)
+                break
+            except MemoryError as error:
+                assert str(error) and session.length == 0
+                n_failed += 1
+            finally:
+                monkeypatch.delenv("MS4_FAIL_ALLOC")
+        assert n_failed > 3 and np.array_equal(answer(session), want)
+
+
 AFTER_A_READ = """
 import ctypes, errno, sys
 import numpy as np
