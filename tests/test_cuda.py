@@ -468,6 +468,11 @@ def test_a_card_that_fails_in_an_answer_costs_no_token(call, kind, tmp_path):
     for at in (n // 3, n // 2):  # what moves when differs from run to run, and so does how many calls there are
         got = run(*ON_THE_CARD, MS4_EMU_FAIL=f"{call}:{at}{kind}")
         assert got.returncode == 0 and got.stdout == want, got.stderr
+        if call == "cuGraphLaunch" and not kind:  # the first launch takes memory: slots make room for it
+            assert re.search(r"[1-9]\d* places for experts given up", got.stderr) and "goes on" not in got.stderr, (
+                got.stderr
+            )
+            continue
         said = [line for line in got.stderr.splitlines() if "goes on" in line]
         assert len(said) == 1 and re.search(r"the GPU failed \(cu\w+: .+\); the CPU goes on without it", said[0])
 
