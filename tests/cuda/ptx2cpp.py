@@ -413,7 +413,8 @@ def tidy(body: str) -> list[str]:
     body = re.sub(r",\s*\n\s*", ", ", body)
     body = re.sub(r"^\s*(\$?\w+):(?!:)", r"\1:;", body, flags=re.MULTILINE)
     lines = (line.strip() for line in re.split(r"[;\n]", body))
-    return [line for line in lines if line and line not in "{}" and not line.startswith((".loc", ".pragma", ".file"))]
+    left_out = (".loc ", ".loc\t", ".pragma", ".file")  # .local is something else
+    return [line for line in lines if line and line not in "{}" and not line.startswith(left_out)]
 
 
 def registers(line: str) -> str | None:
@@ -440,7 +441,7 @@ def translate(name: str, body: str, module: Module) -> str:
     for line in lines:
         if declared := registers(line):
             head.append(declared)
-        elif m := re.match(r"\.local \.align \d+ \.b8 \w+\[(\d+)\]", line):
+        elif m := re.match(r"\.local \.align \d+ \.b8\s+\w+\[(\d+)\]", line):
             head.append(f"    alignas(16) char local[{m[1]}];")
         elif m := re.fullmatch(r"(\$?\w+):", line):
             code.append(f"{label(m[1])}: ;")
