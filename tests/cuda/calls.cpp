@@ -59,7 +59,7 @@ static void read_settings() {
     d.set.seed = (uint32_t)number_of("MS4_EMU_SEED", 1);
     d.set.late = (uint32_t)number_of("MS4_EMU_LATE", 0);
     d.set.copies_first = number_of("MS4_EMU_COPIES_FIRST", 0) != 0;
-    d.set.frees_early = number_of("MS4_EMU_FREE", 0) != 0;
+    d.set.frees_early = number_of("MS4_EMU_FREE", 1) != 0;
     d.set.vram = number_of("MS4_EMU_VRAM", (uint64_t)1 << 30);
     d.set.pinned = number_of("MS4_EMU_PINNED", SIZE_MAX);
     d.set.capability = (int)number_of("MS4_EMU_CC", 86);

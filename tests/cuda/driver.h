@@ -10,9 +10,9 @@
  *   MS4_EMU_CC=86       compute capability; MS4_EMU_DEVICES=n (1); MS4_EMU_THREADS=n  CPU threads of a kernel (2)
  *   MS4_EMU_LATE=ms     copies to the device take so long, in streams beside the one that runs kernels (0)
  *   MS4_EMU_COPIES_FIRST=1  and as long as such a stream has anything to do, nothing else is done
- *   MS4_EMU_FREE=1      cuMemFree, cuMemFreeHost and cuMemHostUnregister wait for nothing: real drivers do wait there,
- *                       but do not promise to; work that comes to that memory later ends the process, and so does
- *                       cuMemHostUnregister of what a copy still is to be made from
+ *   MS4_EMU_FREE=0      cuMemFree, cuMemFreeHost and cuMemHostUnregister wait for all work, as real drivers mostly do,
+ *                       and do not promise to; otherwise work that comes to that memory later ends the process, and so
+ *                       does cuMemHostUnregister of what a copy still is to be made from
  *   MS4_EMU_FAIL=call:n, call:n:code or n, n:code   the n-th call (of that name, or of all; *: every one) fails with
  *                       this error (2 where memory is asked for, 999 else); call `kernel`: the n-th kernel that runs
  *                       faults; code `lost`: that call and all later ones fail, and what was queued is never done;

@@ -4,8 +4,8 @@
 
 The emulated driver takes one place of the program at a time that waits, or records what is waited for, for nothing
 (MS4_EMU_FORGET), under several orders of the card's work; caught is what gives other logits, stops or hangs.  What is
-brought beside the work comes before anyone looks here, and memory is not given back before the work is done, unless the
-driver is told otherwise.  Prints how many of how many; exits 1 if one was not caught.
+brought beside the work comes before anyone looks here, unless the driver is told otherwise.  Prints how many of how
+many; exits 1 if one was not caught.
 """
 
 import argparse
@@ -25,7 +25,7 @@ LATE = {"MS4_EMU_LATE": "1500"}  # milliseconds of a copy: longer than some toke
 HOW = {
     ("gpu_brought", 1): LATE,
     ("gpu_is_over", 1): LATE,
-    ("gpu_settle", 2): {**LATE, "MS4_EMU_FREE": "1"},  # it closes slots that an expert is on its way to
+    ("gpu_settle", 2): LATE,  # it closes slots that an expert is on its way to
     ("gpu_worked", 1): {"MS4_EMU_COPIES_FIRST": "1"},  # nothing is brought to where an expert is that is still read
     ("gpu_hold", 1): {"MS4_EMU_COPIES_FIRST": "1"},
 }
@@ -49,7 +49,7 @@ import ms4
 from ms4.models.model import Model
 from ms4.quant.tiny import Tiny, write_tiny
 out, ids = hashlib.sha256(), np.random.default_rng(3).integers(5, 900, (2, 36))
-with Model.open(sys.argv[1], device="cuda", vram=20 << 20) as model:
+with Model.open(sys.argv[1], device="cuda", vram=24 << 20) as model:
     with model.session(256) as one, model.session(256) as two:
         logits = one.feed(ids[0])
         for _ in range(14):
