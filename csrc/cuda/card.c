@@ -98,12 +98,14 @@ int card_tower(card *c, const tower_weights *host, const ms4_vision_shape *s, cu
     if (status) cuda_weights_close(out);
     return status;
 }
-/* Best of some rounds of COPIES copies of `bytes` bytes each. */
+/* Best of some rounds of COPIES copies of `bytes` bytes each, and of so many that a card which had nothing to do has
+ * raised its clocks, and those of its bus. */
 typedef int copying(gpu *, void *, const void *, size_t);
 static int time_copies(gpu *g, void *to, const void *from, size_t bytes, copying *copy, double *best) {
-    enum { ROUNDS = 5, COPIES = 8 };
+    enum { ROUNDS = 5, COPIES = 4, AT_LEAST = 250000000 };    /* ns */
+    const int64_t begun = now_ns();
     *best = 0;
-    for (int round = 0; round < ROUNDS; round++) {
+    for (int round = 0; round < ROUNDS || now_ns() - begun < AT_LEAST; round++) {
         TRY(gpu_wait(g));
         int64_t start = now_ns();
         for (int i = 0; i < COPIES; i++) TRY(copy(g, to, from, bytes));
@@ -114,16 +116,21 @@ static int time_copies(gpu *g, void *to, const void *from, size_t bytes, copying
     return MS4_OK;
 }
 int card_measure(card *c, double *vram, double *bus) {
+    enum { LEAST = 1 << 16, OF_VRAM = 256 << 20, OF_BUS = 64 << 20 };       /* caches of cards are smaller */
     const uint64_t room = gpu_room(c->g) / 4;
-    const size_t most = (size_t)64 << 20, bytes = room < most ? (size_t)room / 256 * 256 : most;
+    const size_t bytes = room < OF_VRAM ? (size_t)room / 256 * 256 : OF_VRAM, of_bus = bytes < OF_BUS ? bytes : OF_BUS;
     void *memory = NULL, *pinned = NULL;
     *vram = *bus = 0;
-    if (bytes < 1 << 16) return MS4_OK;
+    if (bytes < LEAST) return MS4_OK;
     TRY(gpu_enter(c->g));
     int status = gpu_take(c->g, 2 * bytes, &memory);
-    if (!status) status = gpu_pin(c->g, bytes, &pinned);
+    if (status == MS4_ENOMEM) {                               /* nobody is to give up anything for this */
+        gpu_short(c->g);
+        return MS4_OK;
+    }
+    if (!status) status = gpu_pin(c->g, of_bus, &pinned);
     if (!status) status = time_copies(c->g, (uint8_t *)memory + bytes, memory, bytes, gpu_copy, vram);
-    if (!status) status = time_copies(c->g, memory, pinned, bytes, gpu_show, bus);
+    if (!status) status = time_copies(c->g, memory, pinned, of_bus, gpu_show, bus);
     *vram *= 2;
     gpu_unpin(c->g, pinned);
     gpu_give(c->g, memory, 2 * bytes);
