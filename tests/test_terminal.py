@@ -40,7 +40,7 @@ def choose(self, logits):
     logits[:] = -1e4
     logits[ids[min(len(self.ids), len(ids) - 1)]] = 1e4
     return take(self, logits)
-Answer.choose = choose
+Answer.choose, Answer.n_highest = choose, 0  # it takes all logits, to write over them
 sys.argv = ["ms4", "chat", "-m", {MODEL!r}, "--greedy", "--ctx", "1024", *sys.argv[1:]]
 sys.exit(start.main())
 """
