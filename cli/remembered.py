@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ms4.models.sessions import Session
     from ms4.models.timeline import Timeline
 
+WORTH_A_WORD = 1024  # tokens: of fewer it is not said that they will be read again
 MOST_SHOWN = 20  # of the sessions to choose from
 NOT_SAVED = "the conversation is not saved: {}; --no-session says that it need not be"
 
@@ -238,7 +239,8 @@ class Memory:
 
     def keep(self, timeline: Timeline) -> None:
         """At the end: what the timeline holds."""
-        if self._kv is not None and (reason := self._kv.keep(timeline)):
+        reason = self._kv.keep(timeline) if self._kv is not None else ""
+        if reason and timeline.length >= WORTH_A_WORD:
             self._tell(f"what was read is not kept on disk: {reason}")
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from ms4.cli.image_notes import ImageOptions
 from ms4.cli.loading import usable
 from ms4.cli.options import EngineOptions
 from ms4.cli.render import StatusLine
-from ms4.models import sessions
+from ms4.models import kv_files, sessions
 from ms4.models.control import Control
 from ms4.models.dialogue import Dialogue, said
 from ms4.models.model import Model
@@ -299,6 +299,18 @@ def test_the_bottom_line_counts_the_conversation_not_what_was_read_before(talk):
     assert "ctx 0/" in one.bar()
     one.send("seven")
     assert f"ctx {one.timeline.length}/" in one.bar()
+
+
+def test_that_little_will_be_read_again_is_not_said(talk, monkeypatch, capsys):
+    one = talk()
+    one.send("one two three")
+    capsys.readouterr()
+    monkeypatch.setattr(kv_files.KvFiles, "keep", lambda self, timeline: "the disk is full")
+    one.memory.keep(one.timeline)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(remembered, "WORTH_A_WORD", one.timeline.length)
+    one.memory.keep(one.timeline)
+    assert capsys.readouterr().out == "what was read is not kept on disk: the disk is full\n"
 
 
 def test_tab_goes_into_a_folder(tmp_path, monkeypatch):
