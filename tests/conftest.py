@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import shutil
 import sys
 
 # The threads of BLAS spin while they wait for one another: with other work on all cores that takes ten times as long.
@@ -39,6 +40,13 @@ def state_folder(tmp_path_factory):
     """What ms4 remembers between calls is not written into the folder of who runs the tests."""
     for name in ("CONFIG", "STATE", "DATA", "CACHE"):
         os.environ[f"XDG_{name}_HOME"] = str(tmp_path_factory.mktemp(name.lower()))
+
+
+@pytest.fixture(autouse=True)
+def nothing_read_before():
+    """The kv caches that one test has left are not there for the next."""
+    yield
+    shutil.rmtree(os.path.join(os.environ["XDG_CACHE_HOME"], "ms4", "kv"), ignore_errors=True)
 
 
 @pytest.fixture

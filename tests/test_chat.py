@@ -24,9 +24,8 @@ def tokenizer():
 
 
 @pytest.fixture
-def chat(monkeypatch, tmp_path):
+def chat(monkeypatch):
     """chat(lines of stdin, options...) -> (exit code, stdout, stderr)"""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # what other tests have read is not here
 
     def run(*typed, options=("--greedy", "-n", "6")):
         data = "".join(f"{line}\n" for line in typed).encode()
