@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,7 +217,8 @@ def save(name: str, given: Mapping[str, Any], params: Sequence[Any], ctx: Any) -
         raise UsageError("nothing to save", "ms4 run --save NAME -s TEXT -r low 'Summarize for $who: $input'")
     write(path, table, defaults)
     rest = f" {' '.join(f'--param {key}=VALUE' for key in known - {INPUT, *defaults})}".rstrip()
-    errors.note(f"saved as {path}; ms4 {ctx.info_name.split()[-1]} -t {path.stem}{rest} uses it")
+    named = name if "/" in name else path.stem
+    errors.note(f"saved as {path}; ms4 {ctx.info_name.split()[-1]} -t {shlex.quote(named)}{rest} uses it")
     return errors.OK
 
 

@@ -48,6 +48,8 @@ def test_what_was_typed_is_kept_and_used(ms4, folder, prompt):
     code, out, err = ms4("run", "--save", "review", *more, "Review this", "for $who: $input", stdin=b"never read")
     path = folder / "review.toml"
     assert (code, out) == (0, "") and err == f"ms4: saved as {path}; ms4 run -t review --param who=VALUE uses it\n"
+    there = folder.parent / "one.toml"
+    assert ms4("run", "--save", there, "hi")[2] == f"ms4: saved as {there}; ms4 run -t {there} uses it\n"
     assert templates.read("review").settings["ctx"].value == "2k"
     kept = {key: setting.value for key, setting in templates.read("review").settings.items()}
     assert kept == {
