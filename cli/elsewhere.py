@@ -16,6 +16,7 @@ COMMON = {"--help": None, "--version": None, "-h": None}
 LLAMA, OLLAMA, LLM, STUDIO = "llama.cpp", "Ollama", "llm", "LM Studio"
 PLACED = "not needed: what fits goes to the GPU, hot experts first; --device and --vram BYTES say where and how much"
 FIXED = "not here: the engine chooses this by itself, and the answer does not depend on it"
+DASHED = "text that begins with - goes after --"
 FETCH = "-m USER/REPO:QUANT, after ms4 pull USER/REPO:QUANT"
 PLAIN_STDOUT = "not needed: stdout is the answer alone"
 NO_SERVER = "not here yet: there is no server; ms4 chat keeps a conversation"
@@ -196,13 +197,14 @@ def _short(arg: str, ours: Mapping[str, str | None]) -> bool:
 
 def option_hint(name: str, command: str, ours: Mapping[str, str | None]) -> str:
     """What to type instead of an option that `command` does not have."""
-    more, dashes = f"{command} --help", f"text that begins with - goes after --: {command} -- "
+    more = f"{command} --help"
+    texts = command.endswith(" run")  # the one command whose words are text
     if plain := plain_dashes(name, ours):
         if plain not in ours:
             return option_hint(plain, command, ours)
         return f"{plain}, with {'plain hyphens' if plain[1] == '-' else 'a plain hyphen'}; {more}"
     if re.search(r"\s", name) or not re.match(r"--?[a-zA-Z]", name):
-        return dashes + quoted(name[:120])
+        return f"{DASHED}: {command} -- {quoted(name[:120])}" if texts else more
     row = _OPTIONS.get(name)
     if row is not None and set(row.options) <= {*ours, "--version"}:
         return f"{row.ours}; {more}"
@@ -211,7 +213,9 @@ def option_hint(name: str, command: str, ours: Mapping[str, str | None]) -> str:
     long = [option for option in ours if option.startswith("--")]
     near = [o for o in long if len(name) > 4 and (o.startswith(name) or name.startswith(o + "-"))]
     near = near or difflib.get_close_matches(name, long, 1, 0.75)
-    return f"{' or '.join(near)}? {more} lists them all" if near else f"{more}; {dashes}{name[:40]}"
+    if near:
+        return f"{' or '.join(near)}? {more} lists them all"
+    return f"{more}; {DASHED}: {command} -- {name[:40]}" if texts else more
 
 
 def command_hint(args: Sequence[str], ours: Sequence[str]) -> str:

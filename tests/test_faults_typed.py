@@ -117,6 +117,8 @@ def test_b3_a_folder_in_the_place_of_a_model_names_what_is_in_it(ms4, tmp_path):
         (["\u2014version"], "no such option: \u2014version", "ms4 --version, with plain hyphens"),
         (["\u2013h"], "no such option: \u2013h", "ms4 -h, with plain hyphens"),
         (["run", "-V"], "no such option: -V", "ms4 --version, without a command"),
+        (["run", "- item"], "no such option: - item", 'text that begins with - goes after --: ms4 run -- "- item"'),
+        (["bench", "-n", "1"], "no such option: -n", "ms4 bench --help\n"),
     ],
 )
 def test_c5_what_is_near_a_command_and_what_is_none(ms4, arguments, said, hint):
