@@ -182,7 +182,7 @@ def test_what_cannot_be_fetched_is_one_line(run, site, monkeypatch):
         (site("/long.png", bytes(2 << 20)), "more than 1 MiB"),
         (site("/page.png", b"<html>no</html>"), "page.png: not a PNG"),
         (site("/to", status=302, Location="file:///etc/passwd"), "is no web address"),
-        ("http://127.0.0.1:1/a.png", "no connection"),
+        ("http://127.0.0.1:1/a.png", "nobody answers there"),
     ):
         code, out, err = run("-q", "-i", address, "Hi")
         assert (code, out) == (7, "") and says in err and ONE_LINE.fullmatch(err), err
