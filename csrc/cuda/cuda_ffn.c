@@ -51,6 +51,17 @@ static int choose(cuda_device *d, const ms4_shape *s, const picks *p, int32_t *i
         .scale = s->router_scale };
     return gpu_launch(d->g, KERNEL_choose_experts, &args, (gpu_grid){ p->n, 1, 1 }, 0);
 }
+/* What came home: ids that are none would be places outside the host's tables. */
+static int take_picks(const ms4_shape *s, const int32_t *ids, const float *weights, picks *p) {
+    const size_t n = (size_t)p->n * (size_t)p->k;
+    for (size_t i = 0; i < n; i++)
+        FAIL_IF(ids[i] < 0 || ids[i] >= s->n_expert, MS4_EDEVICE,
+                "the GPU failed: it chose expert %d of %d; --device cpu works without it", ids[i], s->n_expert);
+    memcpy(p->expert, ids, n * sizeof *p->expert);
+    memcpy(p->weight, weights, n * sizeof *p->weight);
+    picks_group(p, s->n_expert);
+    return MS4_OK;
+}
 static int route(cuda_device *d, const ms4_shape *s, picks *p) {
     const size_t n = (size_t)p->n * (size_t)p->k;
     TRY(room_chosen(d, n));
@@ -59,9 +70,7 @@ static int route(cuda_device *d, const ms4_shape *s, picks *p) {
     if (!d->sees_pairs) TRY(gpu_fetch(d->g, d->ids, ids, 2 * n * sizeof *ids));
     TRY(bring_x(d, p->n));
     TRY(gpu_wait(d->g));
-    memcpy(p->expert, d->ids, n * sizeof *p->expert);
-    memcpy(p->weight, d->pairs_here.weight, n * sizeof *p->weight);
-    picks_group(p, s->n_expert);
+    TRY(take_picks(s, d->ids, d->pairs_here.weight, p));
     return show_pairs(d, p);
 }
 /* --- a share ----------------------------------------------------------------------------------------------------- */
@@ -206,11 +215,6 @@ static int begin_ahead(cuda_device *d, const ffn_ahead *a, const picks *p, const
     d->ahead = status ? NULL : pairs;
     return status;
 }
-static void take_picks(const ms4_shape *s, const int32_t *ids, const float *weights, picks *p) {
-    memcpy(p->expert, ids, (size_t)p->k * sizeof *p->expert);
-    memcpy(p->weight, weights, (size_t)p->k * sizeof *p->weight);
-    picks_group(p, s->n_expert);
-}
 static size_t choice_at(int32_t layer, int32_t k) { return 2 * (size_t)layer * (size_t)k; }
 
 /* to NULL: nobody waits to hear of it. */
@@ -227,8 +231,7 @@ static int route_ahead(cuda_device *d, const ms4_shape *s, const ffn_ahead *a, p
     }
     TRY(gpu_poll(d->g, to->flag));
     gpu_stretch(d->g, a->layer + 1);
-    take_picks(s, to->ids, to->weights, p);
-    return MS4_OK;
+    return take_picks(s, to->ids, to->weights, p);
 }
 int cuda_route(device *base, const ms4_shape *s, const ffn_ahead *ahead, picks *p) {
     cuda_device *d = (cuda_device *)base;
@@ -257,8 +260,7 @@ int cuda_recall(device *base, const ms4_shape *s, int32_t layer, picks *p) {
     const int32_t *ids = (const int32_t *)d->choices.at + choice_at(layer, p->k);
     p->n = 1;
     p->late = 0;
-    take_picks(s, ids, (const float *)(ids + p->k), p);
-    return MS4_OK;
+    return take_picks(s, ids, (const float *)(ids + p->k), p);
 }
 /* --- experts that do not stay ------------------------------------------------------------------------------------- */
 static size_t aligned(const matrix *m) { return ((size_t)matrix_bytes(m) + 255) / 256 * 256; }
