@@ -42,7 +42,7 @@ int main(void) {
     static float weights[2][N_TOKENS * N_USED], logits[N_TOKENS * N_EXPERT];
     const struct ms4_ops ops = { .choose = choose };
     cpu_device d = { .ops = &ops, .stop = &stop, .rows[BUF_ROUTER] = { .f = logits, .width = N_EXPERT } };
-    picks p = { ids[0], weights[0], ids[1], ids[2], weights[1], first, used, N_TOKENS, N_USED, 0 };
+    picks p = { ids[0], weights[0], ids[1], ids[2], weights[1], first, used, N_TOKENS, N_USED, 0, 0 };
     if (pool_open(N_THREADS, &d.pool)) return 2;
     const char *wrong = NULL;
     for (stop_at = 0; stop_at < 200 && !wrong; stop_at++) wrong = fault(&d, &p);

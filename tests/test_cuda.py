@@ -446,6 +446,26 @@ def test_every_call_may_fail(kind, tiny, tmp_path):
             assert all(line == "done" or re.match(r"(open|step): \S", line) for line in said), (name, at, said)
 
 
+MEASURED = """
+import sys
+from ms4.models.model import Model
+with Model.open(sys.argv[1], device="cuda") as model:
+    limits = model.engine.measure(1 << 20)
+    print(limits.vram_bytes_per_s > 0, limits.bus_bytes_per_s > 0)
+"""
+
+
+def test_rates_of_the_card_are_left_out_where_others_have_its_memory(tiny, tmp_path):
+    code, said = [sys.executable, "-c", MEASURED, str(tiny)], []
+    for fails in ("", "last"):
+        more = {"MS4_EMU_FAIL": f"cuMemAlloc_v2:{calls_of(tmp_path / 'report')['cuMemAlloc_v2']}"} if fails else {}
+        env = emulated(MS4_EMU_REPORT=str(tmp_path / "report"), **more)
+        done = subprocess.run(code, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert said == ["True True\n", "False False\n"]
+
+
 # --- what goes on without the card, or with less of it
 
 ASKED = ("run", "-m", DEMO / "ms4-demo.gguf", "-n", 24, "--temp", 0, "--ctx", 512, "How many legs have 3 spiders?")
