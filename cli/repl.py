@@ -417,6 +417,8 @@ class Talk:
         self.attached.clear()
 
     def new(self, _: str) -> None:
+        if self.memory.path is not None:
+            self.memory.keep(self.timeline)
         self.cut = None
         self.dialogue.turns.clear()
         self.recount()

@@ -291,9 +291,10 @@ def test_an_option_that_is_left_out_or_stands_last(ms4, arguments):
 
 
 @pytest.mark.slow
-def test_a_short_conversation_is_not_read_again_either(ms4):
+@pytest.mark.parametrize("more", [[], ["/new\n"]])
+def test_a_short_conversation_is_not_read_again_either(ms4, more):
     """Neither by the next chat nor by run -c, each of which reads what is new."""
-    chat(ms4, lines=["Spell the word planet.\n"])
+    chat(ms4, lines=["Spell the word planet.\n", *more])
     read = []
     for _ in range(2):
         code, out, _ = ms4("run", "-q", "-n", "4", "-c", "--format", "json", "More.")
