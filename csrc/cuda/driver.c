@@ -18,7 +18,8 @@ static int find_entries(void *library) {
     };
     for (size_t i = 0; i < sizeof entries / sizeof *entries; i++) {
         *entries[i].entry = dlsym(library, entries[i].symbol);
-        FAIL_IF(!*entries[i].entry, MS4_EDEVICE, "the NVIDIA driver is too old: it has no %s", entries[i].symbol);
+        FAIL_IF(!*entries[i].entry, MS4_EDEVICE, "the NVIDIA driver is too old: it has no %s; ms4 takes 525 and newer",
+                entries[i].symbol);
     }
     return MS4_OK;
 }
