@@ -273,8 +273,10 @@ def build(changes: list[Mutant], folder: Path, races: bool) -> dict[str, Path] |
     command = ["g++", *flags, *include, "-include", folder / "chosen.h", *few_types(types), "-c", "-o", table]
     if subprocess.run([*command, ROOT / "tests/cuda/table.cpp"], capture_output=True).returncode:
         return None
-    objects = [*(ROOT / "build/obj/csrc/cpu").glob("*/*.o"), ROOT / "build/obj/csrc/cpu/dispatch.o"]
-    objects += [ROOT / "build/obj/csrc/types.o", ROOT / "build/obj/build/glue/grids.o", folder / "chooses.cpp"]
+    built, kernels = ROOT / "build/obj", (ROOT / "csrc/cpu").glob("*/*.c")  # objects may outlive their sources
+    objects = [(built / path.relative_to(ROOT)).with_suffix(".o") for path in kernels]
+    objects += [built / "csrc/cpu/dispatch.o", built / "csrc/types.o", built / "build/glue/grids.o"]
+    objects += [folder / "chooses.cpp"]
     objects += [BUILD / "race.o"] if races else []
     programs = {}
     for name in {program for program, _ in seen}:
