@@ -183,7 +183,8 @@ def other_parts(report: Report, options: argparse.Namespace, nvcc: str | None) -
         report.python("mutants", "tests/cuda/mutants.py", *jobs)
     with report.part("waits that the engine forgets, and mistakes of the host"):
         if report.make("driver"):
-            report.python("forgotten waits", "tests/cuda/forget.py", *jobs)
+            # mostly copies that take their time: twice as many at once
+            report.python("forgotten waits", "tests/cuda/forget.py", "--jobs", 2 * report.jobs)
             report.python("mistakes of the host", "tests/cuda/host_mutants.py", *jobs)
     with report.part("whole models on the emulated card"):
         if report.make("driver", *["driver-ptx"] * bool(nvcc)):
