@@ -169,9 +169,9 @@ class Engine:
     overlaps: bool
 
 
-# Assumed until there is a card: 14 kernels of a layer in a graph (its nodes cost others 1.3 us, and a small kernel does
+# Assumed until there is a card: 20 kernels of a layer in a graph (its nodes cost others 1.3 us, and a small kernel does
 # not end sooner than after 2), 45 us for the CPU's part (others: 30 to 50 with callbacks, 40 with flags).
-MS4 = Engine(14, 2 * US, 45 * US, overlaps=True)
+MS4 = Engine(20, 2 * US, 45 * US, overlaps=True)
 # llama.cpp with layers or tensors on the CPU: about 30 launches of a layer at 4.6 us, no graph, one after the other.
 LLAMA_CPP = Engine(30, 4.6 * US, 45 * US, overlaps=False)
 
