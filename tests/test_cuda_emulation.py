@@ -136,7 +136,9 @@ def test_kernels_may_not_leave_an_allocation():
 
 
 def test_what_a_kernel_writes_behind_an_allocation_shows_when_it_is_freed():
-    code = "y = device(65); x = device(65); launch(b'touch', Args(x, y, 66, 1)); call('cuMemFree_v2', c_uint64(y))"
+    code = (
+        "y = device(65); x = device(65); launch(b'touch', Args(x, y, 66, 1)); sync(); call('cuMemFree_v2', c_uint64(y))"
+    )
     dies(code, "wrote beside this allocation")
 
 
