@@ -179,13 +179,16 @@ def kernel_parts(report: Report, options: argparse.Namespace, nvcc: str | None) 
 
 def other_parts(report: Report, options: argparse.Namespace, nvcc: str | None) -> None:
     jobs: list[object] = ["--jobs", report.jobs]
-    with report.part("mutants of kernels"):
-        report.python("mutants", "tests/cuda/mutants.py", *jobs)
-    with report.part("waits that the engine forgets, and mistakes of the host"):
+    # Who forgets to wait, waits for copies that take their time: beside the mutants, which do not.
+    with report.part("mutants of kernels, waits that the engine forgets, mistakes of the host"):
+        together = [("mutants", "tests/cuda/mutants.py")]
         if report.make("driver"):
-            # mostly copies that take their time: twice as many at once
-            report.python("forgotten waits", "tests/cuda/forget.py", "--jobs", 2 * report.jobs)
-            report.python("mistakes of the host", "tests/cuda/host_mutants.py", *jobs)
+            together += [
+                ("forgotten waits", "tests/cuda/forget.py"),
+                ("mistakes of the host", "tests/cuda/host_mutants.py"),
+            ]
+        with ThreadPoolExecutor(len(together)) as pool:
+            list(pool.map(lambda one: report.python(*one, *jobs), together))
     with report.part("whole models on the emulated card"):
         if report.make("driver", *["driver-ptx"] * bool(nvcc)):
             more = ["--ptx"] * bool(nvcc) + ["--all"] * options.all
