@@ -83,11 +83,8 @@ print(out.hexdigest())
 """
 
 
-def run(seed: int, **more: str) -> str:
-    """What the program prints, or how it ended."""
-    environment = {**os.environ, "MS4_LIBCUDA": str(ROOT / "build/cuda/libcuda_emu.so"), "MS4_EMU_SEED": str(seed)}
-    environment |= {"MS4_GPU_CODE": __file__, **more}
-    command = [sys.executable, "-c", PROGRAM, str(ROOT / "models/demo/ms4-demo.gguf")]
+def outcome(command: list[str], environment: dict[str, str]) -> str:
+    """What a program prints, or how it ended."""
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
@@ -95,6 +92,12 @@ def run(seed: int, **more: str) -> str:
     if not done.returncode:
         return done.stdout.strip()
     return f"stops: {(done.stderr.strip().splitlines() or [f'status {done.returncode}'])[-1]}"
+
+
+def run(seed: int, **more: str) -> str:
+    environment = {**os.environ, "MS4_LIBCUDA": str(ROOT / "build/cuda/libcuda_emu.so"), "MS4_EMU_SEED": str(seed)}
+    environment |= {"MS4_GPU_CODE": __file__, **more}
+    return outcome([sys.executable, "-c", PROGRAM, str(ROOT / "models/demo/ms4-demo.gguf")], environment)
 
 
 @dataclass(frozen=True)

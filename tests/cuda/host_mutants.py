@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "cuda"
 sys.path.insert(0, str(ROOT / "csrc"))
 from build_parts import CFLAGS, SOURCES, link_package  # noqa: E402  (it lies beside the C)
+from forget import outcome  # noqa: E402
 
 SEEDS = (0, 1)
-LIMIT = 300  # seconds; who waits for ever without the watchdog is caught, too
 PROGRAM = """
 import hashlib, sys
 import numpy as np
@@ -97,14 +97,7 @@ def run(folder: Path, model: Path, seed: int) -> str:
     """What the program prints, or how it ended."""
     environment = {**os.environ, "MS4_LIBCUDA": str(BUILD / "libcuda_emu.so"), "MS4_EMU_SEED": str(seed)}
     environment |= {"MS4_GPU_CODE": __file__, "PYTHONPATH": str(folder)}
-    command = [sys.executable, "-c", PROGRAM, str(model)]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        return "hangs"
-    if not done.returncode:
-        return done.stdout.strip()
-    return f"stops: {(done.stderr.strip().splitlines() or [f'status {done.returncode}'])[-1]}"
+    return outcome([sys.executable, "-c", PROGRAM, str(model)], environment)
 
 
 def fate(number: int, model: Path, want: str) -> str:
