@@ -61,7 +61,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "ms4 perplexity text.txt -m Q8_0 --segments 20 --write-ref q8.ref",
         "ms4 perplexity text.txt -m Q4_K_M --segments 20 --ref q8.ref",
     ),
-    "tokenize": ("ms4 tokenize < text.txt", "ms4 tokenize --count < text.txt", "ms4 tokenize --chat talks.jsonl"),
+    "tokenize": ('ms4 tokenize "some text"', "ms4 tokenize --count < text.txt", "ms4 tokenize --chat talks.jsonl"),
     "trace": ("ms4 trace prompts.txt -o trace.bin", "ms4 trace --synthetic mid -n 4000 -o trace.bin"),
     "plan": ("ms4 plan model.gguf", "ms4 plan Q4_K_M --ctx 128k", "ms4 plan model.gguf --gpu 4090 --memory DDR5-5600"),
     "simulate": ("ms4 simulate trace.bin", 'ms4 simulate trace.bin --gpu "5070 Ti" --ram 64G'),

@@ -521,6 +521,9 @@ def perplexity(
 
 @app.command(cls=Command)
 def tokenize(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT", help="Joined by spaces; without it, the text on stdin.")
+    ] = None,
     model: opt.Model = None,
     chat: Annotated[
         str | None,
@@ -531,10 +534,11 @@ def tokenize(
     lossy: opt.Lossy = False,
     image_max_tokens: opt.ImageMaxTokens = None,
 ) -> int:
-    """Turn the text on stdin, or conversations, into token ids (JSON)."""
+    """Turn a text, or conversations, into token ids (JSON)."""
     from ms4.cli import tokenize as command
 
-    return command.tokenize(opt.EngineOptions(model), chat, count, image_max_tokens, Reading(encoding, lossy))
+    given = " ".join(words) if words else None
+    return command.tokenize(opt.EngineOptions(model), given, chat, count, image_max_tokens, Reading(encoding, lossy))
 
 
 @app.command(cls=Command)

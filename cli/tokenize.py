@@ -13,12 +13,18 @@ if TYPE_CHECKING:
     from ms4.models.tokenizer import Tokenizer
 
 
-def tokenize(engine: EngineOptions, chat: str | None, count: bool, image_max_tokens: int | None, rule: Reading) -> int:
-    """Stdin to one list; or the conversations in the file `chat` to one list a line."""
+def tokenize(
+    engine: EngineOptions, given: str | None, chat: str | None, count: bool, image_max_tokens: int | None, rule: Reading
+) -> int:
+    """The text `given`, or else stdin, to one list; or the conversations in the file `chat` to one list a line."""
+    if given is not None and chat is not None:
+        raise UsageError("a text and --chat, which names conversations: only one of the two", "ms4 tokenize --help")
     path = engine.require()
-    text = streams.read_stdin(rule) if chat in (None, "-") else streams.read_text(chat or "", rule)
+    text = given
     if text is None:
-        raise UsageError("nothing on stdin", f'echo "some text" | ms4 tokenize -m {path}')
+        text = streams.read_stdin(rule) if chat in (None, "-") else streams.read_text(chat or "", rule)
+    if text is None:
+        raise UsageError("nothing on stdin", f'ms4 tokenize -m {path} "some text"')
     tokenizer = loading.open_tokenizer(path)
     output = streams.Output()
     lists = [tokenizer.encode(text)] if chat is None else conversations(text, chat, tokenizer, image_max_tokens)

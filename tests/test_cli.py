@@ -358,6 +358,15 @@ def test_tokenize_is_lossless(ms4):
     assert ms4("tokenize", "-m", MODEL).out == "[]\n"
 
 
+def test_tokenize_takes_a_text_on_the_line(ms4, tmp_path):
+    piped = ms4("tokenize", "-m", MODEL, stdin=b"some text").out
+    assert json.loads(piped)
+    assert ms4("tokenize", "-m", MODEL, "some text").out == piped
+    assert ms4("tokenize", "some", "text", "-m", MODEL, stdin=b"what a loop reads").out == piped
+    assert ms4("tokenize", "-m", MODEL, "").out == "[]\n"
+    assert refused(ms4("tokenize", "-m", MODEL, "hi", "--chat", tmp_path / "no"), 2, "only one of the two")
+
+
 def test_tokenize_takes_conversations(ms4, run, tmp_path):
     lines = [
         json.dumps(
