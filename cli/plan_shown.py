@@ -46,6 +46,11 @@ def per_second(rate: float) -> str:
     return f"{gigabytes(int(rate))}/s"
 
 
+def tokens(rate: float) -> str:
+    """Tokens per second, to three figures: more of them nobody can know beforehand."""
+    return f"{rate:.{2 if rate < 10 else 1 if rate < 100 else 0}f}"
+
+
 def speed_json(speed: Speed, between: tuple[float, float]) -> dict[str, Any]:
     return {
         "tokens_per_s": speed.tokens_per_s,
@@ -173,6 +178,6 @@ class Said:
         for title, name, why in rows:
             terms = getattr(made, name) if name.startswith("prompt") else getattr(made, name).terms
             spent = " · ".join(f"{what} {ms:.1f}" for what, ms in terms.milliseconds().items() if ms >= 0.05)
-            speed = f"{terms.tokens_per_s:.2f} tok/s{spread(self.between.of(name), '{:.2f}'.format)}"
+            speed = f"{tokens(terms.tokens_per_s)} tok/s{spread(self.between.of(name), tokens)}"
             lines.append(f"{title:<9} {speed}, limit: {terms.limit} (ms: {spent}){why}")
         return lines

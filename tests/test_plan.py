@@ -13,7 +13,7 @@ import pytest
 from fixtures import bravo
 
 import ms4 as engine
-from ms4.cli import expected, measured
+from ms4.cli import expected, measured, plan_shown
 from ms4.cli.options import DEMO
 from ms4.models import calibration, cards, clock, forecast, mistral4
 from ms4.models.answer import Statistics
@@ -326,7 +326,13 @@ def test_the_command_says_what_the_plan_says(ms4, known, small):
     assert got["prefill"]["warm"]["ms"] == made.prompt.milliseconds()
     assert got["memory"]["kv"] == kv_bytes(small[0], 512)
     text = ms4("plan", "-m", bravo(), "--ram", "2G", "--ctx", "512")[1]
-    assert f"writing   {made.warm.tokens_per_s:.2f} tok/s" in text and text.endswith("Predicted, not measured.\n")
+    assert f"writing   {plan_shown.tokens(made.warm.tokens_per_s)} tok/s" in text
+    assert text.endswith("Predicted, not measured.\n")
+
+
+def test_a_rate_is_told_to_three_figures():
+    rates = (0.523, 9.876, 51.26, 1828.4, 17101.01)
+    assert [plan_shown.tokens(rate) for rate in rates] == ["0.52", "9.88", "51.3", "1828", "17101"]
 
 
 def test_what_does_not_fit_is_exit_6_with_what_does(ms4, known):
@@ -541,7 +547,10 @@ def test_the_plan_gives_a_range_where_runs_disagree(ms4, known, small):
     assert low < got["decode"]["warm"]["tokens_per_s"] < high
     assert any("median of what the last 3 runs got" in note for note in got["notes"])
     out = ms4("plan", bravo(), *arguments)[1]
-    assert f"({low:.2f} to {high:.2f})" in out and "disk 100.0 MB/s (50.0 MB/s to 200.0 MB/s)" in out
+    assert (
+        f"({plan_shown.tokens(low)} to {plan_shown.tokens(high)})" in out
+        and "disk 100.0 MB/s (50.0 MB/s to 200.0 MB/s)" in out
+    )
 
 
 def test_nothing_is_expected_of_a_machine_that_was_not_measured(ms4, monkeypatch, tmp_path):
