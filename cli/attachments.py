@@ -250,7 +250,7 @@ def _is_meant(word: str, texts: bool) -> bool:
 
 def refuse_file_names(sources: Sources, words: Sequence[str]) -> None:
     """A file that stands elsewhere among the words would be taken for one of them, and the model would not see it."""
-    typed.refuse_model(words)
+    typed.refuse_model(words, "ms4 run", "prompt")
     lost = [word for word in words if sources and _is_document(word, bool(sources.files))]
     if lost:
         option, given = ("-f", sources.files) if sources.files else ("-i", sources.images)

@@ -537,6 +537,7 @@ def tokenize(
     """Turn a text, or conversations, into token ids (JSON)."""
     from ms4.cli import tokenize as command
 
+    typed.refuse_model(words or (), "ms4 tokenize", "text")
     given = " ".join(words) if words else None
     return command.tokenize(opt.EngineOptions(model), given, chat, count, image_max_tokens, Reading(encoding, lossy))
 

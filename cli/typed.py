@@ -69,12 +69,12 @@ def refuse_extra(words: Sequence[str], ours: Mapping[str, str | None], command: 
         raise UsageError(f"one word too many: {words[0]}", f"{command} --help")
 
 
-def refuse_model(words: Sequence[str]) -> None:
+def refuse_model(words: Sequence[str], command: str, what: str) -> None:
     """UsageError for a model file among the words of a prompt, as other programs name it: run MODEL PROMPT."""
     for word in words:
         if word.lower().endswith(".gguf") and os.path.isfile(word):
-            rest = " ".join(shlex.quote(other) for other in words if other is not word)
-            raise UsageError(f"{word} is a model, not a word of the prompt", f"ms4 run -m {shlex.quote(word)} {rest}")
+            right = shlex.join(["-m", word, *(other for other in words if other is not word)])
+            raise UsageError(f"{word} is a model, not a word of the {what}", f"{command} {right}")
 
 
 def refuse_folder(path: str) -> None:
