@@ -369,6 +369,7 @@ def test_a_run_is_begun_where_the_card_holds_what_the_host_cannot(ms4, monkeypat
         monkeypatch.setenv(name, emulated()[name])
     monkeypatch.setattr(forecast, "DRIVER", 0)  # the model is small, and so is the emulated card
     monkeypatch.setattr(clock, "BUFFERS", 1e8)
+    monkeypatch.setattr(clock, "ROW", 4e4)
     room = forecast.Room((forecast.PROCESS + (1 << 20)) / 0.75)  # a quarter is left to others
     monkeypatch.setattr(expected, "room_here", lambda *arguments, **more: room)
     assert about.dense > 2 << 20
