@@ -51,6 +51,13 @@ def tokens(rate: float) -> str:
     return f"{rate:.{2 if rate < 10 else 1 if rate < 100 else 0}f}"
 
 
+def spent(terms: Terms) -> str:
+    """What a token's milliseconds are spent on, without what is nothing beside the rest."""
+    parts = terms.milliseconds()
+    digits = 1 if sum(parts.values()) >= 1 else 3  # a small model's token takes microseconds
+    return " · ".join(f"{what} {ms:.{digits}f}" for what, ms in parts.items() if ms >= 0.5 * 10**-digits)
+
+
 def speed_json(speed: Speed, between: tuple[float, float]) -> dict[str, Any]:
     return {
         "tokens_per_s": speed.tokens_per_s,
@@ -177,7 +184,6 @@ class Said:
             rows.append(("", "prompt_cold", "  the first prompt, when nothing is in memory yet"))
         for title, name, why in rows:
             terms = getattr(made, name) if name.startswith("prompt") else getattr(made, name).terms
-            spent = " · ".join(f"{what} {ms:.1f}" for what, ms in terms.milliseconds().items() if ms >= 0.05)
             speed = f"{tokens(terms.tokens_per_s)} tok/s{spread(self.between.of(name), tokens)}"
-            lines.append(f"{title:<9} {speed}, limit: {terms.limit} (ms: {spent}){why}")
+            lines.append(f"{title:<9} {speed}, limit: {terms.limit} (ms: {spent(terms)}){why}")
         return lines

@@ -335,6 +335,11 @@ def test_a_rate_is_told_to_three_figures():
     assert [plan_shown.tokens(rate) for rate in rates] == ["0.52", "9.88", "51.3", "1828", "17101"]
 
 
+def test_what_a_token_takes_is_told_however_short_it_is():
+    assert plan_shown.spent(clock.Terms(dense=2.04e-3, context=4e-5)) == "dense 2.0"
+    assert plan_shown.spent(clock.Terms(dense=2.04e-5, context=4e-6)) == "dense 0.020 · context 0.004"
+
+
 def test_what_does_not_fit_is_exit_6_with_what_does(ms4, known):
     code, got, err = planned(ms4, "--ram", "175M", "--ctx", "1024")
     assert code == 6 and not got["fits"] and 1 <= len(got["nearest"]) <= 2
