@@ -135,6 +135,7 @@ def test_c5_a_model_is_named_after_its_option(ms4, tmp_path, monkeypatch):
     assert ms4("run", "--count", "b.gguf", "Why?")[0] == 0, "there is no such file"
     said = "ms4: error: a.gguf is a model, not a word of the text\nhint: ms4 tokenize -m a.gguf 'Why not?'\n"
     assert ms4("tokenize", "a.gguf", "Why not?") == (2, "", said)
+    assert ms4("tokenize", "a.gguf") == (2, "", said.replace(" 'Why not?'", ""))
     for command in ("doctor", "bench"):
         said = f"ms4: error: a.gguf: a model is named after -m\nhint: ms4 {command} -m a.gguf\n"
         assert ms4(command, "a.gguf") == (2, "", said)
